@@ -1,0 +1,145 @@
+// beam_step for torch: checks, allocation, threads and streams. On the CPU a query's beams are one piece of work, or
+// several where there are more threads than queries; the pieces' best candidates are then ranked together.
+#include "beam_search.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "../common/isa.h"
+#include "../trie/trie_tensor.h"
+
+namespace raddpo {
+namespace {
+
+bool ranks_before(const Candidate& a, const Candidate& b) {
+  if (a.key != b.key) return a.key > b.key;
+  return a.parent != b.parent ? a.parent < b.parent : a.token < b.token;
+}
+
+}  // namespace
+
+void trim(Best& best) {
+  if (best.count < best.limit) return;
+  if (best.count > best.limit) std::nth_element(best.list, best.list + best.limit - 1, best.list + best.count, ranks_before);
+  best.count = best.limit;
+  best.threshold = best.list[0].key;
+  for (std::int64_t i = 1; i < best.count; ++i) best.threshold = std::min(best.threshold, best.list[i].key);
+}
+
+void sort(Best& best) { std::sort(best.list, best.list + best.count, ranks_before); }
+
+namespace {
+
+using Result = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+struct Call {
+  Result out;
+  BeamStepArgs args;
+};
+
+Call prepare(const Tensor& logits, const Tensor& scores, const Tensor& nodes, const Tensor& trie, const Tensor& header,
+             std::int64_t beam_width, std::int64_t normalize, double length_penalty) {
+  STD_TORCH_CHECK(logits.dim() == 3, "beam_step: logits must have shape (batch, width, vocab)");
+  const std::int64_t batch = logits.size(0), width = logits.size(1), vocab = logits.size(2);
+  STD_TORCH_CHECK(scores.scalar_type() == ScalarType::Float && nodes.scalar_type() == ScalarType::Long,
+                  "beam_step: scores must be float32 and nodes int64");
+  STD_TORCH_CHECK(scores.is_contiguous() && nodes.is_contiguous() && scores.numel() == batch * width &&
+                      nodes.numel() == batch * width,
+                  "beam_step: scores and nodes must be contiguous, one element a row of logits");
+  STD_TORCH_CHECK(logits.stride(2) == 1 || vocab <= 1, "beam_step: the last dimension of logits must be contiguous");
+  STD_TORCH_CHECK(beam_width >= 1 && width <= std::numeric_limits<std::int32_t>::max(), "beam_step: bad beam width");
+  BeamStepArgs a{};
+  a.trie = trie_view(trie, header, "beam_step");
+  a.logits = logits.const_data_ptr();
+  a.logit_type = logit_type_of(logits, "beam_step");
+  a.batch = batch;
+  a.width = width;
+  a.vocab = vocab;
+  a.stride_batch = logits.stride(0);
+  a.stride_beam = logits.stride(1);
+  a.scores = scores.const_data_ptr<float>();
+  a.nodes = nodes.const_data_ptr<std::int64_t>();
+  a.beam_width = beam_width;
+  a.normalize = static_cast<Normalize>(normalize);
+  for (int d = 0; d <= kMaxLevels; ++d) a.length_factor[d] = static_cast<float>(std::pow(std::max(d, 1), length_penalty));
+  Tensor out_scores = torch::stable::new_empty(scores, {batch, beam_width});
+  Tensor tokens = torch::stable::new_empty(nodes, {batch, beam_width});
+  Tensor parents = torch::stable::new_empty(nodes, {batch, beam_width});
+  Tensor out_nodes = torch::stable::new_empty(nodes, {batch, beam_width});
+  a.out_scores = out_scores.mutable_data_ptr<float>();
+  a.out_tokens = tokens.mutable_data_ptr<std::int64_t>();
+  a.out_parents = parents.mutable_data_ptr<std::int64_t>();
+  a.out_nodes = out_nodes.mutable_data_ptr<std::int64_t>();
+  return {{out_scores, tokens, parents, out_nodes}, a};
+}
+
+void write(const BeamStepArgs& a, std::int64_t query, const Best& best) {
+  for (std::int64_t slot = 0; slot < a.beam_width; ++slot) {
+    const Candidate empty{0.f, -INFINITY, 0, -1, -1};
+    const Candidate& c = slot < best.count ? best.list[slot] : empty;
+    const std::int64_t at = query * a.beam_width + slot;
+    a.out_scores[at] = c.score;
+    a.out_tokens[at] = c.token;
+    a.out_parents[at] = c.parent;
+    a.out_nodes[at] = c.node;
+  }
+}
+
+Result beam_step_cpu(const Tensor& logits, const Tensor& scores, const Tensor& nodes, const Tensor& trie,
+                     const Tensor& header, std::int64_t beam_width, std::int64_t normalize, double length_penalty) {
+  const Call c = prepare(logits, scores, nodes, trie, header, beam_width, normalize, length_penalty);
+  const BeamStepArgs& a = c.args;
+  if (!a.batch) return c.out;
+  const std::int64_t threads = torch::stable::get_num_threads();
+  const std::int64_t pieces = std::max<std::int64_t>(1, std::min(a.width, threads / a.batch));
+  const std::int64_t capacity = beam_width + std::max<std::int64_t>(beam_width, 256);
+  std::vector<Candidate> memory(a.batch * pieces * capacity);
+  std::vector<Best> best(a.batch * pieces);
+  const std::int64_t small = 1 << 15;  // logits that are read sooner than a thread wakes
+  const std::int64_t grain = 1 + small / (1 + a.width * a.vocab / pieces);
+  parallel_for(a.batch * pieces, grain, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      const std::int64_t query = i / pieces, piece = i % pieces;
+      best[i] = {memory.data() + i * capacity, 0, beam_width, capacity, -INFINITY};
+      RADDPO_CALL_ISA(beam_step, a, query, a.width * piece / pieces, a.width * (piece + 1) / pieces, best[i]);
+      trim(best[i]);
+    }
+  });
+  for (std::int64_t query = 0; query < a.batch; ++query) {
+    Best& all = best[query * pieces];  // the pieces' lists lie one after another: move them together
+    for (std::int64_t piece = 1; piece < pieces; ++piece) {
+      const Best& next = best[query * pieces + piece];
+      std::copy(next.list, next.list + next.count, all.list + all.count);
+      all.count += next.count;
+    }
+    trim(all);
+    sort(all);
+    write(a, query, all);
+  }
+  return c.out;
+}
+
+#ifdef RADDPO_WITH_CUDA
+Result beam_step_cuda(const Tensor& logits, const Tensor& scores, const Tensor& nodes, const Tensor& trie,
+                      const Tensor& header, std::int64_t beam_width, std::int64_t normalize, double length_penalty) {
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const Call c = prepare(logits, scores, nodes, trie, header, beam_width, normalize, length_penalty);
+  if (!c.args.batch) return c.out;
+  Tensor workspace = torch::stable::new_empty(trie, {cuda::beam_step_workspace(c.args)});
+  check_launch(cuda::beam_step(c.args, workspace.mutable_data_ptr(), current_cuda_stream(logits.get_device_index())),
+               "beam_step");
+  return c.out;
+}
+#endif
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(raddpo, CPU, m) { m.impl("beam_step", TORCH_BOX(&beam_step_cpu)); }
+#ifdef RADDPO_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(raddpo, CUDA, m) { m.impl("beam_step", TORCH_BOX(&beam_step_cuda)); }
+#endif
+
+}  // namespace raddpo

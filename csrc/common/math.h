@@ -1,0 +1,82 @@
+#pragma once
+// Scalar building blocks shared by the CPU kernels (vectorised by the compiler) and the CUDA kernels.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define RADDPO_HD __host__ __device__ __forceinline__
+#else
+// Never emitted out of line: a shared out-of-line copy compiled for AVX-512 could be the one that an older CPU runs.
+#define RADDPO_HD inline __attribute__((always_inline))
+#endif
+
+namespace raddpo {
+
+// exp(x) to about 1 ulp; 0x1p-126 below its range, where the sums it goes into do not notice.
+RADDPO_HD float fast_exp(float x) {
+#if defined(__CUDA_ARCH__)
+  return __expf(x);
+#else
+  x = x < -87.3f ? -87.3f : x;
+  const float shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the integer part lands in the low bits
+  const float n = shifted - 12582912.f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // x - n log 2, its constant in two parts
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  std::uint32_t bits;
+  std::memcpy(&bits, &shifted, 4);
+  bits = (bits + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &bits, 4);
+  return p * scale;
+#endif
+}
+
+// A log-sum-exp in progress: log(sum) + max.
+struct LogSumExp {
+  float max, sum;
+};
+
+RADDPO_HD LogSumExp merge(LogSumExp a, LogSumExp b) {
+  const float m = a.max > b.max ? a.max : b.max;
+  if (m == -INFINITY) return {m, a.sum + b.sum};  // nothing yet, or NaN
+  return {m, a.sum * fast_exp(a.max - m) + b.sum * fast_exp(b.max - m)};
+}
+
+RADDPO_HD int popcount(std::uint64_t x) {
+#if defined(__CUDA_ARCH__)
+  return __popcll(x);
+#else
+  return __builtin_popcountll(x);
+#endif
+}
+
+RADDPO_HD int count_trailing_zeros(std::uint64_t x) {  // x != 0
+#if defined(__CUDA_ARCH__)
+  return __ffsll(static_cast<long long>(x)) - 1;
+#else
+  return __builtin_ctzll(x);
+#endif
+}
+
+// Position of the set bit number k of x, counted from the lowest; x has more than k set bits.
+RADDPO_HD int select_bit(std::uint64_t x, int k) {
+  int position = 0;
+  for (int half = 32; half; half >>= 1) {
+    const int low = popcount(x & ((std::uint64_t(1) << half) - 1));
+    if (k >= low) {
+      k -= low;
+      x >>= half;
+      position += half;
+    }
+  }
+  return position;
+}
+
+}  // namespace raddpo

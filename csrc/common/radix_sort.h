@@ -1,0 +1,78 @@
+#pragma once
+// A stable radix sort of 64-bit keys with 32-bit values on several threads, and the loop splitting it uses.
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+namespace raddpo {
+
+// Uninitialised memory: its pages are first touched by the threads that fill it.
+template <typename T>
+struct Buffer {
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T[], Free> data;
+  explicit Buffer(std::int64_t size = 0) {
+    if (!size) return;
+    data.reset(static_cast<T*>(std::malloc(size * sizeof(T))));
+    if (!data) throw std::bad_alloc();
+  }
+  T& operator[](std::int64_t i) const { return data[i]; }
+  T* get() const { return data.get(); }
+  void release() { data.reset(); }
+};
+
+// Calls body(thread, begin, end) on equal shares of [0, size), one thread each.
+template <typename Body>
+void parallel_shares(int threads, std::int64_t size, const Body& body) {
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; ++t) others.emplace_back([&, t] { body(t, size * t / threads, size * (t + 1) / threads); });
+  body(0, 0, size / threads);
+  for (std::thread& other : others) other.join();
+}
+
+struct SortBuffers {
+  Buffer<std::uint64_t> keys, spare_keys;
+  Buffer<std::uint32_t> values, spare_values;
+  explicit SortBuffers(std::int64_t n) : keys(n), spare_keys(n), values(n), spare_values(n) {}
+};
+
+// Sorts keys and values by the low `bits` bits of the keys, least significant digit first. A digit that all keys share
+// costs one reading pass.
+inline void radix_sort(SortBuffers& b, std::int64_t n, int bits, int threads) {
+  const int passes = (bits + 10) / 11, width = passes ? (bits + passes - 1) / passes : 0;
+  const std::uint64_t mask = (std::uint64_t(1) << width) - 1;
+  std::vector<std::array<std::int64_t, 2048>> starts(threads);
+  for (int shift = 0; shift < bits; shift += width) {
+    parallel_shares(threads, n, [&](int t, std::int64_t begin, std::int64_t end) {
+      starts[t].fill(0);
+      for (std::int64_t i = begin; i < end; ++i) ++starts[t][(b.keys[i] >> shift) & mask];
+    });
+    std::int64_t position = 0;
+    bool constant = false;
+    for (std::uint64_t digit = 0; digit <= mask; ++digit) {
+      const std::int64_t first = position;
+      for (auto& start : starts) position += std::exchange(start[digit], position);
+      constant |= position - first == n;
+    }
+    if (constant) continue;
+    parallel_shares(threads, n, [&](int t, std::int64_t begin, std::int64_t end) {
+      auto& start = starts[t];
+      for (std::int64_t i = begin; i < end; ++i) {
+        const std::int64_t to = start[(b.keys[i] >> shift) & mask]++;
+        b.spare_keys[to] = b.keys[i];
+        b.spare_values[to] = b.values[i];
+      }
+    });
+    std::swap(b.keys, b.spare_keys);
+    std::swap(b.values, b.spare_values);
+  }
+}
+
+}  // namespace raddpo

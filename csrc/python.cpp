@@ -1,0 +1,92 @@
+// The Python module: what is not an operator on tensors.
+#include <pybind11/functional.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "common/isa.h"
+#include "trie/trie_build.h"
+
+namespace py = pybind11;
+
+namespace raddpo {
+namespace {
+
+using Int32s = py::array_t<std::int32_t, py::array::c_style | py::array::forcecast>;
+using Int64s = py::array_t<std::int64_t, py::array::c_style>;
+
+std::vector<std::int32_t> to_vector(const Int32s& a) { return {a.data(), a.data() + a.size()}; }
+
+// One level: (size, first_token, eos_symbol, symbol_of_code, tokens, codes).
+using Level = std::tuple<std::int64_t, std::int32_t, std::int32_t, Int32s, Int32s, Int32s>;
+
+py::array_t<std::uint8_t> build(const py::array& sids, const std::optional<Int64s>& lengths,
+                                const std::optional<Int64s>& item_ids, const std::vector<Level>& levels,
+                                std::int64_t eos, bool has_vocab, int threads,
+                                const std::function<void(double)>& progress) {
+  TrieBuildInput input{};
+  input.sids = sids.data();
+  input.sid_bytes = static_cast<int>(sids.itemsize());
+  input.sid_signed = sids.dtype().kind() == 'i';
+  input.rows = sids.shape(0);
+  input.columns = sids.shape(1);
+  input.lengths = lengths ? lengths->data() : nullptr;
+  input.item_ids = item_ids ? item_ids->data() : nullptr;
+  for (const auto& [size, first_token, eos_symbol, symbol_of_code, tokens, codes] : levels)
+    input.levels.push_back({size, first_token, eos_symbol, to_vector(symbol_of_code), to_vector(tokens), to_vector(codes)});
+  input.eos = eos;
+  input.has_vocab = has_vocab;
+  input.threads = threads;
+  if (progress)
+    input.progress = [&](double share) {
+      const py::gil_scoped_acquire gil;
+      progress(share);
+    };
+  TrieBytes bytes;
+  {
+    const py::gil_scoped_release no_gil;
+    bytes = trie_build(input);
+  }
+  std::uint8_t* data = bytes.data.release();
+  return py::array_t<std::uint8_t>(bytes.size, data, py::capsule(data, [](void* p) { std::free(p); }));
+}
+
+Isa isa_of(const std::string& text) {
+  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512})
+    if (text == name(isa) && isa <= best_isa()) return isa;
+  throw py::value_error("isa must be an instruction set this CPU has (scalar, avx2, avx512), got '" + text + "'");
+}
+
+}  // namespace
+}  // namespace raddpo
+
+PYBIND11_MODULE(_C, m) {
+  using namespace raddpo;
+  m.attr("HEADER_WORDS") = kHeaderWords;
+  m.attr("MAX_LEVELS") = kMaxLevels;
+  m.attr("FORMAT_VERSION") = kFormatVersion;
+  py::dict words;
+  const std::pair<const char*, int> named[] = {
+      {"magic", kMagic},           {"version", kVersion},        {"bytes", kBytes},
+      {"checksum", kChecksum},     {"num_items", kNumItems},     {"num_sids", kNumSids},
+      {"num_nodes", kNumNodes},    {"levels", kLevels},          {"sid_levels", kSidLevels},
+      {"wide", kWide},             {"item_bytes", kItemBytes},   {"eos", kEos},
+      {"has_vocab", kHasVocab},    {"symbols", kSymbols},        {"items", kItems},
+      {"tokens", kTokens},         {"codes", kCodes},            {"first_node", kFirstNode},
+      {"num_symbols", kNumSymbols}, {"table", kTable},           {"first_token", kFirstToken},
+      {"sizes", kSizes},           {"max_token", kMaxToken}};
+  for (const auto& [key, word] : named) words[key] = word;
+  m.attr("HEADER") = words;
+  m.def("trie_build", &build, py::arg("sids"), py::arg("lengths"), py::arg("item_ids"), py::arg("levels"), py::arg("eos"),
+        py::arg("has_vocab"), py::arg("threads"), py::arg("progress"));
+  m.def("trie_checksum", [](const py::buffer& b) {
+    const py::buffer_info info = b.request();
+    const py::gil_scoped_release no_gil;
+    return trie_checksum(static_cast<const std::uint8_t*>(info.ptr), info.size * info.itemsize);
+  });
+  m.def("isa", [] { return name(current_isa()); });
+  m.def("best_isa", [] { return name(best_isa()); });
+  m.def("set_isa", [](const std::string& isa) { set_isa(isa_of(isa)); });
+}

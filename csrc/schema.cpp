@@ -1,0 +1,14 @@
+// Every operator of the package, in one place. `trie` is a TrieIndex's block of bytes on the op's device, `header` its
+// header words on the CPU (csrc/trie/trie.h).
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(raddpo, m) {
+  m.def(
+      "beam_step(Tensor logits, Tensor scores, Tensor nodes, Tensor trie, Tensor header, int beam_width, int normalize, "
+      "float length_penalty) -> (Tensor scores, Tensor tokens, Tensor parents, Tensor nodes)");
+  m.def("trie_walk(Tensor tokens, Tensor trie, Tensor header) -> Tensor nodes");
+  m.def("trie_paths(Tensor nodes, Tensor trie, Tensor header) -> (Tensor codes, Tensor depths)");
+  m.def("trie_items(Tensor nodes, Tensor trie, Tensor header) -> (Tensor first, Tensor count)");
+  m.def("trie_children(Tensor nodes, Tensor trie, Tensor header) -> (Tensor first, Tensor count)");
+  m.def("row_lse(Tensor logits) -> Tensor");
+}

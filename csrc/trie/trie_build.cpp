@@ -1,0 +1,469 @@
+// Pack, sort, compare neighbours, write. A SID becomes one or a few 64-bit words of packed symbols; rows are sorted by
+// word, last word first. In sorted order a row opens one new node at every depth beyond its common prefix with the row
+// before it, and because nodes are numbered breadth first, each depth is written from front to back.
+#include "trie_build.h"
+
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <sstream>
+#include <stdexcept>
+#include <utility>
+
+#include "../common/radix_sort.h"
+
+namespace raddpo {
+namespace {
+
+using Depths = std::array<std::int64_t, kMaxLevels + 2>;
+constexpr std::uint8_t kRepeat = 255;  // in place of the common prefix's length: the same SID as the row before
+
+template <typename... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+int bit_width(std::uint64_t x) { return x ? 64 - __builtin_clzll(x) : 0; }
+
+// Where each level sits in the packed words: the first level in the highest bits of word 0.
+struct Packing {
+  int words = 0;
+  std::array<int, kMaxLevels> word{}, shift{}, bits{};
+  std::array<int, kMaxLevels> first_level{}, used{};  // of each word
+
+  Packing(const std::vector<std::int64_t>& num_symbols, int levels, bool absent) {
+    for (int l = 0; l < levels; ++l) {
+      bits[l] = bit_width(num_symbols[l] - 1 + absent);
+      if (l == 0 || used[words - 1] + bits[l] > 64) first_level[words++] = l;
+      word[l] = words - 1;
+      used[words - 1] += bits[l];
+    }
+    std::array<int, kMaxLevels> left = used;
+    for (int l = 0; l < levels; ++l) shift[l] = left[word[l]] -= bits[l];
+  }
+};
+
+template <typename T>
+class Builder {
+ public:
+  explicit Builder(const TrieBuildInput& input)
+      : in_(input), sids_(static_cast<const T*>(input.sids)), n_(input.rows), threads_(input.threads) {}
+
+  TrieBytes build() {
+    check_lengths();
+    check_codes();
+    report(0.1);
+    check_item_ids();
+    report(0.2);
+    const Packing packing(num_symbols_, levels_, in_.lengths != nullptr);
+    SortBuffers buffers(n_);
+    sort(buffers, packing);
+    buffers.spare_keys.release();
+    buffers.spare_values.release();
+    Buffer<std::uint8_t> prefixes(n_);
+    const std::vector<Counts> starts = compare_neighbours(buffers, packing, prefixes);
+    report(0.75);
+    allocate(starts.back());
+    emit(buffers, packing, prefixes, starts);
+    index_bits(kChildBits, kChildRanks, kChildHints, 2 * num_nodes_ - 1);
+    index_bits(kItemBits, kItemRanks, kItemHints, num_nodes_ + n_);
+    header()[kChecksum] = trie_checksum(bytes_.data.get(), bytes_.size);
+    report(1.0);
+    return std::move(bytes_);
+  }
+
+ private:
+  // Nodes and items of each depth.
+  struct Counts {
+    Depths nodes{}, items{};
+  };
+
+  void report(double share) const {
+    if (in_.progress) in_.progress(share);
+  }
+
+  bool eos() const { return in_.eos >= 0; }
+  int length_of(std::int64_t row) const {
+    return static_cast<int>(in_.lengths ? in_.lengths[row] : in_.columns) + eos();
+  }
+
+  // The symbol of `row` at `level`, -1 beyond its end.
+  std::int64_t symbol(std::int64_t row, int level) const {
+    const std::int64_t length = in_.lengths ? in_.lengths[row] : in_.columns;
+    if (level >= length) return level == length && eos() ? in_.levels[level].eos_symbol : -1;
+    const auto code = static_cast<std::int64_t>(sids_[row * in_.columns + level]);
+    return in_.levels[level].symbol_of_code.empty() ? code : in_.levels[level].symbol_of_code[code];
+  }
+
+  void check_lengths() {
+    std::int64_t longest = in_.columns;
+    if (in_.lengths) {
+      longest = 0;
+      for (std::int64_t row = 0; row < n_; ++row) {
+        if (in_.lengths[row] < 1 || in_.lengths[row] > in_.columns)
+          refuse("lengths[", row, "] = ", in_.lengths[row], " is outside [1, ", in_.columns, "]");
+        longest = std::max(longest, in_.lengths[row]);
+      }
+    }
+    levels_ = static_cast<int>(longest) + eos();
+  }
+
+  // Every code within its level's size (which the codes give where the caller does not) and with a token.
+  void check_codes() {
+    const int columns = static_cast<int>(in_.columns);
+    std::vector<std::array<std::uint64_t, kMaxLevels>> largest(threads_);
+    parallel_shares(threads_, n_, [&](int t, std::int64_t begin, std::int64_t end) {
+      auto& most = largest[t];
+      most.fill(0);
+      for (std::int64_t row = begin; row < end; ++row) {
+        const int length = in_.lengths ? static_cast<int>(in_.lengths[row]) : columns;
+        for (int l = 0; l < length; ++l)  // a negative code becomes a huge one
+          most[l] = std::max(most[l], static_cast<std::uint64_t>(sids_[row * columns + l]));
+      }
+    });
+    bool gaps = false;
+    for (int l = 0; l < columns; ++l) {
+      std::uint64_t most = 0;
+      for (const auto& part : largest) most = std::max(most, part[l]);
+      const std::int64_t size = in_.levels[l].size;
+      const std::uint64_t limit = size >= 0 ? size : std::uint64_t(1) << 31;
+      if (most >= limit) refuse_code(l, limit);
+      sizes_.push_back(size >= 0 ? size : static_cast<std::int64_t>(most) + 1);
+      const auto& table = in_.levels[l].symbol_of_code;
+      gaps |= std::find(table.begin(), table.end(), -1) != table.end();
+    }
+    for (std::int64_t row = 0; gaps && row < n_; ++row)
+      for (int l = 0; l < columns && l < length_of(row) - eos(); ++l)
+        if (symbol(row, l) < 0)
+          refuse("sids[", row, ", ", l, "] = ", +sids_[row * columns + l], " has no token in vocab.token_ids[", l, "]");
+    for (int l = 0; l < levels_; ++l) {
+      const LevelSymbols& level = in_.levels[l];
+      num_symbols_.push_back(level.tokens.empty() ? sizes_[l] : static_cast<std::int64_t>(level.tokens.size()));
+    }
+  }
+
+  [[noreturn]] void refuse_code(int level, std::uint64_t limit) const {
+    for (std::int64_t row = 0;; ++row) {
+      const bool read = !in_.lengths || level < in_.lengths[row];
+      if (read && static_cast<std::uint64_t>(sids_[row * in_.columns + level]) >= limit)
+        refuse("sids[", row, ", ", level, "] = ", +sids_[row * in_.columns + level], " is outside [0, ", limit, ")");
+    }
+  }
+
+  void check_item_ids() {
+    if (!in_.item_ids) {
+      wide_items_ = false;  // row numbers
+      return;
+    }
+    std::int64_t most = 0;
+    for (std::int64_t row = 0; row < n_; ++row) {
+      if (in_.item_ids[row] < 0) refuse("item_ids[", row, "] = ", in_.item_ids[row], " is negative");
+      most = std::max(most, in_.item_ids[row]);
+    }
+    wide_items_ = most > INT32_MAX;
+    SortBuffers b(n_);
+    parallel_shares(threads_, n_, [&](int, std::int64_t begin, std::int64_t end) {
+      for (std::int64_t row = begin; row < end; ++row) {
+        b.keys[row] = in_.item_ids[row];
+        b.values[row] = static_cast<std::uint32_t>(row);
+      }
+    });
+    radix_sort(b, n_, bit_width(most), threads_);
+    for (std::int64_t i = 1; i < n_; ++i)
+      if (b.keys[i] == b.keys[i - 1])
+        refuse("item_ids[", b.values[i - 1], "] and item_ids[", b.values[i], "] are both ", b.keys[i]);
+  }
+
+  void sort(SortBuffers& b, const Packing& p) const {
+    const bool absent = in_.lengths != nullptr;  // then symbol 0 of a key says that the SID has ended
+    for (int word = p.words - 1; word >= 0; --word) {
+      const bool first = word == p.words - 1;
+      const int begin_level = p.first_level[word], end_level = word + 1 < p.words ? p.first_level[word + 1] : levels_;
+      parallel_shares(threads_, n_, [&](int, std::int64_t begin, std::int64_t end) {
+        for (std::int64_t i = begin; i < end; ++i) {
+          const std::int64_t row = first ? i : b.values[i];
+          std::uint64_t key = 0;
+          for (int l = begin_level; l < end_level; ++l) key = key << p.bits[l] | (symbol(row, l) + absent);
+          b.keys[i] = key;
+          if (first) b.values[i] = static_cast<std::uint32_t>(row);
+        }
+      });
+      radix_sort(b, n_, p.used[word], threads_);
+      report(0.2 + 0.5 * (p.words - word) / p.words);
+    }
+  }
+
+  // Fills prefixes; returns the counts before each thread's share and, last, the total.
+  std::vector<Counts> compare_neighbours(const SortBuffers& b, const Packing& p, const Buffer<std::uint8_t>& prefixes) {
+    const int word_levels = p.words > 1 ? p.first_level[1] : levels_;
+    std::array<std::uint8_t, 65> level_of_width{};  // of the highest differing bit in word 0
+    for (int l = 0; l < word_levels; ++l)
+      for (int bit = p.shift[l]; bit < p.shift[l] + p.bits[l]; ++bit) level_of_width[bit + 1] = static_cast<std::uint8_t>(l);
+    std::vector<Counts> counts(threads_ + 1);
+    std::vector<std::int64_t> prefix_of_next(threads_, -1);
+    parallel_shares(threads_, n_, [&](int t, std::int64_t begin, std::int64_t end) {
+      Counts& c = counts[t + 1];
+      Depths opened{}, closed{};  // distinct rows by common prefix and by length
+      for (std::int64_t i = begin; i < end; ++i) {
+        const std::int64_t row = b.values[i];
+        const int length = length_of(row);
+        int prefix = 0;
+        if (i) {
+          const std::uint64_t difference = b.keys[i] ^ b.keys[i - 1];
+          const std::int64_t previous = b.values[i - 1];
+          if (difference) {
+            prefix = level_of_width[bit_width(difference)];
+          } else {
+            prefix = word_levels;
+            while (prefix < levels_ && symbol(row, prefix) == symbol(previous, prefix)) ++prefix;
+          }
+          if (prefix >= length) {
+            prefixes[i] = kRepeat;
+            ++c.items[length];
+            continue;
+          }
+          if (prefix == length_of(previous) && prefix_of_next[t] < 0) prefix_of_next[t] = i - 1;
+        }
+        prefixes[i] = static_cast<std::uint8_t>(prefix);
+        ++opened[prefix];
+        ++closed[length];
+        ++c.items[length];
+      }
+      std::int64_t open = 0;
+      for (int d = 1; d <= levels_; ++d) {
+        open += opened[d - 1];
+        c.nodes[d] = open;
+        open -= closed[d];
+      }
+    });
+    for (std::int64_t i : prefix_of_next)
+      if (i >= 0)
+        refuse("sids[", b.values[i], "] = ", show(b.values[i]), " is a proper prefix of sids[", b.values[i + 1], "] = ",
+               show(b.values[i + 1]), "; a vocab with eos tells them apart");
+    for (int t = 0; t < threads_; ++t)
+      for (int d = 0; d <= levels_; ++d) {
+        counts[t + 1].nodes[d] += counts[t].nodes[d];
+        counts[t + 1].items[d] += counts[t].items[d];
+      }
+    return counts;
+  }
+
+  std::string show(std::int64_t row) const {
+    std::ostringstream text;
+    for (int l = 0; l < length_of(row) - eos(); ++l) text << (l ? ", " : "(") << +sids_[row * in_.columns + l];
+    return text.str() + ")";
+  }
+
+  std::uint64_t* header() const { return reinterpret_cast<std::uint64_t*>(bytes_.data.get()); }
+  template <typename Element>
+  Element* section(HeaderWord word) const {
+    return reinterpret_cast<Element*>(bytes_.data.get() + header()[word]);
+  }
+
+  // Lays out the sections and fills the header.
+  void allocate(const Counts& total) {
+    first_node_[0] = 0;
+    first_node_[1] = 1;
+    for (int d = 1; d <= levels_; ++d) first_node_[d + 1] = first_node_[d] + total.nodes[d];
+    for (int d = 1; d <= levels_; ++d) first_item_[d + 1] = first_item_[d] + total.items[d];
+    num_nodes_ = first_node_[levels_ + 1];
+    if (2 * num_nodes_ >= std::int64_t(UINT32_MAX))
+      refuse("sids give a trie of ", num_nodes_, " nodes, more than ", UINT32_MAX / 2);
+    std::int64_t table_size = 0;
+    bool wide = false;
+    for (int l = 0; l < levels_; ++l) {
+      table_size += in_.levels[l].tokens.size();
+      wide |= num_symbols_[l] > 65536;
+    }
+    std::array<std::int64_t, 16> offset{};
+    std::int64_t size = kHeaderWords * 8;
+    const auto place = [&](HeaderWord word, std::int64_t bytes) {
+      offset[word - kSymbols] = size;
+      size += (bytes + 63) / 64 * 64;
+    };
+    const auto place_bits = [&](HeaderWord bits, std::int64_t count) {
+      const std::int64_t blocks = (count + kBlockBits - 1) / kBlockBits;
+      place(bits, blocks * kBlockBits / 8);
+      place(static_cast<HeaderWord>(bits + 1), blocks * 4);
+      place(static_cast<HeaderWord>(bits + 2), ((num_nodes_ - 1) / kHintZeros + 2) * 4);
+    };
+    place(kSymbols, num_nodes_ * (wide ? 4 : 2));
+    place_bits(kChildBits, 2 * num_nodes_ - 1);
+    place_bits(kItemBits, num_nodes_ + n_);
+    place(kItems, n_ * (wide_items_ ? 8 : 4));
+    place(kTokens, table_size * 4);
+    place(kCodes, table_size * 4);
+
+    auto* memory = static_cast<std::uint8_t*>(std::aligned_alloc(64, size));
+    if (!memory) throw std::bad_alloc();
+    bytes_ = {decltype(bytes_.data)(memory), size};
+    for (int section = 0; section < 10; ++section)  // the gaps between sections and the bits start as zero
+      std::memset(memory + offset[section], 0, section >= 1 && section <= 6 ? offset[section + 1] - offset[section] : 0);
+    std::memset(memory, 0, kHeaderWords * 8);
+    zero_tail(offset[0], num_nodes_ * (wide ? 4 : 2));
+    zero_tail(offset[kItems - kSymbols], n_ * (wide_items_ ? 8 : 4));
+    zero_tail(offset[kTokens - kSymbols], table_size * 4);
+    zero_tail(offset[kCodes - kSymbols], table_size * 4);
+
+    std::uint64_t* h = header();
+    std::memcpy(h, "RADTRIE", 8);
+    h[kVersion] = kFormatVersion;
+    h[kBytes] = size;
+    h[kNumItems] = n_;
+    h[kNumNodes] = num_nodes_;
+    h[kLevels] = levels_;
+    h[kSidLevels] = in_.columns;
+    h[kWide] = wide;
+    h[kItemBytes] = wide_items_ ? 8 : 4;
+    h[kEos] = in_.eos;
+    h[kHasVocab] = in_.has_vocab;
+    for (int s = 0; s < 10; ++s) h[kSymbols + s] = offset[s];
+    for (int d = 0; d < kMaxLevels + 2; ++d) h[kFirstNode + d] = d <= levels_ ? first_node_[d] : num_nodes_;
+    for (int l = 0; l < static_cast<int>(in_.columns); ++l) h[kSizes + l] = sizes_[l];
+    std::int64_t table = 0;
+    for (int l = 0; l < levels_; ++l) {
+      const LevelSymbols& level = in_.levels[l];
+      h[kNumSymbols + l] = num_symbols_[l];
+      h[kTable + l] = level.tokens.empty() ? -1 : table;
+      h[kFirstToken + l] = level.first_token;
+      h[kMaxToken + l] = level.tokens.empty() ? level.first_token + num_symbols_[l] - 1 : level.tokens.back();
+      std::copy(level.tokens.begin(), level.tokens.end(), section<std::int32_t>(kTokens) + table);
+      std::copy(level.codes.begin(), level.codes.end(), section<std::int32_t>(kCodes) + table);
+      table += level.tokens.size();
+    }
+  }
+
+  void zero_tail(std::int64_t offset, std::int64_t bytes) const {
+    std::memset(bytes_.data.get() + offset + bytes, 0, (64 - bytes % 64) % 64);
+  }
+
+  // Sets bits in ascending order; neighbours may share a word across threads and depths.
+  struct BitWriter {
+    std::uint64_t* bits = nullptr;
+    std::int64_t word = 0;
+    std::uint64_t value = 0;
+    void set(std::int64_t position) {
+      if (position >> 6 != word) {
+        flush();
+        word = position >> 6;
+      }
+      value |= std::uint64_t(1) << (position & 63);
+    }
+    void flush() {
+      if (value) __atomic_fetch_or(bits + word, value, __ATOMIC_RELAXED);
+      value = 0;
+    }
+  };
+
+  void emit(const SortBuffers& b, const Packing& p, const Buffer<std::uint8_t>& prefixes, const std::vector<Counts>& starts) {
+    if (header()[kWide])
+      wide_items_ ? emit_as<std::uint32_t, std::int64_t>(b, p, prefixes, starts)
+                  : emit_as<std::uint32_t, std::int32_t>(b, p, prefixes, starts);
+    else
+      wide_items_ ? emit_as<std::uint16_t, std::int64_t>(b, p, prefixes, starts)
+                  : emit_as<std::uint16_t, std::int32_t>(b, p, prefixes, starts);
+  }
+
+  template <typename Symbol, typename Item>
+  void emit_as(const SortBuffers& b, const Packing& p, const Buffer<std::uint8_t>& prefixes, const std::vector<Counts>& starts) {
+    auto* symbols = section<Symbol>(kSymbols);
+    auto* items = section<Item>(kItems);
+    const bool absent = in_.lengths != nullptr;
+    std::atomic<std::int64_t> distinct{0};
+    symbols[0] = 0;
+    parallel_shares(threads_, n_, [&](int t, std::int64_t begin, std::int64_t end) {
+      Depths next_node = first_node_, next_item = first_item_;
+      std::array<BitWriter, kMaxLevels + 1> child_bits, item_bits;
+      for (int d = 0; d <= levels_; ++d) {
+        next_node[d] += starts[t].nodes[d];
+        next_item[d] += starts[t].items[d];
+        child_bits[d].bits = section<std::uint64_t>(kChildBits);
+        item_bits[d].bits = section<std::uint64_t>(kItemBits);
+      }
+      next_node[0] = 1;
+      std::int64_t rows = 0;
+      for (std::int64_t i = begin; i < end; ++i) {
+        const std::int64_t row = b.values[i];
+        const int length = length_of(row);
+        if (prefixes[i] != kRepeat) {
+          ++rows;
+          for (int d = prefixes[i] + 1; d <= length; ++d) {
+            const std::int64_t node = next_node[d]++, parent = next_node[d - 1] - 1;
+            const int l = d - 1;
+            symbols[node] = static_cast<Symbol>(
+                p.word[l] ? symbol(row, l) : ((b.keys[i] >> p.shift[l]) & ((std::uint64_t(1) << p.bits[l]) - 1)) - absent);
+            child_bits[d].set(node - 1 + parent);
+          }
+        }
+        const std::int64_t item = next_item[length]++, leaf = next_node[length] - 1;
+        items[item] = static_cast<Item>(in_.item_ids ? in_.item_ids[row] : row);
+        item_bits[length].set(item + leaf);
+      }
+      for (BitWriter& writer : child_bits) writer.flush();
+      for (BitWriter& writer : item_bits) writer.flush();
+      distinct += rows;
+    });
+    header()[kNumSids] = distinct;
+  }
+
+  // Ranks and hints of a degree sequence of `count` bits and num_nodes_ zeros.
+  void index_bits(HeaderWord bits_word, HeaderWord ranks_word, HeaderWord hints_word, std::int64_t count) const {
+    const auto* bits = section<std::uint64_t>(bits_word);
+    auto *ranks = section<std::uint32_t>(ranks_word), *hints = section<std::uint32_t>(hints_word);
+    const std::int64_t blocks = (count + kBlockBits - 1) / kBlockBits;
+    std::uint32_t zeros = 0;
+    std::int64_t hint = 0;
+    for (std::int64_t block = 0; block < blocks; ++block) {
+      ranks[block] = zeros;
+      for (int word = 0; word < kBlockBits / 64; ++word) zeros += 64 - __builtin_popcountll(bits[block * (kBlockBits / 64) + word]);
+      for (; hint * kHintZeros < std::min<std::int64_t>(zeros, num_nodes_); ++hint) hints[hint] = static_cast<std::uint32_t>(block);
+    }
+    hints[hint] = static_cast<std::uint32_t>(blocks - 1);
+  }
+
+  const TrieBuildInput& in_;
+  const T* sids_;
+  std::int64_t n_;
+  int threads_, levels_ = 0;
+  bool wide_items_ = false;
+  std::vector<std::int64_t> sizes_, num_symbols_;
+  Depths first_node_{}, first_item_{};
+  std::int64_t num_nodes_ = 0;
+  TrieBytes bytes_{};
+};
+
+}  // namespace
+
+TrieBytes trie_build(const TrieBuildInput& input) {
+  switch (input.sid_bytes) {
+    case 1: return input.sid_signed ? Builder<std::int8_t>(input).build() : Builder<std::uint8_t>(input).build();
+    case 2: return input.sid_signed ? Builder<std::int16_t>(input).build() : Builder<std::uint16_t>(input).build();
+    case 4: return input.sid_signed ? Builder<std::int32_t>(input).build() : Builder<std::uint32_t>(input).build();
+    default: return input.sid_signed ? Builder<std::int64_t>(input).build() : Builder<std::uint64_t>(input).build();
+  }
+}
+
+std::uint64_t trie_checksum(const std::uint8_t* data, std::int64_t size) {
+  constexpr int kLanes = 8;  // independent chains keep the multipliers busy
+  constexpr std::uint64_t kMultiplier = 0x9e3779b97f4a7c15;
+  std::uint64_t lane[kLanes];
+  for (int k = 0; k < kLanes; ++k) lane[k] = kMultiplier * (k + 1);
+  for (std::int64_t at = 0; at < size; at += 8 * kLanes)
+    for (int k = 0; k < kLanes; ++k) {
+      std::uint64_t word = 0;
+      const std::int64_t from = at + 8 * k;
+      if (from + 8 <= size && from != 8 * kChecksum) std::memcpy(&word, data + from, 8);
+      lane[k] = (lane[k] ^ word) * kMultiplier;
+      lane[k] ^= lane[k] >> 29;
+    }
+  std::uint64_t sum = size;
+  for (std::uint64_t value : lane) {
+    sum = (sum ^ value) * kMultiplier;
+    sum ^= sum >> 32;
+  }
+  return sum;
+}
+
+}  // namespace raddpo

@@ -1,0 +1,50 @@
+#pragma once
+// Builds the block of bytes described in trie.h from unsorted SIDs. Host only, no torch.
+#include <cstdint>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "trie.h"
+
+namespace raddpo {
+
+// What one level's codes mean. Empty vectors: symbol = code, token = first_token + code.
+struct LevelSymbols {
+  std::int64_t size = -1;  // codes are in [0, size); -1: whatever the SIDs hold
+  std::int32_t first_token = 0;
+  std::int32_t eos_symbol = -1;              // of the end-of-sequence token, where this level can hold it
+  std::vector<std::int32_t> symbol_of_code;  // [size], -1: the code has no token
+  std::vector<std::int32_t> tokens, codes;   // of each symbol
+};
+
+struct TrieBuildInput {
+  const void* sids;  // [rows, columns], row-major
+  int sid_bytes;     // 1, 2, 4 or 8
+  bool sid_signed;
+  std::int64_t rows, columns;
+  const std::int64_t* lengths;   // [rows] in [1, columns], or null: all `columns`
+  const std::int64_t* item_ids;  // [rows], distinct and >= 0, or null: row numbers
+  std::vector<LevelSymbols> levels;  // columns, and one more with an end-of-sequence token
+  std::int64_t eos = -1;
+  bool has_vocab = false;
+  int threads = 1;
+  std::function<void(double)> progress;  // called with the share done, in [0, 1]; may be empty
+};
+
+struct FreeBytes {
+  void operator()(std::uint8_t* p) const { std::free(p); }
+};
+struct TrieBytes {
+  std::unique_ptr<std::uint8_t[], FreeBytes> data;  // aligned to 64 bytes
+  std::int64_t size;
+};
+
+// Throws std::invalid_argument that names the argument and the value.
+TrieBytes trie_build(const TrieBuildInput& input);
+
+// Of every byte of the block but the checksum's own; detects every change within one 64-bit word.
+std::uint64_t trie_checksum(const std::uint8_t* data, std::int64_t size);
+
+}  // namespace raddpo

@@ -1,0 +1,112 @@
+#pragma once
+// Navigation in the trie, on host and device. Every function is O(log) in the trie's size, none allocates.
+#include "../common/math.h"
+#include "trie.h"
+
+namespace raddpo {
+
+struct Range {
+  std::int64_t first, count;
+};
+
+// Position of zero number i.
+RADDPO_HD std::int64_t select_zero(const DegreeSequence& s, std::int64_t i) {
+  std::int64_t low = s.hints[i / kHintZeros], high = s.hints[i / kHintZeros + 1];
+  while (low < high) {  // the last block with at most i zeros before it
+    const std::int64_t middle = (low + high + 1) / 2;
+    if (s.ranks[middle] <= i)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  int rest = static_cast<int>(i - s.ranks[low]);
+  std::int64_t word = low * (kBlockBits / 64);
+  for (int zeros; rest >= (zeros = popcount(~s.bits[word])); ++word) rest -= zeros;
+  return word * 64 + select_bit(~s.bits[word], rest);
+}
+
+// Position of one number i; `blocks` is the number of the sequence's last block.
+RADDPO_HD std::int64_t select_one(const DegreeSequence& s, std::int64_t blocks, std::int64_t i) {
+  std::int64_t low = 0, high = blocks;
+  while (low < high) {
+    const std::int64_t middle = (low + high + 1) / 2;
+    if (middle * kBlockBits - s.ranks[middle] <= i)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  int rest = static_cast<int>(i - (low * kBlockBits - s.ranks[low]));
+  std::int64_t word = low * (kBlockBits / 64);
+  for (int ones; rest >= (ones = popcount(s.bits[word])); ++word) rest -= ones;
+  return word * 64 + select_bit(s.bits[word], rest);
+}
+
+// The ones of node i: their numbers, counted from 0.
+RADDPO_HD Range ones_of(const DegreeSequence& s, std::int64_t i) {
+  const std::int64_t begin = i ? select_zero(s, i - 1) + 1 : 0;
+  const std::uint64_t rest = ~s.bits[begin / 64] >> (begin % 64);
+  const std::int64_t end = rest ? begin + count_trailing_zeros(rest) : select_zero(s, i);
+  return {begin - i, end - begin};
+}
+
+RADDPO_HD Range children_of(const TrieView& t, std::int64_t node) {
+  const Range ones = ones_of(t.children, node);
+  return {ones.first + 1, ones.count};  // the root is nobody's child
+}
+
+// Positions in the item list.
+RADDPO_HD Range items_of(const TrieView& t, std::int64_t node) { return ones_of(t.items, node); }
+
+RADDPO_HD std::int64_t parent_of(const TrieView& t, std::int64_t node) {  // node > 0
+  const std::int64_t nodes = t.first_node[t.levels + 1];
+  const std::int64_t last_block = (2 * nodes - 2) / kBlockBits;  // the sequence has 2 nodes - 1 bits
+  return select_one(t.children, last_block, node - 1) - (node - 1);
+}
+
+RADDPO_HD int depth_of(const TrieView& t, std::int64_t node) {
+  int depth = 0;
+  while (node >= t.first_node[depth + 1]) ++depth;
+  return depth;
+}
+
+RADDPO_HD std::int64_t symbol_of(const TrieView& t, std::int64_t node) {
+  return t.wide ? static_cast<const std::uint32_t*>(t.symbols)[node] : static_cast<const std::uint16_t*>(t.symbols)[node];
+}
+
+RADDPO_HD std::int32_t token_of(const TrieView& t, int level, std::int64_t symbol) {
+  return t.table[level] < 0 ? static_cast<std::int32_t>(t.first_token[level] + symbol) : t.tokens[t.table[level] + symbol];
+}
+
+RADDPO_HD std::int32_t code_of(const TrieView& t, int level, std::int64_t symbol) {
+  return t.table[level] < 0 ? static_cast<std::int32_t>(symbol) : t.codes[t.table[level] + symbol];
+}
+
+// The child of `node` (at depth `level`) along token id `token`, or -1.
+RADDPO_HD std::int64_t find_child(const TrieView& t, std::int64_t node, int level, std::int64_t token) {
+  std::int64_t symbol = token - t.first_token[level];
+  if (t.table[level] >= 0) {
+    const std::int32_t* tokens = t.tokens + t.table[level];
+    std::int32_t low = 0, high = t.num_symbols[level];
+    while (low < high) {
+      const std::int32_t middle = (low + high) / 2;
+      if (tokens[middle] < token)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    symbol = low < t.num_symbols[level] && tokens[low] == token ? low : -1;
+  }
+  if (symbol < 0 || symbol >= t.num_symbols[level]) return -1;
+  const Range children = children_of(t, node);
+  std::int64_t low = children.first, high = children.first + children.count;
+  while (low < high) {
+    const std::int64_t middle = (low + high) / 2;
+    if (symbol_of(t, middle) < symbol)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low < children.first + children.count && symbol_of(t, low) == symbol ? low : -1;
+}
+
+}  // namespace raddpo

@@ -1,0 +1,71 @@
+#pragma once
+// Kernel interface of the lookups in a trie: one independent row or node each, raw pointers only.
+#include "trie_math.h"
+
+namespace raddpo {
+
+// tokens [rows, columns] to the nodes [rows, columns + 1] after 0, 1, .. tokens; -1 once off the trie.
+struct TrieWalkArgs {
+  TrieView trie;
+  const std::int64_t* tokens;
+  std::int64_t rows, columns;
+  std::int64_t* nodes;
+};
+
+RADDPO_HD void trie_walk_row(const TrieWalkArgs& a, std::int64_t row) {
+  std::int64_t node = 0;
+  std::int64_t* out = a.nodes + row * (a.columns + 1);
+  out[0] = 0;
+  for (std::int64_t i = 0; i < a.columns; ++i) {
+    if (node >= 0) node = i < a.trie.levels ? find_child(a.trie, node, static_cast<int>(i), a.tokens[row * a.columns + i]) : -1;
+    out[i + 1] = node;
+  }
+}
+
+// nodes [count] to the codes [count, sid_levels] on their paths, padded with -1, and their depths; -1 for no node.
+struct TriePathsArgs {
+  TrieView trie;
+  const std::int64_t* nodes;
+  std::int64_t count;
+  std::int64_t *codes, *depths;
+};
+
+RADDPO_HD bool is_node(const TrieView& t, std::int64_t node) { return node >= 0 && node < t.first_node[t.levels + 1]; }
+
+RADDPO_HD void trie_path(const TriePathsArgs& a, std::int64_t i) {
+  const TrieView& t = a.trie;
+  std::int64_t node = a.nodes[i];
+  std::int64_t* codes = a.codes + i * t.sid_levels;
+  const int depth = is_node(t, node) ? depth_of(t, node) : -1;
+  a.depths[i] = depth;
+  for (int level = depth < 0 ? 0 : depth; level < t.sid_levels; ++level) codes[level] = -1;
+  for (int level = depth - 1; level >= 0; --level) {
+    if (level < t.sid_levels) codes[level] = code_of(t, level, symbol_of(t, node));
+    node = parent_of(t, node);
+  }
+}
+
+// nodes [count] to their children (first child's node, number) or items (first position, number); 0, 0 for no node.
+struct TrieRangesArgs {
+  TrieView trie;
+  const std::int64_t* nodes;
+  std::int64_t count;
+  bool items;
+  std::int64_t *first, *number;
+};
+
+RADDPO_HD void trie_range(const TrieRangesArgs& a, std::int64_t i) {
+  const std::int64_t node = a.nodes[i];
+  Range range{0, 0};
+  if (is_node(a.trie, node)) range = a.items ? items_of(a.trie, node) : children_of(a.trie, node);
+  a.first[i] = range.first;
+  a.number[i] = range.count;
+}
+
+namespace cuda {  // each returns cudaError_t
+int trie_walk(const TrieWalkArgs& a, CUstream_st* stream);
+int trie_paths(const TriePathsArgs& a, CUstream_st* stream);
+int trie_ranges(const TrieRangesArgs& a, CUstream_st* stream);
+}  // namespace cuda
+
+}  // namespace raddpo

@@ -1,0 +1,11 @@
+#pragma once
+// A TrieIndex's two tensors as the view that kernels take.
+#include "../common/tensor.h"
+#include "trie.h"
+
+namespace raddpo {
+
+// `trie`: uint8, the whole block, on the op's device; `header`: its first kHeaderWords words as int64 on the CPU.
+TrieView trie_view(const Tensor& trie, const Tensor& header, const char* op);
+
+}  // namespace raddpo

@@ -1,0 +1,67 @@
+"""Argument checks shared by the public functions: each names the argument and the value it refuses."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NORMALIZE = ("vocab", "level", "trie")
+
+
+def integer(value: Any, name: str, least: int | None = None) -> int:
+    """``value`` as an int, at least ``least``."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if least is not None and number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number
+
+
+def choice(value: Any, name: str, choices: tuple[str, ...]) -> int:
+    """The position of ``value`` in ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return choices.index(value)
+
+
+def integer_tensor(value: Any, name: str, dim: int) -> Tensor:
+    """A torch tensor, numpy array or nested list of integers as an int64 tensor of ``dim`` dimensions."""
+    tensor = value if isinstance(value, Tensor) else torch.from_numpy(integer_array(value, name, dim).astype(np.int64))
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} must hold integers, got {tensor.dtype}")
+    if tensor.dim() != dim:
+        raise ValueError(f"{name} must have {dim} dimensions, got shape {tuple(tensor.shape)}")
+    return tensor.to(torch.int64)
+
+
+def integer_array(value: Any, name: str, dim: int) -> np.ndarray:
+    """The same as a C-contiguous numpy array in native byte order of whatever integer type it has."""
+    array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must hold integers, got {array.dtype}")
+    if array.ndim != dim:
+        raise ValueError(f"{name} must have {dim} dimensions, got shape {array.shape}")
+    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+
+
+def lengths(value: Any, rows: int, least: int, most: int) -> Tensor:
+    """int64 ``[rows]`` lengths in ``[least, most]``."""
+    tensor = integer_tensor(value, "lengths", 1)
+    if len(tensor) != rows:
+        raise ValueError(f"lengths must have one entry a row of sids ({rows}), got {len(tensor)}")
+    none((tensor < least) | (tensor > most), lambda row: f"lengths[{row}] = {int(tensor[row])} is outside "
+         f"[{least}, {most}]")
+    return tensor
+
+
+def none(bad: Tensor, message: Callable[[int], str]) -> None:
+    """Raises ValueError with the message for the first true entry of ``bad``, a boolean vector."""
+    if bool(bad.any()):
+        raise ValueError(message(int(bad.nonzero()[0, 0])))

@@ -1,0 +1,342 @@
+"""TrieIndex: the catalogue's semantic IDs (SIDs) as an immutable prefix tree that the decoder walks."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raddpo_ext import _C, _check
+from raddpo_ext.vocab import SIDVocab
+
+_WORD = _C.HEADER
+_MAGIC = b"RADTRIE\0"
+
+
+class Lookup(NamedTuple):
+    """Ragged items: those of row ``i`` are ``items[offsets[i]:offsets[i + 1]]``."""
+
+    items: Tensor
+    offsets: Tensor
+
+
+class TrieIndex:
+    """Immutable index of a catalogue; made by :meth:`build` or :meth:`load`.
+
+    One block of bytes, the same in memory, in a file and on a GPU: nodes numbered breadth first (root 0), the shape as
+    two bit sequences, one 16- or 32-bit symbol a node, and the item ids (``csrc/trie/trie.h``). About 21 bytes an item
+    for a million 8-level SIDs, 9 for 3 levels.
+
+    With ``vocab.eos`` every SID ends in that token, so a SID may be a prefix of another; its prefix's node then has
+    the end-of-sequence token as one more child. Leaves are whole SIDs, and one leaf may hold several items.
+    """
+
+    def __init__(self, data: Tensor, header: Tensor) -> None:
+        self.data = data  # uint8, on the index's device
+        self.header = header  # its first words as int64, on the CPU
+        self.num_items = self._word("num_items")
+        self.num_sids = self._word("num_sids")
+        self.num_nodes = self._word("num_nodes")
+        #: Tokens of the longest SID, its end-of-sequence token counted: the steps of a search.
+        self.levels = self._word("levels")
+        #: Columns of a SID.
+        self.sid_levels = self._word("sid_levels")
+        #: Largest token id of each level.
+        self.max_tokens = [self._word("max_token", level) for level in range(self.levels)]
+        #: The smallest of them: fewer logits than this fit no level.
+        self.min_max_token = min(self.max_tokens)
+        self.vocab = self._vocab() if self._word("has_vocab") else None
+
+    @classmethod
+    def build(
+        cls,
+        sids: Any,
+        *,
+        item_ids: Any = None,
+        lengths: Any = None,
+        vocab: SIDVocab | None = None,
+        progress: Callable[[float], None] | None = None,
+    ) -> TrieIndex:
+        """Builds the index from unsorted SIDs, on ``torch.get_num_threads()`` threads.
+
+        Args:
+            sids: codes ``[N, L]`` of any integer type, numpy or torch; read up to each length.
+            item_ids: integers ``[N]``, distinct and ``>= 0``; default the row numbers. Stored in 32 bits where they
+                fit, else in 64. Several items may share a SID; they keep their input order.
+            lengths: integers ``[N]`` in ``[1, L]``; default all ``L``.
+            vocab: token ids of the codes; without one a code is its token id.
+            progress: called now and then with the share done, from 0 to 1.
+
+        Raises:
+            ValueError: no SIDs, a code outside its level or without a token, a repeated or negative item id, a length
+                out of range, more than 32 levels, or, without ``vocab.eos``, a SID that is a proper prefix of another.
+            TypeError: not integers.
+        """
+        codes = _check.integer_array(sids, "sids", 2)
+        rows, columns = codes.shape
+        if rows == 0 or columns == 0:
+            raise ValueError(f"sids must hold at least one SID of one code, got shape {codes.shape}")
+        if rows >= 2**32 - 1:
+            raise ValueError(f"sids must have fewer than 2**32 - 1 rows, got {rows}")
+        eos = vocab is not None and vocab.eos is not None
+        if columns + eos > _C.MAX_LEVELS:
+            raise ValueError(f"sids must have at most {_C.MAX_LEVELS - eos} levels, got shape {codes.shape}")
+        if vocab is not None and vocab.levels != columns:
+            raise ValueError(f"sids must have one column a level of vocab ({vocab.levels}), got shape {codes.shape}")
+        ends = None if lengths is None else _check.lengths(lengths, rows, 1, columns).numpy()
+        ids = None
+        if item_ids is not None:
+            ids = _check.integer_array(item_ids, "item_ids", 1).astype(np.int64)
+            if len(ids) != rows:
+                raise ValueError(f"item_ids must have one entry a row of sids ({rows}), got {len(ids)}")
+        data = torch.from_numpy(
+            _C.trie_build(
+                codes,
+                lengths=ends,
+                item_ids=ids,
+                levels=_level_symbols(vocab, columns),
+                eos=vocab.eos if eos else -1,
+                has_vocab=vocab is not None,
+                threads=torch.get_num_threads(),
+                progress=progress,
+            )
+        )
+        return cls(data, _header_of(data))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole index, header included."""
+        return self.data.numel()
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def to(self, device: torch.device | str) -> TrieIndex:
+        """The same index on another device."""
+        return TrieIndex(self.data.to(device), self.header)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the index to one file, atomically: a reader sees the old file or the whole new one."""
+        path = Path(path)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                self.data.cpu().numpy().tofile(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TrieIndex:
+        """Maps a saved index into memory; processes that load the same file share its pages.
+
+        Raises:
+            ValueError: the file is no index, of another version, truncated or altered (its checksum is verified).
+        """
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < _C.HEADER_WORDS * 8:
+                raise ValueError(f"{os.fspath(path)}: not a TrieIndex file, or truncated: {size} bytes")
+            # A private mapping: writable as torch wants it, yet the file stays as it is and its pages stay shared.
+            data = torch.frombuffer(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+        header = _header_of(data)
+        if header[_WORD["magic"]].numpy().tobytes() != _MAGIC:
+            raise ValueError(f"{os.fspath(path)}: not a TrieIndex file")
+        version, expected = int(header[_WORD["version"]]), int(header[_WORD["bytes"]])
+        if version != _C.FORMAT_VERSION:
+            raise ValueError(f"{os.fspath(path)}: format version {version}, this build reads {_C.FORMAT_VERSION}")
+        if size != expected:
+            raise ValueError(f"{os.fspath(path)}: truncated or altered: {size} bytes where {expected} were written")
+        if _C.trie_checksum(data.numpy()) != int(header[_WORD["checksum"]]) % 2**64:
+            raise ValueError(f"{os.fspath(path)}: altered: its checksum does not match")
+        return cls(data, header)
+
+    def contains(self, sids: Any, lengths: Any = None) -> Tensor:
+        """Whether each SID is in the catalogue: bool ``[N]`` for ``sids`` ``[N, L]``; see :meth:`lookup`."""
+        _, count = self._items(self._leaves(sids, lengths))
+        return count > 0
+
+    def lookup(self, sids: Any, lengths: Any = None) -> Lookup:
+        """The items of each SID.
+
+        Args:
+            sids: integer codes ``[N, L]``, read up to each length. Codes that no SID has are not found, not an error.
+            lengths: integer ``[N]`` in ``[0, L]``; default all ``L``.
+
+        Returns:
+            ``(items, offsets)``: int64 item ids in input order and int64 ``[N + 1]`` offsets into them.
+        """
+        first, count = self._items(self._leaves(sids, lengths))
+        offsets = torch.zeros(len(count) + 1, dtype=torch.int64, device=self.device)
+        torch.cumsum(count, 0, out=offsets[1:])
+        rows = torch.repeat_interleave(count)
+        items = self.items[first[rows] + torch.arange(len(rows), device=self.device) - offsets[rows]]
+        return Lookup(items.to(torch.int64), offsets)
+
+    def nodes(self, tokens: Tensor) -> Tensor:
+        """The trie node before each token: int64 ``[C, L]`` for token ids ``[C, L]``, -1 once a prefix is off the trie.
+
+        ``nodes[:, 0]`` is the root. Padding (any id that is no child) gives -1 from there on.
+        """
+        return self._walk(tokens)[:, :-1]
+
+    def children(self, prefix: Sequence[int]) -> Tensor:
+        """Codes that can follow a prefix of codes, int64, in the order of their token ids; -1 stands for ``eos``.
+
+        Empty for a whole SID and for a prefix that no SID has.
+        """
+        row = torch.tensor([[*map(int, prefix)]], dtype=torch.int64).reshape(1, -1)
+        node = self._walk(self._tokens(row, torch.tensor([row.shape[1]]), end=False))[0, -1:]
+        first, count = (int(x) for x in torch.ops.raddpo.trie_children(node, self.data, self.header))
+        if row.shape[1] >= self.levels:
+            return torch.empty(0, dtype=torch.int64, device=self.device)
+        children = torch.arange(first, first + count, device=self.device)
+        if row.shape[1] == self.sid_levels:  # only the end-of-sequence token follows
+            return torch.full((count,), -1, dtype=torch.int64, device=self.device)
+        return self.paths(children)[0][:, row.shape[1]]
+
+    def paths(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes on the way to each node and its depth in tokens.
+
+        Args:
+            nodes: int64, any shape ``[...]``.
+
+        Returns:
+            int64 codes ``[..., sid_levels]`` padded with -1 (also for ``eos``), int64 depths ``[...]``, -1 for no node.
+        """
+        codes, depths = torch.ops.raddpo.trie_paths(nodes.contiguous(), self.data, self.header)
+        return codes.view(*nodes.shape, self.sid_levels), depths.view(nodes.shape)
+
+    def item_ranges(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each node's items begin in :attr:`items` and how many they are, int64, shaped like ``nodes``."""
+        first, count = self._items(nodes)
+        return first.view(nodes.shape), count.view(nodes.shape)
+
+    @property
+    def items(self) -> Tensor:
+        """Every item id, leaf by leaf, int32 or int64 ``[num_items]``."""
+        size = self._word("item_bytes")
+        begin = self._word("items")
+        return self.data[begin : begin + size * self.num_items].view(torch.int32 if size == 4 else torch.int64)
+
+    def _items(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.raddpo.trie_items(nodes.contiguous(), self.data, self.header)
+
+    def _walk(self, tokens: Tensor) -> Tensor:
+        tokens = _check.integer_tensor(tokens, "tokens", 2).to(self.device).contiguous()
+        return torch.ops.raddpo.trie_walk(tokens, self.data, self.header)
+
+    def _leaves(self, sids: Any, lengths: Any) -> Tensor:
+        codes = _check.integer_tensor(sids, "sids", 2)
+        rows, columns = codes.shape
+        ends = torch.full((rows,), columns) if lengths is None else _check.lengths(lengths, rows, 0, columns)
+        end = self.vocab is not None and self.vocab.eos is not None
+        nodes = self._walk(self._tokens(codes.to(self.device), ends.to(self.device), end))
+        return nodes.gather(1, (ends.to(self.device) + end)[:, None])[:, 0]
+
+    def _tokens(self, codes: Tensor, ends: Tensor, end: bool) -> Tensor:
+        """Token ids of codes, -1 where a code has none; with ``end`` each row gets the end-of-sequence token."""
+        tokens = torch.full((len(codes), codes.shape[1] + end), -1, dtype=torch.int64, device=codes.device)
+        for level in range(min(codes.shape[1], self.sid_levels)):
+            column = codes[:, level]
+            if self.vocab is None:
+                ids = column
+            else:
+                known = (column >= 0) & (column < self.vocab.sizes[level])
+                ids = self.vocab.token_ids[level].to(codes.device)[torch.where(known, column, 0)]
+                ids = torch.where(known, ids, -1)
+            tokens[:, level] = torch.where(ends > level, ids, -1)
+        if end:
+            assert self.vocab is not None and self.vocab.eos is not None
+            tokens.scatter_(1, ends[:, None], self.vocab.eos)
+        return tokens
+
+    def _word(self, name: str, offset: int = 0) -> int:
+        return int(self.header[_WORD[name] + offset])
+
+    def _vocab(self) -> SIDVocab:
+        """The vocab that the index was built with, from its tables."""
+        header_bytes = self.data if self.data.device.type == "cpu" else self.data.cpu()
+        token_ids = []
+        for level in range(self.sid_levels):
+            ids = torch.full((self._word("sizes", level),), -1, dtype=torch.int64)
+            count, table = self._word("num_symbols", level), self._word("table", level)
+            if table < 0:
+                ids[:] = torch.arange(count) + self._word("first_token", level)
+            else:
+                begin = [self._word(section) + 4 * table for section in ("codes", "tokens")]
+                codes, tokens = (header_bytes[b : b + 4 * count].view(torch.int32).long() for b in begin)
+                ids[codes[codes >= 0]] = tokens[codes >= 0]
+            token_ids.append(ids)
+        eos = self._word("eos")
+        sizes = [len(ids) for ids in token_ids]
+        return SIDVocab(sizes, eos=None if eos < 0 else eos, token_ids=token_ids)
+
+    def __repr__(self) -> str:
+        return (
+            f"TrieIndex(num_items={self.num_items}, num_sids={self.num_sids}, num_nodes={self.num_nodes}, "
+            f"levels={self.levels}, nbytes={self.nbytes}, device='{self.device}')"
+        )
+
+
+def _level_symbols(vocab: SIDVocab | None, columns: int) -> list[tuple[Any, ...]]:
+    """For each level (size, first token, symbol of eos, symbol of each code, tokens, codes), as csrc/python.cpp takes
+    it: empty arrays where token = first token + code."""
+    empty = np.empty(0, np.int32)
+    if vocab is None:
+        return [(-1, 0, -1, empty, empty, empty)] * columns
+    levels = []
+    for level, ids in enumerate(vocab.token_ids):
+        size, first = len(ids), int(ids[0])
+        has_eos = vocab.eos is not None and level > 0
+        if not has_eos and first >= 0 and torch.equal(ids, torch.arange(first, first + size)):
+            levels.append((size, first, -1, empty, empty, empty))
+            continue
+        codes = torch.cat([(ids >= 0).nonzero()[:, 0], torch.tensor([-1] if has_eos else [], dtype=torch.int64)])
+        tokens = torch.where(codes >= 0, ids[codes.clamp(min=0)], vocab.eos if has_eos else -1)
+        order = tokens.argsort()
+        tokens, codes = tokens[order], codes[order]
+        symbols = torch.full((size,), -1)
+        symbols[codes[codes >= 0]] = (codes >= 0).nonzero()[:, 0]
+        eos_symbol = int((codes < 0).nonzero()[0, 0]) if has_eos else -1
+        levels.append((size, 0, eos_symbol, symbols.int().numpy(), tokens.int().numpy(), codes.int().numpy()))
+    if vocab.eos is not None:
+        levels.append((0, 0, 0, empty, np.array([vocab.eos], np.int32), np.array([-1], np.int32)))
+    return levels
+
+
+def _header_of(data: Tensor) -> Tensor:
+    return data[: _C.HEADER_WORDS * 8].view(torch.int64).clone()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@torch.library.register_fake("raddpo::trie_walk")
+def _(tokens: Tensor, trie: Tensor, header: Tensor) -> Tensor:
+    return tokens.new_empty((tokens.shape[0], tokens.shape[1] + 1))
+
+
+@torch.library.register_fake("raddpo::trie_items")
+def _(nodes: Tensor, trie: Tensor, header: Tensor) -> tuple[Tensor, Tensor]:
+    return nodes.new_empty(nodes.numel()), nodes.new_empty(nodes.numel())
+
+
+@torch.library.register_fake("raddpo::trie_children")
+def _(nodes: Tensor, trie: Tensor, header: Tensor) -> tuple[Tensor, Tensor]:
+    return nodes.new_empty(nodes.numel()), nodes.new_empty(nodes.numel())

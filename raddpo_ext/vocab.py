@@ -1,0 +1,171 @@
+"""SIDVocab: how the codes of a semantic ID (SID) become token ids of a language model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raddpo_ext import _check
+
+_TOKEN_CODE = re.compile(r"_(\d+)>$")
+
+
+class SIDVocab:
+    """Maps code ``c`` of level ``l`` to a token id, and back.
+
+    By default the levels follow one another from ``offset``: code ``c`` of level ``l`` is token
+    ``offset + sizes[0] + .. + sizes[l - 1] + c``. ``offsets`` places each level by itself, ``token_ids`` every code.
+
+    Args:
+        sizes: number of codes ``K_l`` of each level.
+        offsets: token id of code 0 of each level.
+        offset: token id of code 0 of level 0; the other levels follow. Not with ``offsets`` or ``token_ids``.
+        eos: token id that ends every SID, or None. It must not be a code's token.
+        token_ids: for each level the token ids of its codes, ``[K_l]``, -1 for a code without a token. Levels may sit
+            anywhere in the vocabulary and may overlap; within a level token ids are distinct.
+
+    Raises:
+        ValueError, TypeError: naming the argument and the value.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        offsets: Sequence[int] | None = None,
+        offset: int = 0,
+        eos: int | None = None,
+        token_ids: Sequence[Sequence[int] | Tensor] | None = None,
+    ) -> None:
+        self.sizes = tuple(_check.integer(size, f"sizes[{i}]", 1) for i, size in enumerate(sizes))
+        if not self.sizes:
+            raise ValueError("sizes must name at least one level, got ()")
+        if sum((offsets is not None, token_ids is not None, offset != 0)) > 1:
+            raise ValueError("offsets, offset and token_ids exclude one another; give one")
+        if token_ids is not None:
+            self.token_ids = self._checked(token_ids)
+        else:
+            if offsets is None:
+                starts = [_check.integer(offset, "offset", 0)]
+                for size in self.sizes[:-1]:
+                    starts.append(starts[-1] + size)
+            else:
+                starts = [_check.integer(start, f"offsets[{i}]", 0) for i, start in enumerate(offsets)]
+            if len(starts) != len(self.sizes):
+                raise ValueError(f"offsets must have one entry a level ({len(self.sizes)}), got {len(starts)}")
+            self.token_ids = [torch.arange(s, s + k) for s, k in zip(starts, self.sizes, strict=True)]
+        self.eos = None if eos is None else _check.integer(eos, "eos", 0)
+        for level, ids in enumerate(self.token_ids):
+            if self.eos is not None and bool((ids == self.eos).any()):
+                raise ValueError(f"eos = {self.eos} is also the token of a code of level {level}")
+            if int(ids.max()) > 2**31 - 2 or (self.eos or 0) > 2**31 - 2:
+                raise ValueError(f"token ids must be below 2**31 - 1, got {max(int(ids.max()), self.eos or 0)}")
+
+    def _checked(self, token_ids: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
+        if len(token_ids) != len(self.sizes):
+            raise ValueError(f"token_ids must have one entry a level ({len(self.sizes)}), got {len(token_ids)}")
+        checked = []
+        for level, (ids, size) in enumerate(zip(token_ids, self.sizes, strict=True)):
+            tensor = torch.as_tensor(ids, dtype=torch.int64, device="cpu").clone()
+            if tensor.shape != (size,):
+                raise ValueError(f"token_ids[{level}] must have shape ({size},), got {tuple(tensor.shape)}")
+            if int(tensor.min()) < -1:
+                raise ValueError(f"token_ids[{level}] must be >= 0, or -1 for no token, got {int(tensor.min())}")
+            used = tensor[tensor >= 0].sort().values
+            if not len(used):
+                raise ValueError(f"token_ids[{level}] has no token at all")
+            repeats = used[1:][used[1:] == used[:-1]]
+            if len(repeats):
+                raise ValueError(f"token_ids[{level}] holds token {int(repeats[0])} twice")
+            checked.append(tensor)
+        return checked
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Any, index_json: str | os.PathLike[str], eos: int | None = None) -> SIDVocab:
+        """Reads the tokens' ids from a tokenizer that holds the SID tokens of a public ``index.json``.
+
+        Args:
+            tokenizer: a ``transformers`` tokenizer (needs ``convert_tokens_to_ids``).
+            index_json: file ``{"item": ["<a_12>", "<b_7>", ...], ...}`` (LC-Rec, LETTER, MiniOneRec).
+            eos: as for the class.
+
+        Raises:
+            ValueError: a token of the file is unknown to the tokenizer, or does not end in ``_<code>>``.
+        """
+        with open(index_json, encoding="utf-8") as file:
+            sids = json.load(file).values()
+        levels: list[dict[int, int]] = []
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        for sid in sids:
+            for level, token in enumerate(sid):
+                match = _TOKEN_CODE.search(token)
+                if match is None:
+                    raise ValueError(f"index_json: token {token!r} does not end in _<code>>")
+                if level == len(levels):
+                    levels.append({})
+                code = int(match.group(1))
+                if code in levels[level]:
+                    continue
+                token_id = tokenizer.convert_tokens_to_ids(token)
+                if token_id is None or token_id == unknown:
+                    raise ValueError(f"index_json: the tokenizer does not know token {token!r}")
+                levels[level][code] = token_id
+        sizes = [max(codes) + 1 for codes in levels]
+        token_ids = [[codes.get(code, -1) for code in range(size)] for codes, size in zip(levels, sizes, strict=True)]
+        return cls(sizes, eos=eos, token_ids=token_ids)
+
+    @property
+    def levels(self) -> int:
+        """Number of levels, the end-of-sequence token not counted."""
+        return len(self.sizes)
+
+    def encode(self, sids: Any, lengths: Any = None) -> Tensor:
+        """Codes to token ids.
+
+        Args:
+            sids: integer ``[N, L]`` codes with ``L <= levels``; read up to each length.
+            lengths: integer ``[N]`` in ``[0, L]``; default all ``L``.
+
+        Returns:
+            int64 ``[N, L]``, or ``[N, L + 1]`` with ``eos`` (right after each SID's last code), padded with -1. A code
+            that has no token, or lies outside its level, raises ValueError.
+        """
+        codes = _check.integer_tensor(sids, "sids", 2)
+        device = codes.device
+        rows, columns = codes.shape
+        if columns > self.levels:
+            raise ValueError(f"sids must have at most {self.levels} levels, got shape {tuple(codes.shape)}")
+        if lengths is None:
+            ends = torch.full((rows,), columns, device=device)
+        else:
+            ends = _check.lengths(lengths, rows, 0, columns).to(device)
+        tokens = torch.full((rows, columns + (self.eos is not None)), -1, device=device)
+        for level in range(columns):
+            read = ends > level
+            column = torch.where(read, codes[:, level], 0)
+            outside = read & ((column < 0) | (column >= self.sizes[level]))
+            _check.none(outside, lambda row, c=column, k=level: f"sids[{row}, {k}] = {int(c[row])} is outside "
+                        f"[0, {self.sizes[k]})")
+            ids = self.token_ids[level].to(device)[column]
+            _check.none(read & (ids < 0), lambda row, c=column, k=level: f"sids[{row}, {k}] = {int(c[row])} has no "
+                        f"token in vocab.token_ids[{k}]")
+            tokens[:, level] = torch.where(read, ids, -1)
+        if self.eos is not None:
+            tokens.scatter_(1, ends[:, None], self.eos)
+        return tokens
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SIDVocab):
+            return NotImplemented
+        same = self.sizes == other.sizes and self.eos == other.eos
+        return same and all(torch.equal(a, b) for a, b in zip(self.token_ids, other.token_ids, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"SIDVocab(sizes={self.sizes}, eos={self.eos}, first tokens={[int(ids[0]) for ids in self.token_ids]})"
