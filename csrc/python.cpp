@@ -35,7 +35,8 @@ py::array_t<std::uint8_t> build(const py::array& sids, const std::optional<Int64
   input.lengths = lengths ? lengths->data() : nullptr;
   input.item_ids = item_ids ? item_ids->data() : nullptr;
   for (const auto& [size, first_token, eos_symbol, symbol_of_code, tokens, codes] : levels)
-    input.levels.push_back({size, first_token, eos_symbol, to_vector(symbol_of_code), to_vector(tokens), to_vector(codes)});
+    input.levels.push_back(
+        {size, first_token, eos_symbol, to_vector(symbol_of_code), to_vector(tokens), to_vector(codes)});
   input.eos = eos;
   input.has_vocab = has_vocab;
   input.threads = threads;
@@ -68,19 +69,33 @@ PYBIND11_MODULE(_C, m) {
   m.attr("MAX_LEVELS") = kMaxLevels;
   m.attr("FORMAT_VERSION") = kFormatVersion;
   py::dict words;
-  const std::pair<const char*, int> named[] = {
-      {"magic", kMagic},           {"version", kVersion},        {"bytes", kBytes},
-      {"checksum", kChecksum},     {"num_items", kNumItems},     {"num_sids", kNumSids},
-      {"num_nodes", kNumNodes},    {"levels", kLevels},          {"sid_levels", kSidLevels},
-      {"wide", kWide},             {"item_bytes", kItemBytes},   {"eos", kEos},
-      {"has_vocab", kHasVocab},    {"symbols", kSymbols},        {"items", kItems},
-      {"tokens", kTokens},         {"codes", kCodes},            {"first_node", kFirstNode},
-      {"num_symbols", kNumSymbols}, {"table", kTable},           {"first_token", kFirstToken},
-      {"sizes", kSizes},           {"max_token", kMaxToken}};
+  const std::pair<const char*, int> named[] = {{"magic", kMagic},
+                                               {"version", kVersion},
+                                               {"bytes", kBytes},
+                                               {"checksum", kChecksum},
+                                               {"num_items", kNumItems},
+                                               {"num_sids", kNumSids},
+                                               {"num_nodes", kNumNodes},
+                                               {"levels", kLevels},
+                                               {"sid_levels", kSidLevels},
+                                               {"wide", kWide},
+                                               {"item_bytes", kItemBytes},
+                                               {"eos", kEos},
+                                               {"has_vocab", kHasVocab},
+                                               {"symbols", kSymbols},
+                                               {"items", kItems},
+                                               {"tokens", kTokens},
+                                               {"codes", kCodes},
+                                               {"first_node", kFirstNode},
+                                               {"num_symbols", kNumSymbols},
+                                               {"table", kTable},
+                                               {"first_token", kFirstToken},
+                                               {"sizes", kSizes},
+                                               {"max_token", kMaxToken}};
   for (const auto& [key, word] : named) words[key] = word;
   m.attr("HEADER") = words;
-  m.def("trie_build", &build, py::arg("sids"), py::arg("lengths"), py::arg("item_ids"), py::arg("levels"), py::arg("eos"),
-        py::arg("has_vocab"), py::arg("threads"), py::arg("progress"));
+  m.def("trie_build", &build, py::arg("sids"), py::arg("lengths"), py::arg("item_ids"), py::arg("levels"),
+        py::arg("eos"), py::arg("has_vocab"), py::arg("threads"), py::arg("progress"));
   m.def("trie_checksum", [](const py::buffer& b) {
     const py::buffer_info info = b.request();
     const py::gil_scoped_release no_gil;

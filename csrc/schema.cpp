@@ -4,7 +4,8 @@
 
 STABLE_TORCH_LIBRARY(raddpo, m) {
   m.def(
-      "beam_step(Tensor logits, Tensor scores, Tensor nodes, Tensor trie, Tensor header, int beam_width, int normalize, "
+      "beam_step(Tensor logits, Tensor scores, Tensor nodes, Tensor trie, Tensor header, int beam_width, int "
+      "normalize, "
       "float length_penalty) -> (Tensor scores, Tensor tokens, Tensor parents, Tensor nodes)");
   m.def("trie_walk(Tensor tokens, Tensor trie, Tensor header) -> Tensor nodes");
   m.def("trie_paths(Tensor nodes, Tensor trie, Tensor header) -> (Tensor codes, Tensor depths)");

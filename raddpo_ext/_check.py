@@ -56,8 +56,10 @@ def lengths(value: Any, rows: int, least: int, most: int) -> Tensor:
     tensor = integer_tensor(value, "lengths", 1)
     if len(tensor) != rows:
         raise ValueError(f"lengths must have one entry a row of sids ({rows}), got {len(tensor)}")
-    none((tensor < least) | (tensor > most), lambda row: f"lengths[{row}] = {int(tensor[row])} is outside "
-         f"[{least}, {most}]")
+    none(
+        (tensor < least) | (tensor > most),
+        lambda row: f"lengths[{row}] = {int(tensor[row])} is outside [{least}, {most}]",
+    )
     return tensor
 
 

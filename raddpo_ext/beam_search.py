@@ -154,9 +154,7 @@ def beam_search(
                 f"logits of level {level} must have more than {index.max_tokens[level]} columns, the level's largest "
                 f"token id, got shape {tuple(logits.shape)}"
             )
-        state = beam_step(
-            logits, state, index, width, normalize=normalize, length_penalty=length_penalty, check=check
-        )
+        state = beam_step(logits, state, index, width, normalize=normalize, length_penalty=length_penalty, check=check)
     return _result(state, index, length_penalty, top_k)
 
 
@@ -201,7 +199,9 @@ def _check_step(logits: Tensor, state: BeamState, index: TrieIndex, normalize: s
             f"{tuple(logits.shape)}"
         )
     if state.scores.dtype != torch.float32 or state.nodes.dtype != torch.int64:
-        raise TypeError(f"state must hold float32 scores and int64 nodes, got {state.scores.dtype}, {state.nodes.dtype}")
+        raise TypeError(
+            f"state must hold float32 scores and int64 nodes, got {state.scores.dtype}, {state.nodes.dtype}"
+        )
     if not logits.device == state.nodes.device == index.data.device:
         raise ValueError(
             f"logits, state and index must be on one device, got {logits.device}, {state.nodes.device}, "

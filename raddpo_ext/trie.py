@@ -85,9 +85,10 @@ class TrieIndex:
             raise ValueError(f"sids must hold at least one SID of one code, got shape {codes.shape}")
         if rows >= 2**32 - 1:
             raise ValueError(f"sids must have fewer than 2**32 - 1 rows, got {rows}")
-        eos = vocab is not None and vocab.eos is not None
-        if columns + eos > _C.MAX_LEVELS:
-            raise ValueError(f"sids must have at most {_C.MAX_LEVELS - eos} levels, got shape {codes.shape}")
+        eos = None if vocab is None else vocab.eos
+        most_levels = _C.MAX_LEVELS - (eos is not None)
+        if columns > most_levels:
+            raise ValueError(f"sids must have at most {most_levels} levels, got shape {codes.shape}")
         if vocab is not None and vocab.levels != columns:
             raise ValueError(f"sids must have one column a level of vocab ({vocab.levels}), got shape {codes.shape}")
         ends = None if lengths is None else _check.lengths(lengths, rows, 1, columns).numpy()
@@ -102,7 +103,7 @@ class TrieIndex:
                 lengths=ends,
                 item_ids=ids,
                 levels=_level_symbols(vocab, columns),
-                eos=vocab.eos if eos else -1,
+                eos=-1 if eos is None else eos,
                 has_vocab=vocab is not None,
                 threads=torch.get_num_threads(),
                 progress=progress,
@@ -197,15 +198,16 @@ class TrieIndex:
 
         Empty for a whole SID and for a prefix that no SID has.
         """
-        row = torch.tensor([[*map(int, prefix)]], dtype=torch.int64).reshape(1, -1)
-        node = self._walk(self._tokens(row, torch.tensor([row.shape[1]]), end=False))[0, -1:]
+        codes = torch.tensor([[*map(int, prefix)]], dtype=torch.int64, device=self.device).reshape(1, -1)
+        depth = codes.shape[1]
+        if depth >= self.levels:
+            return codes.new_empty(0)
+        tokens = self._tokens(codes, codes.new_full((1,), depth))[:, :depth]
+        node = self._walk(tokens)[0, -1:]
         first, count = (int(x) for x in torch.ops.raddpo.trie_children(node, self.data, self.header))
-        if row.shape[1] >= self.levels:
-            return torch.empty(0, dtype=torch.int64, device=self.device)
-        children = torch.arange(first, first + count, device=self.device)
-        if row.shape[1] == self.sid_levels:  # only the end-of-sequence token follows
-            return torch.full((count,), -1, dtype=torch.int64, device=self.device)
-        return self.paths(children)[0][:, row.shape[1]]
+        if depth == self.sid_levels:  # nothing but the end-of-sequence token
+            return codes.new_full((count,), -1)
+        return self.paths(torch.arange(first, first + count, device=self.device))[0][:, depth]
 
     def paths(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
         """Codes on the way to each node and its depth in tokens.
@@ -239,29 +241,18 @@ class TrieIndex:
         return torch.ops.raddpo.trie_walk(tokens, self.data, self.header)
 
     def _leaves(self, sids: Any, lengths: Any) -> Tensor:
-        codes = _check.integer_tensor(sids, "sids", 2)
+        """The node at the end of each SID, -1 for one that is no path."""
+        codes = _check.integer_tensor(sids, "sids", 2).to(self.device)
         rows, columns = codes.shape
         ends = torch.full((rows,), columns) if lengths is None else _check.lengths(lengths, rows, 0, columns)
-        end = self.vocab is not None and self.vocab.eos is not None
-        nodes = self._walk(self._tokens(codes.to(self.device), ends.to(self.device), end))
-        return nodes.gather(1, (ends.to(self.device) + end)[:, None])[:, 0]
+        tokens = self._tokens(codes, ends.to(self.device))
+        last = ends.to(self.device) + (tokens.shape[1] - columns)
+        return self._walk(tokens).gather(1, last[:, None])[:, 0]
 
-    def _tokens(self, codes: Tensor, ends: Tensor, end: bool) -> Tensor:
-        """Token ids of codes, -1 where a code has none; with ``end`` each row gets the end-of-sequence token."""
-        tokens = torch.full((len(codes), codes.shape[1] + end), -1, dtype=torch.int64, device=codes.device)
-        for level in range(min(codes.shape[1], self.sid_levels)):
-            column = codes[:, level]
-            if self.vocab is None:
-                ids = column
-            else:
-                known = (column >= 0) & (column < self.vocab.sizes[level])
-                ids = self.vocab.token_ids[level].to(codes.device)[torch.where(known, column, 0)]
-                ids = torch.where(known, ids, -1)
-            tokens[:, level] = torch.where(ends > level, ids, -1)
-        if end:
-            assert self.vocab is not None and self.vocab.eos is not None
-            tokens.scatter_(1, ends[:, None], self.vocab.eos)
-        return tokens
+    def _tokens(self, codes: Tensor, ends: Tensor) -> Tensor:
+        if self.vocab is not None:
+            return self.vocab.lookup(codes, ends)
+        return torch.where(torch.arange(codes.shape[1], device=codes.device) < ends[:, None], codes, -1)
 
     def _word(self, name: str, offset: int = 0) -> int:
         return int(self.header[_WORD[name] + offset])
@@ -300,17 +291,17 @@ def _level_symbols(vocab: SIDVocab | None, columns: int) -> list[tuple[Any, ...]
     levels = []
     for level, ids in enumerate(vocab.token_ids):
         size, first = len(ids), int(ids[0])
-        has_eos = vocab.eos is not None and level > 0
-        if not has_eos and first >= 0 and torch.equal(ids, torch.arange(first, first + size)):
+        eos = vocab.eos if level > 0 else None
+        if eos is None and first >= 0 and torch.equal(ids, torch.arange(first, first + size)):
             levels.append((size, first, -1, empty, empty, empty))
             continue
-        codes = torch.cat([(ids >= 0).nonzero()[:, 0], torch.tensor([-1] if has_eos else [], dtype=torch.int64)])
-        tokens = torch.where(codes >= 0, ids[codes.clamp(min=0)], vocab.eos if has_eos else -1)
+        codes = torch.cat([(ids >= 0).nonzero()[:, 0], torch.tensor([] if eos is None else [-1], dtype=torch.int64)])
+        tokens = torch.where(codes >= 0, ids[codes.clamp(min=0)], -1 if eos is None else eos)
         order = tokens.argsort()
         tokens, codes = tokens[order], codes[order]
         symbols = torch.full((size,), -1)
         symbols[codes[codes >= 0]] = (codes >= 0).nonzero()[:, 0]
-        eos_symbol = int((codes < 0).nonzero()[0, 0]) if has_eos else -1
+        eos_symbol = int((codes < 0).nonzero()[0, 0]) if eos is not None else -1
         levels.append((size, 0, eos_symbol, symbols.int().numpy(), tokens.int().numpy(), codes.int().numpy()))
     if vocab.eos is not None:
         levels.append((0, 0, 0, empty, np.array([vocab.eos], np.int32), np.array([-1], np.int32)))

@@ -144,17 +144,23 @@ class SIDVocab:
             ends = torch.full((rows,), columns, device=device)
         else:
             ends = _check.lengths(lengths, rows, 0, columns).to(device)
-        tokens = torch.full((rows, columns + (self.eos is not None)), -1, device=device)
-        for level in range(columns):
-            read = ends > level
-            column = torch.where(read, codes[:, level], 0)
-            outside = read & ((column < 0) | (column >= self.sizes[level]))
-            _check.none(outside, lambda row, c=column, k=level: f"sids[{row}, {k}] = {int(c[row])} is outside "
-                        f"[0, {self.sizes[k]})")
-            ids = self.token_ids[level].to(device)[column]
-            _check.none(read & (ids < 0), lambda row, c=column, k=level: f"sids[{row}, {k}] = {int(c[row])} has no "
-                        f"token in vocab.token_ids[{k}]")
-            tokens[:, level] = torch.where(read, ids, -1)
+        tokens = self.lookup(codes, ends)
+        unknown = (tokens[:, :columns] < 0) & (torch.arange(columns, device=device) < ends[:, None])
+        if bool(unknown.any()):
+            row, level = unknown.nonzero()[0].tolist()
+            code, size = int(codes[row, level]), self.sizes[level]
+            why = f"is outside [0, {size})" if not 0 <= code < size else f"has no token in vocab.token_ids[{level}]"
+            raise ValueError(f"sids[{row}, {level}] = {code} {why}")
+        return tokens
+
+    def lookup(self, codes: Tensor, ends: Tensor) -> Tensor:
+        """:meth:`encode` of int64 codes ``[N, L]`` and lengths ``[N]``, with -1 for a code that has no token."""
+        rows, columns = codes.shape
+        tokens = codes.new_full((rows, columns + (self.eos is not None)), -1)
+        for level in range(min(columns, self.levels)):
+            known = (codes[:, level] >= 0) & (codes[:, level] < self.sizes[level]) & (ends > level)
+            ids = self.token_ids[level].to(codes.device)[torch.where(known, codes[:, level], 0)]
+            tokens[:, level] = torch.where(known, ids, -1)
         if self.eos is not None:
             tokens.scatter_(1, ends[:, None], self.eos)
         return tokens

@@ -23,7 +23,8 @@ bool ranks_before(const Candidate& a, const Candidate& b) {
 
 void trim(Best& best) {
   if (best.count < best.limit) return;
-  if (best.count > best.limit) std::nth_element(best.list, best.list + best.limit - 1, best.list + best.count, ranks_before);
+  if (best.count > best.limit)
+    std::nth_element(best.list, best.list + best.limit - 1, best.list + best.count, ranks_before);
   best.count = best.limit;
   best.threshold = best.list[0].key;
   for (std::int64_t i = 1; i < best.count; ++i) best.threshold = std::min(best.threshold, best.list[i].key);
@@ -64,7 +65,8 @@ Call prepare(const Tensor& logits, const Tensor& scores, const Tensor& nodes, co
   a.nodes = nodes.const_data_ptr<std::int64_t>();
   a.beam_width = beam_width;
   a.normalize = static_cast<Normalize>(normalize);
-  for (int d = 0; d <= kMaxLevels; ++d) a.length_factor[d] = static_cast<float>(std::pow(std::max(d, 1), length_penalty));
+  for (int d = 0; d <= kMaxLevels; ++d)
+    a.length_factor[d] = static_cast<float>(std::pow(std::max(d, 1), length_penalty));
   Tensor out_scores = torch::stable::new_empty(scores, {batch, beam_width});
   Tensor tokens = torch::stable::new_empty(nodes, {batch, beam_width});
   Tensor parents = torch::stable::new_empty(nodes, {batch, beam_width});

@@ -15,9 +15,9 @@ struct BeamStepArgs {
   const void* logits;  // [batch, width, vocab], the last dimension contiguous
   LogitType logit_type;
   std::int64_t batch, width, vocab, stride_batch, stride_beam;  // strides in elements
-  const float* scores;        // [batch, width], -inf: an empty slot
-  const std::int64_t* nodes;  // [batch, width], -1: an empty slot
-  std::int64_t beam_width;    // of the result
+  const float* scores;                                          // [batch, width], -inf: an empty slot
+  const std::int64_t* nodes;                                    // [batch, width], -1: an empty slot
+  std::int64_t beam_width;                                      // of the result
   Normalize normalize;
   float length_factor[kMaxLevels + 1];  // of each depth: candidates compete by score / length_factor
   float* out_scores;                    // [batch, beam_width] these four

@@ -32,7 +32,8 @@ struct Step {
   }
 
   // Adds the logits at n token ids.
-  RADDPO_HD static void add_gathered(LogSumExp& s, const typename D::T* row, const std::int32_t* tokens, std::int64_t n) {
+  RADDPO_HD static void add_gathered(LogSumExp& s, const typename D::T* row, const std::int32_t* tokens,
+                                     std::int64_t n) {
     float values[kChunk];
     for (std::int64_t begin = 0; begin < n; begin += kChunk) {
       const int size = static_cast<int>(n - begin < kChunk ? n - begin : kChunk);

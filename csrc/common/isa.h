@@ -13,7 +13,7 @@ void set_isa(Isa isa);  // at most best_isa(); for tests
 }  // namespace raddpo
 
 // Calls the variant of a kernel that was compiled for the current instruction set.
-#define RADDPO_CALL_ISA(fn, ...)                                                               \
-  (::raddpo::current_isa() == ::raddpo::Isa::avx512 ? ::raddpo::avx512::fn(__VA_ARGS__)        \
-   : ::raddpo::current_isa() == ::raddpo::Isa::avx2 ? ::raddpo::avx2::fn(__VA_ARGS__)          \
+#define RADDPO_CALL_ISA(fn, ...)                                                        \
+  (::raddpo::current_isa() == ::raddpo::Isa::avx512 ? ::raddpo::avx512::fn(__VA_ARGS__) \
+   : ::raddpo::current_isa() == ::raddpo::Isa::avx2 ? ::raddpo::avx2::fn(__VA_ARGS__)   \
                                                     : ::raddpo::scalar::fn(__VA_ARGS__))

@@ -32,7 +32,8 @@ struct Buffer {
 template <typename Body>
 void parallel_shares(int threads, std::int64_t size, const Body& body) {
   std::vector<std::thread> others;
-  for (int t = 1; t < threads; ++t) others.emplace_back([&, t] { body(t, size * t / threads, size * (t + 1) / threads); });
+  for (int t = 1; t < threads; ++t)
+    others.emplace_back([&, t] { body(t, size * t / threads, size * (t + 1) / threads); });
   body(0, 0, size / threads);
   for (std::thread& other : others) other.join();
 }

@@ -19,10 +19,14 @@ using torch::stable::Tensor;
 
 inline LogitType logit_type_of(const Tensor& t, const char* op) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return LogitType::float32;
-    case ScalarType::BFloat16: return LogitType::bfloat16;
-    case ScalarType::Half: return LogitType::float16;
-    default: STD_TORCH_CHECK(false, op, ": logits must be float32, bfloat16 or float16");
+    case ScalarType::Float:
+      return LogitType::float32;
+    case ScalarType::BFloat16:
+      return LogitType::bfloat16;
+    case ScalarType::Half:
+      return LogitType::float16;
+    default:
+      STD_TORCH_CHECK(false, op, ": logits must be float32, bfloat16 or float16");
   }
 }
 

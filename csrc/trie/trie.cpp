@@ -48,7 +48,8 @@ namespace {
 constexpr std::int64_t kGrain = 256;
 
 void check_nodes(const Tensor& t, const char* op, const char* argument) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.is_contiguous(), op, ": ", argument, " must be contiguous int64");
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.is_contiguous(), op, ": ", argument,
+                  " must be contiguous int64");
 }
 
 struct Walk {
@@ -75,7 +76,8 @@ Paths prepare_paths(const Tensor& nodes, const Tensor& trie, const Tensor& heade
   const TrieView view = trie_view(trie, header, "trie_paths");
   Tensor codes = torch::stable::new_empty(nodes, {nodes.numel(), view.sid_levels});
   Tensor depths = torch::stable::new_empty(nodes, {nodes.numel()});
-  return {codes, depths,
+  return {codes,
+          depths,
           {view, nodes.const_data_ptr<std::int64_t>(), nodes.numel(), codes.mutable_data_ptr<std::int64_t>(),
            depths.mutable_data_ptr<std::int64_t>()}};
 }
@@ -88,8 +90,10 @@ struct Ranges {
 Ranges prepare_ranges(const Tensor& nodes, const Tensor& trie, const Tensor& header, bool items) {
   const char* op = items ? "trie_items" : "trie_children";
   check_nodes(nodes, op, "nodes");
-  Tensor first = torch::stable::new_empty(nodes, {nodes.numel()}), count = torch::stable::new_empty(nodes, {nodes.numel()});
-  return {first, count,
+  Tensor first = torch::stable::new_empty(nodes, {nodes.numel()}),
+         count = torch::stable::new_empty(nodes, {nodes.numel()});
+  return {first,
+          count,
           {trie_view(trie, header, op), nodes.const_data_ptr<std::int64_t>(), nodes.numel(), items,
            first.mutable_data_ptr<std::int64_t>(), count.mutable_data_ptr<std::int64_t>()}};
 }

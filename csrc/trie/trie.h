@@ -27,15 +27,15 @@ struct DegreeSequence {
 
 struct TrieView {
   DegreeSequence children, items;
-  const void* symbols;                     // [nodes] uint16, or uint32 where wide; the root's is unused
-  const std::int32_t* tokens;              // tables of the levels that have one: token id of each symbol, ascending
-  const std::int32_t* codes;               // and its code, -1 for the end-of-sequence token
+  const void* symbols;                      // [nodes] uint16, or uint32 where wide; the root's is unused
+  const std::int32_t* tokens;               // tables of the levels that have one: token id of each symbol, ascending
+  const std::int32_t* codes;                // and its code, -1 for the end-of-sequence token
   std::int64_t first_node[kMaxLevels + 2];  // of each depth; from depth levels + 1 on the number of nodes
-  std::int32_t num_symbols[kMaxLevels];    // of each level
-  std::int32_t table[kMaxLevels];          // where the level's table begins, or -1: token = first_token + symbol
-  std::int32_t first_token[kMaxLevels];    // and code = symbol
-  std::int32_t levels;                     // depth of the deepest leaf
-  std::int32_t sid_levels;                 // columns of a SID
+  std::int32_t num_symbols[kMaxLevels];     // of each level
+  std::int32_t table[kMaxLevels];           // where the level's table begins, or -1: token = first_token + symbol
+  std::int32_t first_token[kMaxLevels];     // and code = symbol
+  std::int32_t levels;                      // depth of the deepest leaf
+  std::int32_t sid_levels;                  // columns of a SID
   std::int32_t wide;
 };
 

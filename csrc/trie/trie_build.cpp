@@ -138,7 +138,7 @@ class Builder {
       for (int l = 0; l < columns && l < length_of(row) - eos(); ++l)
         if (symbol(row, l) < 0)
           refuse("sids[", row, ", ", l, "] = ", +sids_[row * columns + l], " has no token in vocab.token_ids[", l, "]");
-    for (int l = 0; l < levels_; ++l) {
+    for (std::size_t l = 0; l < in_.levels.size(); ++l) {
       const LevelSymbols& level = in_.levels[l];
       num_symbols_.push_back(level.tokens.empty() ? sizes_[l] : static_cast<std::int64_t>(level.tokens.size()));
     }
@@ -200,7 +200,8 @@ class Builder {
     const int word_levels = p.words > 1 ? p.first_level[1] : levels_;
     std::array<std::uint8_t, 65> level_of_width{};  // of the highest differing bit in word 0
     for (int l = 0; l < word_levels; ++l)
-      for (int bit = p.shift[l]; bit < p.shift[l] + p.bits[l]; ++bit) level_of_width[bit + 1] = static_cast<std::uint8_t>(l);
+      for (int bit = p.shift[l]; bit < p.shift[l] + p.bits[l]; ++bit)
+        level_of_width[bit + 1] = static_cast<std::uint8_t>(l);
     std::vector<Counts> counts(threads_ + 1);
     std::vector<std::int64_t> prefix_of_next(threads_, -1);
     parallel_shares(threads_, n_, [&](int t, std::int64_t begin, std::int64_t end) {
@@ -240,8 +241,8 @@ class Builder {
     });
     for (std::int64_t i : prefix_of_next)
       if (i >= 0)
-        refuse("sids[", b.values[i], "] = ", show(b.values[i]), " is a proper prefix of sids[", b.values[i + 1], "] = ",
-               show(b.values[i + 1]), "; a vocab with eos tells them apart");
+        refuse("sids[", b.values[i], "] = ", show(b.values[i]), " is a proper prefix of sids[", b.values[i + 1],
+               "] = ", show(b.values[i + 1]), "; a vocab with eos tells them apart");
     for (int t = 0; t < threads_; ++t)
       for (int d = 0; d <= levels_; ++d) {
         counts[t + 1].nodes[d] += counts[t].nodes[d];
@@ -273,7 +274,7 @@ class Builder {
       refuse("sids give a trie of ", num_nodes_, " nodes, more than ", UINT32_MAX / 2);
     std::int64_t table_size = 0;
     bool wide = false;
-    for (int l = 0; l < levels_; ++l) {
+    for (std::size_t l = 0; l < in_.levels.size(); ++l) {
       table_size += in_.levels[l].tokens.size();
       wide |= num_symbols_[l] > 65536;
     }
@@ -300,7 +301,8 @@ class Builder {
     if (!memory) throw std::bad_alloc();
     bytes_ = {decltype(bytes_.data)(memory), size};
     for (int section = 0; section < 10; ++section)  // the gaps between sections and the bits start as zero
-      std::memset(memory + offset[section], 0, section >= 1 && section <= 6 ? offset[section + 1] - offset[section] : 0);
+      std::memset(memory + offset[section], 0,
+                  section >= 1 && section <= 6 ? offset[section + 1] - offset[section] : 0);
     std::memset(memory, 0, kHeaderWords * 8);
     zero_tail(offset[0], num_nodes_ * (wide ? 4 : 2));
     zero_tail(offset[kItems - kSymbols], n_ * (wide_items_ ? 8 : 4));
@@ -323,7 +325,7 @@ class Builder {
     for (int d = 0; d < kMaxLevels + 2; ++d) h[kFirstNode + d] = d <= levels_ ? first_node_[d] : num_nodes_;
     for (int l = 0; l < static_cast<int>(in_.columns); ++l) h[kSizes + l] = sizes_[l];
     std::int64_t table = 0;
-    for (int l = 0; l < levels_; ++l) {
+    for (std::size_t l = 0; l < in_.levels.size(); ++l) {
       const LevelSymbols& level = in_.levels[l];
       h[kNumSymbols + l] = num_symbols_[l];
       h[kTable + l] = level.tokens.empty() ? -1 : table;
@@ -357,7 +359,8 @@ class Builder {
     }
   };
 
-  void emit(const SortBuffers& b, const Packing& p, const Buffer<std::uint8_t>& prefixes, const std::vector<Counts>& starts) {
+  void emit(const SortBuffers& b, const Packing& p, const Buffer<std::uint8_t>& prefixes,
+            const std::vector<Counts>& starts) {
     if (header()[kWide])
       wide_items_ ? emit_as<std::uint32_t, std::int64_t>(b, p, prefixes, starts)
                   : emit_as<std::uint32_t, std::int32_t>(b, p, prefixes, starts);
@@ -367,7 +370,8 @@ class Builder {
   }
 
   template <typename Symbol, typename Item>
-  void emit_as(const SortBuffers& b, const Packing& p, const Buffer<std::uint8_t>& prefixes, const std::vector<Counts>& starts) {
+  void emit_as(const SortBuffers& b, const Packing& p, const Buffer<std::uint8_t>& prefixes,
+               const std::vector<Counts>& starts) {
     auto* symbols = section<Symbol>(kSymbols);
     auto* items = section<Item>(kItems);
     const bool absent = in_.lengths != nullptr;
@@ -393,7 +397,8 @@ class Builder {
             const std::int64_t node = next_node[d]++, parent = next_node[d - 1] - 1;
             const int l = d - 1;
             symbols[node] = static_cast<Symbol>(
-                p.word[l] ? symbol(row, l) : ((b.keys[i] >> p.shift[l]) & ((std::uint64_t(1) << p.bits[l]) - 1)) - absent);
+                p.word[l] ? symbol(row, l)
+                          : ((b.keys[i] >> p.shift[l]) & ((std::uint64_t(1) << p.bits[l]) - 1)) - absent);
             child_bits[d].set(node - 1 + parent);
           }
         }
@@ -417,8 +422,10 @@ class Builder {
     std::int64_t hint = 0;
     for (std::int64_t block = 0; block < blocks; ++block) {
       ranks[block] = zeros;
-      for (int word = 0; word < kBlockBits / 64; ++word) zeros += 64 - __builtin_popcountll(bits[block * (kBlockBits / 64) + word]);
-      for (; hint * kHintZeros < std::min<std::int64_t>(zeros, num_nodes_); ++hint) hints[hint] = static_cast<std::uint32_t>(block);
+      for (int word = 0; word < kBlockBits / 64; ++word)
+        zeros += 64 - __builtin_popcountll(bits[block * (kBlockBits / 64) + word]);
+      for (; hint * kHintZeros < std::min<std::int64_t>(zeros, num_nodes_); ++hint)
+        hints[hint] = static_cast<std::uint32_t>(block);
     }
     hints[hint] = static_cast<std::uint32_t>(blocks - 1);
   }
@@ -438,10 +445,14 @@ class Builder {
 
 TrieBytes trie_build(const TrieBuildInput& input) {
   switch (input.sid_bytes) {
-    case 1: return input.sid_signed ? Builder<std::int8_t>(input).build() : Builder<std::uint8_t>(input).build();
-    case 2: return input.sid_signed ? Builder<std::int16_t>(input).build() : Builder<std::uint16_t>(input).build();
-    case 4: return input.sid_signed ? Builder<std::int32_t>(input).build() : Builder<std::uint32_t>(input).build();
-    default: return input.sid_signed ? Builder<std::int64_t>(input).build() : Builder<std::uint64_t>(input).build();
+    case 1:
+      return input.sid_signed ? Builder<std::int8_t>(input).build() : Builder<std::uint8_t>(input).build();
+    case 2:
+      return input.sid_signed ? Builder<std::int16_t>(input).build() : Builder<std::uint16_t>(input).build();
+    case 4:
+      return input.sid_signed ? Builder<std::int32_t>(input).build() : Builder<std::uint32_t>(input).build();
+    default:
+      return input.sid_signed ? Builder<std::int64_t>(input).build() : Builder<std::uint64_t>(input).build();
   }
 }
 

@@ -24,8 +24,8 @@ struct TrieBuildInput {
   int sid_bytes;     // 1, 2, 4 or 8
   bool sid_signed;
   std::int64_t rows, columns;
-  const std::int64_t* lengths;   // [rows] in [1, columns], or null: all `columns`
-  const std::int64_t* item_ids;  // [rows], distinct and >= 0, or null: row numbers
+  const std::int64_t* lengths;       // [rows] in [1, columns], or null: all `columns`
+  const std::int64_t* item_ids;      // [rows], distinct and >= 0, or null: row numbers
   std::vector<LevelSymbols> levels;  // columns, and one more with an end-of-sequence token
   std::int64_t eos = -1;
   bool has_vocab = false;

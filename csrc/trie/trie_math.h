@@ -70,11 +70,13 @@ RADDPO_HD int depth_of(const TrieView& t, std::int64_t node) {
 }
 
 RADDPO_HD std::int64_t symbol_of(const TrieView& t, std::int64_t node) {
-  return t.wide ? static_cast<const std::uint32_t*>(t.symbols)[node] : static_cast<const std::uint16_t*>(t.symbols)[node];
+  return t.wide ? static_cast<const std::uint32_t*>(t.symbols)[node]
+                : static_cast<const std::uint16_t*>(t.symbols)[node];
 }
 
 RADDPO_HD std::int32_t token_of(const TrieView& t, int level, std::int64_t symbol) {
-  return t.table[level] < 0 ? static_cast<std::int32_t>(t.first_token[level] + symbol) : t.tokens[t.table[level] + symbol];
+  return t.table[level] < 0 ? static_cast<std::int32_t>(t.first_token[level] + symbol)
+                            : t.tokens[t.table[level] + symbol];
 }
 
 RADDPO_HD std::int32_t code_of(const TrieView& t, int level, std::int64_t symbol) {

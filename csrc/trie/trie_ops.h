@@ -17,7 +17,8 @@ RADDPO_HD void trie_walk_row(const TrieWalkArgs& a, std::int64_t row) {
   std::int64_t* out = a.nodes + row * (a.columns + 1);
   out[0] = 0;
   for (std::int64_t i = 0; i < a.columns; ++i) {
-    if (node >= 0) node = i < a.trie.levels ? find_child(a.trie, node, static_cast<int>(i), a.tokens[row * a.columns + i]) : -1;
+    if (node >= 0)
+      node = i < a.trie.levels ? find_child(a.trie, node, static_cast<int>(i), a.tokens[row * a.columns + i]) : -1;
     out[i + 1] = node;
   }
 }

@@ -1,0 +1,56 @@
+# `make test` and `make demo` set everything up on a machine with Python >= 3.10 and a C++ compiler: .venv with the pinned
+# packages of requirements.txt, and the extension, built in place. `PYTHON=...` names an interpreter that holds torch
+# already; then nothing is installed.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+export HF_HUB_OFFLINE := 1
+export MAX_JOBS ?= $(shell nproc)
+
+ifdef PYTHON
+PY := $(PYTHON)
+PACKAGES :=
+else
+PY := .venv/bin/python
+PACKAGES := .venv/.installed
+endif
+RESULTS := benchmarks/results
+SOURCES := setup.py $(shell find csrc -type f)
+BUILT := build/.built-$(shell $(if $(PYTHON),$(PYTHON),python3) -c 'import sys; print(sys.implementation.cache_tag)')
+
+.PHONY: build test demo bench lint format clean
+build: $(BUILT)
+
+.venv/.installed: requirements.txt
+	python3 -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or later is needed, python3 is " + sys.version.split()[0])'
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(BUILT): $(SOURCES) $(PACKAGES)
+	$(PY) setup.py --quiet build_ext --inplace
+	mkdir -p build && touch $@
+
+test: build
+	$(PY) -m pytest python_tests -q $(ARGS)
+
+# DATA=../shared/data/instruments runs it on a real catalogue.
+demo: build
+	$(PY) -m demo $(if $(DATA),--data $(DATA)) $(ARGS)
+
+bench: build
+	$(PY) -m benchmarks.compare_beam_search
+	$(PY) -m benchmarks.bench_trie
+
+lint: $(PACKAGES)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(dir $(PY))clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')
+	$(PY) -m mypy raddpo_ext
+
+format: $(PACKAGES)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(dir $(PY))clang-format -i $$(git ls-files '*.cpp' '*.h' '*.inl' '*.cu' '*.cuh')
+
+clean:
+	rm -rf build raddpo_ext/*.so

@@ -1,0 +1,27 @@
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+HEADER: dict[str, int]
+HEADER_WORDS: int
+MAX_LEVELS: int
+FORMAT_VERSION: int
+
+_Int32s = npt.NDArray[np.int32]
+_Int64s = npt.NDArray[np.int64]
+
+def trie_build(
+    sids: npt.NDArray[np.integer],
+    lengths: _Int64s | None,
+    item_ids: _Int64s | None,
+    levels: Sequence[tuple[int, int, int, _Int32s, _Int32s, _Int32s]],
+    eos: int,
+    has_vocab: bool,
+    threads: int,
+    progress: Callable[[float], None] | None,
+) -> npt.NDArray[np.uint8]: ...
+def trie_checksum(data: npt.NDArray[np.uint8]) -> int: ...
+def isa() -> str: ...
+def best_isa() -> str: ...
+def set_isa(isa: str) -> None: ...
