@@ -96,6 +96,8 @@ def beam_step(
     _check.integer(beam_width, "beam_width", 1)
     if check:
         _check_values(logits, state, index)
+    if logits.shape[2] <= max(index.max_tokens) and (check or logits.device.type == "cpu"):
+        _check_columns(logits, state, index)
     if logits.stride(2) != 1:
         logits = logits.contiguous()
     return BeamState(
@@ -149,11 +151,8 @@ def beam_search(
     state = BeamState.start(index, batch_size)
     for level, width in enumerate(widths):
         logits = step_fn(state.tokens, state.parents, level)
-        if isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[2] <= index.max_tokens[level]:
-            raise ValueError(
-                f"logits of level {level} must have more than {index.max_tokens[level]} columns, the level's largest "
-                f"token id, got shape {tuple(logits.shape)}"
-            )
+        if isinstance(logits, Tensor) and logits.dim() == 3:
+            _check_level_columns(logits, index, level)
         state = beam_step(logits, state, index, width, normalize=normalize, length_penalty=length_penalty, check=check)
     return _result(state, index, length_penalty, top_k)
 
@@ -207,17 +206,28 @@ def _check_step(logits: Tensor, state: BeamState, index: TrieIndex, normalize: s
             f"logits, state and index must be on one device, got {logits.device}, {state.nodes.device}, "
             f"{index.data.device}"
         )
-    if logits.shape[2] <= index.min_max_token:
-        raise ValueError(
-            f"logits must have more than {index.min_max_token} columns, the largest token id of a level, got shape "
-            f"{tuple(logits.shape)}"
-        )
     if not math.isfinite(length_penalty):
         raise ValueError(f"length_penalty must be finite, got {length_penalty}")
     support = _check.choice(normalize, "normalize", _check.NORMALIZE)
     if normalize == "level" and index.vocab is None:
         raise ValueError("normalize = 'level' needs an index built with a vocab")
     return support
+
+
+def _check_columns(logits: Tensor, state: BeamState, index: TrieIndex) -> None:
+    """A model with one head a level has as many columns as the level needs; any other has enough for all levels."""
+    _, children = torch.ops.raddpo.trie_children(state.nodes.contiguous(), index.data, index.header)
+    live = (children.view_as(state.nodes) > 0) & (state.scores > -math.inf)
+    for level in set(index.depths(state.nodes[live]).tolist()):
+        _check_level_columns(logits, index, level)
+
+
+def _check_level_columns(logits: Tensor, index: TrieIndex, level: int) -> None:
+    if logits.shape[2] <= index.max_tokens[level]:
+        raise ValueError(
+            f"logits of level {level} must have more than {index.max_tokens[level]} columns, the level's largest token "
+            f"id, got shape {tuple(logits.shape)}"
+        )
 
 
 def _check_values(logits: Tensor, state: BeamState, index: TrieIndex) -> None:

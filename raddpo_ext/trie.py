@@ -50,8 +50,6 @@ class TrieIndex:
         self.sid_levels = self._word("sid_levels")
         #: Largest token id of each level.
         self.max_tokens = [self._word("max_token", level) for level in range(self.levels)]
-        #: The smallest of them: fewer logits than this fit no level.
-        self.min_max_token = min(self.max_tokens)
         self.vocab = self._vocab() if self._word("has_vocab") else None
 
     @classmethod
@@ -220,6 +218,12 @@ class TrieIndex:
         """
         codes, depths = torch.ops.raddpo.trie_paths(nodes.contiguous(), self.data, self.header)
         return codes.view(*nodes.shape, self.sid_levels), depths.view(nodes.shape)
+
+    def depths(self, nodes: Tensor) -> Tensor:
+        """Depth of each node in tokens, int64, shaped like ``nodes``; 0 for the root."""
+        begin = _WORD["first_node"] + 1
+        first_nodes = self.header[begin : begin + self.levels].to(nodes.device)
+        return torch.bucketize(nodes, first_nodes, right=True)
 
     def item_ranges(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
         """Where each node's items begin in :attr:`items` and how many they are, int64, shaped like ``nodes``."""

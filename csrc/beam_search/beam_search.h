@@ -12,7 +12,8 @@ enum class Normalize : int { vocab, level, trie };
 
 struct BeamStepArgs {
   TrieView trie;
-  const void* logits;  // [batch, width, vocab], the last dimension contiguous
+  const void* logits;  // [batch, width, vocab], the last dimension contiguous; a beam whose level has a token id
+                       // beyond vocab offers nothing
   LogitType logit_type;
   std::int64_t batch, width, vocab, stride_batch, stride_beam;  // strides in elements
   const float* scores;                                          // [batch, width], -inf: an empty slot

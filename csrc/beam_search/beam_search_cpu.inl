@@ -96,11 +96,11 @@ struct Step {
       const float bound = score / a.length_factor[children.count ? level + 1 : level];
       if (!(bound > best.threshold)) continue;
       const auto parent = static_cast<std::int32_t>(beam);
-      if (children.count)
+      if (!children.count)
+        push({bound, score, parent, -1, node});
+      else if (last_token_of(t, level) < a.vocab)
         expand(logits + beam * a.stride_beam, parent, score, level, children,
                static_cast<const Symbol*>(t.symbols) + children.first);
-      else
-        push({bound, score, parent, -1, node});
     }
   }
 };
