@@ -65,12 +65,12 @@ Call prepare(const Tensor& logits, const Tensor& scores, const Tensor& nodes, co
   a.nodes = nodes.const_data_ptr<std::int64_t>();
   a.beam_width = beam_width;
   a.normalize = static_cast<Normalize>(normalize);
-  for (int d = 0; d <= kMaxLevels; ++d)
+  for (int d = 0; d <= a.trie.levels; ++d)
     a.length_factor[d] = static_cast<float>(std::pow(std::max(d, 1), length_penalty));
-  Tensor out_scores = torch::stable::new_empty(scores, {batch, beam_width});
-  Tensor tokens = torch::stable::new_empty(nodes, {batch, beam_width});
-  Tensor parents = torch::stable::new_empty(nodes, {batch, beam_width});
-  Tensor out_nodes = torch::stable::new_empty(nodes, {batch, beam_width});
+  Tensor out_scores = new_empty(scores, {batch, beam_width}, ScalarType::Float);
+  Tensor tokens = new_empty(nodes, {batch, beam_width}, ScalarType::Long);
+  Tensor parents = new_empty(nodes, {batch, beam_width}, ScalarType::Long);
+  Tensor out_nodes = new_empty(nodes, {batch, beam_width}, ScalarType::Long);
   a.out_scores = out_scores.mutable_data_ptr<float>();
   a.out_tokens = tokens.mutable_data_ptr<std::int64_t>();
   a.out_parents = parents.mutable_data_ptr<std::int64_t>();
@@ -130,7 +130,7 @@ Result beam_step_cuda(const Tensor& logits, const Tensor& scores, const Tensor& 
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const Call c = prepare(logits, scores, nodes, trie, header, beam_width, normalize, length_penalty);
   if (!c.args.batch) return c.out;
-  Tensor workspace = torch::stable::new_empty(trie, {cuda::beam_step_workspace(c.args)});
+  Tensor workspace = new_empty(trie, {cuda::beam_step_workspace(c.args)}, ScalarType::Byte);
   check_launch(cuda::beam_step(c.args, workspace.mutable_data_ptr(), current_cuda_stream(logits.get_device_index())),
                "beam_step");
   return c.out;

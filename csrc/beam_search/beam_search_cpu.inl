@@ -5,7 +5,8 @@
 namespace raddpo::RADDPO_ISA {
 namespace {
 
-constexpr int kChunk = 64;  // children scored between two looks at the threshold
+constexpr int kChunk = 128;  // children scored between two looks at the threshold
+constexpr int kGroup = 16;   // beams whose children are looked up at once
 
 template <typename D, typename Symbol>
 struct Step {
@@ -16,6 +17,12 @@ struct Step {
   RADDPO_HD void push(const Candidate& candidate) {
     best.list[best.count++] = candidate;
     if (best.count == best.capacity) trim(best);
+  }
+
+  // No score up to this has a key above the threshold: a cheap test before the exact one, which divides.
+  RADDPO_HD float lowest_score(float factor) const {
+    const float score = best.threshold * factor;
+    return score - 1e-6f * std::fabs(score);
   }
 
   // Token ids of n symbols of a level.
@@ -32,8 +39,7 @@ struct Step {
   }
 
   // Adds the logits at n token ids.
-  RADDPO_HD static void add_gathered(LogSumExp& s, const typename D::T* row, const std::int32_t* tokens,
-                                     std::int64_t n) {
+  RADDPO_HD static void add_gathered(RowSum& s, const typename D::T* row, const std::int32_t* tokens, std::int64_t n) {
     float values[kChunk];
     for (std::int64_t begin = 0; begin < n; begin += kChunk) {
       const int size = static_cast<int>(n - begin < kChunk ? n - begin : kChunk);
@@ -44,7 +50,7 @@ struct Step {
   }
 
   RADDPO_HD float normalizer(const typename D::T* row, int level, const Symbol* symbols, std::int64_t count) const {
-    LogSumExp s{-INFINITY, 0.f};
+    RowSum s;
     if (a.normalize == Normalize::vocab) {
       add_row<D>(s, row, a.vocab);
     } else if (a.normalize == Normalize::level && t.table[level] < 0) {
@@ -59,12 +65,13 @@ struct Step {
         add_gathered(s, row, tokens, size);
       }
     }
-    return value_of(s);
+    return log_sum_exp(s);
   }
 
   RADDPO_HD void expand(const typename D::T* row, std::int32_t beam, float score, int level, Range children,
                         const Symbol* symbols) {
     const float lse = normalizer(row, level, symbols, children.count), factor = a.length_factor[level + 1];
+    float bar = lowest_score(factor);
     std::int32_t tokens[kChunk];
     float scores[kChunk];
     for (std::int64_t begin = 0; begin < children.count; begin += kChunk) {
@@ -79,28 +86,58 @@ struct Step {
       }
       if (!(most / factor > best.threshold)) continue;
       for (int i = 0; i < size; ++i) {
+        if (!(scores[i] > bar)) continue;
         const float key = scores[i] / factor;
-        if (key > best.threshold) push({key, scores[i], beam, tokens[i], children.first + begin + i});
+        if (!(key > best.threshold)) continue;
+        push({key, scores[i], beam, tokens[i], children.first + begin + i});
+        bar = lowest_score(factor);
       }
     }
   }
 
+  struct Beam {
+    std::int64_t node;
+    float score;
+    int level;
+    Range children;
+  };
+
+  // Looks up the next beams' children together, so that their cache misses overlap one another and the rows' reading.
+  RADDPO_HD int look_up(std::int64_t first, std::int64_t end, Beam* beams) const {
+    const int count = static_cast<int>(end - first < kGroup ? end - first : kGroup);
+    for (int i = 0; i < count; ++i) {
+      Beam& b = beams[i];
+      b = {a.nodes[first + i], a.scores[first + i], 0, {0, 0}};
+      if (!(b.score > -INFINITY) || b.node < 0 || b.node >= t.first_node[t.levels + 1]) {
+        b.score = -INFINITY;
+        continue;
+      }
+      b.level = depth_of(t, b.node);
+      b.children = children_of(t, b.node);
+      const auto* symbols = static_cast<const Symbol*>(t.symbols) + b.children.first;
+      for (std::int64_t at = 0; at < b.children.count && at < kChunk; at += 64 / sizeof(Symbol))
+        __builtin_prefetch(symbols + at);
+    }
+    return count;
+  }
+
   RADDPO_HD void run(std::int64_t query, std::int64_t begin, std::int64_t end) {
     const auto* logits = static_cast<const typename D::T*>(a.logits) + query * a.stride_batch;
-    for (std::int64_t beam = begin; beam < end; ++beam) {
-      const float score = a.scores[query * a.width + beam];
-      const std::int64_t node = a.nodes[query * a.width + beam];
-      if (!(score > -INFINITY) || node < 0 || node >= t.first_node[t.levels + 1]) continue;
-      const int level = depth_of(t, node);
-      const Range children = children_of(t, node);
-      const float bound = score / a.length_factor[children.count ? level + 1 : level];
-      if (!(bound > best.threshold)) continue;
-      const auto parent = static_cast<std::int32_t>(beam);
-      if (!children.count)
-        push({bound, score, parent, -1, node});
-      else if (last_token_of(t, level) < a.vocab)
-        expand(logits + beam * a.stride_beam, parent, score, level, children,
-               static_cast<const Symbol*>(t.symbols) + children.first);
+    Beam beams[kGroup];
+    for (std::int64_t first = begin; first < end; first += kGroup) {
+      const int count = look_up(query * a.width + first, query * a.width + end, beams);
+      for (int i = 0; i < count; ++i) {
+        const Beam& b = beams[i];
+        const bool leaf = b.children.count == 0;
+        const float bound = b.score / a.length_factor[leaf ? b.level : b.level + 1];
+        if (!(bound > best.threshold)) continue;
+        const auto slot = static_cast<std::int32_t>(first + i);
+        if (leaf)
+          push({bound, b.score, slot, -1, b.node});
+        else if (last_token_of(t, b.level) < a.vocab)
+          expand(logits + slot * a.stride_beam, slot, b.score, b.level, b.children,
+                 static_cast<const Symbol*>(t.symbols) + b.children.first);
+      }
     }
   }
 };

@@ -4,48 +4,53 @@ namespace {
 
 constexpr std::int64_t kLseBlock = 1024;
 
-// Adds n elements. The exponentials are shifted by a maximum found earlier, so that one loop does for both the sum and
-// the next maximum; only a block that tops the shift by more than e^60 is summed again.
+// Sum of 2^(x log2(e) - shift) over the elements so far; -INFINITY: none above -inf yet.
+struct RowSum {
+  float shift = -INFINITY, sum = 0.f;
+};
+
+// Adds n elements. The shift is a maximum found earlier, so that one loop does for both the sum and the next maximum;
+// only a block that tops it by more than 2^80 is summed again.
 template <typename D>
-RADDPO_HD void add_block(LogSumExp& s, const typename D::T* x, std::int64_t n) {
+RADDPO_HD void add_block(RowSum& s, const typename D::T* x, std::int64_t n) {
   float most = -INFINITY;
-  if (s.max == -INFINITY) {
+  if (s.shift == -INFINITY) {
 #pragma omp simd reduction(max : most)
     for (std::int64_t i = 0; i < n; ++i) {
       const float v = D::load(x + i);
       most = v > most ? v : most;
     }
-    s.max = most;
+    s.shift = most * kLog2E;
   }
   for (;;) {
-    const float shift = s.max == -INFINITY ? 0.f : s.max;  // all -inf or NaN so far: find which
+    const float shift = s.shift == -INFINITY ? 0.f : s.shift;  // all -inf or NaN so far: find which
     float sum = 0.f;
     most = -INFINITY;
 #pragma omp simd reduction(+ : sum) reduction(max : most)
     for (std::int64_t i = 0; i < n; ++i) {
-      const float v = D::load(x + i);
-      most = v > most ? v : most;
-      sum += fast_exp(v - shift);
+      const float t = D::load(x + i) * kLog2E - shift;
+      most = t > most ? t : most;
+      sum += fast_exp2(t);
     }
-    if (s.max == -INFINITY) {
-      s.sum = sum == sum ? 0.f : sum;
+    if (s.shift == -INFINITY) {
+      s.sum += sum == sum ? 0.f : sum;
       return;
     }
-    if (most <= shift + 60.f) {
+    if (most <= 80.f) {
       s.sum += sum;
       return;
     }
-    s.sum *= fast_exp(shift - most);
-    s.max = most;
     if (most == INFINITY) {
       s.sum = NAN;
       return;
     }
+    s.sum *= fast_exp2(-most);
+    s.shift += most;
   }
 }
 
 template <typename D>
-RADDPO_HD void add_row(LogSumExp& s, const typename D::T* x, std::int64_t n) {
+RADDPO_HD void add_row(RowSum& s, const typename D::T* x, std::int64_t n) {
   for (std::int64_t begin = 0; begin < n; begin += kLseBlock) {
     const std::int64_t size = n - begin < kLseBlock ? n - begin : kLseBlock;
     // The hardware prefetcher stops at page borders; the block after next may be the next row's.
@@ -55,7 +60,10 @@ RADDPO_HD void add_row(LogSumExp& s, const typename D::T* x, std::int64_t n) {
   }
 }
 
-RADDPO_HD float value_of(const LogSumExp& s) { return s.sum == 0.f ? -INFINITY : s.max + std::log(s.sum); }
+RADDPO_HD float log_sum_exp(const RowSum& s) {
+  if (s.sum == 0.f) return -INFINITY;
+  return static_cast<float>(0.6931471805599453 * s.shift + std::log(static_cast<double>(s.sum)));
+}
 
 }  // namespace
 }  // namespace raddpo::RADDPO_ISA

@@ -6,6 +6,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <array>
+#include <initializer_list>
 
 #include "logit_type.h"
 #ifdef RADDPO_WITH_CUDA
@@ -28,6 +32,23 @@ inline LogitType logit_type_of(const Tensor& t, const char* op) {
     default:
       STD_TORCH_CHECK(false, op, ": logits must be float32, bfloat16 or float16");
   }
+}
+
+// A contiguous tensor on the device of `like`. Straight from torch's C shim: torch::stable::new_empty looks its
+// operator up by name on every call, which is a tenth of a small beam step.
+inline Tensor new_empty(const Tensor& like, std::initializer_list<std::int64_t> sizes, ScalarType type) {
+  std::array<std::int64_t, 4> strides{};
+  std::int64_t stride = 1;
+  for (std::size_t d = sizes.size(); d-- > 0; stride *= sizes.begin()[d]) strides[d] = stride;
+  const std::int32_t code = type == ScalarType::Float  ? aoti_torch_dtype_float32()
+                            : type == ScalarType::Long ? aoti_torch_dtype_int64()
+                                                       : aoti_torch_dtype_uint8();
+  std::int32_t device = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()), sizes.begin(),
+                                                  strides.data(), code, device, like.get_device_index(), &handle));
+  return Tensor(handle);
 }
 
 // Runs body(begin, end) over [0, size) on torch's threads; pieces of at least `grain`.

@@ -15,7 +15,7 @@ struct Call {
 Call prepare(const Tensor& logits) {
   STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous(),
                   "row_lse: logits must be contiguous, of shape (rows, cols)");
-  Tensor out = torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Float);
+  Tensor out = new_empty(logits, {logits.size(0)}, ScalarType::Float);
   return {out,
           {logits.const_data_ptr(), logit_type_of(logits, "row_lse"), logits.size(0), logits.size(1),
            out.mutable_data_ptr<float>()}};

@@ -6,9 +6,9 @@ namespace {
 template <typename D>
 RADDPO_HD void run(const RowLseArgs& a, std::int64_t begin, std::int64_t end) {
   for (std::int64_t row = begin; row < end; ++row) {
-    LogSumExp s{-INFINITY, 0.f};
+    RowSum s;
     add_row<D>(s, static_cast<const typename D::T*>(a.logits) + row * a.cols, a.cols);
-    a.out[row] = value_of(s);
+    a.out[row] = log_sum_exp(s);
   }
 }
 

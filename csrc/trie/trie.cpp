@@ -60,7 +60,7 @@ struct Walk {
 Walk prepare_walk(const Tensor& tokens, const Tensor& trie, const Tensor& header) {
   check_nodes(tokens, "trie_walk", "tokens");
   STD_TORCH_CHECK(tokens.dim() == 2, "trie_walk: tokens must have shape (rows, columns)");
-  Tensor nodes = torch::stable::new_empty(tokens, {tokens.size(0), tokens.size(1) + 1});
+  Tensor nodes = new_empty(tokens, {tokens.size(0), tokens.size(1) + 1}, ScalarType::Long);
   return {nodes,
           {trie_view(trie, header, "trie_walk"), tokens.const_data_ptr<std::int64_t>(), tokens.size(0), tokens.size(1),
            nodes.mutable_data_ptr<std::int64_t>()}};
@@ -74,8 +74,8 @@ struct Paths {
 Paths prepare_paths(const Tensor& nodes, const Tensor& trie, const Tensor& header) {
   check_nodes(nodes, "trie_paths", "nodes");
   const TrieView view = trie_view(trie, header, "trie_paths");
-  Tensor codes = torch::stable::new_empty(nodes, {nodes.numel(), view.sid_levels});
-  Tensor depths = torch::stable::new_empty(nodes, {nodes.numel()});
+  Tensor codes = new_empty(nodes, {nodes.numel(), view.sid_levels}, ScalarType::Long);
+  Tensor depths = new_empty(nodes, {nodes.numel()}, ScalarType::Long);
   return {codes,
           depths,
           {view, nodes.const_data_ptr<std::int64_t>(), nodes.numel(), codes.mutable_data_ptr<std::int64_t>(),
@@ -90,8 +90,8 @@ struct Ranges {
 Ranges prepare_ranges(const Tensor& nodes, const Tensor& trie, const Tensor& header, bool items) {
   const char* op = items ? "trie_items" : "trie_children";
   check_nodes(nodes, op, "nodes");
-  Tensor first = torch::stable::new_empty(nodes, {nodes.numel()}),
-         count = torch::stable::new_empty(nodes, {nodes.numel()});
+  Tensor first = new_empty(nodes, {nodes.numel()}, ScalarType::Long),
+         count = new_empty(nodes, {nodes.numel()}, ScalarType::Long);
   return {first,
           count,
           {trie_view(trie, header, op), nodes.const_data_ptr<std::int64_t>(), nodes.numel(), items,

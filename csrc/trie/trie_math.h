@@ -80,7 +80,9 @@ RADDPO_HD std::int32_t token_of(const TrieView& t, int level, std::int64_t symbo
 }
 
 // The largest token id of a level.
-RADDPO_HD std::int32_t last_token_of(const TrieView& t, int level) { return token_of(t, level, t.num_symbols[level] - 1); }
+RADDPO_HD std::int32_t last_token_of(const TrieView& t, int level) {
+  return token_of(t, level, t.num_symbols[level] - 1);
+}
 
 RADDPO_HD std::int32_t code_of(const TrieView& t, int level, std::int64_t symbol) {
   return t.table[level] < 0 ? static_cast<std::int32_t>(symbol) : t.codes[t.table[level] + symbol];

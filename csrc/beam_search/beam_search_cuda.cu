@@ -1,0 +1,288 @@
+// beam_step in two launches. The first reads every row of logits once, for its log-sum-exp, and looks up the beams'
+// children. The second numbers a query's candidates, beam after beam and child after child, and cuts them into slices:
+// a block finds the best of a slice, and the block that ends last the best of all.
+#include <cmath>
+#include <type_traits>
+
+#include "../trie/trie_warp.cuh"
+#include "candidates.cuh"
+
+namespace raddpo::cuda {
+namespace {
+
+constexpr int kReaders = 128;                       // threads that read a row; one more warp looks up its children
+constexpr int kRowBytes = kReaders * kLoads * 16;   // that they read in one go
+constexpr std::int64_t kRowBlocks = 1024;           // rows are split among blocks while that makes no more of them
+constexpr std::int64_t kSliceBlocks = 512;          // fills a GPU
+constexpr int kBufferKeys = 4096;                   // in shared memory; a wide beam's buffers are in global memory
+constexpr std::int64_t kMaxCandidate = 0xfffffffe;  // in 32 bits of a key; nodes are fewer, unless beams repeat them
+
+constexpr std::int64_t kMaxWidth = 1 << 28;  // of a result that has as many candidates
+
+struct Workspace {
+  Key* lists;                          // [batch, slices + 1, stride] best keys of each slice; the last for their union
+  Key* bounds;                         // [batch, slices] that `want` keys of the slice reach, or 0
+  Beam* beams;                         // [batch, width]
+  LogSumExp* sums;                     // [batch, width, splits]
+  unsigned* counts;                    // [batch, slices] keys in each list
+  unsigned* done;                      // [batch] slices that are finished
+  std::int64_t bytes;                  // of all this
+  std::int64_t slices, least, stride;  // at most so many slices, of at least so many candidates
+  int splits, want, limit, capacity;
+  bool in_shared;  // the buffers that keys are gathered in
+};
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+template <typename T>
+T clamp(T x, T low, T high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+// Sizes follow from shapes that the host knows alone.
+Workspace lay_out(const BeamStepArgs& a, void* memory) {
+  std::int64_t symbols = 1;
+  for (int level = 0; level < a.trie.levels; ++level)
+    if (a.trie.num_symbols[level] > symbols) symbols = a.trie.num_symbols[level];
+  const std::int64_t most = a.width * symbols, rows = a.batch * a.width;  // candidates of a query
+  Workspace w{};
+  const std::int64_t row_bytes = a.vocab * (a.logit_type == LogitType::float32 ? 4 : 2);
+  w.splits = static_cast<int>(
+      clamp<std::int64_t>(ceil_div(row_bytes, kRowBytes), 1, clamp<std::int64_t>(rows ? kRowBlocks / rows : 1, 1, 64)));
+  w.want = static_cast<int>(clamp<std::int64_t>(most, 1, a.beam_width < kMaxWidth ? a.beam_width : kMaxWidth));
+  w.limit = w.want + (w.want > 64 ? w.want / 2 : 32);
+  w.in_shared = w.limit + kRound <= kBufferKeys;
+  w.capacity = kBufferKeys;
+  while (w.capacity < w.limit + kRound) w.capacity *= 2;
+  w.least = w.limit > kRound / 4 ? 4 * static_cast<std::int64_t>(w.limit) : kRound;
+  w.slices = clamp<std::int64_t>(ceil_div(most, w.least), 1, clamp<std::int64_t>(kSliceBlocks / a.batch, 8, 256));
+  w.stride = w.in_shared ? w.limit : w.capacity;
+  auto* at = static_cast<std::uint8_t*>(memory);
+  const auto take = [&](auto*& array, std::int64_t size) {
+    array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(at + w.bytes);
+    w.bytes += ceil_div(size * sizeof(*array), 16) * 16;
+  };
+  take(w.lists, a.batch * (w.slices + 1) * w.stride);
+  take(w.bounds, a.batch * w.slices);
+  take(w.beams, rows);
+  take(w.sums, rows * w.splits);
+  take(w.counts, a.batch * w.slices);
+  take(w.done, a.batch);
+  return w;
+}
+
+template <typename D>
+__device__ __forceinline__ LogSumExp share_of_row(const BeamStepArgs& a, const typename D::T* row, int level,
+                                                  Range children, int split, int splits) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const TrieView& t = a.trie;
+  std::int64_t size = a.vocab;
+  if (a.normalize == Normalize::level) size = t.num_symbols[level];
+  if (a.normalize == Normalize::trie) size = children.count;
+  const unsigned chunk = static_cast<unsigned>(((size + splits - 1) / splits + 63) / 64 * 64);
+  const unsigned begin = static_cast<unsigned>(split * chunk < size ? split * chunk : size);
+  const unsigned end = static_cast<unsigned>(begin + chunk < size ? begin + chunk : size);
+  if (a.normalize == Normalize::trie)
+    return share_of_tokens<D>(row, a.vocab, begin, end, thread, kReaders,
+                              [&](unsigned i) { return token_of(t, level, symbol_of(t, children.first + i)); });
+  if (a.normalize == Normalize::level && t.table[level] >= 0)
+    return share_of_tokens<D>(row, a.vocab, begin, end, thread, kReaders,
+                              [&](unsigned i) { return token_of(t, level, i); });
+  const std::int64_t first = a.normalize == Normalize::level ? t.first_token[level] : 0;
+  const std::int64_t readable = (end < a.vocab - first ? end : a.vocab - first) - begin;
+  return share_of_range<D>(row + first + begin, readable > 0 ? readable : 0, thread, kReaders);
+}
+
+// One block a split of a row: 128 threads read the logits, coalesced and 8 x 16 bytes each in flight, while a warp
+// walks the chain of dependent reads to the beam's children. Under `trie` every warp needs the children first.
+template <typename D>
+__global__ void __launch_bounds__(kReaders + 32, 8)
+    rows_kernel(const __grid_constant__ BeamStepArgs a, const __grid_constant__ Workspace w) {
+  __shared__ LogSumExp parts[kReaders / 32];
+  const TrieView& t = a.trie;
+  const std::int64_t at = blockIdx.x / w.splits;
+  const int split = static_cast<int>(blockIdx.x % w.splits);
+  const float score = a.scores[at];
+  const std::int64_t node = a.nodes[at];
+  const bool live = score > -INFINITY && node >= 0 && node < t.first_node[t.levels + 1];
+  const int level = live ? depth_of(t, node) : 0;
+  const bool reads = threadIdx.x < kReaders, looks_up = !reads && split == 0;
+  const bool inner = live && level < t.levels;
+  Range children{0, 0};
+  if (inner && (looks_up || a.normalize == Normalize::trie)) children = warp_children_of(t, node);
+  if (looks_up && lane_id() == 0) {
+    if (at % a.width == 0) w.done[at / a.width] = 0;
+    const bool finished = children.count == 0;
+    w.beams[at] = {finished ? node : children.first, static_cast<std::uint32_t>(finished ? live : children.count),
+                   finished ? -1 - level : level, score};
+  }
+  if (reads) {
+    LogSumExp s{-INFINITY, 0.f};
+    if (inner) {
+      const auto* row =
+          static_cast<const typename D::T*>(a.logits) + at / a.width * a.stride_batch + at % a.width * a.stride_beam;
+      s = share_of_row<D>(a, row, level, children, split, w.splits);
+    }
+    s = warp_merge(s);
+    if (lane_id() == 0) parts[warp_id()] = s;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    LogSumExp s = parts[0];
+#pragma unroll
+    for (int i = 1; i < kReaders / 32; ++i) s = merge(s, parts[i]);
+    w.sums[blockIdx.x] = s;
+  }
+}
+
+template <bool in_shared>
+struct SliceShared {
+  Key keys[in_shared ? kBufferKeys : 1];
+  TopKeysShared top;
+  Tile tile;
+  bool last;
+};
+
+// Pushes the candidates [begin, end) of a query, tile by tile, and leaves the tile loaded that it ended with.
+__device__ __forceinline__ void push_candidates(TopKeys& top, Tile& tile, const BeamStepArgs& a, const Workspace& w,
+                                                std::int64_t query, std::uint64_t begin, std::uint64_t end) {
+  constexpr int n = kRound / kThreads;
+  std::uint64_t first = 0;
+  for (std::int64_t beam = 0; beam < a.width; beam += kThreads) {
+    if (a.width > kThreads) load_tile(tile, a, w.beams, w.sums, w.splits, query, beam, first);
+    const std::uint64_t next = tile.begin[kThreads];
+    const std::uint64_t low = begin > first ? begin : first, high = end < next ? end : next;
+    for (std::uint64_t from = low; from < high; from += kRound) {
+      std::uint64_t candidate[n];
+      Key keys[n];
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        candidate[i] = from + i * kThreads + threadIdx.x;
+        if (candidate[i] >= high) candidate[i] = high - 1;  // evaluated in vain, which costs less than a branch
+      }
+      const Candidates<n> c = evaluate(a, tile, query, beam, candidate);
+#pragma unroll
+      for (int i = 0; i < n; ++i)
+        keys[i] = from + i * kThreads + threadIdx.x < high ? key_of(c.key[i], candidate[i]) : 0;
+      top.push(keys);
+    }
+    first = next;
+  }
+}
+
+// Pushes the keys of every slice's list, one list a warp at a time.
+__device__ __forceinline__ void push_lists(TopKeys& top, const Workspace& w, std::int64_t query, std::int64_t slices) {
+  constexpr int n = kRound / kThreads, kWarps = kThreads / 32;
+  for (std::int64_t first = 0; first < slices; first += kWarps) {
+    const std::int64_t slice = first + warp_id();
+    const int count = slice < slices ? static_cast<int>(w.counts[query * w.slices + slice]) : 0;
+    const Key* list = w.lists + (query * (w.slices + 1) + slice) * w.stride;
+    for (int place = lane_id(); place - lane_id() < w.limit; place += n * 32) {
+      Key keys[n];
+#pragma unroll
+      for (int i = 0; i < n; ++i) keys[i] = place + i * 32 < count ? list[place + i * 32] : 0;
+      top.push(keys);
+    }
+  }
+}
+
+// The next state from the sorted keys.
+__device__ __forceinline__ void write(const Key* keys, int count, Tile& tile, const BeamStepArgs& a, const Workspace& w,
+                                      std::int64_t query) {
+  const std::int64_t out = query * a.beam_width;
+  for (std::int64_t slot = threadIdx.x; slot < a.beam_width; slot += kThreads) {
+    if (slot < count) continue;
+    a.out_scores[out + slot] = -INFINITY;
+    a.out_tokens[out + slot] = -1;
+    a.out_parents[out + slot] = 0;
+    a.out_nodes[out + slot] = -1;
+  }
+  std::uint64_t first = 0;
+  for (std::int64_t beam = 0; beam < a.width; beam += kThreads) {
+    if (a.width > kThreads) load_tile(tile, a, w.beams, w.sums, w.splits, query, beam, first);
+    const std::uint64_t next = tile.begin[kThreads];
+    for (std::int64_t slot = threadIdx.x; slot < count; slot += kThreads) {
+      const std::uint64_t candidate[1] = {static_cast<std::uint32_t>(~keys[slot])};
+      if (candidate[0] < first || candidate[0] >= next) continue;
+      const Candidates<1> c = evaluate(a, tile, query, beam, candidate);
+      a.out_scores[out + slot] = c.score[0];
+      a.out_tokens[out + slot] = c.token[0];
+      a.out_parents[out + slot] = beam + c.beam[0];
+      a.out_nodes[out + slot] = c.node[0];
+    }
+    first = next;
+  }
+}
+
+// One block a slice of a query's candidates, as many slices as the candidates fill; blocks beyond them end at once.
+// Symbols are read once and coalesced; logits were read by the launch before and come from the L2 cache.
+template <bool in_shared>
+__global__ void __launch_bounds__(kThreads, 2)
+    slices_kernel(const __grid_constant__ BeamStepArgs a, const __grid_constant__ Workspace w) {
+  __shared__ SliceShared<in_shared> shared;
+  const std::int64_t query = blockIdx.x % a.batch, slice = blockIdx.x / a.batch;  // slices that have work come first
+  std::uint64_t total = 0;
+  for (std::int64_t beam = 0; beam < a.width; beam += kThreads)
+    total += load_tile(shared.tile, a, w.beams, w.sums, w.splits, query, beam, total);
+  if (total > kMaxCandidate) total = kMaxCandidate;
+  const std::uint64_t even = (total + w.slices - 1) / w.slices;
+  const std::uint64_t size = even > static_cast<std::uint64_t>(w.least) ? even : w.least;
+  const std::int64_t slices = total > size ? static_cast<std::int64_t>((total + size - 1) / size) : 1;
+  if (slice >= slices) return;
+
+  Key* lists = w.lists + query * (w.slices + 1) * w.stride;
+  Key* list = lists + slice * w.stride;
+  TopKeys top{in_shared ? shared.keys : list, w.capacity, w.want, w.limit, &shared.top, 0, 0};
+  top.clear(0);
+  const std::uint64_t begin = slice * size;
+  push_candidates(top, shared.tile, a, w, query, begin, begin + size < total ? begin + size : total);
+  top.settle();
+  if (slices > 1) {
+    if (in_shared)
+      for (int i = static_cast<int>(threadIdx.x); i < top.used; i += kThreads) list[i] = top.keys[i];
+    if (threadIdx.x == 0) {
+      w.counts[query * w.slices + slice] = top.used;
+      w.bounds[query * w.slices + slice] = top.bound;
+    }
+    // Each thread's writes are in memory before the slice counts as done, and read only once all slices do.
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) shared.last = atomicAdd(&w.done[query], 1u) == slices - 1;
+    __syncthreads();
+    if (!shared.last) return;
+    __threadfence();
+    Key least = 0;
+    for (std::int64_t i = threadIdx.x; i < slices; i += kThreads) {
+      const Key bound = w.bounds[query * w.slices + i];
+      least = bound > least ? bound : least;
+    }
+    least = block_reduce<kThreads>(least, shared.top.key_scratch, [](Key x, Key y) { return x > y ? x : y; });
+    if (!in_shared) top.keys = lists + w.slices * w.stride;
+    top.clear(least);
+    push_lists(top, w, query, slices);
+    top.settle();
+  }
+  const Key* keys = top.sorted();
+  write(keys, top.used < w.want ? top.used : w.want, shared.tile, a, w, query);
+}
+
+template <typename D>
+int launch_rows(const BeamStepArgs& a, const Workspace& w, CUstream_st* stream) {
+  const std::int64_t blocks = a.batch * a.width * w.splits;
+  return blocks ? launch(rows_kernel<D>, blocks, kReaders + 32, stream, a, w) : cudaSuccess;
+}
+
+}  // namespace
+
+std::int64_t beam_step_workspace(const BeamStepArgs& a) { return lay_out(a, nullptr).bytes; }
+
+int beam_step(const BeamStepArgs& a, void* workspace, CUstream_st* stream) {
+  const Workspace w = lay_out(a, workspace);
+  if (w.want == kMaxWidth) return cudaErrorInvalidValue;
+  const int error = a.logit_type == LogitType::float32    ? launch_rows<Float32>(a, w, stream)
+                    : a.logit_type == LogitType::bfloat16 ? launch_rows<BFloat16>(a, w, stream)
+                                                          : launch_rows<Float16>(a, w, stream);
+  if (error) return error;
+  return launch(w.in_shared ? slices_kernel<true> : slices_kernel<false>, a.batch * w.slices, kThreads, stream, a, w);
+}
+
+}  // namespace raddpo::cuda

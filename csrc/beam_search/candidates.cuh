@@ -1,0 +1,131 @@
+#pragma once
+// A query's candidates: numbered beam after beam and child after child, so that a lower number is a lower parent or, of
+// the same parent, a lower token.
+#include "../common/log_sum_exp.cuh"
+#include "../trie/trie_math.h"
+#include "beam_search.h"
+#include "top_keys.cuh"
+
+namespace raddpo::cuda {
+
+// What the ranking of candidates needs of a beam.
+struct Beam {
+  std::int64_t first;   // node: the first child, or the finished beam itself
+  std::uint32_t count;  // candidates: children, 1 for a finished beam, 0 for an empty slot
+  std::int32_t level;   // of the children; of a finished beam -1 - its depth
+  float score;
+};
+
+// As many of a query's beams as a block has threads, in shared memory.
+struct Tile {
+  std::uint64_t begin[kThreads + 1];  // number of each beam's first candidate
+  std::int64_t first[kThreads];
+  float score[kThreads], lse[kThreads];
+  std::int8_t level[kThreads];
+  std::uint64_t scratch[kThreads / 32];
+
+  // The tile's last beam that begins at candidate c or before: candidate c's, for the c of the tile.
+  __device__ __forceinline__ int beam_of(std::uint64_t c) const {
+    int beam = 0;
+#pragma unroll
+    for (int step = kThreads / 2; step; step /= 2)
+      if (begin[beam + step] <= c) beam += step;
+    return beam;
+  }
+};
+
+// Loads the beams from `beam` on, whose candidates are counted from `first`; returns how many these are.
+__device__ __forceinline__ std::uint64_t load_tile(Tile& tile, const BeamStepArgs& a, const Beam* beams,
+                                                   const LogSumExp* sums, int splits, std::int64_t query,
+                                                   std::int64_t beam, std::uint64_t first) {
+  const int thread = static_cast<int>(threadIdx.x);
+  Beam b{0, 0, -1, 0.f};
+  LogSumExp s{-INFINITY, 0.f};
+  if (beam + thread < a.width) {
+    const std::int64_t at = query * a.width + beam + thread;
+    b = beams[at];
+    for (int i = 0; i < splits; ++i) s = merge(s, sums[at * splits + i]);
+  }
+  std::uint64_t total;
+  const std::uint64_t before = block_scan<kThreads>(static_cast<std::uint64_t>(b.count), tile.scratch, &total);
+  tile.begin[thread] = first + before;
+  if (thread == 0) tile.begin[kThreads] = first + total;
+  tile.first[thread] = b.first;
+  tile.score[thread] = b.score;
+  tile.lse[thread] = value_of(s);
+  tile.level[thread] = static_cast<std::int8_t>(b.level);
+  __syncthreads();
+  return total;
+}
+
+// Keys order as their float does, and among equals the lower candidate number, that is the lower parent and then the
+// lower token, is the larger key. NaN and -inf are no candidates.
+__device__ __forceinline__ Key key_of(float value, std::uint64_t candidate) {
+  if (!(value > -INFINITY)) return 0;
+  const unsigned bits = __float_as_uint(value + 0.f);  // -0 becomes 0
+  const unsigned ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return static_cast<Key>(ordered) << 32 | static_cast<std::uint32_t>(~candidate);
+}
+
+template <int n>
+struct Candidates {
+  std::int32_t beam[n];  // of the tile
+  std::int64_t node[n];
+  std::int32_t token[n];   // -1: a finished beam
+  float score[n], key[n];  // key = score / length factor
+};
+
+// n candidates of the tile at once, so that the reads of each stage are in flight together.
+template <int n>
+__device__ __forceinline__ Candidates<n> evaluate(const BeamStepArgs& a, const Tile& tile, std::int64_t query,
+                                                  std::int64_t tile_beam, const std::uint64_t (&candidate)[n]) {
+  const TrieView& t = a.trie;
+  Candidates<n> c;
+  std::uint32_t symbol[n];
+  float logit[n];
+  std::int64_t offset[n];
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    c.beam[i] = tile.beam_of(candidate[i]);
+    c.node[i] = tile.first[c.beam[i]] + static_cast<std::int64_t>(candidate[i] - tile.begin[c.beam[i]]);
+  }
+  if (t.wide) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) symbol[i] = static_cast<const std::uint32_t*>(t.symbols)[c.node[i]];
+  } else {
+#pragma unroll
+    for (int i = 0; i < n; ++i) symbol[i] = static_cast<const std::uint16_t*>(t.symbols)[c.node[i]];
+  }
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    const int level = tile.level[c.beam[i]];
+    c.token[i] = level < 0 ? -1 : token_of(t, level, symbol[i]);
+    const bool readable = c.token[i] >= 0 && c.token[i] < a.vocab;
+    offset[i] = readable ? query * a.stride_batch + (tile_beam + c.beam[i]) * a.stride_beam + c.token[i] : -1;
+    logit[i] = NAN;
+  }
+  if (a.logit_type == LogitType::float32) {
+#pragma unroll
+    for (int i = 0; i < n; ++i)
+      if (offset[i] >= 0) logit[i] = load_logit<Float32>(static_cast<const float*>(a.logits) + offset[i]);
+  } else if (a.logit_type == LogitType::bfloat16) {
+#pragma unroll
+    for (int i = 0; i < n; ++i)
+      if (offset[i] >= 0) logit[i] = load_logit<BFloat16>(static_cast<const std::uint16_t*>(a.logits) + offset[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < n; ++i)
+      if (offset[i] >= 0) logit[i] = load_logit<Float16>(static_cast<const std::uint16_t*>(a.logits) + offset[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    const float logp = logit[i] - tile.lse[c.beam[i]];
+    const float step = c.token[i] < 0 ? 0.f : logp > 0.f ? 0.f : logp;  // no child is above its parent, rounding or not
+    c.score[i] = tile.score[c.beam[i]] + step;
+    const int level = tile.level[c.beam[i]];
+    c.key[i] = c.score[i] / a.length_factor[level < 0 ? -1 - level : level + 1];
+  }
+  return c;
+}
+
+}  // namespace raddpo::cuda

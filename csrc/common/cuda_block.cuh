@@ -1,0 +1,76 @@
+#pragma once
+// Launches, and what the threads of a warp or a block work out together. Blocks are one-dimensional, of whole warps.
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "math.h"
+
+namespace raddpo::cuda {
+
+constexpr unsigned kAllLanes = ~0u;
+
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, CUstream_st* stream,
+           const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x % 32); }
+__device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x / 32); }
+
+// op over a warp's values, given to every lane.
+template <typename T, typename Op>
+__device__ __forceinline__ T warp_reduce(T value, Op op) {
+#pragma unroll
+  for (int d = 16; d; d /= 2) value = op(value, __shfl_xor_sync(kAllLanes, value, d));
+  return value;
+}
+
+__device__ __forceinline__ LogSumExp warp_merge(LogSumExp s) {
+#pragma unroll
+  for (int d = 16; d; d /= 2)
+    s = merge(s, {__shfl_xor_sync(kAllLanes, s.max, d), __shfl_xor_sync(kAllLanes, s.sum, d)});
+  return s;
+}
+
+// op over a block's values, given to every thread; `scratch`: shared, one T a warp.
+template <int threads, typename T, typename Op>
+__device__ __forceinline__ T block_reduce(T value, T* scratch, Op op) {
+  value = warp_reduce(value, op);
+  __syncthreads();  // whoever used the scratch before is done
+  if (lane_id() == 0) scratch[warp_id()] = value;
+  __syncthreads();
+  value = scratch[0];
+#pragma unroll
+  for (int w = 1; w < threads / 32; ++w) value = op(value, scratch[w]);
+  return value;
+}
+
+// Sum of the values of the threads before this one, and of all.
+template <int threads, typename T>
+__device__ __forceinline__ T block_scan(T value, T* scratch, T* total) {
+  T through = value;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const T other = __shfl_up_sync(kAllLanes, through, d);
+    if (lane_id() >= d) through += other;
+  }
+  __syncthreads();
+  if (lane_id() == 31) scratch[warp_id()] = through;
+  __syncthreads();
+  T before = 0;
+  *total = 0;
+#pragma unroll
+  for (int w = 0; w < threads / 32; ++w) {
+    if (w < warp_id()) before += scratch[w];
+    *total += scratch[w];
+  }
+  return before + through - value;
+}
+
+}  // namespace raddpo::cuda

@@ -1,0 +1,45 @@
+// One thread a row or node: a lookup is a chain of dependent reads, so that only many at a time keep the memory busy.
+#include "../common/cuda_block.cuh"
+#include "trie_ops.h"
+
+namespace raddpo::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+
+__device__ __forceinline__ std::int64_t thread_number() {
+  return static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+}
+
+__global__ void __launch_bounds__(kThreads) trie_walk_kernel(const __grid_constant__ TrieWalkArgs a) {
+  const std::int64_t row = thread_number();
+  if (row < a.rows) trie_walk_row(a, row);
+}
+
+__global__ void __launch_bounds__(kThreads) trie_paths_kernel(const __grid_constant__ TriePathsArgs a) {
+  const std::int64_t i = thread_number();
+  if (i < a.count) trie_path(a, i);
+}
+
+__global__ void __launch_bounds__(kThreads) trie_ranges_kernel(const __grid_constant__ TrieRangesArgs a) {
+  const std::int64_t i = thread_number();
+  if (i < a.count) trie_range(a, i);
+}
+
+std::int64_t blocks_of(std::int64_t size) { return (size + kThreads - 1) / kThreads; }
+
+}  // namespace
+
+int trie_walk(const TrieWalkArgs& a, CUstream_st* stream) {
+  return a.rows ? launch(trie_walk_kernel, blocks_of(a.rows), kThreads, stream, a) : cudaSuccess;
+}
+
+int trie_paths(const TriePathsArgs& a, CUstream_st* stream) {
+  return a.count ? launch(trie_paths_kernel, blocks_of(a.count), kThreads, stream, a) : cudaSuccess;
+}
+
+int trie_ranges(const TrieRangesArgs& a, CUstream_st* stream) {
+  return a.count ? launch(trie_ranges_kernel, blocks_of(a.count), kThreads, stream, a) : cudaSuccess;
+}
+
+}  // namespace raddpo::cuda
