@@ -1,0 +1,80 @@
+"""What every benchmark result carries, and how it is written."""
+
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import raddpo_ext as rx
+from benchmarks.catalogues import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def environment(module: str) -> dict[str, Any]:
+    """Machine, versions, commit and command of a run of ``python -m <module>``."""
+    return {
+        "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
+        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"),
+        "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "kernel": platform.release()},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "raddpo_ext": rx.__version__,
+            "isa": rx._C.isa(),
+            "static_decoding": _static_commit(),
+        },
+    }
+
+
+def run_fresh(module: str, *arguments: str) -> Any:
+    """The JSON that ``python -m <module> <arguments>`` prints as its last line, from a new process."""
+    done = subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{module} {' '.join(arguments)} failed with exit code {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """Writes the file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(json.dumps(result, indent=1) + "\n")
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _static_commit() -> str:
+    spec = importlib.util.find_spec("static_decoding")
+    if spec is None or spec.origin is None:
+        return "not installed"
+    return _output("git", "-C", str(Path(spec.origin).parent), "rev-parse", "--short=12", "HEAD")
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _cpu_model() -> str:
+    for line in _output("lscpu").splitlines():
+        if line.startswith("Model name:"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
