@@ -4,33 +4,37 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <tuple>
 #include <vector>
 
+#include "../common/buffer.h"
 #include "../common/isa.h"
 #include "../trie/trie_tensor.h"
 
 namespace raddpo {
-namespace {
-
-bool ranks_before(const Candidate& a, const Candidate& b) {
-  if (a.key != b.key) return a.key > b.key;
-  return a.parent != b.parent ? a.parent < b.parent : a.token < b.token;
-}
-
-}  // namespace
-
+// Candidates arrive in the order that decides ties, and stay in it.
 void trim(Best& best) {
-  if (best.count < best.limit) return;
-  if (best.count > best.limit)
-    std::nth_element(best.list, best.list + best.limit - 1, best.list + best.count, ranks_before);
-  best.count = best.limit;
-  best.threshold = best.list[0].key;
-  for (std::int64_t i = 1; i < best.count; ++i) best.threshold = std::min(best.threshold, best.list[i].key);
+  if (best.count <= best.limit) return;
+  for (std::int64_t i = 0; i < best.count; ++i) best.keys[i] = best.list[i].key;
+  std::nth_element(best.keys, best.keys + best.limit - 1, best.keys + best.count, std::greater<float>());
+  const float least = best.keys[best.limit - 1];
+  std::int64_t equal =
+      best.limit - std::count_if(best.keys, best.keys + best.limit, [=](float k) { return k > least; });
+  std::int64_t kept = 0;
+  for (std::int64_t i = 0; i < best.count; ++i) {
+    const Candidate& c = best.list[i];
+    if (c.key > least || (c.key == least && equal-- > 0)) best.list[kept++] = c;
+  }
+  best.count = kept;
+  best.threshold = least;
 }
 
-void sort(Best& best) { std::sort(best.list, best.list + best.count, ranks_before); }
+void sort(Best& best) {
+  std::stable_sort(best.list, best.list + best.count,
+                   [](const Candidate& a, const Candidate& b) { return a.key > b.key; });
+}
 
 namespace {
 
@@ -98,14 +102,15 @@ Result beam_step_cpu(const Tensor& logits, const Tensor& scores, const Tensor& n
   const std::int64_t threads = torch::stable::get_num_threads();
   const std::int64_t pieces = std::max<std::int64_t>(1, std::min(a.width, threads / a.batch));
   const std::int64_t capacity = beam_width + std::max<std::int64_t>(beam_width, 256);
-  std::vector<Candidate> memory(a.batch * pieces * capacity);
+  const Buffer<Candidate> lists(a.batch * pieces * capacity);
+  const Buffer<float> keys(a.batch * pieces * capacity);
   std::vector<Best> best(a.batch * pieces);
   const std::int64_t small = 1 << 15;  // logits that are read sooner than a thread wakes
   const std::int64_t grain = 1 + small / (1 + a.width * a.vocab / pieces);
   parallel_for(a.batch * pieces, grain, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
       const std::int64_t query = i / pieces, piece = i % pieces;
-      best[i] = {memory.data() + i * capacity, 0, beam_width, capacity, -INFINITY};
+      best[i] = {lists.get() + i * capacity, keys.get() + i * capacity, 0, beam_width, capacity, -INFINITY};
       RADDPO_CALL_ISA(beam_step, a, query, a.width * piece / pieces, a.width * (piece + 1) / pieces, best[i]);
       trim(best[i]);
     }

@@ -36,6 +36,7 @@ struct Candidate {
 // beams come in ascending order and so do a beam's tokens, so that one equal to the last of the best loses the tie.
 struct Best {
   Candidate* list;  // [capacity]
+  float* keys;      // [capacity], scratch
   std::int64_t count, limit, capacity;
   float threshold;
 };

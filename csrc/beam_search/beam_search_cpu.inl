@@ -71,7 +71,6 @@ struct Step {
   RADDPO_HD void expand(const typename D::T* row, std::int32_t beam, float score, int level, Range children,
                         const Symbol* symbols) {
     const float lse = normalizer(row, level, symbols, children.count), factor = a.length_factor[level + 1];
-    float bar = lowest_score(factor);
     std::int32_t tokens[kChunk];
     float scores[kChunk];
     for (std::int64_t begin = 0; begin < children.count; begin += kChunk) {
@@ -85,12 +84,16 @@ struct Step {
         most = scores[i] > most ? scores[i] : most;
       }
       if (!(most / factor > best.threshold)) continue;
+      int hits[kChunk], num_hits = 0;  // without a branch, which would be taken as if at random
+      const float bar = lowest_score(factor);
       for (int i = 0; i < size; ++i) {
-        if (!(scores[i] > bar)) continue;
+        hits[num_hits] = i;
+        num_hits += scores[i] > bar;
+      }
+      for (int h = 0; h < num_hits; ++h) {
+        const int i = hits[h];
         const float key = scores[i] / factor;
-        if (!(key > best.threshold)) continue;
-        push({key, scores[i], beam, tokens[i], children.first + begin + i});
-        bar = lowest_score(factor);
+        if (key > best.threshold) push({key, scores[i], beam, tokens[i], children.first + begin + i});
       }
     }
   }
