@@ -8,7 +8,7 @@ STABLE_TORCH_LIBRARY(raddpo, m) {
       "normalize, "
       "float length_penalty) -> (Tensor scores, Tensor tokens, Tensor parents, Tensor nodes)");
   m.def("trie_walk(Tensor tokens, Tensor trie, Tensor header) -> Tensor nodes");
-  m.def("trie_paths(Tensor nodes, Tensor trie, Tensor header) -> (Tensor codes, Tensor depths)");
+  m.def("trie_paths(Tensor nodes, Tensor trie, Tensor header, int sid_levels) -> (Tensor codes, Tensor depths)");
   m.def("trie_items(Tensor nodes, Tensor trie, Tensor header) -> (Tensor first, Tensor count)");
   m.def("trie_children(Tensor nodes, Tensor trie, Tensor header) -> (Tensor first, Tensor count)");
   m.def("row_lse(Tensor logits) -> Tensor");

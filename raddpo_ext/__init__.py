@@ -5,6 +5,8 @@ import torch  # noqa: F401  loaded first: the extension's libraries are torch's
 from raddpo_ext import _C  # noqa: F401  registers torch.ops.raddpo
 from raddpo_ext import row_lse as _row_lse  # noqa: F401  its fake kernel
 from raddpo_ext.beam_search import BeamResult, BeamState, beam_search, beam_step
+from raddpo_ext.integrations.logits_processor import TrieLogitsProcessor
+from raddpo_ext.integrations.retriever import SIDRetriever
 from raddpo_ext.trie import TrieIndex
 from raddpo_ext.vocab import SIDVocab
 
@@ -12,8 +14,10 @@ __version__ = "0.1.0"
 __all__ = [
     "BeamResult",
     "BeamState",
+    "SIDRetriever",
     "SIDVocab",
     "TrieIndex",
+    "TrieLogitsProcessor",
     "beam_search",
     "beam_step",
 ]

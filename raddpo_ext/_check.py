@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,15 @@ def lengths(value: Any, rows: int, least: int, most: int) -> Tensor:
         lambda row: f"lengths[{row}] = {int(tensor[row])} is outside [{least}, {most}]",
     )
     return tensor
+
+
+def widths(value: int | Sequence[int], levels: int) -> list[int]:
+    """``beam_width`` as one width for each of ``levels`` calls."""
+    if isinstance(value, Sequence):
+        if len(value) != levels:
+            raise ValueError(f"beam_width must have one entry a call ({levels}), got {list(value)}")
+        return [integer(width, f"beam_width[{i}]", 1) for i, width in enumerate(value)]
+    return [integer(value, "beam_width", 1)] * levels
 
 
 def none(bad: Tensor, message: Callable[[int], str]) -> None:

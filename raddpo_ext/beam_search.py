@@ -145,7 +145,7 @@ def beam_search(
     Returns:
         :class:`BeamResult`; ``R`` is ``top_k``, or the last width.
     """
-    widths = _check_widths(beam_width, index.levels)
+    widths = _check.widths(beam_width, index.levels)
     if top_k is not None:
         _check.integer(top_k, "top_k", 1)
     state = BeamState.start(index, batch_size)
@@ -178,14 +178,6 @@ def _result(state: BeamState, index: TrieIndex, length_penalty: float, top_k: in
     return BeamResult(
         torch.where(found, scores.gather(1, beam), -math.inf), torch.where(found[..., None], sids, -1), items
     )
-
-
-def _check_widths(beam_width: int | Sequence[int], levels: int) -> list[int]:
-    if isinstance(beam_width, Sequence):
-        if len(beam_width) != levels:
-            raise ValueError(f"beam_width must have one entry a call ({levels}), got {list(beam_width)}")
-        return [_check.integer(width, f"beam_width[{i}]", 1) for i, width in enumerate(beam_width)]
-    return [_check.integer(beam_width, "beam_width", 1)] * levels
 
 
 def _check_step(logits: Tensor, state: BeamState, index: TrieIndex, normalize: str, length_penalty: float) -> int:

@@ -48,6 +48,8 @@ class TrieIndex:
         self.levels = self._word("levels")
         #: Columns of a SID.
         self.sid_levels = self._word("sid_levels")
+        #: Whether all SIDs have one length.
+        self.fixed_length = self.num_nodes - self._word("first_node", self.levels) == self.num_sids
         #: Largest token id of each level.
         self.max_tokens = [self._word("max_token", level) for level in range(self.levels)]
         self.vocab = self._vocab() if self._word("has_vocab") else None
@@ -216,7 +218,7 @@ class TrieIndex:
         Returns:
             int64 codes ``[..., sid_levels]`` padded with -1 (also for ``eos``), int64 depths ``[...]``, -1 for no node.
         """
-        codes, depths = torch.ops.raddpo.trie_paths(nodes.contiguous(), self.data, self.header)
+        codes, depths = torch.ops.raddpo.trie_paths(nodes.contiguous(), self.data, self.header, self.sid_levels)
         return codes.view(*nodes.shape, self.sid_levels), depths.view(nodes.shape)
 
     def depths(self, nodes: Tensor) -> Tensor:
@@ -325,6 +327,11 @@ def _umask() -> int:
 @torch.library.register_fake("raddpo::trie_walk")
 def _(tokens: Tensor, trie: Tensor, header: Tensor) -> Tensor:
     return tokens.new_empty((tokens.shape[0], tokens.shape[1] + 1))
+
+
+@torch.library.register_fake("raddpo::trie_paths")
+def _(nodes: Tensor, trie: Tensor, header: Tensor, sid_levels: int) -> tuple[Tensor, Tensor]:
+    return nodes.new_empty((nodes.numel(), sid_levels)), nodes.new_empty(nodes.numel())
 
 
 @torch.library.register_fake("raddpo::trie_items")

@@ -82,14 +82,12 @@ __device__ __forceinline__ LogSumExp share_of_row(const BeamStepArgs& a, const t
   const unsigned begin = static_cast<unsigned>(split * chunk < size ? split * chunk : size);
   const unsigned end = static_cast<unsigned>(begin + chunk < size ? begin + chunk : size);
   if (a.normalize == Normalize::trie)
-    return share_of_tokens<D>(row, a.vocab, begin, end, thread, kReaders,
+    return share_of_tokens<D>(row, begin, end, thread, kReaders,
                               [&](unsigned i) { return token_of(t, level, symbol_of(t, children.first + i)); });
   if (a.normalize == Normalize::level && t.table[level] >= 0)
-    return share_of_tokens<D>(row, a.vocab, begin, end, thread, kReaders,
-                              [&](unsigned i) { return token_of(t, level, i); });
+    return share_of_tokens<D>(row, begin, end, thread, kReaders, [&](unsigned i) { return token_of(t, level, i); });
   const std::int64_t first = a.normalize == Normalize::level ? t.first_token[level] : 0;
-  const std::int64_t readable = (end < a.vocab - first ? end : a.vocab - first) - begin;
-  return share_of_range<D>(row + first + begin, readable > 0 ? readable : 0, thread, kReaders);
+  return share_of_range<D>(row + first + begin, end - begin, thread, kReaders);
 }
 
 // One block a split of a row: 128 threads read the logits, coalesced and 8 x 16 bytes each in flight, while a warp
@@ -112,12 +110,13 @@ __global__ void __launch_bounds__(kReaders + 32, 8)
   if (looks_up && lane_id() == 0) {
     if (at % a.width == 0) w.done[at / a.width] = 0;
     const bool finished = children.count == 0;
-    w.beams[at] = {finished ? node : children.first, static_cast<std::uint32_t>(finished ? live : children.count),
+    const std::int64_t count = finished ? live : last_token_of(t, level) < a.vocab ? children.count : 0;
+    w.beams[at] = {static_cast<std::uint32_t>(finished ? node : children.first), static_cast<std::uint32_t>(count),
                    finished ? -1 - level : level, score};
   }
   if (reads) {
     LogSumExp s{-INFINITY, 0.f};
-    if (inner) {
+    if (inner && (a.normalize == Normalize::vocab || last_token_of(t, level) < a.vocab)) {
       const auto* row =
           static_cast<const typename D::T*>(a.logits) + at / a.width * a.stride_batch + at % a.width * a.stride_beam;
       s = share_of_row<D>(a, row, level, children, split, w.splits);
@@ -145,24 +144,24 @@ struct SliceShared {
 // Pushes the candidates [begin, end) of a query, tile by tile, and leaves the tile loaded that it ended with.
 __device__ __forceinline__ void push_candidates(TopKeys& top, Tile& tile, const BeamStepArgs& a, const Workspace& w,
                                                 std::int64_t query, std::uint64_t begin, std::uint64_t end) {
-  constexpr int n = kRound / kThreads;
+  constexpr int n = kRound / kSliceThreads;
   std::uint64_t first = 0;
-  for (std::int64_t beam = 0; beam < a.width; beam += kThreads) {
-    if (a.width > kThreads) load_tile(tile, a, w.beams, w.sums, w.splits, query, beam, first);
-    const std::uint64_t next = tile.begin[kThreads];
+  for (std::int64_t beam = 0; beam < a.width; beam += kSliceThreads) {
+    if (a.width > kSliceThreads) load_tile(tile, a, w.beams, w.sums, w.splits, query, beam, first);
+    const std::uint64_t next = tile.begin[kSliceThreads];
     const std::uint64_t low = begin > first ? begin : first, high = end < next ? end : next;
     for (std::uint64_t from = low; from < high; from += kRound) {
       std::uint64_t candidate[n];
       Key keys[n];
 #pragma unroll
       for (int i = 0; i < n; ++i) {
-        candidate[i] = from + i * kThreads + threadIdx.x;
+        candidate[i] = from + i * kSliceThreads + threadIdx.x;
         if (candidate[i] >= high) candidate[i] = high - 1;  // evaluated in vain, which costs less than a branch
       }
       const Candidates<n> c = evaluate(a, tile, query, beam, candidate);
 #pragma unroll
       for (int i = 0; i < n; ++i)
-        keys[i] = from + i * kThreads + threadIdx.x < high ? key_of(c.key[i], candidate[i]) : 0;
+        keys[i] = from + i * kSliceThreads + threadIdx.x < high ? key_of(c.key[i], candidate[i]) : 0;
       top.push(keys);
     }
     first = next;
@@ -171,7 +170,7 @@ __device__ __forceinline__ void push_candidates(TopKeys& top, Tile& tile, const 
 
 // Pushes the keys of every slice's list, one list a warp at a time.
 __device__ __forceinline__ void push_lists(TopKeys& top, const Workspace& w, std::int64_t query, std::int64_t slices) {
-  constexpr int n = kRound / kThreads, kWarps = kThreads / 32;
+  constexpr int n = kRound / kSliceThreads, kWarps = kSliceThreads / 32;
   for (std::int64_t first = 0; first < slices; first += kWarps) {
     const std::int64_t slice = first + warp_id();
     const int count = slice < slices ? static_cast<int>(w.counts[query * w.slices + slice]) : 0;
@@ -189,7 +188,7 @@ __device__ __forceinline__ void push_lists(TopKeys& top, const Workspace& w, std
 __device__ __forceinline__ void write(const Key* keys, int count, Tile& tile, const BeamStepArgs& a, const Workspace& w,
                                       std::int64_t query) {
   const std::int64_t out = query * a.beam_width;
-  for (std::int64_t slot = threadIdx.x; slot < a.beam_width; slot += kThreads) {
+  for (std::int64_t slot = threadIdx.x; slot < a.beam_width; slot += kSliceThreads) {
     if (slot < count) continue;
     a.out_scores[out + slot] = -INFINITY;
     a.out_tokens[out + slot] = -1;
@@ -197,10 +196,10 @@ __device__ __forceinline__ void write(const Key* keys, int count, Tile& tile, co
     a.out_nodes[out + slot] = -1;
   }
   std::uint64_t first = 0;
-  for (std::int64_t beam = 0; beam < a.width; beam += kThreads) {
-    if (a.width > kThreads) load_tile(tile, a, w.beams, w.sums, w.splits, query, beam, first);
-    const std::uint64_t next = tile.begin[kThreads];
-    for (std::int64_t slot = threadIdx.x; slot < count; slot += kThreads) {
+  for (std::int64_t beam = 0; beam < a.width; beam += kSliceThreads) {
+    if (a.width > kSliceThreads) load_tile(tile, a, w.beams, w.sums, w.splits, query, beam, first);
+    const std::uint64_t next = tile.begin[kSliceThreads];
+    for (std::int64_t slot = threadIdx.x; slot < count; slot += kSliceThreads) {
       const std::uint64_t candidate[1] = {static_cast<std::uint32_t>(~keys[slot])};
       if (candidate[0] < first || candidate[0] >= next) continue;
       const Candidates<1> c = evaluate(a, tile, query, beam, candidate);
@@ -216,12 +215,12 @@ __device__ __forceinline__ void write(const Key* keys, int count, Tile& tile, co
 // One block a slice of a query's candidates, as many slices as the candidates fill; blocks beyond them end at once.
 // Symbols are read once and coalesced; logits were read by the launch before and come from the L2 cache.
 template <bool in_shared>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kSliceThreads, 2)
     slices_kernel(const __grid_constant__ BeamStepArgs a, const __grid_constant__ Workspace w) {
   __shared__ SliceShared<in_shared> shared;
   const std::int64_t query = blockIdx.x % a.batch, slice = blockIdx.x / a.batch;  // slices that have work come first
   std::uint64_t total = 0;
-  for (std::int64_t beam = 0; beam < a.width; beam += kThreads)
+  for (std::int64_t beam = 0; beam < a.width; beam += kSliceThreads)
     total += load_tile(shared.tile, a, w.beams, w.sums, w.splits, query, beam, total);
   if (total > kMaxCandidate) total = kMaxCandidate;
   const std::uint64_t even = (total + w.slices - 1) / w.slices;
@@ -238,7 +237,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   top.settle();
   if (slices > 1) {
     if (in_shared)
-      for (int i = static_cast<int>(threadIdx.x); i < top.used; i += kThreads) list[i] = top.keys[i];
+      for (int i = static_cast<int>(threadIdx.x); i < top.used; i += kSliceThreads) list[i] = top.keys[i];
     if (threadIdx.x == 0) {
       w.counts[query * w.slices + slice] = top.used;
       w.bounds[query * w.slices + slice] = top.bound;
@@ -251,11 +250,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (!shared.last) return;
     __threadfence();
     Key least = 0;
-    for (std::int64_t i = threadIdx.x; i < slices; i += kThreads) {
+    for (std::int64_t i = threadIdx.x; i < slices; i += kSliceThreads) {
       const Key bound = w.bounds[query * w.slices + i];
       least = bound > least ? bound : least;
     }
-    least = block_reduce<kThreads>(least, shared.top.key_scratch, [](Key x, Key y) { return x > y ? x : y; });
+    least = block_reduce<kSliceThreads>(least, shared.top.key_scratch, [](Key x, Key y) { return x > y ? x : y; });
     if (!in_shared) top.keys = lists + w.slices * w.stride;
     top.clear(least);
     push_lists(top, w, query, slices);
@@ -282,7 +281,8 @@ int beam_step(const BeamStepArgs& a, void* workspace, CUstream_st* stream) {
                     : a.logit_type == LogitType::bfloat16 ? launch_rows<BFloat16>(a, w, stream)
                                                           : launch_rows<Float16>(a, w, stream);
   if (error) return error;
-  return launch(w.in_shared ? slices_kernel<true> : slices_kernel<false>, a.batch * w.slices, kThreads, stream, a, w);
+  return launch(w.in_shared ? slices_kernel<true> : slices_kernel<false>, a.batch * w.slices, kSliceThreads, stream, a,
+                w);
 }
 
 }  // namespace raddpo::cuda

@@ -9,8 +9,8 @@
 namespace raddpo::cuda {
 
 // What the ranking of candidates needs of a beam.
-struct Beam {
-  std::int64_t first;   // node: the first child, or the finished beam itself
+struct alignas(16) Beam {
+  std::uint32_t first;  // node (of fewer than 2^31): the first child, or the finished beam itself
   std::uint32_t count;  // candidates: children, 1 for a finished beam, 0 for an empty slot
   std::int32_t level;   // of the children; of a finished beam -1 - its depth
   float score;
@@ -18,17 +18,17 @@ struct Beam {
 
 // As many of a query's beams as a block has threads, in shared memory.
 struct Tile {
-  std::uint64_t begin[kThreads + 1];  // number of each beam's first candidate
-  std::int64_t first[kThreads];
-  float score[kThreads], lse[kThreads];
-  std::int8_t level[kThreads];
-  std::uint64_t scratch[kThreads / 32];
+  std::uint64_t begin[kSliceThreads + 1];  // number of each beam's first candidate
+  std::uint32_t first[kSliceThreads];
+  float score[kSliceThreads], lse[kSliceThreads];
+  std::int8_t level[kSliceThreads];
+  std::uint64_t scratch[kSliceThreads / 32];
 
   // The tile's last beam that begins at candidate c or before: candidate c's, for the c of the tile.
   __device__ __forceinline__ int beam_of(std::uint64_t c) const {
     int beam = 0;
 #pragma unroll
-    for (int step = kThreads / 2; step; step /= 2)
+    for (int step = kSliceThreads / 2; step; step /= 2)
       if (begin[beam + step] <= c) beam += step;
     return beam;
   }
@@ -47,9 +47,9 @@ __device__ __forceinline__ std::uint64_t load_tile(Tile& tile, const BeamStepArg
     for (int i = 0; i < splits; ++i) s = merge(s, sums[at * splits + i]);
   }
   std::uint64_t total;
-  const std::uint64_t before = block_scan<kThreads>(static_cast<std::uint64_t>(b.count), tile.scratch, &total);
+  const std::uint64_t before = block_scan<kSliceThreads>(static_cast<std::uint64_t>(b.count), tile.scratch, &total);
   tile.begin[thread] = first + before;
-  if (thread == 0) tile.begin[kThreads] = first + total;
+  if (thread == 0) tile.begin[kSliceThreads] = first + total;
   tile.first[thread] = b.first;
   tile.score[thread] = b.score;
   tile.lse[thread] = value_of(s);
@@ -100,22 +100,21 @@ __device__ __forceinline__ Candidates<n> evaluate(const BeamStepArgs& a, const T
   for (int i = 0; i < n; ++i) {
     const int level = tile.level[c.beam[i]];
     c.token[i] = level < 0 ? -1 : token_of(t, level, symbol[i]);
-    const bool readable = c.token[i] >= 0 && c.token[i] < a.vocab;
-    offset[i] = readable ? query * a.stride_batch + (tile_beam + c.beam[i]) * a.stride_beam + c.token[i] : -1;
+    offset[i] = query * a.stride_batch + (tile_beam + c.beam[i]) * a.stride_beam + c.token[i];
     logit[i] = NAN;
   }
   if (a.logit_type == LogitType::float32) {
 #pragma unroll
     for (int i = 0; i < n; ++i)
-      if (offset[i] >= 0) logit[i] = load_logit<Float32>(static_cast<const float*>(a.logits) + offset[i]);
+      if (c.token[i] >= 0) logit[i] = load_logit<Float32>(static_cast<const float*>(a.logits) + offset[i]);
   } else if (a.logit_type == LogitType::bfloat16) {
 #pragma unroll
     for (int i = 0; i < n; ++i)
-      if (offset[i] >= 0) logit[i] = load_logit<BFloat16>(static_cast<const std::uint16_t*>(a.logits) + offset[i]);
+      if (c.token[i] >= 0) logit[i] = load_logit<BFloat16>(static_cast<const std::uint16_t*>(a.logits) + offset[i]);
   } else {
 #pragma unroll
     for (int i = 0; i < n; ++i)
-      if (offset[i] >= 0) logit[i] = load_logit<Float16>(static_cast<const std::uint16_t*>(a.logits) + offset[i]);
+      if (c.token[i] >= 0) logit[i] = load_logit<Float16>(static_cast<const std::uint16_t*>(a.logits) + offset[i]);
   }
 #pragma unroll
   for (int i = 0; i < n; ++i) {

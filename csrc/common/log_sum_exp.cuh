@@ -45,7 +45,7 @@ __device__ __forceinline__ unsigned minus_infinity(Float16) { return 0xfc00fc00u
 __device__ __forceinline__ float exp_or_zero(float x) {
 #if defined(__CUDA_ARCH__)
   float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.44269504f));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * kLog2E));
   return result;
 #else
   return fast_exp(x);
@@ -109,18 +109,16 @@ __device__ __forceinline__ LogSumExp share_of_range(const typename D::T* x, std:
   return s;
 }
 
-// The same of the logits at token_at(i), i in [begin, end). A token id outside [0, vocab) counts as -inf, unread.
+// The same of the logits at token_at(i), i in [begin, end).
 template <typename D, typename TokenAt>
-__device__ __forceinline__ LogSumExp share_of_tokens(const typename D::T* row, std::int64_t vocab, unsigned begin,
-                                                     unsigned end, int thread, int threads, TokenAt token_at) {
+__device__ __forceinline__ LogSumExp share_of_tokens(const typename D::T* row, unsigned begin, unsigned end, int thread,
+                                                     int threads, TokenAt token_at) {
   LogSumExp s{-INFINITY, 0.f};
   for (unsigned i = begin + thread; i < end; i += 4 * threads) {
     float x[4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const std::int32_t token = i + k * threads < end ? token_at(i + k * threads) : -1;
-      x[k] = token >= 0 && token < vocab ? load_logit<D>(row + token) : -INFINITY;
-    }
+    for (int k = 0; k < 4; ++k)
+      x[k] = i + k * threads < end ? load_logit<D>(row + token_at(i + k * threads)) : -INFINITY;
     add(s, x);
   }
   return s;

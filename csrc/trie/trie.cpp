@@ -71,9 +71,10 @@ struct Paths {
   TriePathsArgs args;
 };
 
-Paths prepare_paths(const Tensor& nodes, const Tensor& trie, const Tensor& header) {
+Paths prepare_paths(const Tensor& nodes, const Tensor& trie, const Tensor& header, std::int64_t sid_levels) {
   check_nodes(nodes, "trie_paths", "nodes");
   const TrieView view = trie_view(trie, header, "trie_paths");
+  STD_TORCH_CHECK(sid_levels == view.sid_levels, "trie_paths: sid_levels must be the index's, ", view.sid_levels);
   Tensor codes = new_empty(nodes, {nodes.numel(), view.sid_levels}, ScalarType::Long);
   Tensor depths = new_empty(nodes, {nodes.numel()}, ScalarType::Long);
   return {codes,
@@ -106,8 +107,9 @@ Tensor trie_walk_cpu(const Tensor& tokens, const Tensor& trie, const Tensor& hea
   return c.nodes;
 }
 
-std::tuple<Tensor, Tensor> trie_paths_cpu(const Tensor& nodes, const Tensor& trie, const Tensor& header) {
-  const Paths c = prepare_paths(nodes, trie, header);
+std::tuple<Tensor, Tensor> trie_paths_cpu(const Tensor& nodes, const Tensor& trie, const Tensor& header,
+                                          std::int64_t sid_levels) {
+  const Paths c = prepare_paths(nodes, trie, header, sid_levels);
   parallel_for(c.args.count, kGrain, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) trie_path(c.args, i);
   });
@@ -131,9 +133,10 @@ Tensor trie_walk_cuda(const Tensor& tokens, const Tensor& trie, const Tensor& he
   return c.nodes;
 }
 
-std::tuple<Tensor, Tensor> trie_paths_cuda(const Tensor& nodes, const Tensor& trie, const Tensor& header) {
+std::tuple<Tensor, Tensor> trie_paths_cuda(const Tensor& nodes, const Tensor& trie, const Tensor& header,
+                                           std::int64_t sid_levels) {
   const torch::stable::accelerator::DeviceGuard guard(nodes.get_device_index());
-  const Paths c = prepare_paths(nodes, trie, header);
+  const Paths c = prepare_paths(nodes, trie, header, sid_levels);
   check_launch(cuda::trie_paths(c.args, current_cuda_stream(nodes.get_device_index())), "trie_paths");
   return {c.codes, c.depths};
 }

@@ -1,0 +1,263 @@
+"""TrieLogitsProcessor by itself against sets of prefixes, and inside ``generate`` of transformers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import raddpo_ext as rx
+
+transformers = pytest.importorskip("transformers")
+
+VOCAB = 120
+FIRST = 40  # the first SID token; prompts use the ids below
+EOS = 2
+
+
+def make_model(name: str = "qwen3", **generation):
+    torch.manual_seed(1)
+    if name == "t5":
+        config = transformers.T5Config(
+            vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
+        )
+        model = transformers.T5ForConditionalGeneration(config)
+    else:
+        config = transformers.Qwen3Config(
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, initializer_range=0.3,
+        )  # fmt: skip
+        model = transformers.Qwen3ForCausalLM(config)
+    model.generation_config = transformers.GenerationConfig(
+        pad_token_id=0, decoder_start_token_id=0 if name == "t5" else None, **generation
+    )
+    return model.eval()
+
+
+def make_index(eos: int | None = None, lengths: bool = False) -> rx.TrieIndex:
+    """Up to 400 SIDs of two levels, 40 children under the root."""
+    rng = np.random.default_rng(0)
+    vocab = rx.SIDVocab([40, 30], offset=FIRST, eos=eos)
+    sids = np.stack([rng.integers(0, 40, 600), rng.integers(0, 30, 600)], 1)
+    ends = None
+    if lengths:
+        ends = np.where(sids[:, 0] < 20, 1, 2) if eos is None else rng.integers(1, 3, 600)
+    return rx.TrieIndex.build(sids, lengths=ends, vocab=vocab)
+
+
+def prompts() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(3, 6, dtype=torch.int64)
+    mask[1, :3] = 0
+    return {"input_ids": torch.randint(3, FIRST, (3, 6), generator=generator) * mask, "attention_mask": mask}
+
+
+def start_of(model) -> int:
+    return 1 if model.config.is_encoder_decoder else 6
+
+
+def codes_of(sequences: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generated rows as codes ``[N, 2]`` and lengths ``[N]``."""
+    tokens = sequences[:, start : start + 2]
+    return tokens - FIRST - torch.tensor([0, 40])[: tokens.shape[1]], (tokens >= FIRST).sum(1)
+
+
+def prefix_allowed_tokens_fn(index: rx.TrieIndex, start: int):
+    """The usual callback, for an index without eos."""
+
+    def allowed(_, row):
+        prefix = row[start:].tolist()
+        codes = index.children([token - FIRST - 40 * level for level, token in enumerate(prefix)])
+        return (codes + FIRST + 40 * len(prefix)).tolist() or [EOS]
+
+    return allowed
+
+
+def beams(model, width: int, new: int, **arguments):
+    arguments = dict(num_beams=width, num_return_sequences=width, max_new_tokens=new, early_stopping=False) | arguments
+    return model.generate(**prompts(), return_dict_in_generate=True, output_scores=True, **arguments)
+
+
+@st.composite
+def tries(draw):
+    """A random catalogue and rows of random prefixes: token ids, the sets of SIDs as tokens, an index."""
+    levels = draw(st.integers(1, 3))
+    sizes = [draw(st.integers(1, 5)) for _ in range(levels)]
+    eos = draw(st.sampled_from([None, EOS]))
+    tables = [draw(st.permutations(range(5, 20)))[:size] for size in sizes]
+    vocab = rx.SIDVocab(sizes, eos=eos, token_ids=tables)
+    rows = draw(st.integers(1, 12))
+    sids = [[draw(st.integers(0, size - 1)) for size in sizes] for _ in range(rows)]
+    ends = [draw(st.integers(1, levels)) if eos else levels for _ in range(rows)]
+    index = rx.TrieIndex.build(np.array(sids), lengths=ends, vocab=vocab)
+    tokens = {
+        tuple(table[code] for table, code in zip(tables, sid[:end], strict=False)) + ((eos,) if eos else ())
+        for sid, end in zip(sids, ends, strict=True)
+    }
+    length = draw(st.integers(0, levels + 1))
+    known = st.sampled_from([(*sid, *[0] * 9)[:length] for sid in sorted(tokens)])
+    anything = st.tuples(*[st.integers(0, 20)] * length)
+    prefixes = draw(st.lists(known | anything, min_size=1, max_size=6))
+    return index, tokens, prefixes
+
+
+@given(tries(), st.integers(0, 3), st.sampled_from([torch.float32, torch.bfloat16]))
+@settings(max_examples=150, deadline=None)
+def test_allows_what_follows_the_prefix(case, prompt_length, dtype):
+    index, sids, prefixes = case
+    processor = rx.TrieLogitsProcessor(index, prompt_length, eos_token_id=EOS)
+    input_ids = torch.tensor([[9] * prompt_length + list(prefix) for prefix in prefixes], dtype=torch.int64)
+    scores = torch.randn(len(prefixes), 24).to(dtype)
+    before = scores.clone()
+    got = processor(input_ids, scores)
+    assert torch.equal(scores, before)
+    assert got.dtype == dtype
+    for row, prefix in enumerate(prefixes):
+        allowed = {sid[len(prefix)] for sid in sids if len(sid) > len(prefix) and sid[: len(prefix)] == prefix}
+        expected = torch.full((24,), -torch.inf, dtype=dtype)
+        expected[list(allowed)] = scores[row, list(allowed)]
+        if not allowed:
+            expected[EOS] = 0
+        assert torch.equal(got[row], expected)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "t5"])
+def test_beams_equal_the_callback_and_the_retriever(name):
+    model, index, width = make_model(name), make_index(), 24
+    start = start_of(model)
+    processor = rx.TrieLogitsProcessor(index, start)
+    got = beams(model, width, 2, length_penalty=0.0, logits_processor=[processor])
+    callback = prefix_allowed_tokens_fn(index, start)
+    expected = beams(model, width, 2, length_penalty=0.0, prefix_allowed_tokens_fn=callback)
+    assert torch.equal(got.sequences, expected.sequences)
+    assert torch.equal(got.sequences_scores, expected.sequences_scores)
+    own = rx.SIDRetriever(model, index, beam_width=width).retrieve(**prompts())
+    assert torch.equal(codes_of(got.sequences, start)[0].view(3, width, 2), own.sids)
+
+
+@pytest.mark.parametrize("eos", [None, EOS])
+def test_lengths(eos):
+    """SIDs of one and two tokens: with an end token of their own, or ended for free by that of ``generate``."""
+    model, index = make_model(eos_token_id=EOS), make_index(eos=eos, lengths=True)
+    width = index.num_sids + 3
+    processor = rx.TrieLogitsProcessor(index, 6, eos_token_id=EOS)
+    got = beams(model, width, 3, length_penalty=0.0, logits_processor=[processor])
+    own = rx.SIDRetriever(model, index, beam_width=index.num_nodes).retrieve(**prompts())
+    found = index.num_sids
+    scores = got.sequences_scores.view(3, width)
+    torch.testing.assert_close(scores[:, :found], own.scores[:, :found], rtol=0, atol=1e-4)
+    sids, lengths = codes_of(got.sequences, 6)
+    real = (scores > -1e8).view(-1)
+    assert real.sum() == 3 * found
+    assert index.contains(sids[real], lengths[real]).all()
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("name", ["qwen3", "t5"])
+@pytest.mark.parametrize("lengths", [False, True])
+def test_one_beam(name, do_sample, lengths):
+    model, index = make_model(name, eos_token_id=EOS), make_index(eos=EOS, lengths=lengths)
+    processor = rx.TrieLogitsProcessor(index, start_of(model))
+    torch.manual_seed(0)
+    rows = model.generate(
+        **prompts(), max_new_tokens=3, do_sample=do_sample, num_return_sequences=20 if do_sample else 1,
+        logits_processor=[processor],
+    )  # fmt: skip
+    assert index.contains(*codes_of(rows, start_of(model))).all()
+
+
+# A checkpoint's generation_config (Qwen2.5-Instruct's) that a caller who asks for beams seldom thinks of.
+FILTERS = dict(do_sample=True, temperature=0.7, top_k=20, top_p=0.8)
+
+
+def survivors(index: rx.TrieIndex, out, width: int) -> list[int]:
+    """Distinct SIDs of the catalogue among each query's beams."""
+    sids, lengths = codes_of(out.sequences, 6)
+    legal = index.contains(sids, lengths) & (out.sequences_scores > -1e8)
+    return [len({tuple(sid) for sid in sids[q * width : (q + 1) * width][legal[q * width : (q + 1) * width]].tolist()})
+            for q in range(3)]  # fmt: skip
+
+
+def test_filters_of_the_generation_config_kill_no_beam():
+    model, index, width = make_model(**FILTERS), make_index(), 60
+    torch.manual_seed(0)
+    callback = prefix_allowed_tokens_fn(index, 6)
+    assert min(survivors(index, beams(model, width, 2, prefix_allowed_tokens_fn=callback), width)) < width
+    exposed = rx.TrieLogitsProcessor(index, 6, keep_all=False)
+    assert min(survivors(index, beams(model, width, 2, logits_processor=[exposed]), width)) < width
+    processor = rx.TrieLogitsProcessor(index, 6)
+    assert survivors(index, beams(model, width, 2, logits_processor=[processor]), width) == [width] * 3
+
+
+def test_do_sample_false_is_the_exact_search_whatever_the_generation_config():
+    model, index, width = make_model(**FILTERS), make_index(), 60
+    got = beams(model, width, 2, do_sample=False, length_penalty=0.0, logits_processor=[rx.TrieLogitsProcessor(index, 6)])
+    own = rx.SIDRetriever(model, index, beam_width=width).retrieve(**prompts())
+    assert torch.equal(codes_of(got.sequences, 6)[0].view(3, width, 2), own.sids)
+
+
+@pytest.mark.parametrize(
+    "option", [dict(top_k=1), dict(top_p=0.01), dict(min_p=0.99), dict(typical_p=0.01), dict(epsilon_cutoff=0.9),
+               dict(eta_cutoff=0.9)], ids=lambda option: next(iter(option))
+)  # fmt: skip
+def test_each_filter(option):
+    model, index = make_model(), make_index()
+    common = dict(do_sample=True, num_beams=1, num_return_sequences=1, temperature=0.5, **option)
+
+    def allowed(processor) -> list[int]:
+        step = beams(model, 1, 1, logits_processor=[processor], **common).scores[0]
+        return (step > -torch.inf).sum(1).tolist()
+
+    assert allowed(rx.TrieLogitsProcessor(index, 6)) == [len(index.children([]))] * 3
+    assert max(allowed(rx.TrieLogitsProcessor(index, 6, keep_all=False))) < len(index.children([]))
+
+
+def test_temperature_still_applies():
+    index, scores = make_index(), torch.randn(2, VOCAB)
+    got = rx.TrieLogitsProcessor(index, 0)(torch.empty(2, 0, dtype=torch.int64), scores)
+    warped = transformers.TemperatureLogitsWarper(0.5)(None, got)
+    assert torch.equal(torch.softmax(warped, -1), torch.softmax(torch.Tensor(got) / 0.5, -1))
+    assert type(torch.softmax(warped, -1)) is torch.Tensor
+
+
+def test_two_in_the_list():
+    """The second one's mask counts, though the first one's scores are protected from others'."""
+    ids, scores = torch.empty(2, 0, dtype=torch.int64), torch.randn(2, VOCAB)
+    first, second = (rx.TrieLogitsProcessor(rx.TrieIndex.build([[a], [b]]), 0) for a, b in ((50, 60), (60, 70)))
+    got = second(ids, first(ids, scores))
+    assert (got > -torch.inf).nonzero().tolist() == [[0, 60], [1, 60]]
+
+
+def test_bad_construction():
+    index = make_index()
+    with pytest.raises(ValueError, match="prompt_length must be at least 0, got -1"):
+        rx.TrieLogitsProcessor(index, -1)
+    with pytest.raises(TypeError, match=r"prompt_length must be an integer, got 2\.5"):
+        rx.TrieLogitsProcessor(index, 2.5)
+    with pytest.raises(ValueError, match="eos_token_id must be at least 0, got -2"):
+        rx.TrieLogitsProcessor(index, 1, eos_token_id=-2)
+    with pytest.raises(ValueError, match="eos_token_id must be given for an index whose SIDs differ in length"):
+        rx.TrieLogitsProcessor(make_index(lengths=True), 1)
+
+
+def test_bad_calls():
+    index, scores = make_index(), torch.zeros(1, VOCAB)
+    ids = torch.full((1, 4), FIRST)
+    with pytest.raises(ValueError, match=r"prompt_length is 5, but input_ids has shape \(1, 4\)"):
+        rx.TrieLogitsProcessor(index, 5)(ids, scores)
+    with pytest.raises(ValueError, match=r"max_new_tokens must be 2, .* token 3 is asked for"):
+        rx.TrieLogitsProcessor(index, 2)(ids, scores)
+    with pytest.raises(ValueError, match=r"more than 79 columns, .* got shape \(1, 70\)"):
+        rx.TrieLogitsProcessor(index, 4)(ids, scores[:, :70])
+    with pytest.raises(ValueError, match=r"scores must have 1 rows .* got shape \(2, 120\)"):
+        rx.TrieLogitsProcessor(index, 4)(ids, scores.expand(2, -1))
+    with pytest.raises(ValueError, match="on one device, got cpu, meta, cpu"):
+        rx.TrieLogitsProcessor(index, 4)(ids, scores.to("meta"))
+
+
+def test_generate_beyond_a_whole_sid():
+    model, index = make_model(), make_index()
+    with pytest.raises(ValueError, match="max_new_tokens must be 2"):
+        model.generate(**prompts(), max_new_tokens=3, do_sample=False, logits_processor=[rx.TrieLogitsProcessor(index, 6)])

@@ -1,0 +1,1 @@
+"""Catalogue-constrained decoding inside other libraries: Hugging Face transformers."""

@@ -1,0 +1,142 @@
+"""TrieLogitsProcessor: the catalogue's constraint inside ``generate`` of Hugging Face transformers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raddpo_ext import _check
+from raddpo_ext.trie import TrieIndex
+
+_DIVISIONS = (Tensor.div, Tensor.__truediv__)
+_FILLS = (Tensor.masked_fill, torch.masked_fill)
+
+
+class TrieLogitsProcessor:
+    """Lets ``generate`` (greedy, sampling, beams, any batch) produce whole SIDs of the catalogue and nothing else.
+
+    Takes the place of ``prefix_allowed_tokens_fn``, without a Python call a beam::
+
+        processor = TrieLogitsProcessor(index, prompt_length=input_ids.shape[1])
+        model.generate(input_ids, logits_processor=[processor], max_new_tokens=index.levels, num_beams=20,
+                       do_sample=False, length_penalty=0.0)
+
+    Tokens that no SID has after the prefix get ``-inf``. After a whole SID only the end token may follow, at score 0,
+    so that ending adds nothing to the SID's score. A prefix that is in no SID can end only, too: ``generate`` makes
+    such beams when it has more of them than the catalogue has SIDs, and marks them by scores below ``-1e8``.
+
+    With ``do_sample=True``, which many checkpoints' ``generation_config`` sets together with ``top_k`` and ``top_p``,
+    ``generate`` filters once more behind every processor and so drops SIDs. By default those filters (``top_k``,
+    ``top_p``, ``min_p``, ``typical_p``, ``epsilon_cutoff``, ``eta_cutoff``) find nothing to drop here: their
+    ``masked_fill`` leaves the returned scores as they are. Put this processor last in the list, since another's
+    ``masked_fill`` behind it would have no effect either.
+
+    Args:
+        index: the catalogue, on the device of the scores. Its token ids are the model's.
+        prompt_length: tokens before the first token of the SID: the padded width of the prompts, or 1 for an
+            encoder-decoder (the decoder's start token).
+        eos_token_id: the end token, normally the ``eos_token_id`` of ``generate``. Default: that of ``index.vocab``.
+            Without either, ``generate`` must stop by ``max_new_tokens``, and all SIDs must have one length.
+        keep_all: keep ``generate``'s filters from dropping allowed tokens. False gives ``top_k`` and the others their
+            effect among the catalogue's tokens.
+
+    Raises:
+        ValueError, TypeError: naming the argument and the value.
+    """
+
+    def __init__(
+        self, index: TrieIndex, prompt_length: int, *, eos_token_id: int | None = None, keep_all: bool = True
+    ) -> None:
+        self.index = index
+        self.prompt_length = _check.integer(prompt_length, "prompt_length", 0)
+        self.keep_all = keep_all
+        vocab = index.vocab
+        if eos_token_id is not None:
+            eos_token_id = _check.integer(eos_token_id, "eos_token_id", 0)
+        elif vocab is not None:
+            eos_token_id = vocab.eos
+        self.eos_token_id = eos_token_id
+        if eos_token_id is None and not index.fixed_length:
+            raise ValueError("eos_token_id must be given for an index whose SIDs differ in length, got None")
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Masks the scores of one step.
+
+        Args:
+            input_ids: int64 ``[N, T]``: prompts of ``prompt_length`` tokens and what was generated since.
+            scores: float ``[N, V]``.
+
+        Returns:
+            ``[N, V]`` of the same type; the input is left as it is.
+        """
+        level = self._check_call(input_ids, scores)
+        # One more column, as nodes() gives the node before each token.
+        prefix = torch.nn.functional.pad(input_ids[:, self.prompt_length :], (0, 1), value=-1)
+        nodes, row_of = torch.unique(self.index.nodes(prefix)[:, -1], return_inverse=True)
+        row, token, ends = self._allowed(nodes, level)
+        forbidden = torch.ones((len(nodes), scores.shape[1]), dtype=torch.bool, device=scores.device)
+        forbidden[row, token] = False
+        scores = scores.as_subclass(Tensor).masked_fill(forbidden[row_of], -math.inf)
+        if self.eos_token_id is not None:
+            scores[:, self.eos_token_id].masked_fill_(ends[row_of], 0.0)
+        return scores.as_subclass(_Kept) if self.keep_all else scores
+
+    def _allowed(self, nodes: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens that may follow each node, as pairs (row, token), and which rows have none, bool."""
+        first, count = torch.ops.raddpo.trie_children(nodes, self.index.data, self.index.header)
+        row = torch.repeat_interleave(count)
+        before = first - (count.cumsum(0) - count)
+        children = torch.arange(len(row), device=row.device) + before[row]
+        return row, self._tokens(children, level), count == 0
+
+    def _tokens(self, children: Tensor, level: int) -> Tensor:
+        """Token ids on the edges into nodes of depth ``level + 1``."""
+        vocab = self.index.vocab
+        eos = -1 if vocab is None or vocab.eos is None else vocab.eos
+        if level >= self.index.sid_levels:  # nothing but the end-of-sequence token
+            return torch.full_like(children, eos)
+        codes = self.index.paths(children)[0][:, level]
+        if vocab is None:
+            return codes
+        return torch.where(codes < 0, eos, vocab.token_ids[level].to(codes.device)[codes.clamp(min=0)])
+
+    def _check_call(self, input_ids: Tensor, scores: Tensor) -> int:
+        """Number of tokens generated so far."""
+        level = input_ids.shape[1] - self.prompt_length
+        if level < 0:
+            raise ValueError(f"prompt_length is {self.prompt_length}, but input_ids has shape {tuple(input_ids.shape)}")
+        if level >= self.index.levels and self.eos_token_id is None:
+            raise ValueError(
+                f"max_new_tokens must be {self.index.levels}, the length of a SID, for an index without eos and "
+                f"eos_token_id None, but token {level + 1} is asked for"
+            )
+        largest = max(self.index.max_tokens[level] if level < self.index.levels else 0, self.eos_token_id or 0)
+        if scores.dim() != 2 or len(scores) != len(input_ids) or scores.shape[1] <= largest:
+            raise ValueError(
+                f"scores must have {len(input_ids)} rows and more than {largest} columns, the largest token id, got "
+                f"shape {tuple(scores.shape)}"
+            )
+        if not input_ids.device == scores.device == self.index.device:
+            raise ValueError(
+                f"input_ids, scores and index must be on one device, got {input_ids.device}, {scores.device}, "
+                f"{self.index.device}"
+            )
+        return level
+
+
+class _Kept(Tensor):
+    """Scores that ``masked_fill`` leaves as they are, also divided by a temperature. Any other result is a Tensor."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _FILLS and isinstance(args[0], cls):
+            return args[0]
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        return result.as_subclass(cls) if func in _DIVISIONS and isinstance(args[0], cls) else result
