@@ -10,14 +10,16 @@
 namespace raddpo::cuda {
 namespace {
 
-constexpr int kReaders = 128;                       // threads that read a row; one more warp looks up its children
-constexpr int kRowBytes = kReaders * kLoads * 16;   // that they read in one go
-constexpr std::int64_t kRowBlocks = 1024;           // rows are split among blocks while that makes no more of them
-constexpr std::int64_t kSliceBlocks = 512;          // fills a GPU
+constexpr int kReaders = 128;                      // threads that read a row; one more warp looks up its children
+constexpr int kRowBytes = kReaders * kLoads * 16;  // that they read in one go
+constexpr std::int64_t kRowBlocks = 1024;          // rows are split among blocks while that makes no more of them
+constexpr std::int64_t kMaxSplits = 64;
+constexpr std::int64_t kSliceBlocks = 512;  // fills a GPU
+constexpr std::int64_t kMaxSlices = 256;    // of a query
+static_assert(kMaxSlices <= kSliceThreads);
 constexpr int kBufferKeys = 4096;                   // in shared memory; a wide beam's buffers are in global memory
 constexpr std::int64_t kMaxCandidate = 0xfffffffe;  // in 32 bits of a key; nodes are fewer, unless beams repeat them
-
-constexpr std::int64_t kMaxWidth = 1 << 28;  // of a result that has as many candidates
+constexpr std::int64_t kMaxWidth = 1 << 28;         // of a result that has as many candidates
 
 struct Workspace {
   Key* lists;                          // [batch, slices + 1, stride] best keys of each slice; the last for their union
@@ -33,32 +35,30 @@ struct Workspace {
 };
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-template <typename T>
-T clamp(T x, T low, T high) {
-  return x < low ? low : x > high ? high : x;
-}
+std::int64_t clamp(std::int64_t x, std::int64_t low, std::int64_t high) { return x < low ? low : x > high ? high : x; }
 
 // Sizes follow from shapes that the host knows alone.
 Workspace lay_out(const BeamStepArgs& a, void* memory) {
   std::int64_t symbols = 1;
   for (int level = 0; level < a.trie.levels; ++level)
     if (a.trie.num_symbols[level] > symbols) symbols = a.trie.num_symbols[level];
-  const std::int64_t most = a.width * symbols, rows = a.batch * a.width;  // candidates of a query
-  Workspace w{};
+  const std::int64_t candidates = a.width * symbols;  // of a query, at most
+  const std::int64_t rows = a.batch * a.width;
   const std::int64_t row_bytes = a.vocab * (a.logit_type == LogitType::float32 ? 4 : 2);
-  w.splits = static_cast<int>(
-      clamp<std::int64_t>(ceil_div(row_bytes, kRowBytes), 1, clamp<std::int64_t>(rows ? kRowBlocks / rows : 1, 1, 64)));
-  w.want = static_cast<int>(clamp<std::int64_t>(most, 1, a.beam_width < kMaxWidth ? a.beam_width : kMaxWidth));
+  const std::int64_t spare_blocks = clamp(rows ? kRowBlocks / rows : 1, 1, kMaxSplits);
+  Workspace w{};
+  w.splits = static_cast<int>(clamp(ceil_div(row_bytes, kRowBytes), 1, spare_blocks));
+  w.want = static_cast<int>(clamp(candidates, 1, a.beam_width < kMaxWidth ? a.beam_width : kMaxWidth));
   w.limit = w.want + (w.want > 64 ? w.want / 2 : 32);
   w.in_shared = w.limit + kRound <= kBufferKeys;
   w.capacity = kBufferKeys;
   while (w.capacity < w.limit + kRound) w.capacity *= 2;
-  w.least = w.limit > kRound / 4 ? 4 * static_cast<std::int64_t>(w.limit) : kRound;
-  w.slices = clamp<std::int64_t>(ceil_div(most, w.least), 1, clamp<std::int64_t>(kSliceBlocks / a.batch, 8, 256));
   w.stride = w.in_shared ? w.limit : w.capacity;
-  auto* at = static_cast<std::uint8_t*>(memory);
+  w.least = w.limit > kRound / 4 ? 4 * static_cast<std::int64_t>(w.limit) : kRound;
+  w.slices = clamp(ceil_div(candidates, w.least), 1, clamp(kSliceBlocks / a.batch, 8, kMaxSlices));
   const auto take = [&](auto*& array, std::int64_t size) {
-    array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(at + w.bytes);
+    array =
+        reinterpret_cast<std::remove_reference_t<decltype(array)>>(reinterpret_cast<std::uintptr_t>(memory) + w.bytes);
     w.bytes += ceil_div(size * sizeof(*array), 16) * 16;
   };
   take(w.lists, a.batch * (w.slices + 1) * w.stride);
@@ -215,7 +215,7 @@ __device__ __forceinline__ void write(const Key* keys, int count, Tile& tile, co
 // One block a slice of a query's candidates, as many slices as the candidates fill; blocks beyond them end at once.
 // Symbols are read once and coalesced; logits were read by the launch before and come from the L2 cache.
 template <bool in_shared>
-__global__ void __launch_bounds__(kSliceThreads, 2)
+__global__ void __launch_bounds__(kSliceThreads, in_shared ? 2 : 1)
     slices_kernel(const __grid_constant__ BeamStepArgs a, const __grid_constant__ Workspace w) {
   __shared__ SliceShared<in_shared> shared;
   const std::int64_t query = blockIdx.x % a.batch, slice = blockIdx.x / a.batch;  // slices that have work come first
@@ -249,12 +249,9 @@ __global__ void __launch_bounds__(kSliceThreads, 2)
     __syncthreads();
     if (!shared.last) return;
     __threadfence();
-    Key least = 0;
-    for (std::int64_t i = threadIdx.x; i < slices; i += kSliceThreads) {
-      const Key bound = w.bounds[query * w.slices + i];
-      least = bound > least ? bound : least;
-    }
-    least = block_reduce<kSliceThreads>(least, shared.top.key_scratch, [](Key x, Key y) { return x > y ? x : y; });
+    const Key bound = threadIdx.x < slices ? w.bounds[query * w.slices + threadIdx.x] : 0;
+    const Key least =
+        block_reduce<kSliceThreads>(bound, shared.top.key_scratch, [](Key x, Key y) { return x > y ? x : y; });
     if (!in_shared) top.keys = lists + w.slices * w.stride;
     top.clear(least);
     push_lists(top, w, query, slices);

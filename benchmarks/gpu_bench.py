@@ -1,0 +1,218 @@
+"""beam_step on a GPU: ``python -m benchmarks.gpu_bench``.
+
+Each step of a search is captured in a CUDA graph over several sets of logits, together larger than the L2 cache, and
+the graph is replayed: a step's time is the median replay's over its number of steps. Beside it stands the floor, the
+bytes of logits read over the bandwidth of a large copy, and row_lse, which reads every row whole and does nothing else.
+``warm`` is the time over one set of logits, which stay in the cache as they do right behind a model's last layer.
+The result is written after every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import raddpo_ext as rx
+from benchmarks import catalogues
+from benchmarks.gpu_report import gpu_environment, require_gpu
+from benchmarks.report import RESULTS, markdown, write_json
+from raddpo_ext.row_lse import row_lse
+
+COPY_BYTES = 4 << 30
+REPLAYS = 30
+STEPS = 32  # at least, in a graph
+QWEN_VOCAB = 151_936
+
+
+@dataclass(frozen=True)
+class Case:
+    """A uniform catalogue and the search over it; ``vocab`` is the logits' width, whose last columns are the SIDs'."""
+
+    items: int
+    codes: int
+    levels: int
+    batch: int
+    beams: int
+    dtype: torch.dtype = torch.float32
+    vocab: int = 0
+    normalize: str = "vocab"
+    target_us: float | None = None
+
+    @property
+    def name(self) -> str:
+        items = f"{self.items // 10**6}M" if self.items >= 10**6 else str(self.items)
+        shape = f"{items} items V{self.vocab or self.codes} L{self.levels} B{self.batch} W{self.beams}"
+        return f"{shape} {str(self.dtype).removeprefix('torch.')} {self.normalize}"
+
+
+MILLION = 1_000_000
+BF16 = torch.bfloat16
+CASES = [
+    Case(20 * MILLION, 2048, 8, 2, 70, target_us=20),
+    Case(20 * MILLION, 2048, 8, 2, 70, BF16),
+    Case(20 * MILLION, 2048, 8, 32, 70, BF16),
+    Case(MILLION, 8192, 3, 8, 128, BF16, target_us=15),
+    Case(MILLION, 8192, 3, 8, 128),
+    Case(MILLION, 8192, 3, 8, 128, BF16, normalize="trie"),
+    Case(MILLION, 8192, 3, 2, 1000, BF16),
+    Case(MILLION, 8192, 3, 1, 4096, BF16),
+    *(Case(3_686, 256, 3, batch, 50, BF16, QWEN_VOCAB + 768) for batch in (1, 8, 32)),
+    Case(3_686, 256, 3, 8, 50, BF16, QWEN_VOCAB + 768, normalize="level"),
+    Case(100_000, 100_000, 1, 4, 100, BF16),
+]
+
+
+@cache
+def index_of(items: int, codes: int, levels: int, vocab: int) -> rx.TrieIndex:
+    sids = np.arange(items)[:, None] if levels == 1 else catalogues.uniform(items, codes, levels)
+    offset = vocab - codes * levels if vocab else 0
+    tokens = rx.SIDVocab([codes] * levels, offset=offset) if vocab else rx.SIDVocab([codes] * levels, [0] * levels)
+    return rx.TrieIndex.build(sids, vocab=tokens).to("cuda")
+
+
+def median_us(run: Callable[[], None], inner: int) -> float:
+    """Median time of a run, in microseconds, over ``inner``."""
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(REPLAYS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return 1e3 * statistics.median(times) / inner
+
+
+def graph_us(step: Callable[[Tensor], Any], sets: list[Tensor]) -> float:
+    """Time of a step in a graph that goes through the sets of logits in turn."""
+    step(sets[0])
+    torch.cuda.synchronize()
+    steps = max(STEPS, len(sets))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(steps):
+            step(sets[i % len(sets)])
+    return median_us(graph.replay, steps)
+
+
+def kernels_us(step: Callable[[Tensor], Any], sets: list[Tensor]) -> dict[str, float]:
+    """Mean time of each kernel, by torch's profiler; empty where it sees none."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for logits in [*sets, *sets][:STEPS]:
+            step(logits)
+        torch.cuda.synchronize()
+    found = {}
+    for event in profile.key_averages():
+        if "raddpo" in event.key:
+            name = event.key.split("(anonymous namespace)::")[-1].split("(")[0]
+            found[name] = round(event.device_time_total / event.count, 2)
+    return found
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a device-to-device copy."""
+    source = torch.randn(COPY_BYTES // 4, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / (1e-6 * median_us(lambda: target.copy_(source), 1))
+
+
+def measure(case: Case, bandwidth: float, add: Callable[[dict[str, Any]], None]) -> None:
+    """Every step of one search with standard normal logits."""
+    index = index_of(case.items, case.codes, case.levels, case.vocab)
+    state = rx.BeamState.start(index, case.batch)
+    for depth in range(case.levels):
+        shape = (*state.nodes.shape, case.vocab or case.codes)
+        size = int(np.prod(shape)) * case.dtype.itemsize
+        cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+        count = max(2, min(512, -(-3 * cache_bytes // size)))
+        sets = [torch.randn(shape, device="cuda", dtype=case.dtype) for _ in range(count)]
+        options = {"normalize": case.normalize, "length_penalty": 0.0}
+
+        def step(logits: Tensor, state: rx.BeamState = state, options: dict[str, Any] = options) -> rx.BeamState:
+            return rx.beam_step(logits, state, index, case.beams, **options)
+
+        _, children = torch.ops.raddpo.trie_children(state.nodes.flatten(), index.data, index.header)
+        live = state.nodes.flatten() >= 0
+        rows, offered = int(live.sum()), int(children[live].sum())
+        logits_read = {"vocab": rows * shape[2], "level": rows * case.codes, "trie": offered}[case.normalize]
+        begin = time.perf_counter()
+        for _ in range(100):
+            step(sets[0])
+        call_us = 1e4 * (time.perf_counter() - begin)
+        torch.cuda.synchronize()
+        add(
+            {
+                "case": case.name,
+                "step": depth,
+                "rows": rows,
+                "children": offered,
+                "logits_bytes": logits_read * case.dtype.itemsize,
+                "sets": count,
+                "floor_us": 1e6 * logits_read * case.dtype.itemsize / bandwidth,
+                "row_lse_us": graph_us(lambda logits: row_lse(logits.view(-1, logits.shape[2])), sets),
+                "us": graph_us(step, sets),
+                "warm_us": graph_us(step, sets[:1]),
+                "python_call_us": call_us,
+                "target_us": case.target_us,
+                "kernels_us": kernels_us(step, sets),
+            }
+        )
+        state = step(sets[0])
+
+
+def table(steps: list[dict[str, Any]]) -> str:
+    head = ["case", "step", "children", "floor us", "row_lse us", "us", "warm us", "target us", "GB/s"]
+    rows = [
+        [
+            step["case"],
+            str(step["step"]),
+            str(step["children"]),
+            *(f"{step[key]:.1f}" for key in ("floor_us", "row_lse_us", "us", "warm_us")),
+            str(step["target_us"] or ""),
+            f"{1e-3 * step['logits_bytes'] / step['us']:.0f}",
+        ]
+        for step in steps
+    ]
+    return markdown(head, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu_bench.json", help="where the result goes")
+    parser.add_argument("--cases", default="", help="run only the cases whose name contains this")
+    parser.add_argument("--seconds", type=float, default=400, help="start no case after this long")
+    arguments = parser.parse_args()
+    require_gpu()
+    begin = time.perf_counter()
+    torch.manual_seed(0)
+    bandwidth = copy_bandwidth()
+    steps: list[dict[str, Any]] = []
+    result = {**gpu_environment("benchmarks.gpu_bench"), "copy_bytes_per_second": bandwidth, "steps": steps}
+    print(f"copy: {bandwidth / 1e12:.2f} TB/s", flush=True)
+
+    def add(step: dict[str, Any]) -> None:
+        steps.append(step)
+        write_json(arguments.out, result)
+        print(table(steps).splitlines()[-1], flush=True)
+
+    for case in CASES:
+        if arguments.cases in case.name and time.perf_counter() - begin < arguments.seconds:
+            measure(case, bandwidth, add)
+            torch.cuda.empty_cache()
+    print(table(steps))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A generative recommender from data to retrieved items: ``python -m demo``."""

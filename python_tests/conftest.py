@@ -1,0 +1,57 @@
+"""Fixtures of the whole suite and hypothesis' profile."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
+
+from raddpo_ext import _C
+
+ISAS = ("scalar", "avx2", "avx512")
+
+# Examples differ in cost by 100x, and fixtures that choose an instruction set or a thread count hold for all examples.
+# A failure is cut down to its least example only where somebody waits for it: that takes minutes.
+CI = bool(os.environ.get("CI"))
+settings.register_profile(
+    "raddpo",
+    deadline=None,
+    max_examples=40,
+    derandomize=CI,
+    phases=[Phase.explicit, Phase.generate] if CI else list(Phase),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("raddpo")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once per instruction set."""
+    if ISAS.index(request.param) > ISAS.index(_C.best_isa()):
+        pytest.skip(f"this CPU has no {request.param}")
+    before = _C.isa()
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(before)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Runs the test on one thread and on two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def data_dir() -> Path:
+    """The folder of the public catalogues."""
+    path = Path(os.environ.get("RADDPO_DATA", Path(__file__).parents[2] / "shared/data"))
+    if not path.is_dir():
+        pytest.skip(f"no public catalogues at {path}; RADDPO_DATA names their folder")
+    return path

@@ -1,0 +1,99 @@
+// The kernels, compiled for the CPU from the very .cu files, behind C functions for ctypes.
+#include "../../csrc/beam_search/beam_search_cuda.cu"
+#include "../../csrc/row_lse/row_lse_cuda.cu"
+#include "../../csrc/trie/trie_cuda.cu"
+#include "faults.cuh"
+
+using namespace raddpo;
+
+namespace {
+
+TrieView view_of(const std::uint8_t* data, const std::int64_t* h) {
+  const auto sequence = [&](int word) {
+    return DegreeSequence{reinterpret_cast<const std::uint64_t*>(data + h[word]),
+                          reinterpret_cast<const std::uint32_t*>(data + h[word + 1]),
+                          reinterpret_cast<const std::uint32_t*>(data + h[word + 2])};
+  };
+  TrieView t{};
+  t.children = sequence(kChildBits);
+  t.items = sequence(kItemBits);
+  t.symbols = data + h[kSymbols];
+  t.tokens = reinterpret_cast<const std::int32_t*>(data + h[kTokens]);
+  t.codes = reinterpret_cast<const std::int32_t*>(data + h[kCodes]);
+  std::copy(h + kFirstNode, h + kFirstNode + kMaxLevels + 2, t.first_node);
+  std::copy(h + kNumSymbols, h + kNumSymbols + kMaxLevels, t.num_symbols);
+  std::copy(h + kTable, h + kTable + kMaxLevels, t.table);
+  std::copy(h + kFirstToken, h + kFirstToken + kMaxLevels, t.first_token);
+  t.levels = static_cast<std::int32_t>(h[kLevels]);
+  t.sid_levels = static_cast<std::int32_t>(h[kSidLevels]);
+  t.wide = static_cast<std::int32_t>(h[kWide]);
+  return t;
+}
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT void set_order(unsigned threads, unsigned blocks) {
+  cuda_on_cpu::block.order = threads;
+  cuda_on_cpu::block.random.seed(threads);
+  cuda_on_cpu::block_order = blocks;
+}
+
+EXPORT const char* last_error() { return cuda_on_cpu::block.error.c_str(); }
+
+// `sizes`: logit type, batch, width, vocab, stride_batch, stride_beam, beam_width, normalize.
+EXPORT int beam_step(const std::uint8_t* trie, const std::int64_t* header, const std::int64_t* sizes,
+                     const void* logits, const float* scores, const std::int64_t* nodes, double length_penalty,
+                     float* out_scores, std::int64_t* out_tokens, std::int64_t* out_parents, std::int64_t* out_nodes) {
+  BeamStepArgs a{};
+  a.trie = view_of(trie, header);
+  a.logits = logits;
+  a.logit_type = static_cast<LogitType>(sizes[0]);
+  a.batch = sizes[1];
+  a.width = sizes[2];
+  a.vocab = sizes[3];
+  a.stride_batch = sizes[4];
+  a.stride_beam = sizes[5];
+  a.beam_width = sizes[6];
+  a.normalize = static_cast<Normalize>(sizes[7]);
+  a.scores = scores;
+  a.nodes = nodes;
+  for (int d = 0; d <= kMaxLevels; ++d)
+    a.length_factor[d] = static_cast<float>(std::pow(std::max(d, 1), length_penalty));
+  a.out_scores = out_scores;
+  a.out_tokens = out_tokens;
+  a.out_parents = out_parents;
+  a.out_nodes = out_nodes;
+  const std::int64_t bytes = cuda::beam_step_workspace(a);
+  const std::unique_ptr<std::uint8_t[]> workspace(new std::uint8_t[bytes]);
+  std::memset(workspace.get(), 0xa5, bytes);  // a caching allocator's memory is as full of garbage
+  return cuda::beam_step(a, workspace.get(), nullptr);
+}
+
+EXPORT int row_lse(const void* logits, int type, std::int64_t rows, std::int64_t cols, float* out) {
+  return cuda::row_lse({logits, static_cast<LogitType>(type), rows, cols, out}, nullptr);
+}
+
+EXPORT int trie_walk(const std::uint8_t* trie, const std::int64_t* header, const std::int64_t* tokens,
+                     std::int64_t rows, std::int64_t columns, std::int64_t* nodes) {
+  return cuda::trie_walk({view_of(trie, header), tokens, rows, columns, nodes}, nullptr);
+}
+
+EXPORT int trie_paths(const std::uint8_t* trie, const std::int64_t* header, const std::int64_t* nodes,
+                      std::int64_t count, std::int64_t* codes, std::int64_t* depths) {
+  return cuda::trie_paths({view_of(trie, header), nodes, count, codes, depths}, nullptr);
+}
+
+EXPORT int trie_ranges(const std::uint8_t* trie, const std::int64_t* header, const std::int64_t* nodes,
+                       std::int64_t count, bool items, std::int64_t* first, std::int64_t* number) {
+  return cuda::trie_ranges({view_of(trie, header), nodes, count, items, first, number}, nullptr);
+}
+
+// Runs one of the kernels of faults.cuh on values [64]; out [64].
+EXPORT int fault(int kind, const int* values, int* out) {
+  void (*const kernels[])(const int*, int*) = {cuda::reversed_kernel, cuda::missing_barrier_kernel,
+                                               cuda::divergent_barrier_kernel, cuda::early_exit_kernel,
+                                               cuda::divergent_shuffle_kernel};
+  return cuda::launch(kernels[kind], 1, 64, nullptr, values, out);
+}

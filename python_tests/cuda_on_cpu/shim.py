@@ -1,0 +1,121 @@
+"""The CUDA kernels compiled by the C++ compiler, called on torch's CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import raddpo_ext as rx
+
+FOLDER = Path(__file__).parent
+_NORMALIZE = ("vocab", "level", "trie")
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Compiles with AddressSanitizer and UndefinedBehaviorSanitizer; the process must have libasan preloaded.
+SANITIZE = "CUDA_ON_CPU_SANITIZE"
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+class Shim:
+    """``threads`` and ``blocks`` orders: 0 ascending, 1 descending, any other number shuffled from it as the seed."""
+
+    def __init__(self, folder: Path) -> None:
+        program, library = compiler(), folder / "cuda_on_cpu.so"
+        assert program is not None
+        flags = (
+            ["-fsanitize=address,alignment,bounds,shift,signed-integer-overflow", "-fno-sanitize-recover=all"]
+            if SANITIZE in os.environ
+            else []
+        )
+        flags += ["-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+        flags += ["-Wno-unknown-pragmas", f"-I{FOLDER}"]
+        result = subprocess.run(
+            [program, *flags, str(FOLDER / "library.cpp"), "-o", str(library)], capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        self._library = ctypes.CDLL(str(library))
+        self._library.last_error.restype = ctypes.c_char_p
+        self.set_order(0, 0)
+
+    def set_order(self, threads: int, blocks: int) -> None:
+        self._library.set_order(threads, blocks)
+
+    def call(self, name: str, *arguments: Tensor | int | float) -> None:
+        values = [
+            ctypes.c_void_p(argument.data_ptr())
+            if isinstance(argument, Tensor)
+            else ctypes.c_double(argument)
+            if isinstance(argument, float)
+            else ctypes.c_int64(argument)
+            for argument in arguments
+        ]
+        code = getattr(self._library, name)(*values)
+        if code:
+            raise RuntimeError(f"{name}: error {code}: {self._library.last_error().decode()}")
+
+    def beam_step(
+        self,
+        logits: Tensor,
+        state: rx.BeamState,
+        index: rx.TrieIndex,
+        beam_width: int,
+        *,
+        normalize: str = "vocab",
+        length_penalty: float = 0.0,
+    ) -> rx.BeamState:
+        assert logits.stride(2) == 1
+        batch, width, vocab = logits.shape
+        sizes = [_TYPES.index(logits.dtype), batch, width, vocab, *logits.stride()[:2], beam_width]
+        shape = (batch, beam_width)
+        scores = torch.full(shape, 777.0)
+        tokens, parents, nodes = (torch.full(shape, 777) for _ in range(3))
+        self.call(
+            "beam_step",
+            index.data,
+            index.header,
+            torch.tensor([*sizes, _NORMALIZE.index(normalize)]),
+            logits,
+            state.scores.contiguous(),
+            state.nodes.contiguous(),
+            length_penalty,
+            scores,
+            tokens,
+            parents,
+            nodes,
+        )
+        return rx.BeamState(scores, tokens, parents, nodes)
+
+    def row_lse(self, logits: Tensor) -> Tensor:
+        out = torch.full((len(logits),), 777.0)
+        self.call("row_lse", logits, _TYPES.index(logits.dtype), *logits.shape, out)
+        return out
+
+    def trie_walk(self, tokens: Tensor, index: rx.TrieIndex) -> Tensor:
+        nodes = torch.full((tokens.shape[0], tokens.shape[1] + 1), 777)
+        self.call("trie_walk", index.data, index.header, tokens, *tokens.shape, nodes)
+        return nodes
+
+    def trie_paths(self, nodes: Tensor, index: rx.TrieIndex) -> tuple[Tensor, Tensor]:
+        codes, depths = torch.full((len(nodes), index.sid_levels), 777), torch.full((len(nodes),), 777)
+        self.call("trie_paths", index.data, index.header, nodes, len(nodes), codes, depths)
+        return codes, depths
+
+    def trie_ranges(self, nodes: Tensor, index: rx.TrieIndex, items: bool) -> tuple[Tensor, Tensor]:
+        first, number = torch.full((len(nodes),), 777), torch.full((len(nodes),), 777)
+        self.call("trie_ranges", index.data, index.header, nodes, len(nodes), int(items), first, number)
+        return first, number
+
+    def fault(self, kind: str, values: Tensor) -> Tensor:
+        """Runs a kernel of faults.cuh on int32 ``[64]``."""
+        kinds = ("none", "missing_barrier", "divergent_barrier", "early_exit", "divergent_shuffle")
+        out = torch.full_like(values, 777)
+        self.call("fault", kinds.index(kind), values, out)
+        return out

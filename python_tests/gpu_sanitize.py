@@ -1,0 +1,141 @@
+"""The kernels under compute-sanitizer: ``python -m python_tests.gpu_sanitize``.
+
+Each tool watches a small program (this file with ``--drive``) that calls every kernel and compares with the CPU. Where
+a tool does not run on this device its message is recorded instead. The result is written after every tool.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import raddpo_ext as rx
+from benchmarks.catalogues import ROOT
+from benchmarks.gpu_report import gpu_environment, require_gpu
+from benchmarks.report import RESULTS, write_json
+from python_tests.beam_cases import DTYPES, NORMALIZE, exact_logits, generator_of, random_state, state_of, wide_index
+from raddpo_ext.row_lse import row_lse
+
+TOOLS = {
+    "memcheck": [],
+    "racecheck": ["--racecheck-report", "all"],
+    "initcheck": [],
+    "synccheck": [],
+}
+FOUND = 86  # the exit code of a tool that found something
+DRIVEN = "every kernel was driven"
+
+
+def drive() -> None:
+    """Every kernel on small inputs; only copies besides, as the tools watch torch's kernels too."""
+    index = wide_index()
+    on_device = index.to("cuda")
+
+    def check(logits: torch.Tensor, state: rx.BeamState, width: int, **options: Any) -> None:
+        expected = rx.beam_step(logits, state, index, width, **options)
+        moved = rx.BeamState(*(part.to("cuda") for part in vars(state).values()))
+        got = rx.beam_step(logits.to("cuda"), moved, on_device, width, **options)
+        torch.testing.assert_close(got.scores.cpu(), expected.scores, rtol=1e-5, atol=1e-5)
+        if options.get("normalize", "vocab") == "vocab":  # exact scores, so that ties must fall alike
+            for part in ("tokens", "parents", "nodes"):
+                assert getattr(got, part).tolist() == getattr(expected, part).tolist(), part
+
+    nodes = torch.tensor([[1, 2, 3, index.num_nodes - 1, 5, -1]])
+    for dtype in DTYPES:
+        for normalize in NORMALIZE:
+            check(exact_logits((1, 6, 1603), dtype, 0), state_of(torch.zeros(1, 6), nodes), 70, normalize=normalize)
+    check(exact_logits((1, 6, 1603), DTYPES[0], 1), state_of(torch.zeros(1, 6), nodes), 1500)  # in global memory
+    check(exact_logits((2, 4, 1601), DTYPES[1], 2), random_state(index, 2, 4, generator_of(0)), 30, length_penalty=1.0)
+    many = torch.randint(-1, index.num_nodes, (1, 600), generator=generator_of(1))
+    check(exact_logits((1, 600, 1601), DTYPES[1], 3), state_of(torch.zeros(1, 600), many), 700)
+    check(torch.full((1, 6, 1601), float("nan")), state_of(torch.zeros(1, 6), nodes), 4)
+    for dtype in DTYPES:
+        for columns in (1, 33, 5001):
+            logits = torch.randn(3, columns, generator=generator_of(columns)).to(dtype)
+            torch.testing.assert_close(row_lse(logits.to("cuda")).cpu(), row_lse(logits), rtol=1e-5, atol=1e-5)
+    some = torch.arange(-2, index.num_nodes + 2, 37)
+    for lookup in (rx.TrieIndex.paths, rx.TrieIndex.item_ranges):
+        got, expected = lookup(on_device, some.to("cuda")), lookup(index, some)
+        assert [part.tolist() for part in got] == [part.tolist() for part in expected]
+    children = torch.ops.raddpo.trie_children
+    got, expected = children(some.to("cuda"), on_device.data, index.header), children(some, index.data, index.header)
+    assert [part.tolist() for part in got] == [part.tolist() for part in expected]
+    tokens = torch.randint(0, 9, (40, 3), generator=generator_of(2))
+    walk = torch.ops.raddpo.trie_walk
+    assert walk(tokens.to("cuda"), on_device.data, index.header).tolist() == index._walk(tokens).tolist()
+    print(DRIVEN)
+
+
+def sanitizer() -> str | None:
+    folder = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{folder}/bin")
+
+
+def run(program: str, tool: str, seconds: float) -> dict[str, Any]:
+    command = [program, "--tool", tool, *TOOLS[tool], "--error-exitcode", str(FOUND)]
+    command += [sys.executable, "-m", "python_tests.gpu_sanitize", "--drive"]
+    # One allocation a tensor, so that each buffer's end is known to the tool.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    begin = time.perf_counter()
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
+        code, text = done.returncode, done.stdout + done.stderr
+    except subprocess.TimeoutExpired as error:
+        parts = [part.decode() if isinstance(part, bytes) else part or "" for part in (error.stdout, error.stderr)]
+        code, text = None, "".join(parts)
+    return {
+        "tool": tool,
+        "verdict": verdict(code, text),
+        "exit_code": code,
+        "seconds": round(time.perf_counter() - begin, 1),
+        "summary": re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", text),
+        "output": text[:2000] + ("\n...\n" + text[-2000:] if len(text) > 4000 else text[2000:]),
+    }
+
+
+def verdict(code: int | None, text: str) -> str:
+    """``clean``; ``found errors``, in a kernel of this package or with a wrong result; or why the tool did not tell."""
+    if code is None:
+        return "ran out of time"
+    if code == 0 and DRIVEN in text:
+        return "clean"
+    if "raddpo::" in text or "AssertionError" in text:
+        return "found errors"
+    if DRIVEN in text:
+        return "clean but for kernels of other packages"
+    return "did not run on this device"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu_sanitize.json", help="where the result goes")
+    parser.add_argument("--seconds", type=float, default=100, help="for each tool")
+    parser.add_argument("--drive", action="store_true", help="only call the kernels")
+    arguments = parser.parse_args()
+    require_gpu()
+    if arguments.drive:
+        drive()
+        return
+    program = sanitizer()
+    if program is None:
+        raise SystemExit("compute-sanitizer is neither on the PATH nor in CUDA_HOME/bin")
+    runs: list[dict[str, Any]] = []
+    result = {**gpu_environment("python_tests.gpu_sanitize"), "runs": runs}
+    for tool in TOOLS:
+        runs.append(run(program, tool, arguments.seconds))
+        write_json(arguments.out, result)
+        print(f"{tool}: {runs[-1]['verdict']} {' '.join(runs[-1]['summary'])}", flush=True)
+    raise SystemExit(any(run["verdict"] == "found errors" for run in runs))
+
+
+if __name__ == "__main__":
+    main()

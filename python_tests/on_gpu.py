@@ -1,0 +1,20 @@
+"""What the tests on a GPU share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import raddpo_ext as rx
+
+NEEDS_GPU = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(
+        not torch._C._dispatch_has_kernel_for_dispatch_key("raddpo::beam_step", "CUDA"),
+        reason="the extension was built without CUDA",
+    ),
+]
+
+
+def moved(state: rx.BeamState, device: str) -> rx.BeamState:
+    return rx.BeamState(*(part.to(device) for part in vars(state).values()))

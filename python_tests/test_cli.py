@@ -1,0 +1,152 @@
+"""``python -m raddpo_ext``: what it prints, its exit codes, and one line on stderr for each kind of bad input."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import raddpo_ext as rx
+from raddpo_ext.__main__ import main
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with a catalogue of fixed length, one of different lengths and an index of the first."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fixed.json").write_text('{"5": ["<a_1>", "<b_2>"], "9": ["<a_1>", "<b_2>"], "4": ["<a_0>", "<b_7>"]}')
+    (tmp_path / "prefix.json").write_text('{"0": ["<a_1>"], "1": ["<a_1>", "<b_2>"]}')
+    rx.TrieIndex.build([[1, 2], [1, 2], [0, 7]], item_ids=[5, 9, 4]).save("fixed.index")
+    return tmp_path
+
+
+def run(capsys, *arguments):
+    """Exit code, lines of stdout, lines of stderr."""
+    try:
+        code = main(["index", *arguments])
+    except SystemExit as end:
+        code = end.code
+    out, err = capsys.readouterr()
+    return code, out.splitlines(), err.splitlines()
+
+
+def test_build(folder, capsys):
+    code, out, err = run(capsys, "build", "fixed.json", "-o", "new.index")
+    assert (code, err) == (0, [])
+    assert out[0].startswith("new.index: 3 items, 2 SIDs, ")
+    built = rx.TrieIndex.load("new.index")
+    assert built.vocab is None
+    assert built.lookup([[1, 2]]).items.tolist() == [5, 9]
+
+
+def test_build_with_tokens(folder, capsys):
+    code, _, err = run(capsys, "build", "prefix.json", "-o", "p.index", "--eos", "9", "--offset", "3", "--sizes", "2,3")
+    assert (code, err) == (0, [])
+    assert rx.TrieIndex.load("p.index").vocab == rx.SIDVocab([2, 3], offset=3, eos=9)
+    assert run(capsys, "build", "prefix.json", "-o", "p.index", "--eos", "9")[0] == 0
+    assert rx.TrieIndex.load("p.index").vocab == rx.SIDVocab([2, 3], eos=9)
+    assert run(capsys, "lookup", "p.index", "1") == (0, ["0"], [])
+    assert run(capsys, "lookup", "p.index", "1,2") == (0, ["1"], [])
+
+
+def test_build_from_npz(folder, capsys):
+    np.savez("c.npz", sids=[[3, 1], [3, 0]], lengths=[2, 1], item_ids=[2**40, 6])
+    assert run(capsys, "build", "c.npz", "-o", "c.index", "--eos", "50")[0] == 0
+    assert run(capsys, "lookup", "c.index", "3,1") == (0, [str(2**40)], [])
+
+
+def test_info(folder, capsys):
+    code, out, err = run(capsys, "info", "fixed.index")
+    size = (folder / "fixed.index").stat().st_size
+    assert (code, err) == (0, [])
+    assert out == [
+        "items           3",
+        "SIDs            2",
+        "collisions      2 items share their SID",
+        "levels          2",
+        "nodes per level 2 2",
+        f"bytes           {size}, {size / 3:.1f} an item",
+    ]
+    run(capsys, "build", "prefix.json", "-o", "p.index", "--eos", "9")
+    out = run(capsys, "info", "p.index")[1]
+    assert "levels          2, then the end token 9" in out
+    assert "nodes per level 1 2 1" in out
+
+
+def test_lookup(folder, capsys):
+    assert run(capsys, "lookup", "fixed.index", "1,2") == (0, ["5", "9"], [])
+    for sid in ("1", "1,3", "1,2,0", "2147483646,2"):
+        assert run(capsys, "lookup", "fixed.index", sid) == (1, [], [f"raddpo_ext: no item has the SID {sid}"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "build|info|lookup"),
+        ("drop fixed.index", "invalid choice: 'drop'"),
+        ("build fixed.json", "required: -o/--output"),
+        ("build nowhere.json -o x", "nowhere.json: No such file or directory"),
+        ("build nowhere.npz -o x", "nowhere.npz: No such file or directory"),
+        ("build folder.npy -o x", "folder.npy: Is a directory"),
+        ("build fixed.index -o x", "fixed.index: not a kind of file that holds SIDs"),
+        ("build broken.json -o x", "broken.json: not valid JSON"),
+        ("build broken.npy -o x", "broken.npy: not a numpy file"),
+        ("build repeated.npz -o x", "repeated.npz: item_ids"),
+        ("build prefix.json -o x", "prefix.json: sids[0] = (1) is a proper prefix of sids[1] = (1, 2)"),
+        ("build fixed.json -o nowhere/x", "nowhere: no such directory"),
+        ("build fixed.json -o folder.npy", "folder.npy: is a directory"),
+        ("build fixed.json -o x --sizes 2,7", "fixed.json: sids[2, 1] = 7 is outside [0, 7)"),
+        ("build fixed.json -o x --sizes 2,8,4", "fixed.json: sids must have one column a level of vocab (3)"),
+        ("build fixed.json -o x --sizes 2,x", "argument --sizes: expected an integer from 0 to 2147483646, got 'x'"),
+        ("build fixed.json -o x --sizes 0,8", "fixed.json: sizes[0] must be at least 1, got 0"),
+        ("build fixed.json -o x --eos 3", "fixed.json: eos = 3 is also the token of a code of level 1"),
+        ("build fixed.json -o x --eos 9999999999999", "argument --eos: expected an integer"),
+        ("build fixed.json -o x --offset=-1", "argument --offset: expected an integer"),
+        ("info nowhere.index", "nowhere.index: No such file or directory"),
+        ("info folder.npy", "folder.npy: Is a directory"),
+        ("info fixed.json", "fixed.json: not a TrieIndex file"),
+        ("info cut.index", "cut.index: truncated or altered"),
+        ("info flipped.index", "flipped.index: altered"),
+        ("lookup flipped.index 1,2", "flipped.index: altered"),
+        ("lookup fixed.index", "required: CODE,CODE,..."),
+        ("lookup fixed.index 1;2", "expected an integer from 0 to 2147483646, got '1;2'"),
+        ("lookup fixed.index 1,", "expected an integer from 0 to 2147483646, got ''"),
+    ],
+)
+def test_bad_input(folder, capsys, arguments, message):
+    (folder / "folder.npy").mkdir()
+    (folder / "broken.json").write_text("{'0': 1}")
+    (folder / "broken.npy").write_text("SIDs")
+    np.savez("repeated.npz", sids=[[1, 2], [1, 3]], item_ids=[4, 4])
+    index = bytearray((folder / "fixed.index").read_bytes())
+    (folder / "cut.index").write_bytes(index[:-1])
+    index[-1] ^= 1
+    (folder / "flipped.index").write_bytes(index)
+    code, out, err = run(capsys, *arguments.split())
+    assert (code, out) == (2, [])
+    assert len(err) == 1
+    assert err[0].startswith("raddpo_ext: ")
+    assert message in err[0]
+    assert not (folder / "x").exists()
+
+
+def test_bar_on_a_terminal_only(folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert main(["index", "build", "fixed.json", "-o", "new.index"]) == 0
+    assert capsys.readouterr().err.endswith("#" * 40 + " 100%\n")
+
+
+def test_as_a_program(folder):
+    """Through the interpreter: the exit code and the streams are the process's."""
+    command = [sys.executable, "-m", "raddpo_ext", "index", "lookup"]
+    run = functools.partial(subprocess.run, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    found = run([*command, "fixed.index", "1,2"])
+    assert (found.returncode, found.stdout, found.stderr) == (0, "5\n9\n", "")
+    missing = run([*command, "nowhere", "1,2"])
+    assert (missing.returncode, missing.stdout) == (2, "")
+    assert missing.stderr == "raddpo_ext: nowhere: No such file or directory\n"

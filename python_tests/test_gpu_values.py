@@ -1,0 +1,193 @@
+"""What the operators compute on a CUDA device, against the CPU and the float64 reference. Skipped without a device."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from agreement import ToyModel, assert_scores_close, assert_states_equal, assert_step_agrees
+from beam_cases import (
+    DTYPES,
+    NORMALIZE,
+    exact_logits,
+    generator_of,
+    random_state,
+    six_beams,
+    state_of,
+    wide_index,
+    without_dead_slots,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from on_gpu import NEEDS_GPU, moved
+from strategies import Catalogue, catalogues
+from torch import Tensor
+
+import raddpo_ext as rx
+from raddpo_ext import reference
+from raddpo_ext.row_lse import row_lse
+
+pytestmark = NEEDS_GPU
+
+
+def on_gpu(logits: Tensor, state: rx.BeamState, index: rx.TrieIndex, width: int, **options: object) -> rx.BeamState:
+    """beam_step on the GPU, its arguments and result on the CPU."""
+    got = rx.beam_step(logits.cuda(), moved(state, "cuda"), index.to("cuda"), width, **options)
+    return moved(got, "cpu")
+
+
+def assert_matches_cpu(logits: Tensor, state: rx.BeamState, index: rx.TrieIndex, width: int, **options: object) -> None:
+    """For logits whose log-probs are exact, or tie exactly: the same order, scores up to rounding."""
+    expected = rx.beam_step(logits, state, index, width, **options)
+    got = on_gpu(logits, state, index, width, **options)
+    assert_scores_close(got.scores, expected.scores, "beam_step")
+    assert_states_equal(dataclasses.replace(got, scores=expected.scores), expected)
+
+
+@settings(max_examples=200)
+@given(catalogues(), st.integers(0, 2**32), st.sampled_from(DTYPES), st.data())
+def test_equals_reference(catalogue: Catalogue, seed: int, dtype: torch.dtype, data: st.DataObject) -> None:
+    index = rx.TrieIndex.build(**catalogue.arguments())
+    plain = reference.TrieIndex.build(**catalogue.arguments())
+    batch, width = data.draw(st.sampled_from([(1, 1), (1, 7), (3, 4)]))
+    state = random_state(index, batch, width, generator_of(seed))
+    logits = (3 * torch.randn(batch, width, catalogue.columns, generator=generator_of(seed))).to(dtype)
+    hidden = data.draw(st.sampled_from([0.0, 0.5, 1.0]))
+    logits[torch.rand(logits.shape, generator=generator_of(seed)) < hidden] = -math.inf
+    normalize = data.draw(st.sampled_from([name for name in NORMALIZE if catalogue.vocab or name != "level"]))
+    beam_width = data.draw(st.sampled_from([1, 2, 10, 1000]))
+    penalty = data.draw(st.sampled_from([0.0, 1.0, -0.7]))
+    got = on_gpu(logits, state, index, beam_width, normalize=normalize, length_penalty=penalty)
+    assert_step_agrees(got, logits, without_dead_slots(state, index), plain, normalize, penalty)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("beam_width", [1, 50, 1500])
+def test_many_children(dtype: torch.dtype, normalize: str, beam_width: int) -> None:
+    index = wide_index()
+    scores = -2 * torch.rand(1, 7, generator=generator_of(0))
+    state = state_of(scores, torch.tensor([[1, 2, 3, 4, 5, 6, 0]]))
+    logits = (3 * torch.randn(1, 7, 1603, generator=generator_of(1))).to(dtype)
+    got = on_gpu(logits, state, index, beam_width, normalize=normalize)
+    assert_step_agrees(got, logits, state, reference.TrieIndex.of(index), normalize, 0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("beam_width", [1, 70, 700, 3000, 20000])
+def test_ties(dtype: torch.dtype, beam_width: int) -> None:
+    nodes = torch.tensor([[0, 3, 1, 2000, 3, 6, 2, 4, -1, 5], [1, 1, 2, 2, 3, 3, 4, 4, 5, 2500]])
+    scores = torch.tensor([0.0, -0.5, -1.0, -0.5, 0.0]).repeat(2, 2)
+    logits = exact_logits((2, 10, 1601), dtype, 0)
+    assert_matches_cpu(logits, state_of(scores, nodes), wide_index(), beam_width, length_penalty=1.0)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZE)
+def test_all_candidates_tie(normalize: str) -> None:
+    state = state_of(torch.full((1, 5), -1.0), torch.tensor([[5, 2, 4, 1, 3]]))
+    assert_matches_cpu(torch.zeros(1, 5, 1600), state, wide_index(), 300, normalize=normalize)
+
+
+def test_many_beams() -> None:
+    index = wide_index()
+    nodes = torch.randint(-1, index.num_nodes, (3, 3000), generator=generator_of(0))
+    nodes[:, ::10] = torch.randint(0, 7, (3, 300), generator=generator_of(1))
+    scores = torch.randint(-9, 0, (3, 3000), generator=generator_of(2)) / 2
+    logits = exact_logits((3, 3000, 1601), torch.bfloat16, 3)
+    assert_matches_cpu(logits, state_of(scores, nodes), index, 3000, length_penalty=0.5)
+
+
+def test_hundred_thousand_children() -> None:
+    index = rx.TrieIndex.build(torch.arange(100_000)[:, None])
+    state = rx.BeamState.start(index, 2)
+    for width in (1, 50, 5000, 200_000):
+        assert_matches_cpu(exact_logits((2, 1, 100_001), torch.float32, 0), state, index, width)
+    repeated = state_of(torch.zeros(1, 100), torch.zeros(1, 100, dtype=torch.int64))  # ten million candidates
+    assert_matches_cpu(exact_logits((1, 100, 100_001), torch.bfloat16, 0), repeated, index, 100)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1601, 1604, 1607])
+def test_strides_and_alignment(dtype: torch.dtype, columns: int) -> None:
+    index, state = wide_index(), six_beams()
+    storage = exact_logits((3, 2, 6, columns + 9), dtype, columns)
+    storage[..., columns - 1 :] = 200
+    on_device = storage.cuda()
+    shifted = torch.cat([on_device.flatten()[:3], on_device.flatten()])[3:].view_as(on_device)
+    views = [on_device[0, ..., :columns], shifted[1, ..., :columns]]
+    views.append(shifted.transpose(1, 2)[2, ..., :columns].transpose(0, 1))
+    views.append(on_device[0, :1, :1, :columns].expand(2, 6, columns))
+    for logits in views:
+        got = rx.beam_step(logits, moved(state, "cuda"), index.to("cuda"), 30)
+        assert_states_equal(moved(got, "cpu"), rx.beam_step(logits.cpu(), state, index, 30))
+
+
+def test_rows_that_end_beams() -> None:
+    index = wide_index()
+    nodes = torch.tensor([[1, 2, 3, 4, index.num_nodes - 1, 5]])
+    logits = exact_logits((1, 6, 1601), torch.float32, 0)
+    logits[0, 0, 1600] = math.nan
+    logits[0, 1, 3] = math.inf
+    logits[0, 2] = -math.inf
+    logits[0, 4] = math.nan
+    assert_matches_cpu(logits, state_of(torch.zeros(1, 6), nodes), index, 5000)
+    assert_matches_cpu(torch.full((1, 6, 1601), math.nan), state_of(torch.zeros(1, 6), nodes), index, 3)
+    assert_matches_cpu(logits, state_of(torch.full((1, 6), -math.inf), nodes), index, 3)
+    with pytest.raises(ValueError, match="NaN"):
+        on_gpu(logits, state_of(torch.zeros(1, 6), nodes), index, 3, check=True)
+
+
+def test_empty_batch() -> None:
+    state = state_of(torch.zeros(0, 4), torch.zeros(0, 4, dtype=torch.int64))
+    assert on_gpu(torch.zeros(0, 4, 1601), state, wide_index(), 5).nodes.shape == (0, 5)
+
+
+@settings(max_examples=30)
+@given(catalogues(), st.integers(0, 2**32), st.sampled_from([0.0, 1.0]), st.sampled_from([None, 1, 7]))
+def test_search(catalogue: Catalogue, seed: int, penalty: float, top_k: int | None) -> None:
+    index = rx.TrieIndex.build(**catalogue.arguments())
+    results = []
+    for device in ("cpu", "cuda"):
+        model = ToyModel(exact_logits((index.levels, 2, 17, catalogue.columns + 1), torch.float32, seed))
+
+        def step(tokens: Tensor, parents: Tensor, level: int, model: ToyModel = model, device: str = device) -> Tensor:
+            return model(tokens.cpu(), parents.cpu(), level).to(device)
+
+        results.append(
+            rx.beam_search(step, index.to(device), batch_size=2, beam_width=20, length_penalty=penalty, top_k=top_k)
+        )
+    for expected, got in zip(*results, strict=True):
+        assert got.device.type == "cuda"
+        assert got.cpu().tolist() == expected.tolist()
+
+
+def children_of(index: rx.TrieIndex, nodes: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.raddpo.trie_children(nodes, index.data, index.header)
+
+
+@given(catalogues(most_items=300), st.integers(0, 2**32))
+def test_trie_lookups(catalogue: Catalogue, seed: int) -> None:
+    index = rx.TrieIndex.build(**catalogue.arguments())
+    on_device = index.to("cuda")
+    nodes = torch.randint(-2, index.num_nodes + 2, (300,), generator=generator_of(seed))
+    for method in (rx.TrieIndex.paths, rx.TrieIndex.item_ranges, children_of):
+        for got, expected in zip(method(on_device, nodes.cuda()), method(index, nodes), strict=True):
+            assert got.tolist() == expected.tolist()
+    tokens = torch.randint(-1, catalogue.columns, (200, index.levels + 1), generator=generator_of(seed))
+    tokens[:100, : len(catalogue.tokens()[0])] = torch.tensor(catalogue.tokens()[0])
+    assert on_device.nodes(tokens).tolist() == index.nodes(tokens).tolist()
+    assert on_device.contains(catalogue.sids, catalogue.lengths).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 7, 33, 1003, 8192, 40000, 152_704])
+def test_row_lse(dtype: torch.dtype, columns: int) -> None:
+    logits = (10 * torch.randn(7, columns, generator=generator_of(columns))).to(dtype)
+    logits[1] = -math.inf
+    logits[2, columns // 2] = math.nan
+    logits[3, columns - 1] = math.inf
+    expected = logits.double().logsumexp(1)
+    expected[expected == math.inf] = math.nan
+    assert_scores_close(row_lse(logits.cuda()).cpu(), expected, "row_lse")

@@ -1,0 +1,9 @@
+"""The package's functions in plain PyTorch and Python: any device, any float type, written to be read.
+
+They say what the fused operators compute and are what those are tested against. Arguments are taken to be valid.
+"""
+
+from raddpo_ext.reference.beam_search import beam_search, beam_step, row_lse
+from raddpo_ext.reference.trie import TrieIndex
+
+__all__ = ["TrieIndex", "beam_search", "beam_step", "row_lse"]
