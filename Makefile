@@ -13,11 +13,10 @@ else
 PY := .venv/bin/python
 PACKAGES := .venv/.installed
 endif
-RESULTS := benchmarks/results
 SOURCES := setup.py $(shell find csrc -type f)
 BUILT := build/.built-$(shell $(if $(PYTHON),$(PYTHON),python3) -c 'import sys; print(sys.implementation.cache_tag)')
 
-.PHONY: build test demo bench lint format clean
+.PHONY: build test demo bench gpu-test gpu-sanitize gpu-bench lint format clean
 build: $(BUILT)
 
 .venv/.installed: requirements.txt
@@ -40,6 +39,16 @@ demo: build
 bench: build
 	$(PY) -m benchmarks.compare_beam_search
 	$(PY) -m benchmarks.bench_trie
+
+# On a machine with an NVIDIA GPU, nvcc and a torch with CUDA: TORCH_CUDA_ARCH_LIST=9.0 make gpu-test PYTHON=python3
+gpu-test: build
+	$(PY) -m python_tests.gpu_suite $(ARGS)
+
+gpu-sanitize: build
+	$(PY) -m python_tests.gpu_sanitize $(ARGS)
+
+gpu-bench: build
+	$(PY) -m benchmarks.gpu_bench $(ARGS)
 
 lint: $(PACKAGES)
 	$(PY) -m ruff check .

@@ -259,6 +259,20 @@ def test_compiles_to_one_graph(backend: str) -> None:
     )
 
 
+@pytest.mark.parametrize("columns", [4, 100])
+def test_compiles_where_levels_differ_in_columns(columns: int) -> None:
+    index = rx.TrieIndex.build([[0, 99], [3, 50]])
+    state = rx.BeamState.start(index, 2)
+    compiled = torch.compile(lambda x: rx.beam_step(x, state, index, 3).scores, fullgraph=True, backend="aot_eager")
+    logits = torch.randn(2, 1, columns)
+    assert compiled(logits).tolist() == rx.beam_step(logits, state, index, 3).scores.tolist()
+
+
+def test_every_operator_has_an_opcheck() -> None:
+    names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("raddpo::")}
+    assert names == {"beam_step", "row_lse", "trie_walk", "trie_paths", "trie_items", "trie_children"}
+
+
 @pytest.mark.parametrize("normalize", [0, 1, 2])
 def test_opcheck(normalize: int) -> None:
     index, logits, state = compile_case()

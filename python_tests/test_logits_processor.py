@@ -193,7 +193,8 @@ def test_filters_of_the_generation_config_kill_no_beam():
 
 def test_do_sample_false_is_the_exact_search_whatever_the_generation_config():
     model, index, width = make_model(**FILTERS), make_index(), 60
-    got = beams(model, width, 2, do_sample=False, length_penalty=0.0, logits_processor=[rx.TrieLogitsProcessor(index, 6)])
+    processors = [rx.TrieLogitsProcessor(index, 6)]
+    got = beams(model, width, 2, do_sample=False, length_penalty=0.0, logits_processor=processors)
     own = rx.SIDRetriever(model, index, beam_width=width).retrieve(**prompts())
     assert torch.equal(codes_of(got.sequences, 6)[0].view(3, width, 2), own.sids)
 
@@ -260,4 +261,5 @@ def test_bad_calls():
 def test_generate_beyond_a_whole_sid():
     model, index = make_model(), make_index()
     with pytest.raises(ValueError, match="max_new_tokens must be 2"):
-        model.generate(**prompts(), max_new_tokens=3, do_sample=False, logits_processor=[rx.TrieLogitsProcessor(index, 6)])
+        processors = [rx.TrieLogitsProcessor(index, 6)]
+        model.generate(**prompts(), max_new_tokens=3, do_sample=False, logits_processor=processors)

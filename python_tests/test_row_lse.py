@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,9 +13,10 @@ from agreement import assert_scores_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raddpo_ext import reference
+from raddpo_ext import _C, reference
 from raddpo_ext.row_lse import row_lse
 
+ISAS = ("scalar", "avx2", "avx512")  # ascending
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -70,3 +74,12 @@ def test_all_minus_inf(isa: str) -> None:
 
 def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.raddpo.row_lse, (torch.randn(3, 5),))
+
+
+@pytest.mark.parametrize("cap", ["scalar", "avx2", "nonsense"])
+def test_environment_lowers_the_instruction_set(cap: str) -> None:
+    expected = min(cap if cap in ISAS else ISAS[-1], _C.best_isa(), key=ISAS.index)
+    environment = os.environ | {"RADDPO_ISA": cap, "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = "import raddpo_ext; print(raddpo_ext._C.isa())"
+    found = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == expected

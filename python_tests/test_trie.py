@@ -35,6 +35,7 @@ def test_equals_reference(threads: int, catalogue: Catalogue, data: st.DataObjec
     expected = reference.TrieIndex.build(**catalogue.arguments())
     assert_same_index(index, expected)
     assert_same_index(index, reference.TrieIndex.of(index))
+    assert index.fixed_length == (len(set(map(len, catalogue.codes()))) == 1)
 
     for node in data.draw(st.lists(st.integers(0, index.num_nodes - 1), max_size=5)):
         prefix = expected.codes[node]

@@ -21,12 +21,12 @@ RADDPO_HD float fast_exp2(float x) {
   x = x < -126.f ? -126.f : x;
   const float shifted = x + 12583039.f;  // 1.5 * 2^23 + 127: the biased exponent of 2^x lands in the low bits
   const float r = x - (shifted - 12583039.f);
-  float p = 1.327647245e-3f;  // minimax of 2^r on [-1/2, 1/2]
-  p = p * r + 9.675540961e-3f;
-  p = p * r + 5.550713092e-2f;
-  p = p * r + 2.402212024e-1f;
-  p = p * r + 6.931469440e-1f;
-  p = p * r + 1.000000119f;
+  float p = 1.326472731e-3f;  // minimax of 2^r on [-1/2, 1/2] among polynomials with p(0) = 1
+  p = p * r + 9.671512991e-3f;
+  p = p * r + 5.550733581e-2f;
+  p = p * r + 2.402224243e-1f;
+  p = p * r + 6.931470037e-1f;
+  p = p * r + 1.f;
   std::uint32_t bits;
   std::memcpy(&bits, &shifted, 4);
   bits <<= 23;
