@@ -260,6 +260,6 @@ def test_bad_calls():
 
 def test_generate_beyond_a_whole_sid():
     model, index = make_model(), make_index()
+    processors = [rx.TrieLogitsProcessor(index, 6)]
     with pytest.raises(ValueError, match="max_new_tokens must be 2"):
-        processors = [rx.TrieLogitsProcessor(index, 6)]
         model.generate(**prompts(), max_new_tokens=3, do_sample=False, logits_processor=processors)
