@@ -18,7 +18,6 @@ from demo import report
 from demo.catalogue import Catalogue, load_catalogue, spread
 from demo.model import Tokens, train
 from demo.shop import make_shop
-from raddpo_ext.integrations.retriever import SIDRetriever
 
 FREE_CASES = 200  # cases on which the unconstrained search runs
 TIMED_CASES = 20
@@ -48,7 +47,7 @@ def run(catalogue: Catalogue, epochs: int, seed: int) -> int:
         f"model        {sum(p.numel() for p in model.parameters()):,} parameters, {epochs} epochs in "
         f"{time.perf_counter() - begin:.0f} s, loss {loss:.3f} nats a token"
     )
-    retriever = SIDRetriever(model, index, beam_width=report.BEAMS)
+    retriever = rx.SIDRetriever(model, index, beam_width=report.BEAMS)
 
     quality, valid = report.measure(retriever, tokens, catalogue.test)
     popular = report.measure_popularity(catalogue)
@@ -63,7 +62,7 @@ def run(catalogue: Catalogue, epochs: int, seed: int) -> int:
     print(f"  without (generate)     {1 - free:10.1%}  of the top 10, {len(free_cases)} queries")
 
     ours, theirs = report.latencies(retriever, tokens, spread(catalogue.test, TIMED_CASES))
-    print(f"\nlatency, one query at a time, {torch.get_num_threads()} threads")
+    print(f"\nlatency, one query at a time, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}")
     print(f"  SIDRetriever                            {1000 * ours:7.1f} ms")
     print(f"  generate with prefix_allowed_tokens_fn  {1000 * theirs:7.1f} ms, {theirs / ours:.1f} times as long")
 
@@ -110,5 +109,6 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # a second one saves such a small model little, and on a busy machine costs minutes
     sys.stdout.reconfigure(line_buffering=True)  # each result at once, into a pipe too
     sys.exit(main())

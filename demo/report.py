@@ -13,9 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import Qwen3ForCausalLM
 
+import raddpo_ext as rx
 from demo.catalogue import Case, Catalogue
 from demo.model import START, Tokens
-from raddpo_ext.integrations.retriever import SIDRetriever
 
 BEAMS = 50
 CUTS = (5, 10, 50)
@@ -35,7 +35,7 @@ class Quality(NamedTuple):
         return "".join(f"{value:11.4f}" for value in (*self.recall, self.mrr))
 
 
-def measure(retriever: SIDRetriever, tokens: Tokens, cases: list[Case]) -> tuple[Quality, float]:
+def measure(retriever: rx.SIDRetriever, tokens: Tokens, cases: list[Case]) -> tuple[Quality, float]:
     """The quality over all cases, and the share of retrieved SIDs that are in the catalogue's index."""
     ranks, valid, rows = [], 0, 0
     ordered = sorted(cases, key=lambda case: len(case.history))  # prompts of like length together
@@ -79,7 +79,7 @@ def share_of_items(model: Qwen3ForCausalLM, tokens: Tokens, cases: list[Case]) -
     return found / (10 * len(cases))
 
 
-def latencies(retriever: SIDRetriever, tokens: Tokens, cases: list[Case]) -> tuple[float, float]:
+def latencies(retriever: rx.SIDRetriever, tokens: Tokens, cases: list[Case]) -> tuple[float, float]:
     """Median seconds of one query at a time: the retriever, and ``generate`` that asks a Python function for the
     allowed tokens of every beam and masks the whole vocabulary with them."""
     follow: dict[tuple[int, ...], set[int]] = defaultdict(set)
@@ -129,7 +129,7 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def examples(retriever: SIDRetriever, tokens: Tokens, catalogue: Catalogue, cases: list[Case]) -> list[str]:
+def examples(retriever: rx.SIDRetriever, tokens: Tokens, catalogue: Catalogue, cases: list[Case]) -> list[str]:
     """Lines that show what was bought, what was bought next and what is retrieved."""
     lines = []
     for case in cases:

@@ -22,6 +22,15 @@ from demo.shop import make_shop
 ITEMS = 60
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the program itself runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def write_index(folder):
     """``ITEMS`` items, numbered backwards in the file, of which the last shares the first one's SID."""
     codes = [divmod(item % (ITEMS - 1), 8) for item in range(ITEMS)]

@@ -294,7 +294,7 @@ def _level_symbols(vocab: SIDVocab | None, columns: int) -> list[tuple[Any, ...]
     empty = np.empty(0, np.int32)
     if vocab is None:
         return [(-1, 0, -1, empty, empty, empty)] * columns
-    levels = []
+    levels: list[tuple[Any, ...]] = []
     for level, ids in enumerate(vocab.token_ids):
         size, first = len(ids), int(ids[0])
         eos = vocab.eos if level > 0 else None

@@ -58,19 +58,20 @@ class SIDVocab:
                 starts = [_check.integer(start, f"offsets[{i}]", 0) for i, start in enumerate(offsets)]
             if len(starts) != len(self.sizes):
                 raise ValueError(f"offsets must have one entry a level ({len(self.sizes)}), got {len(starts)}")
+            _check_tokens(max(s + k - 1 for s, k in zip(starts, self.sizes, strict=True)))
             self.token_ids = [torch.arange(s, s + k) for s, k in zip(starts, self.sizes, strict=True)]
         self.eos = None if eos is None else _check.integer(eos, "eos", 0)
+        _check_tokens(self.eos or 0)
         for level, ids in enumerate(self.token_ids):
             if self.eos is not None and bool((ids == self.eos).any()):
                 raise ValueError(f"eos = {self.eos} is also the token of a code of level {level}")
-            if int(ids.max()) > 2**31 - 2 or (self.eos or 0) > 2**31 - 2:
-                raise ValueError(f"token ids must be below 2**31 - 1, got {max(int(ids.max()), self.eos or 0)}")
 
     def _checked(self, token_ids: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
         if len(token_ids) != len(self.sizes):
             raise ValueError(f"token_ids must have one entry a level ({len(self.sizes)}), got {len(token_ids)}")
         checked = []
         for level, (ids, size) in enumerate(zip(token_ids, self.sizes, strict=True)):
+            _check_tokens(max(map(int, ids), default=0))
             tensor = torch.as_tensor(ids, dtype=torch.int64, device="cpu").clone()
             if tensor.shape != (size,):
                 raise ValueError(f"token_ids[{level}] must have shape ({size},), got {tuple(tensor.shape)}")
@@ -175,3 +176,8 @@ class SIDVocab:
 
     def __repr__(self) -> str:
         return f"SIDVocab(sizes={self.sizes}, eos={self.eos}, first tokens={[int(ids[0]) for ids in self.token_ids]})"
+
+
+def _check_tokens(largest: int) -> None:
+    if largest > 2**31 - 2:
+        raise ValueError(f"token ids must be below 2**31 - 1, got {largest}")
