@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +26,20 @@ def integer(value: Any, name: str, least: int | None = None) -> int:
     return number
 
 
+def number(value: Any, name: str) -> float:
+    """``value``, a finite real number."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def instance(value: Any, name: str, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
+
+
 def choice(value: Any, name: str, choices: tuple[str, ...]) -> int:
     """The position of ``value`` in ``choices``."""
     if value not in choices:
@@ -43,7 +59,14 @@ def integer_tensor(value: Any, name: str, dim: int) -> Tensor:
 
 def integer_array(value: Any, name: str, dim: int) -> np.ndarray:
     """The same as a C-contiguous numpy array in native byte order of whatever integer type it has."""
-    array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    if isinstance(value, Tensor):
+        if value.is_floating_point() or value.is_complex():  # numpy does not know all of these types
+            raise TypeError(f"{name} must hold integers, got {value.dtype}")
+        value = value.detach().cpu().numpy()
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} must be an array of integers: {error}") from None
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must hold integers, got {array.dtype}")
     if array.ndim != dim:

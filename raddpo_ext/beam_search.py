@@ -96,7 +96,8 @@ def beam_step(
     _check.integer(beam_width, "beam_width", 1)
     if check:
         _check_values(logits, state, index)
-    if logits.shape[2] <= max(index.max_tokens) and (check or logits.device.type == "cpu"):
+    cheap = logits.device.type == "cpu" and not torch.compiler.is_compiling()  # a graph cannot depend on values
+    if logits.shape[2] <= max(index.max_tokens) and (check or cheap):
         _check_columns(logits, state, index)
     if logits.stride(2) != 1:
         logits = logits.contiguous()
@@ -181,6 +182,8 @@ def _result(state: BeamState, index: TrieIndex, length_penalty: float, top_k: in
 
 
 def _check_step(logits: Tensor, state: BeamState, index: TrieIndex, normalize: str, length_penalty: float) -> int:
+    _check.instance(state, "state", BeamState)
+    _check.instance(index, "index", TrieIndex)
     if not isinstance(logits, Tensor) or logits.dtype not in _LOGIT_TYPES:
         got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
         raise TypeError(f"logits must be a float32, bfloat16 or float16 tensor, got {got}")
@@ -189,28 +192,35 @@ def _check_step(logits: Tensor, state: BeamState, index: TrieIndex, normalize: s
             f"logits must have shape [B, W, V] with [B, W] = {tuple(state.nodes.shape)}, the state's, got "
             f"{tuple(logits.shape)}"
         )
+    if state.scores.shape != state.nodes.shape:
+        raise ValueError(f"state.scores must have shape {tuple(state.nodes.shape)}, got {tuple(state.scores.shape)}")
     if state.scores.dtype != torch.float32 or state.nodes.dtype != torch.int64:
         raise TypeError(
             f"state must hold float32 scores and int64 nodes, got {state.scores.dtype}, {state.nodes.dtype}"
         )
-    if not logits.device == state.nodes.device == index.data.device:
+    if not logits.device == state.nodes.device == state.scores.device == index.data.device:
         raise ValueError(
             f"logits, state and index must be on one device, got {logits.device}, {state.nodes.device}, "
-            f"{index.data.device}"
+            f"{state.scores.device}, {index.data.device}"
         )
-    if not math.isfinite(length_penalty):
-        raise ValueError(f"length_penalty must be finite, got {length_penalty}")
+    _check.number(length_penalty, "length_penalty")
+    if abs(length_penalty) * math.log(index.levels) > 80:  # the factor would leave float32
+        raise ValueError(f"length_penalty = {length_penalty} is too large for SIDs of {index.levels} tokens")
     support = _check.choice(normalize, "normalize", _check.NORMALIZE)
     if normalize == "level" and index.vocab is None:
         raise ValueError("normalize = 'level' needs an index built with a vocab")
     return support
 
 
+def _inner(state: BeamState, index: TrieIndex) -> Tensor:
+    """The beams whose logits a step reads: bool ``[B, W]``."""
+    _, children = torch.ops.raddpo.trie_children(state.nodes.contiguous(), index.data, index.header)
+    return (children.view_as(state.nodes) > 0) & (state.scores > -math.inf)
+
+
 def _check_columns(logits: Tensor, state: BeamState, index: TrieIndex) -> None:
     """A model with one head a level has as many columns as the level needs; any other has enough for all levels."""
-    _, children = torch.ops.raddpo.trie_children(state.nodes.contiguous(), index.data, index.header)
-    live = (children.view_as(state.nodes) > 0) & (state.scores > -math.inf)
-    for level in set(index.depths(state.nodes[live]).tolist()):
+    for level in set(index.depths(state.nodes[_inner(state, index)]).tolist()):
         _check_level_columns(logits, index, level)
 
 
@@ -223,8 +233,7 @@ def _check_level_columns(logits: Tensor, index: TrieIndex, level: int) -> None:
 
 
 def _check_values(logits: Tensor, state: BeamState, index: TrieIndex) -> None:
-    live = (state.nodes >= 0) & (state.scores > -math.inf)
-    bad = logits.isnan().any(2) & live
+    bad = logits.isnan().any(2) & _inner(state, index)
     if bool(bad.any()):
         query, beam = bad.nonzero()[0].tolist()
         raise ValueError(f"logits[{query}, {beam}] holds NaN")

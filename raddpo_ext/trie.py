@@ -79,6 +79,8 @@ class TrieIndex:
                 out of range, more than 32 levels, or, without ``vocab.eos``, a SID that is a proper prefix of another.
             TypeError: not integers.
         """
+        if vocab is not None:
+            _check.instance(vocab, "vocab", SIDVocab)
         codes = _check.integer_array(sids, "sids", 2)
         rows, columns = codes.shape
         if rows == 0 or columns == 0:
@@ -94,7 +96,10 @@ class TrieIndex:
         ends = None if lengths is None else _check.lengths(lengths, rows, 1, columns).numpy()
         ids = None
         if item_ids is not None:
-            ids = _check.integer_array(item_ids, "item_ids", 1).astype(np.int64)
+            given = _check.integer_array(item_ids, "item_ids", 1)
+            ids = given.astype(np.int64)
+            if given.dtype == np.uint64:
+                _check.none(torch.from_numpy(ids < 0), lambda row: f"item_ids[{row}] = {given[row]} exceeds 2**63 - 1")
             if len(ids) != rows:
                 raise ValueError(f"item_ids must have one entry a row of sids ({rows}), got {len(ids)}")
         data = torch.from_numpy(
@@ -218,6 +223,7 @@ class TrieIndex:
         Returns:
             int64 codes ``[..., sid_levels]`` padded with -1 (also for ``eos``), int64 depths ``[...]``, -1 for no node.
         """
+        self._check_nodes(nodes)
         codes, depths = torch.ops.raddpo.trie_paths(nodes.contiguous(), self.data, self.header, self.sid_levels)
         return codes.view(*nodes.shape, self.sid_levels), depths.view(nodes.shape)
 
@@ -239,7 +245,14 @@ class TrieIndex:
         begin = self._word("items")
         return self.data[begin : begin + size * self.num_items].view(torch.int32 if size == 4 else torch.int64)
 
+    def _check_nodes(self, nodes: Tensor) -> None:
+        if not isinstance(nodes, Tensor) or nodes.dtype != torch.int64:
+            raise TypeError(f"nodes must be int64, got {nodes.dtype if isinstance(nodes, Tensor) else nodes!r}")
+        if nodes.device != self.device:
+            raise ValueError(f"nodes must be on the index's device, {self.device}, got {nodes.device}")
+
     def _items(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_nodes(nodes)
         return torch.ops.raddpo.trie_items(nodes.contiguous(), self.data, self.header)
 
     def _walk(self, tokens: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ class SIDVocab:
         eos: int | None = None,
         token_ids: Sequence[Sequence[int] | Tensor] | None = None,
     ) -> None:
+        if not isinstance(sizes, Iterable):
+            raise TypeError(f"sizes must be a sequence of integers, got {sizes!r}")
         self.sizes = tuple(_check.integer(size, f"sizes[{i}]", 1) for i, size in enumerate(sizes))
         if not self.sizes:
             raise ValueError("sizes must name at least one level, got ()")
@@ -71,12 +73,12 @@ class SIDVocab:
             raise ValueError(f"token_ids must have one entry a level ({len(self.sizes)}), got {len(token_ids)}")
         checked = []
         for level, (ids, size) in enumerate(zip(token_ids, self.sizes, strict=True)):
-            _check_tokens(max(map(int, ids), default=0))
-            tensor = torch.as_tensor(ids, dtype=torch.int64, device="cpu").clone()
+            tensor = _check.integer_tensor(ids, f"token_ids[{level}]", 1).cpu().clone()
             if tensor.shape != (size,):
                 raise ValueError(f"token_ids[{level}] must have shape ({size},), got {tuple(tensor.shape)}")
             if int(tensor.min()) < -1:
                 raise ValueError(f"token_ids[{level}] must be >= 0, or -1 for no token, got {int(tensor.min())}")
+            _check_tokens(int(tensor.max()))
             used = tensor[tensor >= 0].sort().values
             if not len(used):
                 raise ValueError(f"token_ids[{level}] has no token at all")

@@ -4,13 +4,13 @@ namespace {
 
 constexpr std::int64_t kLseBlock = 1024;
 
-// Sum of 2^(x log2(e) - shift) over the elements so far; -INFINITY: none above -inf yet.
+// Sum of e^(x - shift) over the elements so far; shift -INFINITY: none above -inf yet.
 struct RowSum {
   float shift = -INFINITY, sum = 0.f;
 };
 
 // Adds n elements. The shift is a maximum found earlier, so that one loop does for both the sum and the next maximum;
-// only a block that tops it by more than 2^80 is summed again.
+// only a block that tops it by more than 60 is summed again, shifted by its own maximum.
 template <typename D>
 RADDPO_HD void add_block(RowSum& s, const typename D::T* x, std::int64_t n) {
   float most = -INFINITY;
@@ -20,7 +20,7 @@ RADDPO_HD void add_block(RowSum& s, const typename D::T* x, std::int64_t n) {
       const float v = D::load(x + i);
       most = v > most ? v : most;
     }
-    s.shift = most * kLog2E;
+    s.shift = most;
   }
   for (;;) {
     const float shift = s.shift == -INFINITY ? 0.f : s.shift;  // all -inf or NaN so far: find which
@@ -28,24 +28,24 @@ RADDPO_HD void add_block(RowSum& s, const typename D::T* x, std::int64_t n) {
     most = -INFINITY;
 #pragma omp simd reduction(+ : sum) reduction(max : most)
     for (std::int64_t i = 0; i < n; ++i) {
-      const float t = D::load(x + i) * kLog2E - shift;
-      most = t > most ? t : most;
-      sum += fast_exp2(t);
+      const float v = D::load(x + i);
+      most = v > most ? v : most;
+      sum += fast_exp(v - shift);  // subtracted first: exact where it matters, whatever the size of the logits
     }
     if (s.shift == -INFINITY) {
       s.sum += sum == sum ? 0.f : sum;
-      return;
-    }
-    if (most <= 80.f) {
-      s.sum += sum;
       return;
     }
     if (most == INFINITY) {
       s.sum = NAN;
       return;
     }
-    s.sum *= fast_exp2(-most);
-    s.shift += most;
+    if (most <= shift + 60.f) {
+      s.sum += sum;
+      return;
+    }
+    s.sum *= fast_exp(shift - most);
+    s.shift = most;
   }
 }
 
@@ -62,7 +62,7 @@ RADDPO_HD void add_row(RowSum& s, const typename D::T* x, std::int64_t n) {
 
 RADDPO_HD float log_sum_exp(const RowSum& s) {
   if (s.sum == 0.f) return -INFINITY;
-  return static_cast<float>(0.6931471805599453 * s.shift + std::log(static_cast<double>(s.sum)));
+  return static_cast<float>(s.shift + std::log(static_cast<double>(s.sum)));
 }
 
 }  // namespace

@@ -128,7 +128,7 @@ class Builder {
       std::uint64_t most = 0;
       for (const auto& part : largest) most = std::max(most, part[l]);
       const std::int64_t size = in_.levels[l].size;
-      const std::uint64_t limit = size >= 0 ? size : std::uint64_t(1) << 31;
+      const std::uint64_t limit = size >= 0 ? size : INT32_MAX;
       if (most >= limit) refuse_code(l, limit);
       sizes_.push_back(size >= 0 ? size : static_cast<std::int64_t>(most) + 1);
       const auto& table = in_.levels[l].symbol_of_code;
