@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from beam_cases import NORMALIZE, generator_of, random_state, without_dead_slots
+from hypothesis import strategies as st
 from strategies import Catalogue
 from torch import Tensor
 
@@ -69,6 +72,24 @@ def assert_step_agrees(
         assert got.scores[query, len(rows) :].tolist() == [-math.inf] * empty
         assert got.parents[query, len(rows) :].tolist() == [0] * empty
         assert got.tokens[query, len(rows) :].tolist() == got.nodes[query, len(rows) :].tolist() == [-1] * empty
+
+
+def assert_equals_reference(
+    beam_step: Callable[..., rx.BeamState], catalogue: Catalogue, seed: int, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    """One step by the kernels from a random state, against the float64 reference."""
+    index = rx.TrieIndex.build(**catalogue.arguments())
+    plain = reference.TrieIndex.build(**catalogue.arguments())
+    batch, width = data.draw(st.sampled_from([(1, 1), (1, 7), (3, 4)]))
+    state = random_state(index, batch, width, generator_of(seed))
+    logits = (3 * torch.randn(batch, width, catalogue.columns, generator=generator_of(seed))).to(dtype)
+    hidden = data.draw(st.sampled_from([0.0, 0.5, 1.0]))
+    logits[torch.rand(logits.shape, generator=generator_of(seed)) < hidden] = -math.inf
+    normalize = data.draw(st.sampled_from([name for name in NORMALIZE if catalogue.vocab or name != "level"]))
+    beam_width = data.draw(st.sampled_from([1, 2, 10, 1000]))
+    penalty = data.draw(st.sampled_from([0.0, 1.0, -0.7]))
+    got = beam_step(logits, state, index, beam_width, normalize=normalize, length_penalty=penalty)
+    assert_step_agrees(got, logits, without_dead_slots(state, index), plain, normalize, penalty)
 
 
 def _rows(

@@ -13,16 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from agreement import assert_scores_close, assert_states_equal, assert_step_agrees
+from agreement import assert_equals_reference, assert_scores_close, assert_states_equal, assert_step_agrees
 from beam_cases import (
     DTYPES,
     NORMALIZE,
     exact_logits,
     generator_of,
-    random_state,
     state_of,
     wide_index,
-    without_dead_slots,
 )
 from cuda_on_cpu.shim import SANITIZE, Shim, compiler
 from hypothesis import given, settings
@@ -59,19 +57,8 @@ def assert_matches_cpu(
 def test_equals_reference(
     shim: Shim, catalogue: Catalogue, seed: int, dtype: torch.dtype, order: tuple[int, int], data: st.DataObject
 ) -> None:
-    index = rx.TrieIndex.build(**catalogue.arguments())
-    plain = reference.TrieIndex.build(**catalogue.arguments())
-    batch, width = data.draw(st.sampled_from([(1, 1), (1, 7), (3, 4)]))
-    state = random_state(index, batch, width, generator_of(seed))
-    logits = (3 * torch.randn(batch, width, catalogue.columns, generator=generator_of(seed))).to(dtype)
-    hidden = data.draw(st.sampled_from([0.0, 0.5, 1.0]))
-    logits[torch.rand(logits.shape, generator=generator_of(seed)) < hidden] = -math.inf
-    normalize = data.draw(st.sampled_from([name for name in NORMALIZE if catalogue.vocab or name != "level"]))
-    beam_width = data.draw(st.sampled_from([1, 2, 10, 1000]))
-    penalty = data.draw(st.sampled_from([0.0, 1.0, -0.7]))
     shim.set_order(*order)
-    got = shim.beam_step(logits, state, index, beam_width, normalize=normalize, length_penalty=penalty)
-    assert_step_agrees(got, logits, without_dead_slots(state, index), plain, normalize, penalty)
+    assert_equals_reference(shim.beam_step, catalogue, seed, dtype, data)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,17 +7,15 @@ import math
 
 import pytest
 import torch
-from agreement import ToyModel, assert_scores_close, assert_states_equal, assert_step_agrees
+from agreement import ToyModel, assert_equals_reference, assert_scores_close, assert_states_equal, assert_step_agrees
 from beam_cases import (
     DTYPES,
     NORMALIZE,
     exact_logits,
     generator_of,
-    random_state,
     six_beams,
     state_of,
     wide_index,
-    without_dead_slots,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,18 +47,7 @@ def assert_matches_cpu(logits: Tensor, state: rx.BeamState, index: rx.TrieIndex,
 @settings(max_examples=200)
 @given(catalogues(), st.integers(0, 2**32), st.sampled_from(DTYPES), st.data())
 def test_equals_reference(catalogue: Catalogue, seed: int, dtype: torch.dtype, data: st.DataObject) -> None:
-    index = rx.TrieIndex.build(**catalogue.arguments())
-    plain = reference.TrieIndex.build(**catalogue.arguments())
-    batch, width = data.draw(st.sampled_from([(1, 1), (1, 7), (3, 4)]))
-    state = random_state(index, batch, width, generator_of(seed))
-    logits = (3 * torch.randn(batch, width, catalogue.columns, generator=generator_of(seed))).to(dtype)
-    hidden = data.draw(st.sampled_from([0.0, 0.5, 1.0]))
-    logits[torch.rand(logits.shape, generator=generator_of(seed)) < hidden] = -math.inf
-    normalize = data.draw(st.sampled_from([name for name in NORMALIZE if catalogue.vocab or name != "level"]))
-    beam_width = data.draw(st.sampled_from([1, 2, 10, 1000]))
-    penalty = data.draw(st.sampled_from([0.0, 1.0, -0.7]))
-    got = on_gpu(logits, state, index, beam_width, normalize=normalize, length_penalty=penalty)
-    assert_step_agrees(got, logits, without_dead_slots(state, index), plain, normalize, penalty)
+    assert_equals_reference(on_gpu, catalogue, seed, dtype, data)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
