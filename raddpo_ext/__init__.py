@@ -7,6 +7,7 @@ from raddpo_ext import row_lse as _row_lse  # noqa: F401  its fake kernel
 from raddpo_ext.beam_search import BeamResult, BeamState, beam_search, beam_step
 from raddpo_ext.integrations.logits_processor import TrieLogitsProcessor
 from raddpo_ext.integrations.retriever import SIDRetriever
+from raddpo_ext.session import SessionBatch
 from raddpo_ext.trie import TrieIndex
 from raddpo_ext.vocab import SIDVocab
 
@@ -16,6 +17,7 @@ __all__ = [
     "BeamState",
     "SIDRetriever",
     "SIDVocab",
+    "SessionBatch",
     "TrieIndex",
     "TrieLogitsProcessor",
     "beam_search",

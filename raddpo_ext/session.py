@@ -1,0 +1,150 @@
+"""SessionBatch: the ragged candidates of a batch of sessions, as the losses and the packing take them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raddpo_ext import _check
+
+
+class SessionBatch:
+    """Candidates of ``S`` sessions in ``C`` rows: those of session ``s`` are rows ``offsets[s]:offsets[s + 1]``, the
+    first ``num_positives[s]`` of them positives, the others negatives. Any count may be 0.
+
+    Pairs are flat, every positive with every negative of its session: session by session, positive-major.
+    Values are checked on the CPU. A batch built there and moved by :meth:`to` is used on a GPU without synchronising.
+
+    Args:
+        tokens: int64 ``[C, L]`` token ids, never read beyond the length.
+        lengths: int64 ``[C]`` in ``[0, L]``.
+        offsets: int64 ``[S + 1]`` from 0 to ``C``, never falling.
+        num_positives: int64 ``[S]``, at most the session's candidates.
+        num_pairs: number of pairs ``M``, for a batch built on a GPU; default: read from there, which synchronises.
+        check: also check values on a GPU (synchronises).
+
+    Attributes:
+        pair_offsets: int64 ``[S + 1]``: the pairs of session ``s`` are ``pair_offsets[s]:pair_offsets[s + 1]``.
+        num_pairs: ``M``.
+
+    Raises:
+        ValueError, TypeError: naming the argument and the value.
+    """
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        offsets: Tensor,
+        num_positives: Tensor,
+        *,
+        num_pairs: int | None = None,
+        check: bool = False,
+    ) -> None:
+        self.tokens, self.lengths = tokens, lengths
+        self.offsets, self.num_positives = offsets, num_positives
+        self._check_shapes()
+        if check or tokens.device.type == "cpu":
+            self._check_values()
+        sizes = offsets.diff()
+        self.pair_offsets = torch.zeros_like(offsets)
+        torch.cumsum(num_positives * (sizes - num_positives), 0, out=self.pair_offsets[1:])
+        if num_pairs is None or check:
+            counted = int(self.pair_offsets[-1])
+            if num_pairs is not None and num_pairs != counted:
+                raise ValueError(f"num_pairs must be {counted}, the number of pairs, got {num_pairs}")
+            num_pairs = counted
+        self.num_pairs = _check.integer(num_pairs, "num_pairs", 0)
+
+    @property
+    def num_sessions(self) -> int:
+        return self.num_positives.shape[0]
+
+    @property
+    def num_candidates(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokens.device
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SessionBatch:
+        """The same batch on another device."""
+        tensors = (self.tokens, self.lengths, self.offsets, self.num_positives, self.pair_offsets)
+        moved = object.__new__(SessionBatch)
+        moved.tokens, moved.lengths, moved.offsets, moved.num_positives, moved.pair_offsets = (
+            tensor.to(device, non_blocking=non_blocking) for tensor in tensors
+        )
+        moved.num_pairs = self.num_pairs
+        return moved
+
+    def mask(self) -> Tensor:
+        """Which entries of ``tokens`` lie within the lengths: bool ``[C, L]``."""
+        return torch.arange(self.tokens.shape[1], device=self.device) < self.lengths[:, None]
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Candidate rows of each pair's positive and negative: int64 ``[M]`` each."""
+        counts = self.pair_offsets.diff()
+        session = torch.repeat_interleave(counts, output_size=self.num_pairs)
+        number = torch.arange(self.num_pairs, device=self.device) - self.pair_offsets[session]
+        first_negative = self.offsets[:-1] + self.num_positives
+        negatives = (self.offsets[1:] - first_negative)[session]
+        positive = self.offsets[session] + torch.div(number, negatives, rounding_mode="floor")
+        return positive, first_negative[session] + number % negatives
+
+    def _check_shapes(self) -> None:
+        given: dict[str, tuple[Any, int]] = {
+            "tokens": (self.tokens, 2),
+            "lengths": (self.lengths, 1),
+            "offsets": (self.offsets, 1),
+            "num_positives": (self.num_positives, 1),
+        }
+        for name, (value, dim) in given.items():
+            if not isinstance(value, Tensor) or value.dtype != torch.int64:
+                got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(f"{name} must be an int64 tensor, got {got}")
+            if value.dim() != dim:
+                raise ValueError(f"{name} must have {dim} dimensions, got shape {tuple(value.shape)}")
+            if value.device != self.tokens.device:
+                raise ValueError(f"{name} must be on the device of tokens, {self.tokens.device}, got {value.device}")
+        if len(self.lengths) != len(self.tokens):
+            raise ValueError(
+                f"lengths must have one entry a row of tokens ({len(self.tokens)}), got {len(self.lengths)}"
+            )
+        if len(self.offsets) != len(self.num_positives) + 1:
+            raise ValueError(
+                f"offsets must have one entry more than num_positives ({len(self.num_positives)}), got "
+                f"{len(self.offsets)}"
+            )
+
+    def _check_values(self) -> None:
+        candidates, levels = self.tokens.shape
+        lengths, offsets, positives = self.lengths, self.offsets, self.num_positives
+        _check.none(
+            (lengths < 0) | (lengths > levels), lambda i: f"lengths[{i}] = {int(lengths[i])} is outside [0, {levels}]"
+        )
+        if int(offsets[0]) != 0:
+            raise ValueError(f"offsets must begin with 0, got {int(offsets[0])}")
+        if int(offsets[-1]) != candidates:
+            raise ValueError(f"offsets must end with the number of candidates ({candidates}), got {int(offsets[-1])}")
+        sizes = offsets.diff()
+        _check.none(
+            sizes < 0,
+            lambda s: f"offsets must not fall: offsets[{s + 1}] = {int(offsets[s + 1])} after {int(offsets[s])}",
+        )
+        _check.none(
+            (positives < 0) | (positives > sizes),
+            lambda s: f"num_positives[{s}] = {int(positives[s])} is outside [0, {int(sizes[s])}]",
+        )
+        negative = (self.tokens < 0) & self.mask()
+        if bool(negative.any()):
+            row, column = negative.nonzero()[0].tolist()
+            raise ValueError(f"tokens[{row}, {column}] = {int(self.tokens[row, column])} is no token id")
+
+    def __repr__(self) -> str:
+        return (
+            f"SessionBatch(num_sessions={self.num_sessions}, num_candidates={self.num_candidates}, "
+            f"num_pairs={self.num_pairs}, device='{self.device}')"
+        )
