@@ -12,4 +12,15 @@ STABLE_TORCH_LIBRARY(raddpo, m) {
   m.def("trie_items(Tensor nodes, Tensor trie, Tensor header) -> (Tensor first, Tensor count)");
   m.def("trie_children(Tensor nodes, Tensor trie, Tensor header) -> (Tensor first, Tensor count)");
   m.def("row_lse(Tensor logits) -> Tensor");
+  // Logits [outer, inner, cols]; targets, lse, grad, begin and count [outer, inner]; csrc/token_logps/token_logps.h.
+  m.def(
+      "token_logps(Tensor logits, Tensor targets, Tensor? columns, Tensor? begin, Tensor? count, float scale, "
+      "float softcap, int ignore_index, int first_column, SymInt vocab_size) -> (Tensor logps, Tensor lse)");
+  m.def(
+      "token_logps_backward(Tensor grad, Tensor logits, Tensor targets, Tensor lse, Tensor? columns, Tensor? begin, "
+      "Tensor? count, float scale, float softcap, int ignore_index, int first_column, SymInt vocab_size) -> Tensor");
+  m.def(
+      "token_logps_backward_(Tensor grad, Tensor(a!) logits, Tensor targets, Tensor lse, Tensor? columns, Tensor? "
+      "begin, Tensor? count, Tensor? live, float scale, float softcap, int ignore_index, int first_column, SymInt "
+      "vocab_size) -> ()");
 }

@@ -8,6 +8,7 @@ from raddpo_ext.beam_search import BeamResult, BeamState, beam_search, beam_step
 from raddpo_ext.integrations.logits_processor import TrieLogitsProcessor
 from raddpo_ext.integrations.retriever import SIDRetriever
 from raddpo_ext.session import SessionBatch
+from raddpo_ext.token_logps import token_logps
 from raddpo_ext.trie import TrieIndex
 from raddpo_ext.vocab import SIDVocab
 
@@ -22,4 +23,5 @@ __all__ = [
     "TrieLogitsProcessor",
     "beam_search",
     "beam_step",
+    "token_logps",
 ]

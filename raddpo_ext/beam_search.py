@@ -214,8 +214,8 @@ def _check_step(logits: Tensor, state: BeamState, index: TrieIndex, normalize: s
 
 def _inner(state: BeamState, index: TrieIndex) -> Tensor:
     """The beams whose logits a step reads: bool ``[B, W]``."""
-    _, children = torch.ops.raddpo.trie_children(state.nodes.contiguous(), index.data, index.header)
-    return (children.view_as(state.nodes) > 0) & (state.scores > -math.inf)
+    _, children = index.child_ranges(state.nodes)
+    return (children > 0) & (state.scores > -math.inf)
 
 
 def _check_columns(logits: Tensor, state: BeamState, index: TrieIndex) -> None:

@@ -41,6 +41,7 @@ class TrieIndex:
     def __init__(self, data: Tensor, header: Tensor) -> None:
         self.data = data  # uint8, on the index's device
         self.header = header  # its first words as int64, on the CPU
+        self._node_tokens: Tensor | None = None
         self.num_items = self._word("num_items")
         self.num_sids = self._word("num_sids")
         self.num_nodes = self._word("num_nodes")
@@ -231,12 +232,39 @@ class TrieIndex:
         """Depth of each node in tokens, int64, shaped like ``nodes``; 0 for the root."""
         begin = _WORD["first_node"] + 1
         first_nodes = self.header[begin : begin + self.levels].to(nodes.device)
-        return torch.bucketize(nodes, first_nodes, right=True)
+        return torch.bucketize(nodes.contiguous(), first_nodes, right=True)
 
     def item_ranges(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
         """Where each node's items begin in :attr:`items` and how many they are, int64, shaped like ``nodes``."""
         first, count = self._items(nodes)
         return first.view(nodes.shape), count.view(nodes.shape)
+
+    def child_ranges(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """First child of each node and their number, int64, shaped like ``nodes``; children are consecutive nodes."""
+        self._check_nodes(nodes)
+        first, count = torch.ops.raddpo.trie_children(nodes.contiguous(), self.data, self.header)
+        return first.view(nodes.shape), count.view(nodes.shape)
+
+    @property
+    def node_tokens(self) -> Tensor:
+        """Token id on the edge into each node, int32 ``[num_nodes]``, -1 for the root; made on first use and kept."""
+        if self._node_tokens is None:
+            size = 4 if self._word("wide") else 2
+            begin = self._word("symbols")
+            symbols = self.data[begin : begin + size * self.num_nodes].view(torch.uint32 if size == 4 else torch.uint16)
+            tokens = torch.full((self.num_nodes,), -1, dtype=torch.int32, device=self.device)
+            for level in range(self.levels):
+                nodes = slice(self._word("first_node", level + 1), self._word("first_node", level + 2))
+                ranks = symbols[nodes].to(torch.int32)
+                table = self._word("table", level)
+                if table < 0:
+                    tokens[nodes] = ranks + self._word("first_token", level)
+                else:
+                    start = self._word("tokens") + 4 * table
+                    ids = self.data[start : start + 4 * self._word("num_symbols", level)].view(torch.int32)
+                    tokens[nodes] = ids[ranks]
+            self._node_tokens = tokens
+        return self._node_tokens
 
     @property
     def items(self) -> Tensor:

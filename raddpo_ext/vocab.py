@@ -67,6 +67,13 @@ class SIDVocab:
         for level, ids in enumerate(self.token_ids):
             if self.eos is not None and bool((ids == self.eos).any()):
                 raise ValueError(f"eos = {self.eos} is also the token of a code of level {level}")
+        end = torch.tensor([] if self.eos is None else [self.eos], dtype=torch.int64)
+        lists = [torch.cat([ids[ids >= 0], end[: level > 0]]).sort().values for level, ids in enumerate(self.token_ids)]
+        lists += [end] if len(end) else []
+        counts = torch.tensor([len(ids) for ids in lists])
+        self._level_columns = torch.cat(lists).to(torch.int32), counts.cumsum(0) - counts, counts
+        #: The largest token id, ``eos`` included.
+        self.max_token = max(int(ids[-1]) for ids in lists)
 
     def _checked(self, token_ids: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
         if len(token_ids) != len(self.sizes):
@@ -126,6 +133,14 @@ class SIDVocab:
     def levels(self) -> int:
         """Number of levels, the end-of-sequence token not counted."""
         return len(self.sizes)
+
+    def level_columns(self, device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids of each level's softmax: ``(columns, begins, counts)``, level ``l``'s ascending from ``begins[l]``.
+
+        Those of its codes and, after the first level, ``eos``, which alone makes one more level. int32, int64, int64.
+        """
+        columns, begins, counts = self._level_columns
+        return columns.to(device), begins.to(device), counts.to(device)
 
     def encode(self, sids: Any, lengths: Any = None) -> Tensor:
         """Codes to token ids.

@@ -60,9 +60,8 @@ RADDPO_HD void add_row(RowSum& s, const typename D::T* x, std::int64_t n) {
   }
 }
 
-RADDPO_HD float log_sum_exp(const RowSum& s) {
-  if (s.sum == 0.f) return -INFINITY;
-  return static_cast<float>(s.shift + std::log(static_cast<double>(s.sum)));
+RADDPO_HD double log_sum_exp(const RowSum& s) {
+  return s.sum == 0.f ? -INFINITY : s.shift + std::log(static_cast<double>(s.sum));
 }
 
 }  // namespace

@@ -40,9 +40,12 @@ inline Tensor new_empty(const Tensor& like, std::initializer_list<std::int64_t> 
   std::array<std::int64_t, 4> strides{};
   std::int64_t stride = 1;
   for (std::size_t d = sizes.size(); d-- > 0; stride *= sizes.begin()[d]) strides[d] = stride;
-  const std::int32_t code = type == ScalarType::Float  ? aoti_torch_dtype_float32()
-                            : type == ScalarType::Long ? aoti_torch_dtype_int64()
-                                                       : aoti_torch_dtype_uint8();
+  const std::int32_t code = type == ScalarType::Float      ? aoti_torch_dtype_float32()
+                            : type == ScalarType::Long     ? aoti_torch_dtype_int64()
+                            : type == ScalarType::Double   ? aoti_torch_dtype_float64()
+                            : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                            : type == ScalarType::Half     ? aoti_torch_dtype_float16()
+                                                           : aoti_torch_dtype_uint8();
   std::int32_t device = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle handle = nullptr;
