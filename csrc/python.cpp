@@ -6,6 +6,7 @@
 
 #include <string>
 
+#include "common/huge_pages.h"
 #include "common/isa.h"
 #include "trie/trie_build.h"
 
@@ -101,6 +102,10 @@ PYBIND11_MODULE(_C, m) {
     const py::gil_scoped_release no_gil;
     return trie_checksum(static_cast<const std::uint8_t*>(info.ptr), info.size * info.itemsize);
   });
+  m.def(
+      "advise_huge_pages",
+      [](std::uintptr_t address, std::size_t bytes) { advise_huge_pages(reinterpret_cast<void*>(address), bytes); },
+      py::arg("address"), py::arg("bytes"));
   m.def("isa", [] { return name(current_isa()); });
   m.def("best_isa", [] { return name(best_isa()); });
   m.def("set_isa", [](const std::string& isa) { set_isa(isa_of(isa)); });

@@ -7,6 +7,7 @@ from raddpo_ext import row_lse as _row_lse  # noqa: F401  its fake kernel
 from raddpo_ext.beam_search import BeamResult, BeamState, beam_search, beam_step
 from raddpo_ext.integrations.logits_processor import TrieLogitsProcessor
 from raddpo_ext.integrations.retriever import SIDRetriever
+from raddpo_ext.linear_token_logps import linear_token_logps
 from raddpo_ext.session import SessionBatch
 from raddpo_ext.token_logps import token_logps
 from raddpo_ext.trie import TrieIndex
@@ -23,5 +24,6 @@ __all__ = [
     "TrieLogitsProcessor",
     "beam_search",
     "beam_step",
+    "linear_token_logps",
     "token_logps",
 ]

@@ -1,0 +1,221 @@
+"""The matrix products behind linear_token_logps: a part's logits, whole or in tiles, and its share of the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from raddpo_ext import _C
+from raddpo_ext.support import Part
+from raddpo_ext.token_logps import Options, overwrite_by_gradient
+
+# A tile beyond the budget has at least this many columns and rows, or all of them: less would not fill a product.
+_LEAST_COLUMNS, _LEAST_ROWS = 1024, 256
+_HUGE = 1 << 25  # bytes from which malloc maps fresh pages for every call
+
+
+class Plan(NamedTuple):
+    """What the parts have in common."""
+
+    dtype: torch.dtype  # of the products
+    scale: float
+    softcap: float
+    ignore_index: int
+    budget: int  # bytes of logits
+    wanted: bool  # whether a gradient is
+    accumulate: bool  # whether the weight's goes straight into weight.grad
+
+
+class Product:
+    """``hidden @ weight.T + bias`` of one part."""
+
+    def __init__(self, part: Part, plan: Plan, hidden: Tensor, weight: Tensor, bias: Tensor | None, room: int) -> None:
+        self.part, self.plan = part, plan
+        self.hidden = hidden if part.rows is None else hidden.index_select(0, part.rows)
+        chosen = slice(part.first, part.first + part.width) if part.columns is None else part.columns
+        self.weight = weight[chosen]
+        self.bias = None if bias is None else bias[chosen]
+        rows, columns = len(self.hidden), part.width
+        room //= plan.dtype.itemsize
+        #: Whether the logits need no more than ``room`` bytes.
+        self.fits = rows * columns <= room
+        if not self.fits:
+            # All rows in a tile if they can be: its rows of the weight's gradient are then one product.
+            if part.lists is None:
+                columns = min(columns, max(_LEAST_COLUMNS, room // rows))
+            rows = min(rows, max(_LEAST_ROWS, room // columns))
+        self.row_tiles, self.column_tiles = _cut(len(self.hidden), rows), _cut(part.width, columns)
+        self._tile_size = rows * columns
+
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs, log-sum-exps, and the last tile's logits."""
+        buffer = empty(self.hidden, (self._tile_size,))
+        logps: list[Tensor] = []
+        lses: list[Tensor] = []
+        for rows in self.row_tiles:
+            for columns in self.column_tiles:
+                logits = self._logits(rows, columns, buffer)
+                tile_logp, tile_lse = torch.ops.raddpo.token_logps(
+                    logits, self.part.targets[rows], *self._options(rows, columns)
+                )
+                if columns.start == 0:
+                    logp, lse = tile_logp, tile_lse
+                else:  # the target is in one tile, and -inf in the others
+                    both = torch.logaddexp(lse, tile_lse)
+                    logp = torch.maximum(logp + (lse - both), tile_logp + (tile_lse - both))
+                    lse = both
+            logps.append(logp)
+            lses.append(lse)
+        logp, lse = torch.cat(logps), torch.cat(lses)
+        if self.part.outside is not None:
+            logp = logp.masked_fill(self.part.outside, -torch.inf)
+        return logp, lse, logits
+
+    def backward(self, grad: Tensor, lse: Tensor, kept: Tensor | None, gradients: Gradients) -> None:
+        """Adds this part's share to the gradients, given that of its log-probs; overwrites the kept logits."""
+        buffer = empty(self.hidden, (self._tile_size,)) if kept is None else None
+        for columns in self.column_tiles:
+            weight_sum = None
+            for rows in self.row_tiles:
+                logits = kept if buffer is None else self._logits(rows, columns, buffer)
+                assert logits is not None
+                live = self._live(grad[rows])
+                options = self._options(rows, columns)
+                overwrite_by_gradient(grad[rows], logits, self.part.targets[rows], lse[rows], options, live)
+                hidden = self.hidden[rows]
+                if live is not None:
+                    logits, hidden = logits[: len(live)], hidden[live]
+                if gradients.wants_hidden:
+                    gradients.add_hidden(self.part, rows, live, logits @ self.weight[columns])
+                if gradients.bias is not None:
+                    gradients.add_bias(self.part, columns, logits.sum(0, dtype=gradients.bias.dtype))
+                if gradients.weight is None:
+                    continue
+                if len(self.row_tiles) == 1:
+                    gradients.add_weight(self.part, columns, logits.T, hidden)
+                else:
+                    piece = (logits.T @ hidden).to(gradients.sum_dtype)
+                    weight_sum = piece if weight_sum is None else weight_sum.add_(piece)
+            if weight_sum is not None:
+                gradients.add_weight(self.part, columns, weight_sum)
+
+    def _logits(self, rows: slice, columns: slice, buffer: Tensor) -> Tensor:
+        hidden, weight = self.hidden[rows], self.weight[columns]
+        out = buffer[: len(hidden) * len(weight)].view(len(hidden), len(weight))
+        if self.bias is None:
+            return torch.mm(hidden, weight.T, out=out)
+        return torch.addmm(self.bias[columns], hidden, weight.T, out=out)
+
+    def _options(self, rows: slice, columns: slice) -> Options:
+        plan, numbers, begins, counts = self.plan, None, None, None
+        if self.part.lists is not None:
+            numbers, begins, counts = self.part.lists[0], self.part.lists[1][rows], self.part.lists[2][rows]
+        return numbers, begins, counts, plan.scale, plan.softcap, plan.ignore_index, columns.start, self.part.width
+
+    def _live(self, grad: Tensor) -> Tensor | None:
+        """The rows with a gradient, on the CPU where leaving out the others saves much."""
+        if grad.device.type != "cpu" or self.part.lists is not None or torch.compiler.is_compiling():
+            return None
+        live = grad.nonzero()[:, 0]
+        return live if 10 * len(live) < 9 * len(grad) else None
+
+
+class Gradients:
+    """Of the hidden states, the weight and the bias, each if it is wanted."""
+
+    def __init__(
+        self,
+        products: Sequence[Product],
+        plan: Plan,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        wanted: Sequence[bool],
+    ) -> None:
+        low = plan.dtype in (torch.bfloat16, torch.float16)
+        self.sum_dtype = torch.float32 if low else plan.dtype
+        self.wants_hidden = wanted[0]
+        self._hidden = hidden
+        self._hidden_dtype = self.sum_dtype if any(len(p.column_tiles) > 1 for p in products) else plan.dtype
+        self._hidden_grad: Tensor | None = None
+        self.bias = bias.new_zeros(bias.shape, dtype=self.sum_dtype) if bias is not None and wanted[2] else None
+        self._bias_dtype = None if bias is None else bias.dtype
+        # A single part with every row of the weight writes each row of its gradient once.
+        self._once = len(products) == 1 and products[0].part.columns is None and products[0].part.width == len(weight)
+        self._adds_to = weight if plan.accumulate else None
+        self.weight: Tensor | None = None
+        if wanted[1] and plan.accumulate and weight.grad is not None:
+            self.weight, self._once = weight.grad, False
+        elif wanted[1]:
+            self.weight = empty(weight, weight.shape)
+            if not self._once:
+                self.weight.zero_()
+
+    def add_hidden(self, part: Part, rows: slice, live: Tensor | None, piece: Tensor) -> None:
+        if part.rows is None and live is None:
+            if self._hidden_grad is None and len(piece) == len(self._hidden):
+                self._hidden_grad = piece.to(self._hidden_dtype)
+                return
+            place: slice | Tensor = rows
+        else:
+            place = torch.arange(rows.start, rows.stop, device=piece.device) if part.rows is None else part.rows[rows]
+            place = place if live is None else place[live]
+        if self._hidden_grad is None:
+            self._hidden_grad = self._hidden.new_zeros(self._hidden.shape, dtype=self._hidden_dtype)
+        self._hidden_grad[place] += piece
+
+    def add_bias(self, part: Part, columns: slice, piece: Tensor) -> None:
+        assert self.bias is not None
+        self.bias[_rows_of_weight(part, columns)] += piece
+
+    def add_weight(self, part: Part, columns: slice, left: Tensor, right: Tensor | None = None) -> None:
+        """Adds ``left @ right``, or ``left``."""
+        assert self.weight is not None
+        place = _rows_of_weight(part, columns)
+        if isinstance(place, Tensor) or right is None or self.weight.dtype != left.dtype:
+            piece = (left if right is None else left @ right).to(self.weight.dtype)
+            if isinstance(place, Tensor):
+                self.weight.index_add_(0, place, piece)
+            elif self._once:
+                self.weight[place] = piece
+            else:
+                self.weight[place] += piece
+        elif self._once:
+            torch.mm(left, right, out=self.weight[place])
+        else:
+            self.weight[place].addmm_(left, right)
+
+    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What goes back to autograd."""
+        hidden, weight = self._hidden_grad, self.weight
+        if self.wants_hidden and hidden is None:
+            hidden = torch.zeros_like(self._hidden)
+        if self._adds_to is not None and weight is not None:
+            self._adds_to.grad, weight = weight, None
+        return (
+            None if hidden is None else hidden.to(self._hidden.dtype),
+            weight,
+            None if self.bias is None else self.bias.to(self._bias_dtype),
+        )
+
+
+def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Uninitialised; on huge pages where it is large, see csrc/common/huge_pages.h."""
+    out = like.new_empty(shape)
+    if out.device.type == "cpu" and not torch.compiler.is_compiling() and out.nbytes >= _HUGE:
+        _C.advise_huge_pages(out.data_ptr(), out.nbytes)
+    return out
+
+
+def _cut(size: int, step: int) -> list[slice]:
+    """``[0, size)`` in slices of ``step``."""
+    return [slice(begin, min(begin + step, size)) for begin in range(0, size, step)]
+
+
+def _rows_of_weight(part: Part, columns: slice) -> slice | Tensor:
+    if part.columns is not None:
+        return part.columns[columns]
+    return slice(part.first + columns.start, part.first + columns.stop)

@@ -1,0 +1,221 @@
+"""linear_token_logps: token log-probs from hidden states, with the language model's head fused in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raddpo_ext import _check
+from raddpo_ext.linear_product import Gradients, Plan, Product
+from raddpo_ext.support import Part, parts_of, support_of
+from raddpo_ext.token_logps import LOGIT_TYPES, check_map, check_targets
+from raddpo_ext.trie import TrieIndex
+from raddpo_ext.vocab import SIDVocab
+
+
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    vocab: SIDVocab | None = None,
+    levels: Tensor | None = None,
+    index: TrieIndex | None = None,
+    nodes: Tensor | None = None,
+    normalize: str = "vocab",
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    logits_budget: int = 2**30,
+    accumulate_grad: bool = False,
+    check: bool = False,
+) -> Tensor:
+    """:func:`token_logps` of the logits ``hidden @ weight.T + bias``, without holding more of them than need be.
+
+    While the logits fit ``logits_budget`` bytes they are kept and the backward pass overwrites them by their gradient:
+    three matrix products in all. Beyond it they are worked out tile by tile, and again backward: four. Under
+    ``"level"`` only the level's rows of ``weight`` are multiplied, under ``"trie"`` only the rows that are children of
+    some prefix. On the CPU ignored rows are not multiplied, nor, backward, rows whose log-prob has no gradient.
+    Products run in the dtype of ``hidden`` and ``weight``, or in autocast's; each row of the weight's gradient is
+    summed in float32 and rounded once.
+
+    Args:
+        hidden: ``[..., H]`` float32, bfloat16, float16 or float64: the states that predict the targets.
+        weight: ``[V, H]`` of the same dtype (any under autocast). A sharded ``DTensor`` (FSDP2) is gathered, and its
+            gradient averaged over the ranks, as FSDP2 does; a DeepSpeed ZeRO-3 shard is refused.
+        targets: int64 ``[...]``.
+        bias: ``[V]`` or None.
+        vocab, levels, index, nodes, normalize, temperature, logit_softcap, ignore_index: see :func:`token_logps`.
+        logits_budget: bytes of logits kept from the forward to the backward pass, and held at once beyond that; a tile
+            has at least 256 rows and 1024 columns.
+        accumulate_grad: add the gradient of ``weight``, a leaf, straight into ``weight.grad``. Hooks on ``weight`` do
+            not see it. While ``torch.compile`` traces it is returned to autograd as ever.
+        check: see :func:`token_logps`; NaN in ``hidden``, ``weight`` or ``bias`` raises.
+
+    Returns:
+        float32 ``[...]`` (float64 for float64), differentiable once in ``hidden``, ``weight`` and ``bias``.
+
+    Raises:
+        ValueError, TypeError: naming the argument and the value.
+        RuntimeError: from a second backward pass.
+
+    Source: Liger Kernel (arXiv 2410.10989) and Cut Cross-Entropy (arXiv 2411.09009) fuse the head with the loss.
+    """
+    _check_inputs(hidden, weight, targets, bias)
+    scale, softcap = check_map(temperature, logit_softcap)
+    ignore_index = _check.integer(ignore_index, "ignore_index")
+    budget = _check.integer(logits_budget, "logits_budget", 0)
+    if check:
+        for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+            if value is not None and bool(value.isnan().any()):
+                raise ValueError(f"{name} holds NaN, first at {value.isnan().nonzero()[0].tolist()}")
+        check_targets(targets, len(weight), ignore_index)
+    dtype = _compute_dtype(hidden, weight, bias)
+    weight = _whole(weight, accumulate_grad)
+    if accumulate_grad and weight.requires_grad and not weight.is_leaf:
+        raise ValueError("accumulate_grad needs weight to be a leaf: the result of an operation has no .grad to add to")
+    support = support_of(targets, normalize, vocab, levels, index, nodes, len(weight), ignore_index, check)
+    if support is not None:
+        if not torch.compiler.is_compiling() and targets.device.type == "cpu":
+            check_targets(targets, len(weight), ignore_index)
+        support = support.flatten()
+    flat_targets = targets.reshape(-1)
+    inputs = (hidden, weight, bias)
+    wanted = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+    parts = parts_of(flat_targets, support, len(weight), ignore_index)
+    plan = Plan(
+        dtype=dtype,
+        scale=scale,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        budget=budget,
+        wanted=wanted,
+        accumulate=accumulate_grad and not torch.compiler.is_compiling(),
+    )
+    try:
+        logps = _LinearTokenLogps.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, flat_targets, parts, plan)
+    except RuntimeError:
+        if not torch.compiler.is_compiling():
+            check_targets(targets, len(weight), ignore_index)
+        raise
+    return logps.view(targets.shape)
+
+
+class _LinearTokenLogps(torch.autograd.Function):
+    """The logits of the parts that fit the budget are kept, and overwritten by their gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, parts: list[Part], plan: Plan
+    ) -> Tensor:
+        factors = (hidden.to(plan.dtype), weight.to(plan.dtype), None if bias is None else bias.to(plan.dtype))
+        logps: Tensor | None = None
+        lses: list[Tensor] = []
+        kept: list[Tensor | None] = []
+        room = plan.budget
+        for part in parts:
+            product = Product(part, plan, *factors, room)
+            logp, lse, logits = product.forward()
+            lses.append(lse)
+            if plan.wanted and product.fits:
+                room -= logits.nbytes
+                kept.append(logits)
+            else:
+                kept.append(None)
+            del logits
+            if part.rows is None:
+                logps = logp
+            else:
+                if logps is None:
+                    logps = torch.where(targets == plan.ignore_index, 0.0, -torch.inf).to(logp.dtype)
+                logps.index_copy_(0, part.rows, logp)
+        if logps is None:
+            dtype = torch.float64 if plan.dtype == torch.float64 else torch.float32
+            logps = torch.where(targets == plan.ignore_index, 0.0, -torch.inf).to(dtype)
+        if plan.wanted:
+            ctx.save_for_backward(hidden, weight, bias, *factors, *lses, *kept)
+            ctx.parts, ctx.plan, ctx.overwritten = parts, plan, False
+        return logps
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.overwritten:
+            raise RuntimeError(
+                "linear_token_logps: the first backward pass overwrote the logits by their gradient; call it again to "
+                "go backward again"
+            )
+        hidden, weight, bias, *saved = ctx.saved_tensors
+        ctx.overwritten = True
+        parts, plan = ctx.parts, ctx.plan
+        factors: tuple[Tensor, Tensor, Tensor | None] = (saved[0], saved[1], saved[2])
+        lses, kept = saved[3 : 3 + len(parts)], saved[3 + len(parts) :]
+        products = [Product(part, plan, *factors, plan.budget) for part in parts]
+        gradients = Gradients(products, plan, hidden, weight, bias, ctx.needs_input_grad)
+        for product, lse, logits in zip(products, lses, kept, strict=True):
+            part = product.part
+            product.backward(grad if part.rows is None else grad[part.rows], lse, logits, gradients)
+        return (*gradients.results(), None, None, None)
+
+
+def _check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+    for name, value, dims in (("hidden", hidden, None), ("weight", weight, 2), ("bias", bias, 1)):
+        if name == "bias" and value is None:
+            continue
+        if not isinstance(value, Tensor) or value.dtype not in LOGIT_TYPES:
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name} must be a float32, bfloat16, float16 or float64 tensor, got {got}")
+        if getattr(value, "ds_id", None) is not None and value.numel() == 0:
+            raise ValueError(f"{name} is a DeepSpeed ZeRO-3 shard; gather it with deepspeed.zero.GatheredParameters")
+        if value.dim() == 0 or dims not in (None, value.dim()):
+            raise ValueError(f"{name} must have {dims or 'some'} dimensions, got shape {tuple(value.shape)}")
+        if value.device != hidden.device:
+            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {value.device}")
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"weight must have one column a feature of hidden ({hidden.shape[-1]}), got shape {tuple(weight.shape)}"
+        )
+    if 0 in weight.shape:
+        raise ValueError(f"weight must have shape [V, H] with V, H >= 1, got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have one entry a row of weight ({len(weight)}), got shape {tuple(bias.shape)}")
+    if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
+        got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+        raise TypeError(f"targets must be an int64 tensor, got {got}")
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets must have the shape of hidden without its last dimension, {tuple(hidden.shape[:-1])}, got "
+            f"{tuple(targets.shape)}"
+        )
+    if targets.device != hidden.device:
+        raise ValueError(f"targets must be on the device of hidden, {hidden.device}, got {targets.device}")
+
+
+def _compute_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.dtype != hidden.dtype:
+            raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}")
+    return hidden.dtype
+
+
+def _whole(weight: Tensor, accumulate_grad: bool) -> Tensor:
+    """``weight``, gathered if it is sharded: its gradient is then the ranks' mean, scattered again."""
+    if not hasattr(weight, "placements"):
+        return weight
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    assert isinstance(weight, DTensor)
+    if accumulate_grad:
+        raise ValueError("accumulate_grad must be False for a sharded weight: its gradient goes back through DTensor")
+    mesh = weight.device_mesh
+    replicated = weight.redistribute(placements=[Replicate()] * mesh.ndim)
+    whole = replicated.to_local(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda grad: grad / mesh.size())
+    return whole
