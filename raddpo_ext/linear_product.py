@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from raddpo_ext import _C
-from raddpo_ext.support import Part
-from raddpo_ext.token_logps import Options, overwrite_by_gradient
+from raddpo_ext.linear_parts import Part
+from raddpo_ext.token_logps import Options, logps_and_lse, overwrite_by_gradient
 
 # A tile beyond the budget has at least this many columns and rows, or all of them: less would not fill a product.
 _LEAST_COLUMNS, _LEAST_ROWS = 1024, 256
+# Multiplications from which leaving rows out pays for looking which.
+WORTH_A_LOOK = 1 << 25
 _HUGE = 1 << 25  # bytes from which malloc maps fresh pages for every call
 
 
@@ -35,10 +37,12 @@ class Product:
     def __init__(self, part: Part, plan: Plan, hidden: Tensor, weight: Tensor, bias: Tensor | None, room: int) -> None:
         self.part, self.plan = part, plan
         self.hidden = hidden if part.rows is None else hidden.index_select(0, part.rows)
-        chosen = slice(part.first, part.first + part.width) if part.columns is None else part.columns
-        self.weight = weight[chosen]
-        self.bias = None if bias is None else bias[chosen]
-        rows, columns = len(self.hidden), part.width
+        if part.columns is None and part.width == weight.shape[0]:
+            self.weight, self.bias = weight, bias
+        else:
+            chosen = slice(part.first, part.first + part.width) if part.columns is None else part.columns
+            self.weight, self.bias = weight[chosen], None if bias is None else bias[chosen]
+        rows, columns = self.hidden.shape[0], part.width
         room //= plan.dtype.itemsize
         #: Whether the logits need no more than ``room`` bytes.
         self.fits = rows * columns <= room
@@ -47,20 +51,19 @@ class Product:
             if part.lists is None:
                 columns = min(columns, max(_LEAST_COLUMNS, room // rows))
             rows = min(rows, max(_LEAST_ROWS, room // columns))
-        self.row_tiles, self.column_tiles = _cut(len(self.hidden), rows), _cut(part.width, columns)
+        self.row_tiles, self.column_tiles = _cut(self.hidden.shape[0], rows), _cut(part.width, columns)
         self._tile_size = rows * columns
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs, log-sum-exps, and the last tile's logits."""
-        buffer = empty(self.hidden, (self._tile_size,))
+        buffer = self._buffer()
         logps: list[Tensor] = []
         lses: list[Tensor] = []
         for rows in self.row_tiles:
             for columns in self.column_tiles:
                 logits = self._logits(rows, columns, buffer)
-                tile_logp, tile_lse = torch.ops.raddpo.token_logps(
-                    logits, self.part.targets[rows], *self._options(rows, columns)
-                )
+                tile_targets = _cut_out(self.part.targets, rows)
+                tile_logp, tile_lse = logps_and_lse(logits, tile_targets, self._options(rows, columns))
                 if columns.start == 0:
                     logp, lse = tile_logp, tile_lse
                 else:  # the target is in one tile, and -inf in the others
@@ -69,27 +72,29 @@ class Product:
                     lse = both
             logps.append(logp)
             lses.append(lse)
-        logp, lse = torch.cat(logps), torch.cat(lses)
+        if len(logps) > 1:
+            logp, lse = torch.cat(logps), torch.cat(lses)
+        if len(self.column_tiles) > 1:
+            logp = logp.masked_fill(self.part.targets == self.plan.ignore_index, 0.0)
         if self.part.outside is not None:
             logp = logp.masked_fill(self.part.outside, -torch.inf)
         return logp, lse, logits
 
     def backward(self, grad: Tensor, lse: Tensor, kept: Tensor | None, gradients: Gradients) -> None:
         """Adds this part's share to the gradients, given that of its log-probs; overwrites the kept logits."""
-        buffer = empty(self.hidden, (self._tile_size,)) if kept is None else None
+        buffer = self._buffer() if kept is None else None
         for columns in self.column_tiles:
             weight_sum = None
             for rows in self.row_tiles:
-                logits = kept if buffer is None else self._logits(rows, columns, buffer)
-                assert logits is not None
-                live = self._live(grad[rows])
-                options = self._options(rows, columns)
-                overwrite_by_gradient(grad[rows], logits, self.part.targets[rows], lse[rows], options, live)
-                hidden = self.hidden[rows]
+                logits = self._logits(rows, columns, buffer) if kept is None else kept
+                tile_grad, targets, tile_lse = (_cut_out(x, rows) for x in (grad, self.part.targets, lse))
+                live = self._live(tile_grad)
+                overwrite_by_gradient(tile_grad, logits, targets, tile_lse, self._options(rows, columns), live)
+                hidden = _cut_out(self.hidden, rows)
                 if live is not None:
                     logits, hidden = logits[: len(live)], hidden[live]
                 if gradients.wants_hidden:
-                    gradients.add_hidden(self.part, rows, live, logits @ self.weight[columns])
+                    gradients.add_hidden(self.part, rows, live, logits @ _cut_out(self.weight, columns))
                 if gradients.bias is not None:
                     gradients.add_bias(self.part, columns, logits.sum(0, dtype=gradients.bias.dtype))
                 if gradients.weight is None:
@@ -102,12 +107,20 @@ class Product:
             if weight_sum is not None:
                 gradients.add_weight(self.part, columns, weight_sum)
 
-    def _logits(self, rows: slice, columns: slice, buffer: Tensor) -> Tensor:
-        hidden, weight = self.hidden[rows], self.weight[columns]
-        out = buffer[: len(hidden) * len(weight)].view(len(hidden), len(weight))
+    def _buffer(self) -> Tensor | None:
+        """For one tile after the other, where malloc would map fresh pages for each."""
+        large = self._tile_size * self.plan.dtype.itemsize >= _HUGE
+        return empty(self.hidden, (self._tile_size,)) if large else None
+
+    def _logits(self, rows: slice, columns: slice, buffer: Tensor | None) -> Tensor:
+        hidden, weight = _cut_out(self.hidden, rows), _cut_out(self.weight, columns)
+        out = None
+        if buffer is not None:
+            shape = hidden.shape[0], weight.shape[0]
+            out = _cut_out(buffer, slice(0, shape[0] * shape[1])).view(shape)
         if self.bias is None:
             return torch.mm(hidden, weight.T, out=out)
-        return torch.addmm(self.bias[columns], hidden, weight.T, out=out)
+        return torch.addmm(_cut_out(self.bias, columns), hidden, weight.T, out=out)
 
     def _options(self, rows: slice, columns: slice) -> Options:
         plan, numbers, begins, counts = self.plan, None, None, None
@@ -119,8 +132,10 @@ class Product:
         """The rows with a gradient, on the CPU where leaving out the others saves much."""
         if grad.device.type != "cpu" or self.part.lists is not None or torch.compiler.is_compiling():
             return None
+        if grad.shape[0] * self.weight.numel() < WORTH_A_LOOK:
+            return None
         live = grad.nonzero()[:, 0]
-        return live if 10 * len(live) < 9 * len(grad) else None
+        return live if 10 * len(live) < 9 * grad.shape[0] else None
 
 
 class Gradients:
@@ -156,7 +171,7 @@ class Gradients:
 
     def add_hidden(self, part: Part, rows: slice, live: Tensor | None, piece: Tensor) -> None:
         if part.rows is None and live is None:
-            if self._hidden_grad is None and len(piece) == len(self._hidden):
+            if self._hidden_grad is None and piece.shape[0] == self._hidden.shape[0]:
                 self._hidden_grad = piece.to(self._hidden_dtype)
                 return
             place: slice | Tensor = rows
@@ -184,9 +199,9 @@ class Gradients:
             else:
                 self.weight[place] += piece
         elif self._once:
-            torch.mm(left, right, out=self.weight[place])
+            torch.mm(left, right, out=_cut_out(self.weight, place))
         else:
-            self.weight[place].addmm_(left, right)
+            _cut_out(self.weight, place).addmm_(left, right)
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """What goes back to autograd."""
@@ -213,6 +228,11 @@ def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
 def _cut(size: int, step: int) -> list[slice]:
     """``[0, size)`` in slices of ``step``."""
     return [slice(begin, min(begin + step, size)) for begin in range(0, size, step)]
+
+
+def _cut_out(x: Tensor, place: slice) -> Tensor:
+    """``x[place]``, without a view of the whole."""
+    return x if place.stop - place.start == x.shape[0] else x[place]
 
 
 def _rows_of_weight(part: Part, columns: slice) -> slice | Tensor:

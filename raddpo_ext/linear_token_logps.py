@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from raddpo_ext import _check
-from raddpo_ext.linear_product import Gradients, Plan, Product
-from raddpo_ext.support import Part, parts_of, support_of
+from raddpo_ext.linear_parts import Part, parts_of
+from raddpo_ext.linear_product import WORTH_A_LOOK, Gradients, Plan, Product
+from raddpo_ext.support import support_of
 from raddpo_ext.token_logps import LOGIT_TYPES, check_map, check_targets
 from raddpo_ext.trie import TrieIndex
 from raddpo_ext.vocab import SIDVocab
@@ -72,20 +73,24 @@ def linear_token_logps(
         for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
             if value is not None and bool(value.isnan().any()):
                 raise ValueError(f"{name} holds NaN, first at {value.isnan().nonzero()[0].tolist()}")
-        check_targets(targets, len(weight), ignore_index)
+        check_targets(targets, weight.shape[0], ignore_index)
     dtype = _compute_dtype(hidden, weight, bias)
     weight = _whole(weight, accumulate_grad)
     if accumulate_grad and weight.requires_grad and not weight.is_leaf:
         raise ValueError("accumulate_grad needs weight to be a leaf: the result of an operation has no .grad to add to")
-    support = support_of(targets, normalize, vocab, levels, index, nodes, len(weight), ignore_index, check)
+    support = support_of(targets, normalize, vocab, levels, index, nodes, weight.shape[0], ignore_index, check)
     if support is not None:
         if not torch.compiler.is_compiling() and targets.device.type == "cpu":
-            check_targets(targets, len(weight), ignore_index)
+            check_targets(targets, weight.shape[0], ignore_index)
         support = support.flatten()
-    flat_targets = targets.reshape(-1)
+    flat_hidden, flat_targets = hidden, targets
+    if targets.dim() != 1:
+        flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     inputs = (hidden, weight, bias)
     wanted = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-    parts = parts_of(flat_targets, support, len(weight), ignore_index)
+    look = targets.device.type == "cpu" and not torch.compiler.is_compiling()
+    look = look and flat_targets.shape[0] * weight.numel() >= WORTH_A_LOOK
+    parts = parts_of(flat_targets, support, weight.shape[0], ignore_index, look)
     plan = Plan(
         dtype=dtype,
         scale=scale,
@@ -96,12 +101,12 @@ def linear_token_logps(
         accumulate=accumulate_grad and not torch.compiler.is_compiling(),
     )
     try:
-        logps = _LinearTokenLogps.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, flat_targets, parts, plan)
+        logps = _LinearTokenLogps.apply(flat_hidden, weight, bias, flat_targets, parts, plan)
     except RuntimeError:
         if not torch.compiler.is_compiling():
-            check_targets(targets, len(weight), ignore_index)
+            check_targets(targets, weight.shape[0], ignore_index)
         raise
-    return logps.view(targets.shape)
+    return logps if targets.dim() == 1 else logps.view(targets.shape)
 
 
 class _LinearTokenLogps(torch.autograd.Function):
@@ -181,7 +186,7 @@ def _check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor 
     if 0 in weight.shape:
         raise ValueError(f"weight must have shape [V, H] with V, H >= 1, got {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have one entry a row of weight ({len(weight)}), got shape {tuple(bias.shape)}")
+        raise ValueError(f"bias must have one entry a row of weight ({weight.shape[0]}), got shape {tuple(bias.shape)}")
     if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
         got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
         raise TypeError(f"targets must be an int64 tensor, got {got}")

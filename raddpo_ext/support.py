@@ -18,9 +18,11 @@ class Support(NamedTuple):
     Attributes:
         columns: int32.
         begins, counts: int64, of the targets' shape.
-        groups: int64, of the targets' shape, and their number: rows that share most of their columns; the level, or the
-            depth of the prefix. -1 where the support is empty.
+        groups: int64, of the targets' shape: rows that share most of their columns; the level, or the depth of the
+            prefix. -1 where the support is empty.
         num_groups: see ``groups``.
+        vocab: whose levels the groups are, if they are levels.
+        period: of the groups, if they are the positions in the last dimension; else 0.
     """
 
     columns: Tensor
@@ -28,11 +30,13 @@ class Support(NamedTuple):
     counts: Tensor
     groups: Tensor
     num_groups: int
+    vocab: SIDVocab | None
+    period: int
 
     def flatten(self) -> Support:
         """That of ``targets.reshape(-1)``."""
         begins, counts, groups = (rows.reshape(-1) for rows in (self.begins, self.counts, self.groups))
-        return Support(self.columns, begins, counts, groups, self.num_groups)
+        return self._replace(begins=begins, counts=counts, groups=groups)
 
 
 def support_of(
@@ -65,10 +69,12 @@ def _of_levels(
     if vocab.max_token >= num_columns:
         raise ValueError(f"vocab has token {vocab.max_token}, beyond the {num_columns} columns of the logits")
     num_levels = vocab.levels + (vocab.eos is not None)
+    period = 0
     if levels is None:
         if targets.dim() == 0:
             raise ValueError("levels must be given for a target without dimensions")
-        levels = torch.arange(targets.shape[-1], device=targets.device)
+        period = targets.shape[-1]
+        levels = torch.arange(period, device=targets.device)
     elif not isinstance(levels, Tensor) or levels.dtype != torch.int64:
         raise TypeError(
             f"levels must be an int64 tensor, got {levels.dtype if isinstance(levels, Tensor) else levels!r}"
@@ -88,9 +94,8 @@ def _of_levels(
             raise ValueError(f"levels hold {int(levels[wrong][0])}, outside [0, {num_levels}), the levels of vocab")
     columns, begins, counts = vocab.level_columns(targets.device)
     known = torch.where(outside, 0, levels)
-    return Support(
-        columns, begins[known], torch.where(outside, 0, counts[known]), torch.where(outside, -1, levels), num_levels
-    )
+    counts = torch.where(outside, 0, counts[known])
+    return Support(columns, begins[known], counts, torch.where(outside, -1, levels), num_levels, vocab, period)
 
 
 def _of_nodes(targets: Tensor, index: TrieIndex | None, nodes: Tensor | None, num_columns: int, check: bool) -> Support:
@@ -113,67 +118,4 @@ def _of_nodes(targets: Tensor, index: TrieIndex | None, nodes: Tensor | None, nu
             raise ValueError(f"nodes hold {int(nodes[wrong][0])}, no node of the index, which has {index.num_nodes}")
     first, count = index.child_ranges(nodes)
     groups = torch.where(count > 0, index.depths(nodes), -1)
-    return Support(index.node_tokens, torch.where(count > 0, first, 0), count, groups, index.levels)
-
-
-class Part(NamedTuple):
-    """Rows of the hidden states that are multiplied by the same rows of the head, in one product ``[R, N]``.
-
-    Attributes:
-        rows: int64 ``[R]``, None for all of them in order.
-        first: the head's rows are ``first : first + width``, where ``columns`` is None.
-        width: ``N``.
-        columns: int64 ``[N]`` rows of the head otherwise, ascending.
-        targets: int64 ``[R]``, numbers of columns of the product; ``ignore_index`` for a target outside its support.
-        outside: bool ``[R]``: targets outside their support, or None where there are none.
-        lists: ``(columns, begins, counts)`` of each row's support within the product, or None for all of it.
-    """
-
-    rows: Tensor | None
-    first: int
-    width: int
-    columns: Tensor | None
-    targets: Tensor
-    outside: Tensor | None
-    lists: tuple[Tensor, Tensor, Tensor] | None
-
-
-def parts_of(targets: Tensor, support: Support | None, num_columns: int, ignore_index: int) -> list[Part]:
-    """Parts that hold every row with a log-prob to work out; on the CPU ignored rows are in none.
-
-    Args:
-        targets: int64 ``[T]``.
-        support: of the shape of ``targets``.
-    """
-    lazy = targets.device.type != "cpu" or torch.compiler.is_compiling()  # do not look at values to leave rows out
-    counted = targets != ignore_index
-    if support is None:
-        if lazy or bool(counted.all()):
-            return [Part(None, 0, num_columns, None, targets, None, None)]
-        rows = counted.nonzero()[:, 0]
-        return [Part(rows, 0, num_columns, None, targets[rows], None, None)]
-    parts = []
-    for group in range(support.num_groups):
-        rows = ((support.groups == group) & counted).nonzero()[:, 0]
-        if len(rows):
-            parts.append(_part(rows, targets[rows], support, ignore_index))
-    return parts
-
-
-def _part(rows: Tensor, targets: Tensor, support: Support, ignore_index: int) -> Part:
-    # Equal supports begin at the same place: each list is taken once.
-    begins, which = support.begins[rows].unique(return_inverse=True)
-    counts = torch.zeros_like(begins).scatter_(0, which, support.counts[rows])
-    ends = counts.cumsum(0)
-    starts = ends - counts
-    places = torch.arange(int(ends[-1]), device=rows.device) + torch.repeat_interleave(begins - starts, counts)
-    columns, numbers = support.columns[places].to(torch.int64), None
-    if len(begins) > 1:
-        columns, numbers = columns.unique(return_inverse=True)
-    lists = None if numbers is None else (numbers.to(torch.int32), starts[which], counts[which])
-    local = torch.searchsorted(columns, targets).clamp(max=len(columns) - 1)
-    outside = columns[local] != targets
-    local = torch.where(outside, ignore_index, local)
-    first, width = int(columns[0]), len(columns)
-    run = int(columns[-1]) - first == width - 1
-    return Part(rows, first, width, None if run else columns, local, outside if bool(outside.any()) else None, lists)
+    return Support(index.node_tokens, torch.where(count > 0, first, 0), count, groups, index.levels, None, 0)

@@ -141,7 +141,7 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, options: Options, inplace_backward: bool) -> Tensor:
-        logps, lse = torch.ops.raddpo.token_logps(logits, targets, *options)
+        logps, lse = logps_and_lse(logits, targets, options)
         ctx.save_for_backward(logits, targets, lse)
         ctx.options, ctx.inplace, ctx.overwritten = options, inplace_backward, False
         return logps
@@ -162,6 +162,14 @@ class _TokenLogps(torch.autograd.Function):
         else:
             logits = torch.ops.raddpo.token_logps_backward(grad.contiguous(), logits, targets, lse, *ctx.options)
         return logits, None, None, None
+
+
+def logps_and_lse(logits: Tensor, targets: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """The op without the autograd formula that is registered for it."""
+    if torch.compiler.is_compiling():
+        return torch.ops.raddpo.token_logps(logits, targets, *options)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.raddpo.token_logps(logits, targets, *options)
 
 
 def overwrite_by_gradient(

@@ -1,0 +1,104 @@
+"""Which rows of the hidden states linear_token_logps multiplies with which rows of the head."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from raddpo_ext.support import Support
+
+
+class Part(NamedTuple):
+    """Rows of the hidden states that are multiplied by the same rows of the head, in one product ``[R, N]``.
+
+    Attributes:
+        rows: int64 ``[R]``, None for all of them in order.
+        first: the head's rows are ``first : first + width``, where ``columns`` is None.
+        width: ``N``.
+        columns: int64 ``[N]`` rows of the head otherwise, ascending.
+        targets: int64 ``[R]``, numbers of columns of the product; ``ignore_index`` for a target outside its support.
+        outside: bool ``[R]``: targets outside their support, or None where there are none.
+        lists: ``(columns, begins, counts)`` of each row's support within the product, or None for all of it.
+    """
+
+    rows: Tensor | None
+    first: int
+    width: int
+    columns: Tensor | None
+    targets: Tensor
+    outside: Tensor | None
+    lists: tuple[Tensor, Tensor, Tensor] | None
+
+
+def parts_of(targets: Tensor, support: Support | None, num_columns: int, ignore_index: int, look: bool) -> list[Part]:
+    """Parts that hold every row whose log-prob is to be worked out.
+
+    Args:
+        targets: int64 ``[T]``.
+        support: of the shape of ``targets``.
+        look: leave ignored rows out, which reads values.
+    """
+    if support is None:
+        if look:
+            counted = targets != ignore_index
+            if not bool(counted.all()):
+                some = counted.nonzero()[:, 0]
+                return [Part(some, 0, num_columns, None, targets[some], None, None)]
+        return [Part(None, 0, num_columns, None, targets, None, None)]
+    if torch.compiler.is_compiling() and not support.period:  # a graph's shapes cannot depend on values
+        lists = (support.columns, support.begins, support.counts)
+        return [Part(None, 0, num_columns, None, targets, None, lists)]
+    parts = []
+    for group in range(support.num_groups):
+        rows = _rows_of_group(targets, support, group, ignore_index, look)
+        if rows is not None:
+            of_group = _of_level if support.vocab is not None else _of_depth
+            parts.append(of_group(rows, targets[rows], support, group, ignore_index, look))
+    return parts
+
+
+def _rows_of_group(targets: Tensor, support: Support, group: int, ignore_index: int, look: bool) -> Tensor | None:
+    if support.period and not look:
+        if group >= support.period:
+            return None
+        return torch.arange(group, len(targets), support.period, device=targets.device)
+    rows = ((support.groups == group) & (targets != ignore_index)).nonzero()[:, 0]
+    return rows if len(rows) else None
+
+
+def _of_level(rows: Tensor, targets: Tensor, support: Support, level: int, ignore_index: int, look: bool) -> Part:
+    assert support.vocab is not None
+    begin, width, first, consecutive = support.vocab.level_runs[level]
+    columns: Tensor | None = None
+    if consecutive:
+        local = targets - first
+        outside = (local < 0) | (local >= width)
+    else:
+        columns = support.columns[begin : begin + width].to(torch.int64)
+        local, outside = _find(columns, targets)
+    local = torch.where(outside, ignore_index, local)
+    outside = outside & (targets != ignore_index)
+    return Part(rows, first, width, columns, local, None if look and not bool(outside.any()) else outside, None)
+
+
+def _of_depth(rows: Tensor, targets: Tensor, support: Support, depth: int, ignore_index: int, look: bool) -> Part:
+    # Supports that begin at the same place are one node's children: each node's are taken once.
+    begins, which = support.begins[rows].unique(return_inverse=True)
+    counts = torch.zeros_like(begins).scatter_(0, which, support.counts[rows])
+    ends = counts.cumsum(0)
+    starts = ends - counts
+    places = torch.arange(int(ends[-1]), device=rows.device) + torch.repeat_interleave(begins - starts, counts)
+    columns, lists = support.columns[places].to(torch.int64), None
+    if len(begins) > 1:
+        columns, numbers = columns.unique(return_inverse=True)
+        lists = (numbers.to(torch.int32), starts[which], counts[which])
+    local, outside = _find(columns, targets)
+    return Part(rows, 0, len(columns), columns, torch.where(outside, ignore_index, local), outside, lists)
+
+
+def _find(columns: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each target stands in ascending ``columns``, and whether it does not."""
+    place = torch.searchsorted(columns, targets).clamp(max=len(columns) - 1)
+    return place, columns[place] != targets
