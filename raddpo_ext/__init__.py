@@ -9,6 +9,7 @@ from raddpo_ext.integrations.logits_processor import TrieLogitsProcessor
 from raddpo_ext.integrations.retriever import SIDRetriever
 from raddpo_ext.linear_token_logps import linear_token_logps
 from raddpo_ext.session import SessionBatch
+from raddpo_ext.similarity_weighting import SimilarityWeighting
 from raddpo_ext.token_logps import token_logps
 from raddpo_ext.trie import TrieIndex
 from raddpo_ext.vocab import SIDVocab
@@ -20,6 +21,7 @@ __all__ = [
     "SIDRetriever",
     "SIDVocab",
     "SessionBatch",
+    "SimilarityWeighting",
     "TrieIndex",
     "TrieLogitsProcessor",
     "beam_search",

@@ -51,12 +51,14 @@ class SessionBatch:
         sizes = offsets.diff()
         self.pair_offsets = torch.zeros_like(offsets)
         torch.cumsum(num_positives * (sizes - num_positives), 0, out=self.pair_offsets[1:])
-        if num_pairs is None or check:
+        if num_pairs is not None:
+            num_pairs = _check.integer(num_pairs, "num_pairs", 0)
+        if num_pairs is None or check or tokens.device.type == "cpu":
             counted = int(self.pair_offsets[-1])
             if num_pairs is not None and num_pairs != counted:
                 raise ValueError(f"num_pairs must be {counted}, the number of pairs, got {num_pairs}")
             num_pairs = counted
-        self.num_pairs = _check.integer(num_pairs, "num_pairs", 0)
+        self.num_pairs = num_pairs
 
     @property
     def num_sessions(self) -> int:

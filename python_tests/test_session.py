@@ -1,0 +1,154 @@
+"""The layout of sessions: its pairs, its masks and what it refuses."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import raddpo_ext as rx
+
+Sessions = list[tuple[int, int]]  # positives and negatives of each
+
+COUNTS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), max_size=6)
+
+
+def parts(counts: Sessions, levels: int = 3) -> dict[str, Tensor]:
+    """Arguments of a batch whose token ids are all different and whose lengths run from 0 to ``levels``."""
+    sizes = [positives + negatives for positives, negatives in counts]
+    candidates = sum(sizes)
+    return {
+        "tokens": torch.arange(candidates * levels).reshape(candidates, levels),
+        "lengths": torch.arange(candidates) % (levels + 1),
+        "offsets": torch.tensor([0, *np.cumsum(sizes).tolist()]),
+        "num_positives": torch.tensor([positives for positives, _ in counts], dtype=torch.int64),
+    }
+
+
+def loop_pairs(counts: Sessions) -> tuple[list[tuple[int, int]], list[int]]:
+    """The pairs, and how many there are before each session and in all."""
+    pairs: list[tuple[int, int]] = []
+    before, start = [0], 0
+    for positives, negatives in counts:
+        for positive in range(positives):
+            for negative in range(negatives):
+                pairs.append((start + positive, start + positives + negative))
+        start += positives + negatives
+        before.append(len(pairs))
+    return pairs, before
+
+
+@given(COUNTS)
+def test_pairs_equal_the_loop(counts: Sessions) -> None:
+    batch = rx.SessionBatch(**parts(counts))
+    pairs, before = loop_pairs(counts)
+    positives, negatives = batch.pairs()
+    assert list(zip(positives.tolist(), negatives.tolist(), strict=True)) == pairs
+    assert positives.dtype == negatives.dtype == torch.int64
+    assert batch.pair_offsets.tolist() == before
+    assert batch.num_pairs == len(pairs)
+    assert batch.num_sessions == len(counts)
+    assert batch.num_candidates == sum(map(sum, counts))
+
+
+@given(COUNTS, st.integers(0, 3))
+def test_mask_equals_the_loop(counts: Sessions, levels: int) -> None:
+    batch = rx.SessionBatch(**parts(counts, levels))
+    expected = [[level < length for level in range(levels)] for length in batch.lengths.tolist()]
+    assert batch.mask().tolist() == expected
+    assert batch.mask().shape == batch.tokens.shape
+
+
+def test_nothing_is_read_beyond_a_length() -> None:
+    given = parts([(1, 2)])
+    given["tokens"][torch.arange(3) >= given["lengths"][:, None]] = -100
+    assert rx.SessionBatch(**given).num_pairs == 2
+
+
+def test_to_another_device_keeps_everything() -> None:
+    """Also the number of pairs, which the meta device could not count."""
+    batch = rx.SessionBatch(**parts([(2, 3), (0, 1), (1, 1)]))
+    moved = batch.to("meta")
+    assert moved.device.type == moved.pair_offsets.device.type == "meta"
+    assert (moved.num_pairs, moved.num_sessions, moved.num_candidates) == (7, 3, 8)
+    assert [row.shape for row in moved.pairs()] == [(7,), (7,)]
+    assert moved.mask().shape == (8, 3)
+    same = batch.to("cpu")
+    assert [row.tolist() for row in same.pairs()] == [row.tolist() for row in batch.pairs()]
+    for name, value in parts([(2, 3), (0, 1), (1, 1)]).items():
+        assert torch.equal(getattr(same, name), value)
+
+
+def test_without_values_the_number_of_pairs_is_taken_as_given() -> None:
+    given = {name: value.to("meta") for name, value in parts([(2, 3)]).items()}
+    batch = rx.SessionBatch(**given, num_pairs=6)
+    assert [row.shape for row in batch.pairs()] == [(6,), (6,)]
+    assert repr(batch) == "SessionBatch(num_sessions=1, num_candidates=5, num_pairs=6, device='meta')"
+    with pytest.raises(RuntimeError, match="meta"):  # nothing there to count
+        rx.SessionBatch(**given)
+
+
+def test_given_number_of_pairs() -> None:
+    assert rx.SessionBatch(**parts([(2, 3), (1, 1)]), num_pairs=7).num_pairs == 7
+
+
+BATCH = parts([(1, 2), (2, 0)])  # 5 candidates of 3 levels
+META = torch.zeros(5, 3, dtype=torch.int64, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"tokens": [[1, 2]]}, TypeError, "tokens must be an int64 tensor, got list"),
+        ({"tokens": BATCH["tokens"].int()}, TypeError, "tokens must be an int64 tensor, got torch.int32"),
+        ({"tokens": BATCH["tokens"][0]}, ValueError, "tokens must have 2 dimensions, got shape (3,)"),
+        ({"lengths": BATCH["lengths"].numpy()}, TypeError, "lengths must be an int64 tensor, got ndarray"),
+        ({"lengths": BATCH["lengths"].double()}, TypeError, "lengths must be an int64 tensor, got torch.float64"),
+        ({"lengths": BATCH["lengths"][:, None]}, ValueError, "lengths must have 1 dimensions, got shape (5, 1)"),
+        ({"offsets": (0, 3, 5)}, TypeError, "offsets must be an int64 tensor, got tuple"),
+        ({"offsets": torch.tensor(0)}, ValueError, "offsets must have 1 dimensions, got shape ()"),
+        ({"num_positives": None}, TypeError, "num_positives must be an int64 tensor, got NoneType"),
+        (
+            {"num_positives": torch.tensor([True, False])},
+            TypeError,
+            "num_positives must be an int64 tensor, got torch.",
+        ),
+        (
+            {"num_positives": torch.tensor([[1, 2]])},
+            ValueError,
+            "num_positives must have 1 dimensions, got shape (1, 2)",
+        ),
+        ({"tokens": META}, ValueError, "lengths must be on the device of tokens, meta, got cpu"),
+        ({"lengths": META[:, 0]}, ValueError, "lengths must be on the device of tokens, cpu, got meta"),
+        ({"offsets": META[:3, 0]}, ValueError, "offsets must be on the device of tokens, cpu, got meta"),
+        ({"num_positives": META[:2, 0]}, ValueError, "num_positives must be on the device of tokens, cpu, got meta"),
+        ({"lengths": torch.tensor([1, 2])}, ValueError, "lengths must have one entry a row of tokens (5), got 2"),
+        (
+            {"offsets": torch.tensor([0, 5])},
+            ValueError,
+            "offsets must have one entry more than num_positives (2), got 2",
+        ),
+        ({"offsets": torch.tensor([], dtype=torch.int64)}, ValueError, "offsets must have one entry more than"),
+        ({"lengths": torch.tensor([1, 2, 4, 0, 0])}, ValueError, "lengths[2] = 4 is outside [0, 3]"),
+        ({"lengths": torch.tensor([1, -2, 3, 0, 0])}, ValueError, "lengths[1] = -2 is outside [0, 3]"),
+        ({"offsets": torch.tensor([1, 3, 5])}, ValueError, "offsets must begin with 0, got 1"),
+        ({"offsets": torch.tensor([0, 3, 4])}, ValueError, "offsets must end with the number of candidates (5), got 4"),
+        ({"offsets": torch.tensor([0, 6, 5])}, ValueError, "offsets must not fall: offsets[2] = 5 after 6"),
+        ({"offsets": torch.tensor([0, 2**63 - 1, 5])}, ValueError, "offsets must not fall: offsets[2] = 5 after 92233"),
+        ({"offsets": torch.tensor([0, -(2**63), 5])}, ValueError, "offsets must not fall: offsets[1] = -9223372036854"),
+        ({"num_positives": torch.tensor([4, 0])}, ValueError, "num_positives[0] = 4 is outside [0, 3]"),
+        ({"num_positives": torch.tensor([3, -1])}, ValueError, "num_positives[1] = -1 is outside [0, 2]"),
+        ({"tokens": BATCH["tokens"] - 4}, ValueError, "tokens[1, 0] = -1 is no token id"),
+        ({"num_pairs": 3}, ValueError, "num_pairs must be 2, the number of pairs, got 3"),
+        ({"num_pairs": -1}, ValueError, "num_pairs must be at least 0, got -1"),
+        ({"num_pairs": 2.0}, TypeError, "num_pairs must be an integer, got 2.0"),
+    ],
+)
+def test_refuses(changed: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        rx.SessionBatch(**(BATCH | changed))
