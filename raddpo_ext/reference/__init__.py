@@ -5,6 +5,15 @@ They say what the fused operators compute and are what those are tested against.
 
 from raddpo_ext.reference.beam_search import beam_search, beam_step, row_lse
 from raddpo_ext.reference.similarity_weighting import SimilarityWeighting
+from raddpo_ext.reference.token_logps import linear_token_logps, token_logps
 from raddpo_ext.reference.trie import TrieIndex
 
-__all__ = ["SimilarityWeighting", "TrieIndex", "beam_search", "beam_step", "row_lse"]
+__all__ = [
+    "SimilarityWeighting",
+    "TrieIndex",
+    "beam_search",
+    "beam_step",
+    "linear_token_logps",
+    "row_lse",
+    "token_logps",
+]
