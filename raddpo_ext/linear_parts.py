@@ -42,9 +42,9 @@ def parts_of(targets: Tensor, support: Support | None, num_columns: int, ignore_
     """
     if support is None:
         if look:
-            counted = targets != ignore_index
-            if not bool(counted.all()):
-                some = counted.nonzero()[:, 0]
+            ignored = targets == ignore_index
+            if bool(ignored.any()):
+                some = (~ignored).nonzero()[:, 0]
                 return [Part(some, 0, num_columns, None, targets[some], None, None)]
         return [Part(None, 0, num_columns, None, targets, None, None)]
     if torch.compiler.is_compiling() and not support.period:  # a graph's shapes cannot depend on values

@@ -39,12 +39,13 @@ def linear_token_logps(
     While the logits fit ``logits_budget`` bytes they are kept and the backward pass overwrites them by their gradient:
     three matrix products in all. Beyond it they are worked out tile by tile, and again backward: four. Under
     ``"level"`` only the level's rows of ``weight`` are multiplied, under ``"trie"`` only the rows that are children of
-    some prefix. On the CPU ignored rows are not multiplied, nor, backward, rows whose log-prob has no gradient.
+    some prefix. On the CPU ignored rows, and backward those without a gradient, are left out where that pays.
     Products run in the dtype of ``hidden`` and ``weight``, or in autocast's; each row of the weight's gradient is
     summed in float32 and rounded once.
 
     Args:
-        hidden: ``[..., H]`` float32, bfloat16, float16 or float64: the states that predict the targets.
+        hidden: ``[..., H]`` float32, bfloat16, float16 or float64: the states that predict the targets. Finite, also
+            where the target is ignored.
         weight: ``[V, H]`` of the same dtype (any under autocast). A sharded ``DTensor`` (FSDP2) is gathered, and its
             gradient averaged over the ranks, as FSDP2 does; a DeepSpeed ZeRO-3 shard is refused.
         targets: int64 ``[...]``.
@@ -146,8 +147,9 @@ class _LinearTokenLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("linear_token_logps: differentiable once; go backward without create_graph")
         if ctx.overwritten:
             raise RuntimeError(
                 "linear_token_logps: the first backward pass overwrote the logits by their gradient; call it again to "
