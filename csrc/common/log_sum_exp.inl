@@ -9,10 +9,10 @@ struct RowSum {
   float shift = -INFINITY, sum = 0.f;
 };
 
-// Adds n elements. The shift is a maximum found earlier, so that one loop does for both the sum and the next maximum;
-// only a block that tops it by more than 60 is summed again, shifted by its own maximum.
+// Adds n elements, a number of whole words. The shift is a maximum found earlier, so that one loop does for both the
+// sum and the next maximum; only a block that tops it by more than 60 is summed again, shifted by its own maximum.
 template <typename D>
-RADDPO_HD void add_block(RowSum& s, const typename D::T* x, std::int64_t n) {
+RADDPO_HD void add_words(RowSum& s, const typename D::T* x, std::int64_t n) {
   float most = -INFINITY;
   if (s.shift == -INFINITY) {
 #pragma omp simd reduction(max : most)
@@ -24,14 +24,22 @@ RADDPO_HD void add_block(RowSum& s, const typename D::T* x, std::int64_t n) {
   }
   for (;;) {
     const float shift = s.shift == -INFINITY ? 0.f : s.shift;  // all -inf or NaN so far: find which
-    float sum = 0.f;
+    float sum = 0.f, odd_sum = 0.f, odd_most = -INFINITY;
     most = -INFINITY;
-#pragma omp simd reduction(+ : sum) reduction(max : most)
-    for (std::int64_t i = 0; i < n; ++i) {
-      const float v = D::load(x + i);
+#pragma omp simd reduction(+ : sum, odd_sum) reduction(max : most, odd_most)
+    for (std::int64_t i = 0; i < n / D::kLanes; ++i) {
+      const typename D::Word word = D::load_word(x + i * D::kLanes);
+      const float v = D::lane(word, 0);
       most = v > most ? v : most;
       sum += fast_exp(v - shift);  // subtracted first: exact where it matters, whatever the size of the logits
+      if (D::kLanes == 2) {
+        const float u = D::lane(word, 1);
+        odd_most = u > odd_most ? u : odd_most;
+        odd_sum += fast_exp(u - shift);
+      }
     }
+    sum += odd_sum;
+    most = odd_most > most ? odd_most : most;
     if (s.shift == -INFINITY) {
       s.sum += sum == sum ? 0.f : sum;
       return;
@@ -47,6 +55,15 @@ RADDPO_HD void add_block(RowSum& s, const typename D::T* x, std::int64_t n) {
     s.sum *= fast_exp(shift - most);
     s.shift = most;
   }
+}
+
+template <typename D>
+RADDPO_HD void add_block(RowSum& s, const typename D::T* x, std::int64_t n) {
+  const std::int64_t rest = n % D::kLanes;
+  if (n > rest) add_words<D>(s, x, n - rest);
+  if (!rest) return;
+  const float last = D::load(x + n - 1);
+  add_words<Float32>(s, &last, 1);
 }
 
 template <typename D>

@@ -15,12 +15,12 @@ struct Row {
   const T* x;
   A scale, softcap;
 
-  RADDPO_HD A at(std::int64_t i) const {
-    const A value = D::load(x + i);
+  RADDPO_HD A at(std::int64_t i) const { return mapped(D::load(x + i)); }
+  RADDPO_HD A mapped(A value) const {
     if (map == Map::none) return value;
     return scale * (map == Map::softcap ? softcap * fast_tanh(value / softcap) : value);
   }
-  // d at(i) / d x[i], where at(i) = z.
+  // d mapped / d value, where mapped = z.
   RADDPO_HD A slope(A z) const {
     if (map == Map::none) return A(1);
     const A t = map == Map::softcap ? z / (scale * softcap) : A(0);
@@ -86,8 +86,18 @@ RADDPO_HD void write_softmax(const Row<D, map>& row, const Run& run, typename D:
   for (std::int64_t begin = run.first; begin < run.first + run.count; begin += kLseBlock) {
     const std::int64_t rest = run.first + run.count - begin, n = rest < kLseBlock ? rest : kLseBlock;
     for (std::int64_t i = 0; i < n; i += 64 / sizeof(typename D::T)) __builtin_prefetch(x + begin + kAhead + i);
+    const std::int64_t words = n / D::kLanes;
 #pragma omp simd
-    for (std::int64_t i = begin; i < begin + n; ++i) {
+    for (std::int64_t i = 0; i < words; ++i) {
+      const typename D::Word word = D::load_word(x + begin + i * D::kLanes);
+      typename D::A out[D::kLanes];
+      for (int k = 0; k < D::kLanes; ++k) {
+        const typename D::A z = row.mapped(D::lane(word, k));
+        out[k] = -g * exp_or_zero(z - lse) * row.slope(z);
+      }
+      D::store_word(y + begin + i * D::kLanes, out);
+    }
+    for (std::int64_t i = begin + words * D::kLanes; i < begin + n; ++i) {
       const typename D::A z = row.at(i);
       D::store(y + i, -g * exp_or_zero(z - lse) * row.slope(z));
     }
