@@ -15,7 +15,13 @@ struct Row {
   const T* x;
   A scale, softcap;
 
-  RADDPO_HD A at(std::int64_t i) const { return mapped(D::load(x + i)); }
+  // Rounded before anything is subtracted from it. Contracted into one operation, z - max(z) would be what the
+  // maximum's own rounding took away, which is millions for large z.
+  RADDPO_HD A at(std::int64_t i) const {
+    if (map == Map::none) return D::load(x + i);
+    volatile A z = mapped(D::load(x + i));
+    return z;
+  }
   RADDPO_HD A mapped(A value) const {
     if (map == Map::none) return value;
     return scale * (map == Map::softcap ? softcap * fast_tanh(value / softcap) : value);
@@ -43,7 +49,7 @@ RADDPO_HD float exp_or_zero(float x) { return fast_exp(x) - 0x1p-126f; }
 RADDPO_HD double exp_or_zero(double x) { return fast_exp(x); }
 
 template <typename D, Map map, typename Support>
-RADDPO_HD double log_sum_exp(const Row<D, map>& row, const Support& support) {
+RADDPO_HD double log_sum_exp(const Row<D, map> row, const Support support) {
   if constexpr (sizeof(typename D::A) == 8) {
     double most = -INFINITY, sum = 0.;
     for (std::int64_t i = 0; i < support.count; ++i) {
@@ -59,7 +65,7 @@ RADDPO_HD double log_sum_exp(const Row<D, map>& row, const Support& support) {
     for (std::int64_t begin = 0; begin < support.count; begin += kLseBlock) {
       const std::int64_t n = support.count - begin < kLseBlock ? support.count - begin : kLseBlock;
 #pragma omp simd
-      for (std::int64_t i = 0; i < n; ++i) block[i] = row.at(support.at(begin + i));
+      for (std::int64_t i = 0; i < n; ++i) block[i] = row.mapped(D::load(row.x + support.at(begin + i)));
       add_block<Float32>(s, block, n);
     }
     return log_sum_exp(s);
@@ -67,7 +73,7 @@ RADDPO_HD double log_sum_exp(const Row<D, map>& row, const Support& support) {
 }
 
 template <typename D>
-RADDPO_HD double log_sum_exp(const Row<D, Map::none>& row, const Run& run) {
+RADDPO_HD double log_sum_exp(const Row<D, Map::none> row, const Run run) {
   if constexpr (sizeof(typename D::A) == 8) {
     return log_sum_exp<D, Map::none, Run>(row, run);
   } else {
@@ -79,28 +85,32 @@ RADDPO_HD double log_sum_exp(const Row<D, Map::none>& row, const Run& run) {
 
 // y[column] = -g * softmax over a run of columns.
 template <typename D, Map map>
-RADDPO_HD void write_softmax(const Row<D, map>& row, const Run& run, typename D::A g, typename D::A lse,
+RADDPO_HD void write_softmax(const Row<D, map> row, const Run run, typename D::A g, typename D::A lse,
                              typename D::T* y) {
+  using A = typename D::A;
   constexpr std::int64_t kAhead = 4096 / sizeof(typename D::T);
   const typename D::T* x = row.x;
   for (std::int64_t begin = run.first; begin < run.first + run.count; begin += kLseBlock) {
     const std::int64_t rest = run.first + run.count - begin, n = rest < kLseBlock ? rest : kLseBlock;
     for (std::int64_t i = 0; i < n; i += 64 / sizeof(typename D::T)) __builtin_prefetch(x + begin + kAhead + i);
+    if (map != Map::none) {
+      A z[kLseBlock];
+#pragma omp simd
+      for (std::int64_t i = 0; i < n; ++i) z[i] = row.mapped(D::load(x + begin + i));
+#pragma omp simd
+      for (std::int64_t i = 0; i < n; ++i) D::store(y + begin + i, -g * exp_or_zero(z[i] - lse) * row.slope(z[i]));
+      continue;
+    }
     const std::int64_t words = n / D::kLanes;
 #pragma omp simd
     for (std::int64_t i = 0; i < words; ++i) {
       const typename D::Word word = D::load_word(x + begin + i * D::kLanes);
-      typename D::A out[D::kLanes];
-      for (int k = 0; k < D::kLanes; ++k) {
-        const typename D::A z = row.mapped(D::lane(word, k));
-        out[k] = -g * exp_or_zero(z - lse) * row.slope(z);
-      }
+      A out[D::kLanes];
+      for (int k = 0; k < D::kLanes; ++k) out[k] = -g * exp_or_zero(D::lane(word, k) - lse);
       D::store_word(y + begin + i * D::kLanes, out);
     }
-    for (std::int64_t i = begin + words * D::kLanes; i < begin + n; ++i) {
-      const typename D::A z = row.at(i);
-      D::store(y + i, -g * exp_or_zero(z - lse) * row.slope(z));
-    }
+    for (std::int64_t i = begin + words * D::kLanes; i < begin + n; ++i)
+      D::store(y + i, -g * exp_or_zero(D::load(x + i) - lse));
   }
 }
 
