@@ -1,10 +1,11 @@
-"""beam_step on a GPU: ``python -m benchmarks.gpu_bench``.
+"""beam_step and token_logps on a GPU: ``python -m benchmarks.gpu_bench``.
 
 Each step of a search is captured in a CUDA graph over several sets of logits, together larger than the L2 cache, and
 the graph is replayed: a step's time is the median replay's over its number of steps. Beside it stands the floor, the
 bytes of logits read over the bandwidth of a large copy, and row_lse, which reads every row whole and does nothing else.
 ``warm`` is the time over one set of logits, which stay in the cache as they do right behind a model's last layer.
-The result is written after every step.
+token_logps is timed likewise, forward and backward, the gradient in storage of its own and in place; its floors are the
+bytes that each must read and write. The result is written after every step.
 """
 
 from __future__ import annotations
@@ -172,6 +173,78 @@ def measure(case: Case, bandwidth: float, add: Callable[[dict[str, Any]], None])
         state = step(sets[0])
 
 
+@dataclass(frozen=True)
+class LogitsCase:
+    """Logits ``[rows, cols]``; ``support``: the width of a level in their last columns, 0 for all of them."""
+
+    rows: int
+    cols: int
+    dtype: torch.dtype
+    support: int = 0
+
+    @property
+    def name(self) -> str:
+        level = f" level of {self.support}" if self.support else ""
+        return f"token_logps {self.rows} x {self.cols} {str(self.dtype).removeprefix('torch.')}{level}"
+
+
+LOGITS_CASES = [
+    *(
+        LogitsCase(rows, cols, dtype)
+        for rows, cols in [(256, 32_768), (64, QWEN_VOCAB), (1024, 8192), (4096, QWEN_VOCAB)]
+        for dtype in (torch.float32, BF16)
+    ),
+    LogitsCase(256, QWEN_VOCAB, BF16, 8192),
+]
+
+
+def measure_token_logps(case: LogitsCase, bandwidth: float) -> dict[str, Any]:
+    size = case.rows * case.cols * case.dtype.itemsize
+    count = max(2, -(-3 * torch.cuda.get_device_properties(0).L2_cache_size // size))
+    sets = [torch.randn(case.rows, case.cols, device="cuda", dtype=case.dtype) for _ in range(count)]
+    support = case.support or case.cols
+    targets = torch.randint(case.cols - support, case.cols, (case.rows,), device="cuda")
+    columns = begin = counts = None
+    if case.support:
+        columns = torch.arange(case.cols - support, case.cols, device="cuda", dtype=torch.int32)
+        begin, counts = torch.zeros_like(targets), torch.full_like(targets, support)
+    options = (columns, begin, counts, 1.0, 0.0, -100, 0, case.cols)
+    grad = torch.randn(case.rows, device="cuda")
+    _, lse = torch.ops.raddpo.token_logps(sets[0], targets, *options)
+    gradients: dict[int, Tensor] = {}  # one for each set, as they must not stay in the cache either
+
+    def forward(logits: Tensor) -> None:
+        torch.ops.raddpo.token_logps(logits, targets, *options)
+
+    def fresh(logits: Tensor) -> None:
+        gradients[logits.data_ptr()] = torch.ops.raddpo.token_logps_backward(grad, logits, targets, lse, *options)
+
+    def inplace(logits: Tensor) -> None:
+        torch.ops.raddpo.token_logps_backward_(grad, logits, targets, lse, *options[:3], None, *options[3:])
+
+    def cross_entropy(logits: Tensor) -> None:
+        torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    floor = 1e6 * size / bandwidth
+    share = support / case.cols
+    result = {"case": case.name, "sets": count, "forward_floor_us": share * floor}
+    result |= {"backward_floor_us": (1 + share) * floor, "cross_entropy_us": graph_us(cross_entropy, sets)}
+    result |= {"forward_us": graph_us(forward, sets), "fresh_us": graph_us(fresh, sets)}
+    gradients.clear()
+    return {**result, "inplace_us": graph_us(inplace, sets)}  # last: afterwards these are no logits
+
+
+def token_logps_table(rows: list[dict[str, Any]]) -> str:
+    head = ["case", "forward us", "of floor", "fresh us", "of floor", "in place us", "of floor", "cross_entropy us"]
+    lines = []
+    for row in rows:
+        line = [row["case"]]
+        for name, floor in (("forward", "forward"), ("fresh", "backward"), ("inplace", "backward")):
+            line += [f"{row[f'{name}_us']:.1f}", f"{row[f'{floor}_floor_us'] / row[f'{name}_us']:.0%}"]
+        lines.append([*line, f"{row['cross_entropy_us']:.1f}"])
+    return markdown(head, lines)
+
+
 def table(steps: list[dict[str, Any]]) -> str:
     head = ["case", "step", "children", "floor us", "row_lse us", "us", "warm us", "target us", "GB/s"]
     rows = [
@@ -199,7 +272,9 @@ def main() -> None:
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     steps: list[dict[str, Any]] = []
-    result = {**gpu_environment("benchmarks.gpu_bench"), "copy_bytes_per_second": bandwidth, "steps": steps}
+    token_logps: list[dict[str, Any]] = []
+    result = {**gpu_environment("benchmarks.gpu_bench"), "copy_bytes_per_second": bandwidth}
+    result |= {"steps": steps, "token_logps": token_logps}
     print(f"copy: {bandwidth / 1e12:.2f} TB/s", flush=True)
 
     def add(step: dict[str, Any]) -> None:
@@ -207,10 +282,17 @@ def main() -> None:
         write_json(arguments.out, result)
         print(table(steps).splitlines()[-1], flush=True)
 
+    for logits_case in LOGITS_CASES:
+        if arguments.cases in logits_case.name:
+            token_logps.append(measure_token_logps(logits_case, bandwidth))
+            write_json(arguments.out, result)
+            print(token_logps_table(token_logps).splitlines()[-1], flush=True)
+            torch.cuda.empty_cache()
     for case in CASES:
         if arguments.cases in case.name and time.perf_counter() - begin < arguments.seconds:
             measure(case, bandwidth, add)
             torch.cuda.empty_cache()
+    print(token_logps_table(token_logps))
     print(table(steps))
 
 

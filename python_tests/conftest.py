@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_on_cpu.shim import Shim, compiler
 from hypothesis import HealthCheck, Phase, settings
 
 from raddpo_ext import _C
@@ -46,6 +47,14 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Shim:
+    """The CUDA kernels, compiled for the CPU."""
+    if compiler() is None:
+        pytest.skip("needs a C++ compiler (g++, or the one named by CXX)")
+    return Shim(tmp_path_factory.mktemp("cuda_on_cpu"))
 
 
 @pytest.fixture

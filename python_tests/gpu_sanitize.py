@@ -23,6 +23,15 @@ from benchmarks.catalogues import ROOT
 from benchmarks.gpu_report import gpu_environment, require_gpu
 from benchmarks.report import RESULTS, write_json
 from python_tests.beam_cases import DTYPES, NORMALIZE, exact_logits, generator_of, random_state, state_of, wide_index
+from python_tests.logit_cases import DTYPES as LOGIT_TYPES
+from python_tests.logit_cases import (
+    MAPS,
+    SUPPORTS,
+    assert_backward_close,
+    assert_forward_close,
+    random_call,
+    random_grad,
+)
 from raddpo_ext.row_lse import row_lse
 
 TOOLS = {
@@ -72,6 +81,19 @@ def drive() -> None:
     tokens = torch.randint(0, 9, (40, 3), generator=generator_of(2))
     walk = torch.ops.raddpo.trie_walk
     assert walk(tokens.to("cuda"), on_device.data, index.header).tolist() == index._walk(tokens).tolist()
+    for seed, (dtype, support, map_, cols) in enumerate(
+        [(dtype, support, MAPS[0], 9001) for dtype in LOGIT_TYPES for support in SUPPORTS]
+        + [(DTYPES[0], support, map_, 301) for support in SUPPORTS for map_ in MAPS[1:]]
+        + [(DTYPES[1], support, MAPS[0], 70_001) for support in SUPPORTS]
+    ):
+        call = random_call(5, cols, dtype, support, map_, seed, seed % 8)
+        moved, grad = call.to("cuda"), random_grad(call, seed)
+        logps, lse = torch.ops.raddpo.token_logps(*moved)
+        assert_forward_close((logps, lse), call)
+        arguments = moved.backward(grad.to("cuda"), lse)
+        assert_backward_close(torch.ops.raddpo.token_logps_backward(*arguments), call, grad, lse.cpu())
+        torch.ops.raddpo.token_logps_backward_(*arguments[:7], None, *arguments[7:])
+        assert_backward_close(moved.logits, call, grad, lse.cpu())
     print(DRIVEN)
 
 

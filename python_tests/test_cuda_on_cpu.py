@@ -36,11 +36,6 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler
 ORDERS = [(0, 0), (1, 1), (2, 3), (4, 5)]  # of threads, of blocks: ascending, descending, shuffled
 
 
-@pytest.fixture(scope="session")
-def shim(tmp_path_factory: pytest.TempPathFactory) -> Shim:
-    return Shim(tmp_path_factory.mktemp("cuda_on_cpu"))
-
-
 def assert_matches_cpu(
     shim: Shim, logits: Tensor, state: rx.BeamState, index: rx.TrieIndex, width: int, **options: Any
 ) -> rx.BeamState:
@@ -277,9 +272,10 @@ def test_sanitized() -> None:
         "ASAN_OPTIONS": "detect_leaks=0:protect_shadow_gap=0",
         "PYTHONMALLOC": "malloc",
     }
-    tests = "beyond_the_logits or 1607 or end_beams or hundred or no_beams or row_lse or (ties and 3000)"
+    tests = "beyond_the_logits or 1607 or end_beams or hundred or no_beams or row_lse or (ties and 3000) or bounds"
+    files = [str(path) for path in Path(__file__).parent.glob("test_*cuda*.py")]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider", "-k", tests],
+        [sys.executable, "-m", "pytest", *files, "-q", "-x", "-p", "no:cacheprovider", "-k", tests],
         env=environment,
         capture_output=True,
         text=True,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from agreement import assert_states_equal
 from beam_cases import NORMALIZE, exact_logits, generator_of, six_beams, wide_index
+from logit_cases import MAPS, SUPPORTS, random_call, random_grad
 from on_gpu import NEEDS_GPU, moved
 from torch import Tensor
 
@@ -161,3 +162,78 @@ def test_retriever(name: str) -> None:
     torch.testing.assert_close(results[1].scores.cpu(), results[0].scores, rtol=1e-3, atol=1e-3)
     assert results[1].items.device.type == "cuda"
     assert (results[1].items >= 0).all()
+
+
+@pytest.mark.parametrize("support", SUPPORTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_logps_identical_runs(support: str, dtype: torch.dtype) -> None:
+    call = random_call(40, 70_001, dtype, support, MAPS[0], 0).to("cuda")
+    grad = random_grad(call.to("cpu"), 0).cuda()
+
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        logps, lse = torch.ops.raddpo.token_logps(*call)
+        return logps, lse, torch.ops.raddpo.token_logps_backward(*call.backward(grad, lse))
+
+    first = run()
+    for _ in range(100):
+        assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(first, run(), strict=True))
+
+
+def test_token_logps_in_a_graph_without_synchronising() -> None:
+    """Captured with its clusters of blocks, forward and backward in place; never synchronises."""
+    calls = [random_call(12, 40_000, torch.float32, "lists", MAPS[0], seed).to("cuda") for seed in range(2)]
+    grad = random_grad(calls[0].to("cpu"), 0).cuda()
+    static, source = calls[0]._replace(logits=calls[0].logits.clone()), calls[0].logits.clone()
+
+    def run() -> tuple[Tensor, Tensor]:
+        static.logits.copy_(source)
+        logps, lse = torch.ops.raddpo.token_logps(*static)
+        arguments = static.backward(grad, lse)
+        torch.ops.raddpo.token_logps_backward_(*arguments[:7], None, *arguments[7:])
+        return logps, static.logits
+
+    run()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run()
+    for call in [*calls, calls[0]]:
+        source.copy_(call.logits)
+        graph.replay()
+        replayed = [part.clone() for part in got]
+        for one, other in zip(replayed, run(), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_token_logps_on_a_stream() -> None:
+    """Both passes wait for what their stream does before, and for nothing else."""
+    call = random_call(12, 40_000, torch.float32, "vocab", MAPS[0], 0)
+    ready, grad = call.to("cuda"), random_grad(call, 0).cuda()
+    expected = torch.ops.raddpo.token_logps(*ready)
+    fresh = torch.ops.raddpo.token_logps_backward(*ready.backward(grad, expected[1]))
+    late = ready._replace(logits=torch.full_like(ready.logits, math.nan))
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(500_000_000)
+        late.logits.copy_(ready.logits)
+        logps, lse = torch.ops.raddpo.token_logps(*late)
+        got = torch.ops.raddpo.token_logps_backward(*late.backward(grad, lse))
+        waiting = not stream.query()
+    assert waiting
+    stream.synchronize()
+    assert torch.equal(logps, expected[0])
+    assert torch.equal(got, fresh)
+
+
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_token_logps_opcheck(support: str) -> None:
+    call = random_call((2, 3), 100, torch.float32, support, MAPS[0], 0).to("cuda")
+    torch.library.opcheck(torch.ops.raddpo.token_logps, tuple(call))
+    arguments = call.backward(torch.ones(2, 3, device="cuda"), torch.zeros(2, 3, device="cuda"))
+    torch.library.opcheck(torch.ops.raddpo.token_logps_backward, arguments)

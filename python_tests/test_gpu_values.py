@@ -19,6 +19,18 @@ from beam_cases import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logit_cases import DTYPES as LOGIT_TYPES
+from logit_cases import (
+    MAPS,
+    SUPPORTS,
+    Call,
+    assert_backward_close,
+    assert_forward_close,
+    assert_kept,
+    random_call,
+    random_grad,
+    strided,
+)
 from on_gpu import NEEDS_GPU, moved
 from strategies import Catalogue, catalogues
 from torch import Tensor
@@ -178,3 +190,96 @@ def test_row_lse(dtype: torch.dtype, columns: int) -> None:
     expected = logits.double().logsumexp(1)
     expected[expected == math.inf] = math.nan
     assert_scores_close(row_lse(logits.cuda()).cpu(), expected, "row_lse")
+
+
+def assert_token_logps_close(call: Call, seed: int) -> None:
+    """Forward, backward and backward in place, the logits at the strides that they have on the CPU."""
+    shape, gap, shift = call.logits.shape, call.logits.stride(-2) - call.logits.shape[-1], call.logits.storage_offset()
+    on_device = call.to("cuda")._replace(logits=strided(call.logits.cuda(), shift, gap))
+    logps, lse = torch.ops.raddpo.token_logps(*on_device)
+    assert_forward_close((logps, lse), call)
+    grad = random_grad(call, seed)
+    fresh = torch.ops.raddpo.token_logps_backward(*on_device.backward(grad.cuda(), lse))
+    assert fresh.shape == shape
+    assert_backward_close(fresh, call, grad, lse.cpu())
+    arguments = on_device.backward(grad.cuda(), lse)
+    torch.ops.raddpo.token_logps_backward_(*arguments[:7], None, *arguments[7:])
+    torch.testing.assert_close(on_device.logits, fresh, rtol=0, atol=0, equal_nan=True)
+    assert_kept(on_device.logits)
+
+
+@settings(max_examples=200)
+@given(
+    st.one_of(st.integers(1, 5), st.tuples(st.integers(1, 3), st.integers(1, 3))),
+    st.one_of(st.integers(1, 40), st.integers(1, 3000)),
+    st.sampled_from(LOGIT_TYPES),
+    st.sampled_from(SUPPORTS),
+    st.sampled_from(MAPS),
+    st.integers(0, 2**32),
+    st.integers(0, 8),
+    st.integers(0, 8),
+)
+def test_token_logps(
+    rows: int | tuple[int, int],
+    cols: int,
+    dtype: torch.dtype,
+    support: str,
+    map_: tuple[float, float],
+    seed: int,
+    shift: int,
+    gap: int,
+) -> None:
+    assert_token_logps_close(random_call(rows, cols, dtype, support, map_, seed, shift, gap), seed)
+
+
+@pytest.mark.parametrize("dtype", LOGIT_TYPES)
+@pytest.mark.parametrize("support", SUPPORTS)
+@pytest.mark.parametrize(("rows", "cols"), [(5, 8193), (3, 40_003), (64, 151_936), (700, 16_390)])
+def test_token_logps_long_rows(dtype: torch.dtype, support: str, rows: int, cols: int) -> None:
+    """Clusters of 2 to 8 blocks forward; pieces of one and of several rounds backward."""
+    assert_token_logps_close(random_call(rows, cols, dtype, support, MAPS[0], rows, 1), cols)
+
+
+def test_token_logps_special_rows() -> None:
+    """NaN, +inf, only -inf and huge logits, as on the CPU."""
+    logits = torch.randn(6, 20_000, generator=generator_of(0))
+    logits[0], logits[1, 7], logits[2, 9], logits[3, 1], logits[4, 0] = -math.inf, math.nan, math.inf, -math.inf, 1e30
+    targets = torch.tensor([1, 1, 1, 1, 0, 1])
+    for map_ in MAPS[:1] + MAPS[2:]:
+        call = Call(logits, targets, None, None, None, *map_, -100, 0, 20_000)
+        got = torch.ops.raddpo.token_logps(*call.to("cuda"))
+        for one, other in zip(got, torch.ops.raddpo.token_logps(*call), strict=True):
+            torch.testing.assert_close(one.cpu(), other, rtol=1e-6, atol=4e-6, equal_nan=True)
+    call = Call(logits, targets, None, None, None, 1 / 0.7, 0.0, -100, 0, 20_000)
+    logps, lse = torch.ops.raddpo.token_logps(*call.to("cuda"))
+    assert logps[4] == 0
+    grad = torch.ones(6, device="cuda")
+    assert torch.ops.raddpo.token_logps_backward(*call.to("cuda").backward(grad, lse))[4].isfinite().all()
+
+
+def test_token_logps_malformed_lists() -> None:
+    """Columns beyond the logits count as an empty support; nothing faults."""
+    columns = torch.tensor([-1, 0, 1, 2, 5, 7, 8, 9, 50, 2**31 - 1]).int()
+    begin, count = torch.tensor([0, 0, 6, 3, 9, 2, 1]), torch.tensor([3, 5, 3, 7, 1, 0, -2])
+    call = Call(torch.randn(7, 9), torch.tensor([1, 1, 8, 5, 5, 1, 1]), columns, begin, count, 1.0, 0.0, -100, 0, 9)
+    logps, lse = torch.ops.raddpo.token_logps(*call.to("cuda"))
+    assert logps.tolist() == [-math.inf] * 7
+    grad = torch.ones(7, device="cuda")
+    assert (torch.ops.raddpo.token_logps_backward(*call.to("cuda").backward(grad, lse)) == 0).all()
+
+
+def test_token_logps_beyond_int32() -> None:
+    """More than 2^31 logits, the last rows as the first."""
+    few = random_call(8, 151_936, torch.bfloat16, "vocab", MAPS[0], 1)
+    times = 1800
+    if torch.cuda.mem_get_info()[0] < 3 * times * few.logits.nbytes:
+        pytest.skip("too little memory")
+    call = few.to("cuda")
+    call = call._replace(logits=call.logits.contiguous().repeat(times, 1), targets=call.targets.repeat(times))
+    logps, lse = torch.ops.raddpo.token_logps(*call)
+    assert_forward_close((logps[-8:], lse[-8:]), few)
+    assert torch.equal(logps[:8], logps[-8:])
+    grad = random_grad(few, 0)
+    fresh = torch.ops.raddpo.token_logps_backward(*call.backward(grad.cuda().repeat(times), lse))
+    assert_backward_close(fresh[-8:], few, grad, lse[-8:].cpu())
+    assert torch.equal(fresh[:8], fresh[-8:])

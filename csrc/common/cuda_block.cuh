@@ -10,14 +10,28 @@ namespace raddpo::cuda {
 
 constexpr unsigned kAllLanes = ~0u;
 
+// Blocks come in clusters of `cluster`, one after another: blocks that run at the same time.
 template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, CUstream_st* stream,
-           const Arguments&... arguments) {
+int launch_clusters(void (*kernel)(Parameters...), std::int64_t blocks, int cluster, int threads, CUstream_st* stream,
+                    const Arguments&... arguments) {
+  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, CUstream_st* stream,
+           const Arguments&... arguments) {
+  return launch_clusters(kernel, blocks, 1, threads, stream, arguments...);
 }
 
 __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x % 32); }
@@ -49,6 +63,38 @@ __device__ __forceinline__ T block_reduce(T value, T* scratch, Op op) {
 #pragma unroll
   for (int w = 1; w < threads / 32; ++w) value = op(value, scratch[w]);
   return value;
+}
+
+// Clusters: a block's own number in its cluster is known from its index. Code for GPUs before sm_90, which have no
+// clusters, compiles too and must not be run in one.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr bool kHasClusters = true;
+// The variable in shared memory of the cluster's block `rank` that corresponds to this block's *p.
+template <typename T>
+__device__ __forceinline__ T* shared_of(T* p, int rank) {
+  return static_cast<T*>(__cluster_map_shared_rank(p, static_cast<unsigned>(rank)));
+}
+// wait() returns once every thread of the cluster has arrived, or ended; what they wrote before is seen, but for
+// arrivals that are relaxed.
+__device__ __forceinline__ void cluster_arrive() { __cluster_barrier_arrive(); }
+__device__ __forceinline__ void cluster_arrive_relaxed() { __cluster_barrier_arrive_relaxed(); }
+__device__ __forceinline__ void cluster_wait() { __cluster_barrier_wait(); }
+#else
+constexpr bool kHasClusters = false;
+template <typename T>
+__device__ __forceinline__ T* shared_of(T* p, int) {
+  return p;
+}
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_arrive_relaxed() {}
+__device__ __forceinline__ void cluster_wait() {}
+#endif
+
+// Whether the current device has them.
+inline bool device_has_clusters() {
+  int device = 0, value = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&value, cudaDevAttrClusterLaunch, device) == cudaSuccess && value;
 }
 
 // Sum of the values of the threads before this one, and of all.

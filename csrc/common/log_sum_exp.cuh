@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda_block.cuh"
 #include "logit_type.h"
@@ -48,7 +49,7 @@ __device__ __forceinline__ float exp_or_zero(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * kLog2E));
   return result;
 #else
-  return fast_exp(x);
+  return fast_exp(x) - 0x1p-126f;
 #endif
 }
 
@@ -71,18 +72,26 @@ __device__ __forceinline__ void add(LogSumExp& s, const float (&x)[n]) {
   for (int i = 0; i < n; ++i) s.sum += exp_or_zero(x[i] - shift);
 }
 
-// This thread's share of the log-sum-exp of x[0, n), read by `threads` threads. Loads are coalesced and of 16 bytes but
-// for the few elements before the first and after the last multiple of 16 bytes.
-template <typename D>
-__device__ __forceinline__ LogSumExp share_of_range(const typename D::T* x, std::int64_t n, int thread, int threads) {
+struct Unmapped {
+  template <typename A>
+  __device__ __forceinline__ A operator()(A x) const {
+    return x;
+  }
+};
+
+// This thread's share of the log-sum-exp of map(x[0, n)), read by `threads` threads. Loads are coalesced and of 16
+// bytes but for the few elements before the first and after the last multiple of 16 bytes.
+template <typename D, typename Map = Unmapped>
+__device__ __forceinline__ LogSumExp share_of_range(const typename D::T* x, std::int64_t n, int thread, int threads,
+                                                    const Map& map = {}) {
   LogSumExp s{-INFINITY, 0.f};
   const int past = static_cast<int>(reinterpret_cast<std::uintptr_t>(x) % 16 / sizeof(typename D::T));
   std::int64_t head = past ? kPack<D> - past : 0;
   if (head > n) head = n;
   const int packs = static_cast<int>((n - head) / kPack<D>);  // of rows below 2^33 logits
   const std::int64_t tail = head + static_cast<std::int64_t>(packs) * kPack<D> + thread;
-  const float ends[2] = {thread < head ? load_logit<D>(x + thread) : -INFINITY,
-                         tail < n ? load_logit<D>(x + tail) : -INFINITY};
+  const float ends[2] = {thread < head ? map(load_logit<D>(x + thread)) : -INFINITY,
+                         tail < n ? map(load_logit<D>(x + tail)) : -INFINITY};
   const auto* pack = reinterpret_cast<const uint4*>(x + head) + thread;
   for (int left = packs; left > 0; left -= kLoads * threads, pack += kLoads * threads) {
     const unsigned none = minus_infinity(D{});
@@ -90,6 +99,17 @@ __device__ __forceinline__ LogSumExp share_of_range(const typename D::T* x, std:
 #pragma unroll
     for (int k = 0; k < kLoads; ++k)
       v[k] = k * threads + thread < left ? __ldg(pack + k * threads) : make_uint4(none, none, none, none);
+    if constexpr (!std::is_base_of_v<Unmapped, Map>) {
+#pragma unroll
+      for (int k = 0; k < kLoads; ++k)
+        if (k * threads + thread < left) {
+          float z[kPack<D>];
+#pragma unroll
+          for (int i = 0; i < kPack<D>; ++i) z[i] = map(unpack(D{}, v[k], i));
+          add(s, z);  // a maximum a pack, so that none is mapped twice or kept
+        }
+      continue;
+    }
     float most = s.max;
 #pragma unroll
     for (int k = 0; k < kLoads; ++k)
@@ -110,15 +130,15 @@ __device__ __forceinline__ LogSumExp share_of_range(const typename D::T* x, std:
 }
 
 // The same of the logits at token_at(i), i in [begin, end).
-template <typename D, typename TokenAt>
+template <typename D, typename TokenAt, typename Map = Unmapped>
 __device__ __forceinline__ LogSumExp share_of_tokens(const typename D::T* row, unsigned begin, unsigned end, int thread,
-                                                     int threads, TokenAt token_at) {
+                                                     int threads, TokenAt token_at, const Map& map = {}) {
   LogSumExp s{-INFINITY, 0.f};
   for (unsigned i = begin + thread; i < end; i += 4 * threads) {
     float x[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      x[k] = i + k * threads < end ? load_logit<D>(row + token_at(i + k * threads)) : -INFINITY;
+      x[k] = i + k * threads < end ? map(load_logit<D>(row + token_at(i + k * threads))) : -INFINITY;
     add(s, x);
   }
   return s;

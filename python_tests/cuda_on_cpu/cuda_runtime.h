@@ -1,10 +1,12 @@
 #pragma once
 // The part of CUDA that the kernels use, for a C++ compiler: put this folder on the include path before CUDA's own.
-// One-dimensional grids and blocks of whole warps, full masks, blocks one after another. There is no memory model: what
-// a missing __threadfence or a stale cache would do is not seen here.
+// One-dimensional grids and blocks of whole warps, full masks, blocks (or clusters of them) one after another. There is
+// no memory model: what a missing __threadfence or a stale cache would do is not seen here.
+#include <link.h>
 #include <math.h>
 
 #include <cmath>
+#include <cstdlib>
 
 #include "fibers.h"
 
@@ -17,10 +19,8 @@
 #if defined(__SANITIZE_ADDRESS__)
 #define __shared__ static
 #else
-// All shared memory in one section, to be filled with garbage before each block.
-#define __shared__ static __attribute__((section("cuda_shared")))
-extern "C" char __start_cuda_shared[] __attribute__((visibility("hidden")));
-extern "C" char __stop_cuda_shared[] __attribute__((visibility("hidden")));
+// The only thread-local variables of this library, so that all shared memory is in one place, found below.
+#define __shared__ static thread_local
 #endif
 #define CUDA_ON_CPU_LINE const char *what = __builtin_FUNCTION(), int line = __builtin_LINE()
 
@@ -30,11 +30,21 @@ using cudaStream_t = struct CUstream_st*;
 constexpr int cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9,
               cudaErrorLaunchFailure = 719;
 
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    dim3 clusterDim;
+  } val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   std::size_t dynamicSmemBytes;
   cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
+enum cudaDeviceAttr { cudaDevAttrClusterLaunch };
 
 #define threadIdx (::cuda_on_cpu::thread_index)
 inline dim3 blockIdx, blockDim, gridDim;
@@ -64,6 +74,10 @@ inline void __syncwarp(unsigned = ~0u, CUDA_ON_CPU_LINE) {
   cuda_on_cpu::leave(cuda_on_cpu::State::at_warp, what, line);
 }
 inline void __threadfence() {}
+inline void __cluster_barrier_arrive() { ++cuda_on_cpu::current().arrivals; }
+inline void __cluster_barrier_arrive_relaxed() { __cluster_barrier_arrive(); }
+inline void __cluster_barrier_wait(CUDA_ON_CPU_LINE) { cuda_on_cpu::leave(cuda_on_cpu::State::at_cluster, what, line); }
+inline void __stwb(uint4* p, uint4 value) { *p = value; }
 
 template <typename T>
 T __shfl_sync(unsigned, T value, unsigned from, CUDA_ON_CPU_LINE) {
@@ -95,27 +109,90 @@ T atomicAdd(T* at, T value) {
 
 namespace cuda_on_cpu {
 inline unsigned block_order = 0;  // as Block::order
+inline bool has_clusters = true;
+
+// The index of the cluster's first block, and the number of the one that runs. Each has shared memory of its own,
+// copied to where the kernels' variables are while it runs; under AddressSanitizer all blocks share one, and it is not
+// filled.
+inline unsigned first_block, entered;
+inline std::vector<std::vector<char>> shared_memories;
+inline std::vector<bool> started;
+
+struct SharedMemory {
+  char* begin;
+  std::size_t size;
+};
+inline SharedMemory shared;  // of this thread
+
+inline SharedMemory find_shared_memory() {
+#if defined(__SANITIZE_ADDRESS__)
+  return {nullptr, 0};
+#else
+  static thread_local char anchor;
+  SharedMemory found{&anchor, 0};
+  dl_iterate_phdr(
+      [](dl_phdr_info* library, std::size_t, void* data) {
+        auto* wanted = static_cast<SharedMemory*>(data);
+        auto* begin = static_cast<char*>(library->dlpi_tls_data);
+        for (int i = 0; i < library->dlpi_phnum; ++i) {
+          const auto& part = library->dlpi_phdr[i];
+          if (part.p_type != PT_TLS || wanted->begin < begin || wanted->begin >= begin + part.p_memsz) continue;
+          *wanted = {begin, part.p_memsz};
+          return 1;
+        }
+        return 0;
+      },
+      &found);
+  if (!found.size) std::abort();
+  return found;
+#endif
+}
+
+inline void enter_block(unsigned number) {
+  blockIdx = {first_block + number};
+  if (number != entered && shared.size) {
+    std::memcpy(shared_memories[entered].data(), shared.begin, shared.size);
+    std::memcpy(shared.begin, shared_memories[number].data(), shared.size);
+  }
+  entered = number;
+  if (!started[number] && shared.size) std::memset(shared.begin, 0xa5, shared.size);  // what was written before is lost
+  started[number] = true;
+}
+}  // namespace cuda_on_cpu
+
+inline void* __cluster_map_shared_rank(void* p, unsigned rank) {
+  using namespace cuda_on_cpu;
+  if (!shared.size || rank == entered) return p;
+  return shared_memories[rank].data() + (static_cast<char*>(p) - shared.begin);
+}
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = cuda_on_cpu::has_clusters, cudaSuccess;
 }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   using namespace cuda_on_cpu;
+  const unsigned cluster = config->numAttrs ? config->attrs[0].val.clusterDim.x : 1;
   if (!config->gridDim.x || !config->blockDim.x || config->blockDim.x > 1024) return cudaErrorInvalidConfiguration;
   if (config->blockDim.x % 32) return cudaErrorInvalidConfiguration;
+  if (cluster > (has_clusters ? 8 : 1) || config->gridDim.x % cluster) return cudaErrorInvalidConfiguration;
   gridDim = config->gridDim;
   blockDim = config->blockDim;
+  block.enter = enter_block;
+  shared = find_shared_memory();
   const std::function<void()> body = [&] { kernel(arguments...); };
-  std::vector<unsigned> order(gridDim.x);
+  std::vector<unsigned> order(gridDim.x / cluster);
   std::iota(order.begin(), order.end(), 0u);
   if (block_order == 1) std::reverse(order.begin(), order.end());
   if (block_order > 1) std::shuffle(order.begin(), order.end(), std::mt19937(block_order));
   for (unsigned i : order) {
-#if !defined(__SANITIZE_ADDRESS__)
-    std::memset(__start_cuda_shared, 0xa5, __stop_cuda_shared - __start_cuda_shared);
-#endif
-    blockIdx = {i};
-    if (!run_block(blockDim.x, body)) return cudaErrorLaunchFailure;
+    if (cluster > 1) shared_memories.assign(cluster, std::vector<char>(shared.size));
+    started.assign(cluster, false);
+    first_block = i * cluster;
+    entered = 0;
+    if (!run_cluster(cluster, blockDim.x, body)) return cudaErrorLaunchFailure;
   }
   return cudaSuccess;
 }

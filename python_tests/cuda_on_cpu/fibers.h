@@ -1,7 +1,8 @@
 #pragma once
-// One block of CUDA threads on one CPU thread. Every CUDA thread is a fiber that runs until it waits, at a barrier of
-// its warp or its block, or ends. All of a warp or block must wait at the same place in the source: a barrier that some
-// threads pass by, or reach elsewhere, is an error, as is one that a thread will never reach because it has ended.
+// One cluster of blocks of CUDA threads, mostly a single block, on one CPU thread. Every CUDA thread is a fiber that
+// runs until it waits, at a barrier of its warp, block or cluster, or ends. All of a warp or block must wait at the
+// same place in the source: a barrier that some threads pass by, or reach elsewhere, is an error, as is one that a
+// thread will never reach because it has ended.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -62,7 +63,7 @@ struct Dim3 {
   constexpr Dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-enum class State { ready, at_warp, at_block, ended };
+enum class State { ready, at_warp, at_block, at_cluster, ended };
 
 struct Fiber {
   Context context;
@@ -72,11 +73,14 @@ struct Fiber {
   const char* what;         // the barrier's name
   std::uint64_t values[2];  // given to the warp's last two exchanges: a lane is at most one exchange ahead of another
   unsigned exchanges;
+  unsigned arrivals;  // at barriers of the cluster
 };
 
 struct Block {
   std::vector<Fiber> fibers;
-  unsigned size = 0, current = 0;
+  unsigned size = 0, current = 0;           // threads, of all blocks of the cluster
+  unsigned threads = 0;                     // of one block
+  void (*enter)(unsigned block) = nullptr;  // makes its shared memory and index those that threads see
   Context scheduler;
   const std::function<void()>* body = nullptr;
   std::string error;
@@ -122,6 +126,21 @@ inline bool release(unsigned begin, unsigned end, State kind) {
   return true;
 }
 
+// Frees the threads that wait for the cluster's arrivals, once all that have not ended have arrived as often.
+inline bool release_cluster() {
+  unsigned least = ~0u;
+  for (unsigned i = 0; i < block.size; ++i)
+    if (block.fibers[i].state != State::ended) least = std::min(least, block.fibers[i].arrivals);
+  bool any = false;
+  for (unsigned i = 0; i < block.size; ++i) {
+    Fiber& fiber = block.fibers[i];
+    if (fiber.state != State::at_cluster || fiber.arrivals > least) continue;
+    fiber.state = State::ready;
+    any = true;
+  }
+  return any;
+}
+
 inline std::string describe_stuck() {
   std::string text = "barrier not reached by every thread:";
   for (unsigned i = 0; i < block.size; ++i) {
@@ -138,13 +157,16 @@ inline std::string describe_stuck() {
 inline bool run_thread(unsigned thread) {
   if (block.fibers[thread].state != State::ready) return false;
   block.current = thread;
-  thread_index = {thread};
+  thread_index = {thread % block.threads};
+  block.enter(thread / block.threads);
   switch_to(block.scheduler, block.fibers[thread].context);
   return true;
 }
 
-inline bool run_block(unsigned threads, const std::function<void()>& body) {
+inline bool run_cluster(unsigned blocks, unsigned threads_of_block, const std::function<void()>& body) {
+  const unsigned threads = blocks * threads_of_block;
   block.size = threads;
+  block.threads = threads_of_block;
   block.body = &body;
   if (block.fibers.size() < threads) block.fibers.resize(threads);
   for (unsigned i = 0; i < threads; ++i) {
@@ -154,7 +176,7 @@ inline bool run_block(unsigned threads, const std::function<void()>& body) {
     __asan_unpoison_memory_region(fiber.stack.get(), kStackBytes);  // the thread before never returned
 #endif
     fiber.state = State::ready;
-    fiber.exchanges = 0;
+    fiber.exchanges = fiber.arrivals = 0;
     start(fiber.context, fiber.stack.get(), run_fiber);
   }
   std::vector<unsigned> warps(threads / 32), lanes(32);
@@ -173,7 +195,9 @@ inline bool run_block(unsigned threads, const std::function<void()>& body) {
         for (unsigned lane : lanes) progress |= run_thread(warp * 32 + lane);
       } while (release(warp * 32, warp * 32 + 32, State::at_warp) && (block.order < 2 || block.random() % 8));
     }
-    progress |= release(0, threads, State::at_block);
+    for (unsigned begin = 0; begin < threads; begin += threads_of_block)
+      progress |= release(begin, begin + threads_of_block, State::at_block);
+    progress |= release_cluster();
   }
   const bool ended = std::all_of(block.fibers.begin(), block.fibers.begin() + threads,
                                  [](const Fiber& fiber) { return fiber.state == State::ended; });

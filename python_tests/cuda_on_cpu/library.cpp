@@ -1,6 +1,7 @@
 // The kernels, compiled for the CPU from the very .cu files, behind C functions for ctypes.
 #include "../../csrc/beam_search/beam_search_cuda.cu"
 #include "../../csrc/row_lse/row_lse_cuda.cu"
+#include "../../csrc/token_logps/token_logps_cuda.cu"
 #include "../../csrc/trie/trie_cuda.cu"
 #include "faults.cuh"
 
@@ -96,4 +97,36 @@ EXPORT int fault(int kind, const int* values, int* out) {
                                                cuda::divergent_barrier_kernel, cuda::early_exit_kernel,
                                                cuda::divergent_shuffle_kernel};
   return cuda::launch(kernels[kind], 1, 64, nullptr, values, out);
+}
+
+// 0: a GPU without clusters.
+EXPORT void set_clusters(int has) { cuda_on_cpu::has_clusters = has; }
+
+// `sizes`: logit type, rows, inner, cols, strides of logits and of their gradient, first_column, vocab_size,
+// ignore_index. Forward without `grad`.
+EXPORT int token_logps(const std::int64_t* sizes, const void* logits, const std::int64_t* targets,
+                       const std::int32_t* columns, const std::int64_t* begin, const std::int64_t* count, double scale,
+                       double softcap, void* logps, void* lse, const void* grad, void* grad_logits) {
+  TokenLogpsArgs a{};
+  a.type = static_cast<LogitType>(sizes[0]);
+  a.rows = sizes[1];
+  a.inner = sizes[2];
+  a.cols = sizes[3];
+  a.strides = {sizes[4], sizes[5]};
+  a.grad_strides = {sizes[6], sizes[7]};
+  a.first_column = sizes[8];
+  a.vocab_size = sizes[9];
+  a.ignore_index = sizes[10];
+  a.logits = logits;
+  a.targets = targets;
+  a.columns = columns;
+  a.begin = begin;
+  a.count = count;
+  a.scale = scale;
+  a.softcap = softcap;
+  a.logps = logps;
+  a.lse = lse;
+  a.grad = grad;
+  a.grad_logits = grad_logits;
+  return grad ? cuda::token_logps_backward(a, nullptr) : cuda::token_logps(a, nullptr);
 }

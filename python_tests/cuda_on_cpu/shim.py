@@ -6,7 +6,9 @@ import ctypes
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ import raddpo_ext as rx
 
 FOLDER = Path(__file__).parent
 _NORMALIZE = ("vocab", "level", "trie")
-_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: Compiles with AddressSanitizer and UndefinedBehaviorSanitizer; the process must have libasan preloaded.
 SANITIZE = "CUDA_ON_CPU_SANITIZE"
 
@@ -48,13 +50,17 @@ class Shim:
     def set_order(self, threads: int, blocks: int) -> None:
         self._library.set_order(threads, blocks)
 
-    def call(self, name: str, *arguments: Tensor | int | float) -> None:
+    def set_clusters(self, has: bool) -> None:
+        """Whether the GPU has clusters of blocks (sm_90 and later)."""
+        self._library.set_clusters(int(has))
+
+    def call(self, name: str, *arguments: Tensor | float | None) -> None:
         values = [
             ctypes.c_void_p(argument.data_ptr())
             if isinstance(argument, Tensor)
             else ctypes.c_double(argument)
             if isinstance(argument, float)
-            else ctypes.c_int64(argument)
+            else ctypes.c_int64(argument or 0)
             for argument in arguments
         ]
         code = getattr(self._library, name)(*values)
@@ -119,3 +125,38 @@ class Shim:
         out = torch.full_like(values, 777)
         self.call("fault", kinds.index(kind), values, out)
         return out
+
+    def token_logps(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        columns: Tensor | None,
+        begin: Tensor | None,
+        count: Tensor | None,
+        scale: float,
+        softcap: float,
+        *numbers: int,
+    ) -> tuple[Tensor, Tensor]:
+        """The registered op of that name; ``numbers`` are ignore_index, first_column and vocab_size."""
+        type_ = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        logps, lse = (torch.full(targets.shape, 777.0, dtype=type_) for _ in range(2))
+        supports = (targets, columns, begin, count, float(scale), float(softcap))
+        self.call("token_logps", token_logps_sizes(logits, logits, numbers), logits, *supports, logps, lse, None, None)
+        return logps, lse
+
+    def token_logps_backward(
+        self, grad: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, *options: Any, out: Tensor
+    ) -> None:
+        """Writes the logits' gradient to ``out``, which may be ``logits``."""
+        columns, begin, count, scale, softcap, *numbers = options
+        supports = (targets, columns, begin, count, float(scale), float(softcap))
+        self.call("token_logps", token_logps_sizes(logits, out, numbers), logits, *supports, None, lse, grad, out)
+
+
+def token_logps_sizes(logits: Tensor, grad_logits: Tensor, numbers: Sequence[int]) -> Tensor:
+    assert logits.shape[-1] <= 1 or logits.stride(-1) == grad_logits.stride(-1) == 1
+    outer, inner = (logits.shape[0] if logits.dim() == 3 else 1), logits.shape[-2]
+    strides = [n for t in (logits, grad_logits) for n in ((t.stride(0) if t.dim() == 3 else 0), t.stride(-2))]
+    ignore_index, first_column, vocab_size = numbers
+    sizes = [_TYPES.index(logits.dtype), outer * inner, inner, logits.shape[-1], *strides]
+    return torch.tensor([*sizes, first_column, vocab_size, ignore_index])
