@@ -94,7 +94,7 @@ class Product:
                 if live is not None:
                     logits, hidden = logits[: len(live)], hidden[live]
                 if gradients.wants_hidden:
-                    gradients.add_hidden(self.part, rows, live, logits @ _cut_out(self.weight, columns))
+                    gradients.add_hidden(self.part, rows, live, logits, _cut_out(self.weight, columns))
                 if gradients.bias is not None:
                     gradients.add_bias(self.part, columns, logits.sum(0, dtype=gradients.bias.dtype))
                 if gradients.weight is None:
@@ -169,18 +169,22 @@ class Gradients:
             if not self._once:
                 self.weight.zero_()
 
-    def add_hidden(self, part: Part, rows: slice, live: Tensor | None, piece: Tensor) -> None:
-        if part.rows is None and live is None:
-            if self._hidden_grad is None and piece.shape[0] == self._hidden.shape[0]:
-                self._hidden_grad = piece.to(self._hidden_dtype)
-                return
-            place: slice | Tensor = rows
-        else:
-            place = torch.arange(rows.start, rows.stop, device=piece.device) if part.rows is None else part.rows[rows]
-            place = place if live is None else place[live]
+    def add_hidden(self, part: Part, rows: slice, live: Tensor | None, left: Tensor, right: Tensor) -> None:
+        """Adds ``left @ right``."""
+        whole = part.rows is None and live is None
+        if whole and self._hidden_grad is None and left.shape[0] == self._hidden.shape[0]:
+            self._hidden_grad = (left @ right).to(self._hidden_dtype)
+            return
         if self._hidden_grad is None:
             self._hidden_grad = self._hidden.new_zeros(self._hidden.shape, dtype=self._hidden_dtype)
-        self._hidden_grad[place] += piece
+        if whole and self._hidden_dtype == left.dtype:
+            self._hidden_grad[rows].addmm_(left, right)
+            return
+        place: slice | Tensor = rows
+        if not whole:
+            place = torch.arange(rows.start, rows.stop, device=left.device) if part.rows is None else part.rows[rows]
+            place = place if live is None else place[live]
+        self._hidden_grad[place] += left @ right
 
     def add_bias(self, part: Part, columns: slice, piece: Tensor) -> None:
         assert self.bias is not None
