@@ -20,6 +20,10 @@ TOLERANCE = {
     "row_lse": (1e-6, 2e-6),
     "beam_step": (1e-6, 4e-6),
     "beam_search": (2e-6, 1e-5),
+    "token_logps": (1e-6, 4e-6),
+    "token_logps.grad": (1e-5, 1e-6),
+    "linear_token_logps": (2e-6, 2e-5),
+    "linear_token_logps.grad": (2e-5, 2e-5),
 }
 
 

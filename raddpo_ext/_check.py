@@ -30,9 +30,10 @@ def number(value: Any, name: str) -> float:
     """``value``, a finite real number."""
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
+    number = float(value)
+    if not -math.inf < number < math.inf:  # math.isfinite is beyond torch.compile
         raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
+    return number
 
 
 def instance(value: Any, name: str, kind: type) -> None:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from raddpo_ext.support import Support
 
+_IGNORED = -1  # among the numbers of a part's columns, where a token that is ignored may be any of them
+
 
 class Part(NamedTuple):
     """Rows of the hidden states that are multiplied by the same rows of the head, in one product ``[R, N]``.
@@ -18,7 +20,8 @@ class Part(NamedTuple):
         first: the head's rows are ``first : first + width``, where ``columns`` is None.
         width: ``N``.
         columns: int64 ``[N]`` rows of the head otherwise, ascending.
-        targets: int64 ``[R]``, numbers of columns of the product; ``ignore_index`` for a target outside its support.
+        targets: int64 ``[R]``, numbers of columns of the product; ``ignored`` where outside its support, or ignored.
+        ignored: no number of a column.
         outside: bool ``[R]``: targets outside their support, or None where there are none.
         lists: ``(columns, begins, counts)`` of each row's support within the product, or None for all of it.
     """
@@ -28,6 +31,7 @@ class Part(NamedTuple):
     width: int
     columns: Tensor | None
     targets: Tensor
+    ignored: int
     outside: Tensor | None
     lists: tuple[Tensor, Tensor, Tensor] | None
 
@@ -40,16 +44,19 @@ def parts_of(targets: Tensor, support: Support | None, num_columns: int, ignore_
         support: of the shape of ``targets``.
         look: leave ignored rows out, which reads values.
     """
+    if len(targets) == 0:
+        return []
     if support is None:
         if look:
             ignored = targets == ignore_index
             if bool(ignored.any()):
                 some = (~ignored).nonzero()[:, 0]
-                return [Part(some, 0, num_columns, None, targets[some], None, None)]
-        return [Part(None, 0, num_columns, None, targets, None, None)]
+                part = Part(some, 0, num_columns, None, targets[some], ignore_index, None, None)
+                return [part] if len(some) else []
+        return [Part(None, 0, num_columns, None, targets, ignore_index, None, None)]
     if torch.compiler.is_compiling() and not support.period:  # a graph's shapes cannot depend on values
         lists = (support.columns, support.begins, support.counts)
-        return [Part(None, 0, num_columns, None, targets, None, lists)]
+        return [Part(None, 0, num_columns, None, targets, ignore_index, None, lists)]
     parts = []
     for group in range(support.num_groups):
         rows = _rows_of_group(targets, support, group, ignore_index, look)
@@ -78,9 +85,11 @@ def _of_level(rows: Tensor, targets: Tensor, support: Support, level: int, ignor
     else:
         columns = support.columns[begin : begin + width].to(torch.int64)
         local, outside = _find(columns, targets)
-    local = torch.where(outside, ignore_index, local)
-    outside = outside & (targets != ignore_index)
-    return Part(rows, first, width, columns, local, None if look and not bool(outside.any()) else outside, None)
+    counted = targets != ignore_index
+    local = torch.where(outside | ~counted, _IGNORED, local)
+    outside = outside & counted
+    outside_or_none = None if look and not bool(outside.any()) else outside
+    return Part(rows, first, width, columns, local, _IGNORED, outside_or_none, None)
 
 
 def _of_depth(rows: Tensor, targets: Tensor, support: Support, depth: int, ignore_index: int, look: bool) -> Part:
@@ -95,7 +104,7 @@ def _of_depth(rows: Tensor, targets: Tensor, support: Support, depth: int, ignor
         columns, numbers = columns.unique(return_inverse=True)
         lists = (numbers.to(torch.int32), starts[which], counts[which])
     local, outside = _find(columns, targets)
-    return Part(rows, 0, len(columns), columns, torch.where(outside, ignore_index, local), outside, lists)
+    return Part(rows, 0, len(columns), columns, torch.where(outside, _IGNORED, local), _IGNORED, outside, lists)
 
 
 def _find(columns: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -68,14 +68,15 @@ class Product:
                     logp, lse = tile_logp, tile_lse
                 else:  # the target is in one tile, and -inf in the others
                     both = torch.logaddexp(lse, tile_lse)
-                    logp = torch.maximum(logp + (lse - both), tile_logp + (tile_lse - both))
+                    shift = both.masked_fill(both == -torch.inf, 0.0)  # every logit so far is -inf
+                    logp = torch.maximum(logp + (lse - shift), tile_logp + (tile_lse - shift))
                     lse = both
             logps.append(logp)
             lses.append(lse)
         if len(logps) > 1:
             logp, lse = torch.cat(logps), torch.cat(lses)
         if len(self.column_tiles) > 1:
-            logp = logp.masked_fill(self.part.targets == self.plan.ignore_index, 0.0)
+            logp = logp.masked_fill(self.part.targets == self.part.ignored, 0.0)
         if self.part.outside is not None:
             logp = logp.masked_fill(self.part.outside, -torch.inf)
         return logp, lse, logits
@@ -108,9 +109,9 @@ class Product:
                 gradients.add_weight(self.part, columns, weight_sum)
 
     def _buffer(self) -> Tensor | None:
-        """For one tile after the other, where malloc would map fresh pages for each."""
-        large = self._tile_size * self.plan.dtype.itemsize >= _HUGE
-        return empty(self.hidden, (self._tile_size,)) if large else None
+        """For one tile after the other: two at once exceed the budget, and malloc maps fresh pages for a large one."""
+        alone = self.fits and self._tile_size * self.plan.dtype.itemsize < _HUGE
+        return None if alone or torch.compiler.is_compiling() else empty(self.hidden, (self._tile_size,))
 
     def _logits(self, rows: slice, columns: slice, buffer: Tensor | None) -> Tensor:
         hidden, weight = _cut_out(self.hidden, rows), _cut_out(self.weight, columns)
@@ -126,7 +127,7 @@ class Product:
         plan, numbers, begins, counts = self.plan, None, None, None
         if self.part.lists is not None:
             numbers, begins, counts = self.part.lists[0], self.part.lists[1][rows], self.part.lists[2][rows]
-        return numbers, begins, counts, plan.scale, plan.softcap, plan.ignore_index, columns.start, self.part.width
+        return numbers, begins, counts, plan.scale, plan.softcap, self.part.ignored, columns.start, self.part.width
 
     def _live(self, grad: Tensor) -> Tensor | None:
         """The rows with a gradient, on the CPU where leaving out the others saves much."""

@@ -49,7 +49,7 @@ def linear_token_logps(
         weight: ``[V, H]`` of the same dtype (any under autocast). A sharded ``DTensor`` (FSDP2) is gathered, and its
             gradient averaged over the ranks, as FSDP2 does; a DeepSpeed ZeRO-3 shard is refused.
         targets: int64 ``[...]``.
-        bias: ``[V]`` or None.
+        bias: ``[V]``, sharded as ``weight`` or not, or None.
         vocab, levels, index, nodes, normalize, temperature, logit_softcap, ignore_index: see :func:`token_logps`.
         logits_budget: bytes of logits kept from the forward to the backward pass, and held at once beyond that; a tile
             has at least 256 rows and 1024 columns.
@@ -77,6 +77,7 @@ def linear_token_logps(
         check_targets(targets, weight.shape[0], ignore_index)
     dtype = _compute_dtype(hidden, weight, bias)
     weight = _whole(weight, accumulate_grad)
+    bias = None if bias is None else _whole(bias, False)
     if accumulate_grad and weight.requires_grad and not weight.is_leaf:
         raise ValueError("accumulate_grad needs weight to be a leaf: the result of an operation has no .grad to add to")
     support = support_of(targets, normalize, vocab, levels, index, nodes, weight.shape[0], ignore_index, check)
@@ -127,7 +128,7 @@ class _LinearTokenLogps(torch.autograd.Function):
             logp, lse, logits = product.forward()
             lses.append(lse)
             if plan.wanted and product.fits:
-                room -= logits.nbytes
+                room -= _nbytes(logits)
                 kept.append(logits)
             else:
                 kept.append(None)
@@ -144,6 +145,8 @@ class _LinearTokenLogps(torch.autograd.Function):
         if plan.wanted:
             ctx.save_for_backward(hidden, weight, bias, *factors, *lses, *kept)
             ctx.parts, ctx.plan, ctx.overwritten = parts, plan, False
+            # Itself, as saved tensors come back as others after checkpointing or offloading.
+            ctx.leaf = weight if plan.accumulate else None
         return logps
 
     @staticmethod
@@ -160,12 +163,21 @@ class _LinearTokenLogps(torch.autograd.Function):
         parts, plan = ctx.parts, ctx.plan
         factors: tuple[Tensor, Tensor, Tensor | None] = (saved[0], saved[1], saved[2])
         lses, kept = saved[3 : 3 + len(parts)], saved[3 + len(parts) :]
-        products = [Product(part, plan, *factors, plan.budget) for part in parts]
-        gradients = Gradients(products, plan, hidden, weight, bias, ctx.needs_input_grad)
+        room = plan.budget - sum(_nbytes(logits) for logits in kept if logits is not None)
+        products = [
+            Product(part, plan, *factors, room if logits is None else _nbytes(logits))
+            for part, logits in zip(parts, kept, strict=True)
+        ]
+        owner = weight if ctx.leaf is None else ctx.leaf
+        gradients = Gradients(products, plan, hidden, owner, bias, ctx.needs_input_grad)
         for product, lse, logits in zip(products, lses, kept, strict=True):
             part = product.part
             product.backward(grad if part.rows is None else grad[part.rows], lse, logits, gradients)
         return (*gradients.results(), None, None, None)
+
+
+def _nbytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()  # Tensor.nbytes is beyond torch.compile where shapes vary
 
 
 def _check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
@@ -212,7 +224,7 @@ def _compute_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch
 
 
 def _whole(weight: Tensor, accumulate_grad: bool) -> Tensor:
-    """``weight``, gathered if it is sharded: its gradient is then the ranks' mean, scattered again."""
+    """``weight``, or the bias, gathered if it is sharded: its gradient is then the ranks' mean, scattered again."""
     if not hasattr(weight, "placements"):
         return weight
     from torch.distributed.tensor import DTensor, Partial, Replicate

@@ -94,8 +94,8 @@ def _of_levels(
             raise ValueError(f"levels hold {int(levels[wrong][0])}, outside [0, {num_levels}), the levels of vocab")
     columns, begins, counts = vocab.level_columns(targets.device)
     known = torch.where(outside, 0, levels)
-    counts = torch.where(outside, 0, counts[known])
-    return Support(columns, begins[known], counts, torch.where(outside, -1, levels), num_levels, vocab, period)
+    counts = torch.where(outside, 0, counts.take(known))
+    return Support(columns, begins.take(known), counts, torch.where(outside, -1, levels), num_levels, vocab, period)
 
 
 def _of_nodes(targets: Tensor, index: TrieIndex | None, nodes: Tensor | None, num_columns: int, check: bool) -> Support:

@@ -54,8 +54,9 @@ def token_logps(
         temperature: positive.
         logit_softcap: positive, or None.
         ignore_index: a target of this value has log-prob 0 and no gradient.
-        inplace_backward: write the gradient into the storage of ``logits``, which then no longer hold logits. Not
-            while ``torch.compile`` traces, where the gradient gets storage of its own.
+        inplace_backward: write the gradient into the storage of ``logits``, which then no longer hold logits. Not for
+            rows that share memory (``expand``), nor while ``torch.compile`` traces: there the gradient gets storage of
+            its own.
         check: also raise ValueError for NaN logits, and on CUDA for the values of integer tensors (synchronises).
             On CUDA without it, a target outside ``[0, V)`` gives ``-inf``.
 
@@ -83,7 +84,8 @@ def token_logps(
         logps = torch.ops.raddpo.token_logps(rows, targets.contiguous(), *options)[0]
     else:
         try:
-            logps = _TokenLogps.apply(rows, targets.contiguous(), options, inplace_backward)
+            inplace = inplace_backward and not _share_memory(rows)
+            logps = _TokenLogps.apply(rows, targets.contiguous(), options, inplace)
         except RuntimeError:
             check_targets(targets, logits.shape[-1], ignore_index)
             raise
@@ -97,6 +99,16 @@ def _rows(logits: Tensor) -> Tensor:
     if logits.dim() == 1:
         return logits[None]
     return logits if logits.dim() <= 3 else logits.flatten(0, -3)
+
+
+def _share_memory(rows: Tensor) -> bool:
+    """Whether two entries may have one address."""
+    reach = 1
+    for stride, size in sorted(zip(rows.stride(), rows.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def check_map(temperature: float, logit_softcap: float | None) -> tuple[float, float]:

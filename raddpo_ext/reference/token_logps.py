@@ -75,8 +75,11 @@ def child_tokens(index: TrieIndex | None, node: int) -> list[int]:
     if node < 0:
         return []
     codes, depth = index.paths(torch.tensor([node]))
-    children = index.children([code for code in codes[0, : int(depth[0])].tolist() if code >= 0])
     level = int(depth[0])
+    path = [code for code in codes[0, :level].tolist() if code >= 0]
+    if len(path) < level:  # behind the end of the sequence
+        return []
+    children = index.children(path)
     if index.vocab is None:
         return children.tolist()
     tokens = [] if level == index.vocab.levels else index.vocab.token_ids[level].tolist()
