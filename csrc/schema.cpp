@@ -23,4 +23,16 @@ STABLE_TORCH_LIBRARY(raddpo, m) {
       "token_logps_backward_(Tensor grad, Tensor(a!) logits, Tensor targets, Tensor lse, Tensor? columns, Tensor? "
       "begin, Tensor? count, Tensor? live, float scale, float softcap, int ignore_index, int first_column, SymInt "
       "vocab_size) -> ()");
+  // Words as in csrc/session_loss/session_loss.h; a divisor of 0 stands for the count.
+  m.def(
+      "session_loss(Tensor logps, Tensor tokens, Tensor lengths, Tensor offsets, Tensor num_positives, Tensor "
+      "pair_offsets, SymInt num_pairs, Tensor? ref_logps, Tensor? pair_weights, Tensor? detach, Tensor? level_weights, "
+      "Tensor? divisors, float session_divisor, float token_divisor, float beta, float gamma, float sft_weight, float "
+      "label_smoothing, bool length_normalized, int protect, int aggregation, int weighting, int positives, int "
+      "reduction, bool need_gradient) -> (Tensor loss, Tensor preference, Tensor sft, Tensor rewards, Tensor margins, "
+      "Tensor accuracy, Tensor gradient, Tensor scales)");
+  m.def(
+      "session_loss_backward(Tensor? grad_loss, Tensor? grad_preference, Tensor? grad_sft, Tensor logps, Tensor "
+      "gradient, Tensor scales, Tensor lengths, Tensor offsets, Tensor num_positives, Tensor? level_weights, float "
+      "sft_weight) -> Tensor");
 }

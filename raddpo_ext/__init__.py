@@ -8,7 +8,9 @@ from raddpo_ext.beam_search import BeamResult, BeamState, beam_search, beam_step
 from raddpo_ext.integrations.logits_processor import TrieLogitsProcessor
 from raddpo_ext.integrations.retriever import SIDRetriever
 from raddpo_ext.linear_token_logps import linear_token_logps
+from raddpo_ext.raddpo_loss import RADDPOLoss, RADDPOOutput
 from raddpo_ext.session import SessionBatch
+from raddpo_ext.session_loss import PRESETS, SessionLoss, multilabel_contrastive_loss, rad_dpo_loss
 from raddpo_ext.similarity_weighting import SimilarityWeighting
 from raddpo_ext.token_logps import token_logps
 from raddpo_ext.trie import TrieIndex
@@ -16,16 +18,22 @@ from raddpo_ext.vocab import SIDVocab
 
 __version__ = "0.1.0"
 __all__ = [
+    "PRESETS",
     "BeamResult",
     "BeamState",
+    "RADDPOLoss",
+    "RADDPOOutput",
     "SIDRetriever",
     "SIDVocab",
     "SessionBatch",
+    "SessionLoss",
     "SimilarityWeighting",
     "TrieIndex",
     "TrieLogitsProcessor",
     "beam_search",
     "beam_step",
     "linear_token_logps",
+    "multilabel_contrastive_loss",
+    "rad_dpo_loss",
     "token_logps",
 ]

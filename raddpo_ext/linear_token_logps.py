@@ -150,9 +150,8 @@ class _LinearTokenLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("linear_token_logps: differentiable once; go backward without create_graph")
         if ctx.overwritten:
             raise RuntimeError(
                 "linear_token_logps: the first backward pass overwrote the logits by their gradient; call it again to "

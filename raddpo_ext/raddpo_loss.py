@@ -75,7 +75,7 @@ class RADDPOLoss(nn.Module):
             raise TypeError(f"options must be of {sorted(_OPTIONS)}, got {sorted(unknown)}")
         self.similarity_weighting = similarity_weighting
         self.index = index
-        self.head_options = {
+        self.head_options: dict[str, Any] = {
             "normalize": normalize,
             "vocab": vocab,
             "temperature": temperature,
@@ -195,13 +195,13 @@ class RADDPOLoss(nn.Module):
             detached = longest[negative]
         else:
             detached = prefix
+        shielded, tokens = (torch.where(kept, count, 0).sum() for count in (detached, lengths[negative]))
         return {
             "rewards/chosen": _mean(rewards, chosen & (lengths > 0)),
             "rewards/rejected": _mean(rewards, ~chosen & (lengths > 0)),
             "rewards/margins": _mean(margins, kept),
             "pair_weights": _mean(weights, kept),
-            "detached": torch.where(kept, detached, 0).sum()
-            / torch.where(kept, lengths[negative], 0).sum().clamp(min=1),
+            "detached": shielded.to(margins.dtype) / tokens.clamp(min=1),
         }
 
 

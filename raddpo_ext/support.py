@@ -116,6 +116,8 @@ def _of_nodes(targets: Tensor, index: TrieIndex | None, nodes: Tensor | None, nu
         wrong = (nodes < -1) | (nodes >= index.num_nodes)
         if bool(wrong.any()):
             raise ValueError(f"nodes hold {int(nodes[wrong][0])}, no node of the index, which has {index.num_nodes}")
+    if torch.compiler.is_compiling() and not index.has_node_tokens:
+        raise ValueError("index.node_tokens must be read once before torch.compile traces normalize = 'trie'")
     first, count = index.child_ranges(nodes)
     groups = torch.where(count > 0, index.depths(nodes), -1)
     return Support(index.node_tokens, torch.where(count > 0, first, 0), count, groups, index.levels, None, 0)

@@ -159,9 +159,8 @@ class _TokenLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("token_logps: differentiable once; go backward without create_graph")
         if ctx.overwritten:
             raise RuntimeError(
                 "token_logps: the first backward pass overwrote the logits by their gradient; use "

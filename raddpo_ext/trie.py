@@ -246,6 +246,10 @@ class TrieIndex:
         return first.view(nodes.shape), count.view(nodes.shape)
 
     @property
+    def has_node_tokens(self) -> bool:
+        return self._node_tokens is not None
+
+    @property
     def node_tokens(self) -> Tensor:
         """Token id on the edge into each node, int32 ``[num_nodes]``, -1 for the root; made on first use and kept."""
         if self._node_tokens is None:

@@ -107,6 +107,14 @@ T atomicAdd(T* at, T value) {
   return before;
 }
 
+template <typename T>
+T atomicCAS(T* at, T expected, T value) {
+  cuda_on_cpu::preempt();
+  const T before = *at;
+  if (before == expected) *at = value;
+  return before;
+}
+
 namespace cuda_on_cpu {
 inline unsigned block_order = 0;  // as Block::order
 inline bool has_clusters = true;

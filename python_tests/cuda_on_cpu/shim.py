@@ -26,6 +26,11 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
+def _pointers(tensors: Sequence[Tensor | None]) -> Tensor:
+    """Addresses, 0 for None. The tensors must outlive it."""
+    return torch.tensor([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+
+
 class Shim:
     """``threads`` and ``blocks`` orders: 0 ascending, 1 descending, any other number shuffled from it as the seed."""
 
@@ -118,6 +123,48 @@ class Shim:
         first, number = torch.full((len(nodes),), 777), torch.full((len(nodes),), 777)
         self.call("trie_ranges", index.data, index.header, nodes, len(nodes), int(items), first, number)
         return first, number
+
+    def session_loss(self, logps: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        """The operator's own arguments and outputs."""
+        tokens, _, _, num_positives = arguments[:4]
+        num_pairs, reduction, need_gradient = arguments[5], arguments[22], arguments[23]
+        sessions, (candidates, columns) = len(num_positives), logps.shape
+        loss = (sessions,) if reduction == 2 else ()
+        shapes = (
+            loss,
+            loss,
+            loss,
+            (candidates,),
+            (num_pairs,),
+            (),
+            (candidates if need_gradient else 0, columns),
+            (2,),
+        )
+        outputs = tuple(logps.new_full(shape, 777) for shape in shapes)
+        given = [
+            logps,
+            *arguments[:5],
+            *arguments[6:11],
+            *outputs[:6],
+            outputs[6] if need_gradient else None,
+            outputs[7],
+        ]
+        sizes = [sessions, candidates, tokens.shape[1], columns, num_pairs, *map(int, arguments[17:23])]
+        numbers = torch.tensor(arguments[11:17], dtype=torch.float64)
+        is_double = int(logps.dtype == torch.float64)
+        self.call("session_loss", is_double, torch.tensor(sizes), _pointers(given), numbers)
+        return outputs
+
+    def session_loss_backward(self, *arguments: Any) -> Tensor:
+        """The operator's own arguments and output."""
+        *upstream, logps, gradient, scales, lengths, offsets, num_positives, level_weights, sft_weight = arguments
+        out = torch.full_like(logps, 777)
+        strides = [value.stride(0) if value is not None and value.dim() else 0 for value in upstream]
+        tensors = [lengths, offsets, num_positives, *upstream, gradient, scales, level_weights, out]
+        sizes = torch.tensor([len(num_positives), *logps.shape, *strides])
+        is_double = int(logps.dtype == torch.float64)
+        self.call("session_loss_backward", is_double, sizes, _pointers(tensors), float(sft_weight))
+        return out
 
     def fault(self, kind: str, values: Tensor) -> Tensor:
         """Runs a kernel of faults.cuh on int32 ``[64]``."""

@@ -1,0 +1,249 @@
+// session_loss for torch: checks, allocation, threads and streams.
+#include "session_loss.h"
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+#include "../common/buffer.h"
+#include "../common/isa.h"
+#include "../common/tensor.h"
+#include "session_loss_cpu.h"
+#include "session_loss_math.h"
+
+namespace raddpo {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// What the operator takes, in its order.
+struct Inputs {
+  const Tensor &logps, &tokens, &lengths, &offsets, &num_positives, &pair_offsets;
+  std::int64_t num_pairs;
+  const OptionalTensor &ref_logps, &pair_weights, &detach, &level_weights, &divisors;
+  double session_divisor, token_divisor, beta, gamma, sft_weight, label_smoothing;
+  bool length_normalized;
+  std::int64_t protect, aggregation, weighting, positives, reduction;
+  bool need_gradient;
+};
+
+void check_tensor(const Tensor& t, const char* name, ScalarType type, std::int64_t size) {
+  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() == size, "session_loss: ", name,
+                  " must be contiguous, of the documented type and of ", size, " elements");
+}
+
+template <typename T>
+const T* data_of(const OptionalTensor& t, const char* name, ScalarType type, std::int64_t size) {
+  if (!t) return nullptr;
+  check_tensor(*t, name, type, size);
+  return t->template const_data_ptr<T>();
+}
+
+Sessions sessions_of(const Tensor& logps, const Tensor& lengths, const Tensor& offsets, const Tensor& num_positives) {
+  STD_TORCH_CHECK(logps.dim() == 2 && logps.is_contiguous(),
+                  "session_loss: logps must be contiguous, of shape (candidates, columns)");
+  const std::int64_t candidates = logps.size(0), sessions = num_positives.numel();
+  check_tensor(lengths, "lengths", ScalarType::Long, candidates);
+  check_tensor(offsets, "offsets", ScalarType::Long, sessions + 1);
+  check_tensor(num_positives, "num_positives", ScalarType::Long, sessions);
+  return {lengths.const_data_ptr<std::int64_t>(), offsets.const_data_ptr<std::int64_t>(),
+          num_positives.const_data_ptr<std::int64_t>(), sessions, candidates};
+}
+
+template <typename T>
+SessionLossArgs<T> prepare(const Inputs& in, Result& out) {
+  const ScalarType type = in.logps.scalar_type();
+  SessionLossArgs<T> a{};
+  a.batch = sessions_of(in.logps, in.lengths, in.offsets, in.num_positives);
+  const std::int64_t candidates = a.batch.candidates, sessions = a.batch.sessions;
+  STD_TORCH_CHECK(in.tokens.dim() == 2 && in.num_pairs >= 0,
+                  "session_loss: tokens must have shape (candidates, levels)");
+  a.levels = in.tokens.size(1);
+  a.columns = in.logps.size(1);
+  a.pairs = in.num_pairs;
+  check_tensor(in.tokens, "tokens", ScalarType::Long, candidates * a.levels);
+  check_tensor(in.pair_offsets, "pair_offsets", ScalarType::Long, sessions + 1);
+  a.tokens = in.tokens.const_data_ptr<std::int64_t>();
+  a.pair_offsets = in.pair_offsets.const_data_ptr<std::int64_t>();
+  a.logps = in.logps.const_data_ptr<T>();
+  a.ref_logps = data_of<T>(in.ref_logps, "ref_logps", type, candidates * a.columns);
+  a.pair_weights = data_of<T>(in.pair_weights, "pair_weights", type, a.pairs);
+  a.detach = data_of<bool>(in.detach, "detach", ScalarType::Bool, candidates * a.columns);
+  a.level_weights = data_of<T>(in.level_weights, "level_weights", type, a.columns);
+  a.divisors = data_of<double>(in.divisors, "divisors", ScalarType::Double, 2);
+  a.divisor[0] = in.session_divisor;
+  a.divisor[1] = in.token_divisor;
+  a.beta = static_cast<T>(in.beta);
+  a.gamma = static_cast<T>(in.gamma);
+  a.sft_weight = static_cast<T>(in.sft_weight);
+  a.label_smoothing = static_cast<T>(in.label_smoothing);
+  a.length_normalized = in.length_normalized;
+  a.protect = static_cast<Protect>(in.protect);
+  a.aggregation = static_cast<Aggregation>(in.aggregation);
+  a.weighting = static_cast<Weighting>(in.weighting);
+  a.positives = static_cast<Positives>(in.positives);
+  a.reduction = static_cast<Reduction>(in.reduction);
+  const auto scalar = [&] { return new_empty(in.logps, {}, type); };
+  const auto loss = [&] { return a.reduction == Reduction::none ? new_empty(in.logps, {sessions}, type) : scalar(); };
+  out = {loss(),
+         loss(),
+         loss(),
+         new_empty(in.logps, {candidates}, type),
+         new_empty(in.logps, {a.pairs}, type),
+         scalar(),
+         new_empty(in.logps, {in.need_gradient ? candidates : 0, a.columns}, type),
+         new_empty(in.logps, {2}, type)};
+  auto& [total, preference, sft, rewards, margins, accuracy, gradient, scales] = out;
+  a.loss = total.mutable_data_ptr<T>();
+  a.preference = preference.mutable_data_ptr<T>();
+  a.sft = sft.mutable_data_ptr<T>();
+  a.rewards = rewards.mutable_data_ptr<T>();
+  a.margins = margins.mutable_data_ptr<T>();
+  a.accuracy = accuracy.mutable_data_ptr<T>();
+  a.gradient = in.need_gradient ? gradient.mutable_data_ptr<T>() : nullptr;
+  a.scales = scales.mutable_data_ptr<T>();
+  return a;
+}
+
+// Pieces of work that take longer than waking a thread does.
+std::int64_t grain_of(std::int64_t sessions, std::int64_t elements) {
+  return 1 + (1 << 14) * sessions / (elements + 1);
+}
+
+template <typename T>
+void run_cpu(const SessionLossArgs<T>& a) {
+  const std::int64_t sessions = a.batch.sessions, candidates = a.batch.candidates;
+  const Buffer<SessionSums> sums(sessions);
+  parallel_for(sessions, grain_of(sessions, candidates * a.columns + a.pairs),
+               [&](std::int64_t begin, std::int64_t end) {
+                 std::int64_t most = 0;
+                 for (std::int64_t s = begin; s < end; ++s)
+                   most = std::max(most, a.batch.offsets[s + 1] - a.batch.offsets[s]);
+                 most = std::min(most, candidates) / 8 * 8 + 8;
+                 const Buffer<std::int32_t> integers(3 * most);
+                 const Buffer<T> values(3 * most);
+                 std::int32_t* const i = integers.get();
+                 T* const x = values.get();
+                 const SessionLossScratch<T> m{i, i + most, i + 2 * most, x, x + most, x + 2 * most};
+                 RADDPO_CALL_ISA(session_loss, a, m, begin, end, sums.get());
+               });
+  SessionSums total{};
+  for (std::int64_t s = 0; s < sessions; ++s) add(total, sums[s]);
+  STD_TORCH_CHECK(!total.bad_weights, "session_loss: pair_weights must be finite and at least 0");
+  write_totals(a, total);
+}
+
+template <typename T>
+void run_cpu(const SessionLossBackwardArgs<T>& a) {
+  parallel_for(a.batch.sessions, grain_of(a.batch.sessions, a.batch.candidates * a.columns),
+               [&](std::int64_t begin, std::int64_t end) { RADDPO_CALL_ISA(session_loss_backward, a, begin, end); });
+}
+
+#ifdef RADDPO_WITH_CUDA
+template <typename T>
+void run_cuda(const SessionLossArgs<T>& a, const Tensor& logps) {
+  Tensor workspace = new_empty(logps, {cuda::session_loss_workspace(a)}, ScalarType::Byte);
+  check_launch(cuda::session_loss(a, workspace.mutable_data_ptr(), current_cuda_stream(logps.get_device_index())),
+               "session_loss");
+}
+
+template <typename T>
+void run_cuda(const SessionLossBackwardArgs<T>& a, const Tensor& logps) {
+  check_launch(cuda::session_loss_backward(a, current_cuda_stream(logps.get_device_index())), "session_loss_backward");
+}
+#endif
+
+template <typename Args>
+void run(const Args& a, const Tensor& logps) {
+#ifdef RADDPO_WITH_CUDA
+  if (logps.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard guard(logps.get_device_index());
+    run_cuda(a, logps);
+    return;
+  }
+#endif
+  run_cpu(a);
+}
+
+void check_type(const Tensor& logps) {
+  STD_TORCH_CHECK(logps.scalar_type() == ScalarType::Float || logps.scalar_type() == ScalarType::Double,
+                  "session_loss: logps must be float32 or float64");
+}
+
+Result session_loss(const Tensor& logps, const Tensor& tokens, const Tensor& lengths, const Tensor& offsets,
+                    const Tensor& num_positives, const Tensor& pair_offsets, std::int64_t num_pairs,
+                    const OptionalTensor& ref_logps, const OptionalTensor& pair_weights, const OptionalTensor& detach,
+                    const OptionalTensor& level_weights, const OptionalTensor& divisors, double session_divisor,
+                    double token_divisor, double beta, double gamma, double sft_weight, double label_smoothing,
+                    bool length_normalized, std::int64_t protect, std::int64_t aggregation, std::int64_t weighting,
+                    std::int64_t positives, std::int64_t reduction, bool need_gradient) {
+  const Inputs in{logps,         tokens,     lengths,         offsets,           num_positives,
+                  pair_offsets,  num_pairs,  ref_logps,       pair_weights,      detach,
+                  level_weights, divisors,   session_divisor, token_divisor,     beta,
+                  gamma,         sft_weight, label_smoothing, length_normalized, protect,
+                  aggregation,   weighting,  positives,       reduction,         need_gradient};
+  check_type(logps);
+  Result out;
+  if (logps.scalar_type() == ScalarType::Float)
+    run(prepare<float>(in, out), logps);
+  else
+    run(prepare<double>(in, out), logps);
+  return out;
+}
+
+template <typename T>
+Tensor backward(const OptionalTensor (&upstream)[3], const Tensor& logps, const Tensor& gradient, const Tensor& scales,
+                const Tensor& lengths, const Tensor& offsets, const Tensor& num_positives,
+                const OptionalTensor& level_weights, double sft_weight) {
+  const ScalarType type = logps.scalar_type();
+  SessionLossBackwardArgs<T> a{};
+  a.batch = sessions_of(logps, lengths, offsets, num_positives);
+  a.columns = logps.size(1);
+  const T** const data[] = {&a.grad_loss, &a.grad_preference, &a.grad_sft};
+  std::int64_t* const strides[] = {&a.stride_loss, &a.stride_preference, &a.stride_sft};
+  for (int i = 0; i < 3; ++i) {
+    if (!upstream[i]) continue;
+    const Tensor& given = *upstream[i];
+    STD_TORCH_CHECK(
+        given.scalar_type() == type && (!given.dim() || given.numel() == a.batch.sessions),
+        "session_loss_backward: gradients must be of the type of logps and of one element, or one a session");
+    *data[i] = given.template const_data_ptr<T>();
+    *strides[i] = given.dim() ? given.stride(0) : 0;
+  }
+  check_tensor(gradient, "gradient", type, logps.numel());
+  check_tensor(scales, "scales", type, 2);
+  a.gradient = gradient.template const_data_ptr<T>();
+  a.scales = scales.template const_data_ptr<T>();
+  a.level_weights = data_of<T>(level_weights, "level_weights", type, a.columns);
+  a.sft_weight = static_cast<T>(sft_weight);
+  Tensor grad_logps = new_empty(logps, {logps.size(0), a.columns}, type);
+  a.grad_logps = grad_logps.template mutable_data_ptr<T>();
+  run(a, logps);
+  return grad_logps;
+}
+
+Tensor session_loss_backward(const OptionalTensor& grad_loss, const OptionalTensor& grad_preference,
+                             const OptionalTensor& grad_sft, const Tensor& logps, const Tensor& gradient,
+                             const Tensor& scales, const Tensor& lengths, const Tensor& offsets,
+                             const Tensor& num_positives, const OptionalTensor& level_weights, double sft_weight) {
+  check_type(logps);
+  const OptionalTensor upstream[3] = {grad_loss, grad_preference, grad_sft};
+  const auto run = logps.scalar_type() == ScalarType::Float ? &backward<float> : &backward<double>;
+  return run(upstream, logps, gradient, scales, lengths, offsets, num_positives, level_weights, sft_weight);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(raddpo, CPU, m) {
+  m.impl("session_loss", TORCH_BOX(&session_loss));
+  m.impl("session_loss_backward", TORCH_BOX(&session_loss_backward));
+}
+#ifdef RADDPO_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(raddpo, CUDA, m) {
+  m.impl("session_loss", TORCH_BOX(&session_loss));
+  m.impl("session_loss_backward", TORCH_BOX(&session_loss_backward));
+}
+#endif
+
+}  // namespace raddpo

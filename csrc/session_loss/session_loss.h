@@ -1,0 +1,86 @@
+#pragma once
+// Kernel interface of session_loss, the preference and SFT losses over ragged sessions: raw pointers, no torch and no
+// CUDA headers. T: float or double, of the log-probs and of the arithmetic.
+#include <cstdint>
+
+struct CUstream_st;
+
+namespace raddpo {
+
+enum class Protect : int { winner, positives, none };
+enum class Aggregation : int { negatives, margins };
+enum class Weighting : int { loss, reward };
+enum class Positives : int { winner, each, pooled };
+enum class Reduction : int { mean, sum, none };
+
+// Candidates lie session after session, positives first; pairs too, positive-major (raddpo_ext/session.py).
+struct Sessions {
+  const std::int64_t* lengths;        // [candidates]
+  const std::int64_t* offsets;        // [sessions + 1]
+  const std::int64_t* num_positives;  // [sessions]
+  std::int64_t sessions, candidates;
+};
+
+template <typename T>
+struct SessionLossArgs {
+  Sessions batch;
+  const std::int64_t* tokens;        // [candidates, levels]
+  const std::int64_t* pair_offsets;  // [sessions + 1]
+  std::int64_t levels, pairs;
+  std::int64_t columns;    // of the log-probs: levels, or 1, where a candidate has one score
+  const T* logps;          // [candidates, columns], read within the lengths only
+  const T* ref_logps;      // the same, or null
+  const T* pair_weights;   // [pairs], or null: 1
+  const bool* detach;      // [candidates, columns], or null
+  const T* level_weights;  // [columns], or null: 1
+  const double* divisors;  // [2] of preference and sft, or null: `divisor`
+  double divisor[2];       // 0: counted
+  T beta, gamma, sft_weight, label_smoothing;
+  bool length_normalized;
+  Protect protect;
+  Aggregation aggregation;
+  Weighting weighting;
+  Positives positives;
+  Reduction reduction;
+  T *loss, *preference, *sft;  // [1], or [sessions] under Reduction::none
+  T* rewards;                  // [candidates]
+  T* margins;                  // [pairs]
+  T* accuracy;                 // [1]
+  T* gradient;                 // [candidates, columns] of each session's preference term, or null
+  T* scales;                   // [2]: what the sums of preference and sft are multiplied by
+};
+
+// What a session adds to the totals.
+struct SessionSums {
+  double preference, sft;
+  std::int64_t kept;         // 1 if it keeps a pair
+  std::int64_t tokens;       // of its positives
+  std::int64_t wins, pairs;  // of the loss: with a margin above 0, and all
+  std::int64_t bad_weights;  // 1 if it has one; only the CPU looks
+};
+
+// grad_logps = upstream gradient of preference * gradient + that of sft * (-level_weights).
+template <typename T>
+struct SessionLossBackwardArgs {
+  Sessions batch;
+  std::int64_t columns;
+  const T *grad_loss, *grad_preference, *grad_sft;  // one element a session at these strides, or null: 0
+  std::int64_t stride_loss, stride_preference, stride_sft;
+  const T* gradient;       // [candidates, columns]
+  const T* scales;         // [2]
+  const T* level_weights;  // [columns], or null: 1
+  T sft_weight;
+  T* grad_logps;  // [candidates, columns]
+};
+
+namespace cuda {
+// Bytes of device memory that session_loss needs beside its arguments.
+template <typename T>
+std::int64_t session_loss_workspace(const SessionLossArgs<T>& a);
+template <typename T>
+int session_loss(const SessionLossArgs<T>& a, void* workspace, CUstream_st* stream);  // these return cudaError_t
+template <typename T>
+int session_loss_backward(const SessionLossBackwardArgs<T>& a, CUstream_st* stream);
+}  // namespace cuda
+
+}  // namespace raddpo

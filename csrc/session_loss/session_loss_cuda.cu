@@ -1,0 +1,340 @@
+// One block a session in either direction, its threads sharing the candidates. Tokens, lengths and log-probs are read
+// from memory once and then come from the caches. The block that ends last adds up what the sessions found, in their
+// order, so that the sums are the same bits every time.
+#include <atomic>
+#include <chrono>
+#include <cmath>
+
+#include "../common/cuda_block.cuh"
+#include "session_loss_math.h"
+
+namespace raddpo::cuda {
+namespace {
+
+constexpr int kLossThreads = 128;
+constexpr std::int64_t kMaxLossBlocks = 4096;  // fill any GPU; a ticket counts them in 16 bits
+
+template <typename T>
+struct LossWorkspace {
+  SessionSums* sums;           // [sessions]
+  unsigned long long* ticket;  // [1]
+  T* weights;                  // [candidates] of negatives against a pool
+  std::int32_t* prefixes;      // [candidates] detached tokens of negatives; -1: dropped
+  std::int64_t bytes;          // of all this
+};
+
+template <typename T>
+LossWorkspace<T> lay_out(const SessionLossArgs<T>& a, void* memory) {
+  auto* bytes = static_cast<unsigned char*>(memory);
+  LossWorkspace<T> w{};
+  const auto take = [&](std::int64_t size) {
+    const std::int64_t begin = w.bytes;
+    w.bytes += size;
+    return bytes + begin;
+  };
+  w.sums = reinterpret_cast<SessionSums*>(take(a.batch.sessions * sizeof(SessionSums)));
+  w.ticket = reinterpret_cast<unsigned long long*>(take(sizeof(*w.ticket)));
+  w.weights = reinterpret_cast<T*>(take(a.batch.candidates * sizeof(T)));
+  w.prefixes = reinterpret_cast<std::int32_t*>(take(a.batch.candidates * sizeof(*w.prefixes)));
+  return w;
+}
+
+// Another number of 48 bits for every launch of a process.
+unsigned long long next_key() {
+  static std::atomic<unsigned long long> count{
+      static_cast<unsigned long long>(std::chrono::steady_clock::now().time_since_epoch().count())};
+  unsigned long long x = count.fetch_add(0x9e3779b97f4a7c15ull);  // splitmix64
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+  return (x ^ (x >> 31)) >> 16;
+}
+
+// Whether this block ends last, in memory that nobody has cleared: a ticket holds the launch's key and how many blocks
+// have ended, and one with another key holds garbage and counts as 0. The last block takes the key away, so that the
+// same launch replayed from a CUDA graph begins anew.
+__device__ __forceinline__ bool ends_last(unsigned long long* ticket, unsigned long long key, unsigned blocks) {
+  unsigned long long seen = *ticket;
+  for (;;) {
+    const unsigned long long ended = (seen >> 16 == key ? seen & 0xffff : 0) + 1;
+    const bool last = ended == blocks;
+    const unsigned long long before = atomicCAS(ticket, seen, last ? ~(key << 16) : key << 16 | ended);
+    if (before == seen) return last;
+    seen = before;
+  }
+}
+
+template <typename T>
+struct LossShared {
+  T values[kLossThreads / 32];
+  double sums[kLossThreads / 32];
+  std::int64_t counts[kLossThreads / 32];
+  bool last;
+};
+
+template <typename T>
+__device__ __forceinline__ T block_sum(T value, T* scratch) {
+  return block_reduce<kLossThreads>(value, scratch, [](T x, T y) { return x + y; });
+}
+template <typename T>
+__device__ __forceinline__ T block_max(T value, T* scratch) {
+  return block_reduce<kLossThreads>(value, scratch, [](T x, T y) { return y > x ? y : x; });
+}
+
+// A block's work on one session. Negative j belongs to thread j % kLossThreads throughout.
+template <typename T>
+struct SessionWorker {
+  const SessionLossArgs<T>& a;
+  const Session& v;
+  LossShared<T>& shared;
+  std::int32_t* prefixes;  // [negatives]
+  T* pool_weights;         // [negatives]
+
+  template <typename Body>
+  __device__ __forceinline__ void for_each(std::int64_t size, const Body& body) const {
+    for (std::int64_t i = threadIdx.x; i < size; i += kLossThreads) body(i);
+  }
+  __device__ __forceinline__ std::int64_t row_of(std::int64_t negative) const {
+    return v.first + v.positives + negative;
+  }
+  __device__ __forceinline__ std::int64_t pair_of(std::int64_t p, std::int64_t negative) const {
+    return v.first_pair + p * v.negatives + negative;
+  }
+  __device__ __forceinline__ T exponent(std::int64_t negative, const T* weights) const {
+    const T x = sign_of(a) * a.rewards[row_of(negative)];
+    if (!weights) return x;
+    return a.weighting == Weighting::reward ? x * weights[negative] : x + fast_log(weights[negative]);
+  }
+
+  // Writes the margin of a pair; whether it is above 0.
+  __device__ __forceinline__ bool wins(std::int64_t p, std::int64_t negative, bool kept) const {
+    const T margin = kept ? margin_of(a.rewards[v.first + p], a.rewards[row_of(negative)]) : T(0);
+    a.margins[pair_of(p, negative)] = margin;
+    return margin > 0;
+  }
+
+  // The most tokens that a negative has in common with any positive.
+  __device__ __forceinline__ std::int32_t longest_prefix(std::int64_t negative) const {
+    const Sid sid = sid_of(a, row_of(negative));
+    std::int32_t most = 0;
+    for (std::int64_t p = 0; p < v.positives; ++p) {
+      const std::int32_t k = common_prefix(sid_of(a, v.first + p), sid);
+      most = k > most ? k : most;
+    }
+    return most;
+  }
+
+  // The term of kept negatives, whose greatest exponent is `most`, against a winner's reward, and their gradient.
+  __device__ __forceinline__ Term<T> add_term(T most, T winner, const T* weights) const {
+    T sum = 0;
+    for_each(v.negatives, [&](std::int64_t j) {
+      if (prefixes[j] >= 0) sum += share_of(exponent(j, weights), most);
+    });
+    sum = block_sum(sum, shared.values);
+    const T gap = gap_of(a, most + std::log(sum), winner);
+    const Term<T> term = term_of(gap, a.label_smoothing);
+    if (!a.gradient) return term;
+    const bool whole = a.detach || a.protect == Protect::none;
+    const bool longest = a.positives == Positives::pooled || a.protect == Protect::positives;
+    for_each(v.negatives, [&](std::int64_t j) {
+      if (prefixes[j] < 0) return;
+      const T share = share_of(exponent(j, weights), most);
+      const std::int32_t begin = whole ? 0 : longest ? longest_prefix(j) : prefixes[j];
+      add_gradient(a, row_of(j), begin, term.slope / sum * pull_of(a, share, weights ? weights[j] : T(1)));
+    });
+    return term;
+  }
+
+  __device__ __forceinline__ void add_positive_gradient(std::int64_t p, T factor) const {
+    if (a.gradient) add_gradient(a, v.first + p, 0, factor);
+  }
+
+  __device__ __forceinline__ void add_winners(SessionSums& sums) const {
+    std::int64_t terms = 0;
+    for (std::int64_t p = 0; p < v.positives; ++p) {
+      const T* weights = a.pair_weights ? a.pair_weights + pair_of(p, 0) : nullptr;
+      const Sid positive = sid_of(a, v.first + p);
+      std::int64_t won = 0, pairs = 0;
+      T most = -INFINITY;
+      for_each(v.negatives, [&](std::int64_t j) {
+        const Sid negative = sid_of(a, row_of(j));
+        const std::int32_t k = common_prefix(positive, negative);
+        const bool kept = !no_pair(k, positive.length, negative.length) && !(weights && !(weights[j] > 0));
+        prefixes[j] = kept ? k : -1;
+        won += wins(p, j, kept);
+        pairs += kept;
+        if (!kept) return;
+        const T x = exponent(j, weights);
+        most = x > most ? x : most;
+      });
+      if (p > 0 && a.positives == Positives::winner) continue;
+      pairs = block_sum(pairs, shared.counts);
+      if (!pairs) continue;
+      sums.pairs += pairs;
+      sums.wins += block_sum(won, shared.counts);
+      most = block_max(most, shared.values);
+      const Term<T> term = add_term(most, a.rewards[v.first + p], weights);
+      if (threadIdx.x == 0) add_positive_gradient(p, -term.slope);
+      sums.preference += term.value;
+      ++terms;
+    }
+    if (!terms) return;
+    sums.kept = 1;
+    sums.preference /= static_cast<double>(terms);
+    if (terms == 1 || !a.gradient) return;
+    __syncthreads();  // the gradient is complete
+    T* gradient = a.gradient + v.first * a.columns;
+    for_each((v.positives + v.negatives) * a.columns, [&](std::int64_t i) { gradient[i] /= static_cast<T>(terms); });
+  }
+
+  __device__ __forceinline__ void add_pool(SessionSums& sums) const {
+    const T* weights = a.pair_weights ? pool_weights : nullptr;
+    const std::int64_t* lengths = a.batch.lengths + v.first;
+    std::int64_t won = 0, pairs = 0;
+    T most = -INFINITY, most_positive = -INFINITY, sum = 0;
+    for_each(v.negatives, [&](std::int64_t j) {
+      const Sid negative = sid_of(a, row_of(j));
+      bool kept = negative.length > 0;
+      T least = INFINITY;
+      for (std::int64_t p = 0; p < v.positives; ++p) {
+        if (lengths[p] <= 0) continue;
+        const Sid positive = sid_of(a, v.first + p);
+        kept = kept && !no_pair(common_prefix(positive, negative), positive.length, negative.length);
+        if (weights) least = a.pair_weights[pair_of(p, j)] < least ? a.pair_weights[pair_of(p, j)] : least;
+      }
+      kept = kept && least > 0;
+      prefixes[j] = kept ? 0 : -1;
+      pool_weights[j] = least;
+      for (std::int64_t p = 0; p < v.positives; ++p) {
+        won += wins(p, j, kept && lengths[p] > 0);
+        pairs += kept && lengths[p] > 0;
+      }
+      if (!kept) return;
+      const T x = exponent(j, weights);
+      most = x > most ? x : most;
+    });
+    sums.pairs = block_sum(pairs, shared.counts);
+    if (!sums.pairs) return;
+    sums.wins = block_sum(won, shared.counts);
+    for_each(v.positives, [&](std::int64_t p) {
+      const T reward = a.rewards[v.first + p];
+      if (lengths[p] > 0 && reward > most_positive) most_positive = reward;
+    });
+    most_positive = block_max(most_positive, shared.values);
+    for_each(v.positives, [&](std::int64_t p) {
+      if (lengths[p] > 0) sum += share_of(a.rewards[v.first + p], most_positive);
+    });
+    sum = block_sum(sum, shared.values);
+    most = block_max(most, shared.values);
+    const Term<T> term = add_term(most, most_positive + std::log(sum), weights);
+    for_each(v.positives, [&](std::int64_t p) {
+      if (lengths[p] > 0) add_positive_gradient(p, -term.slope * share_of(a.rewards[v.first + p], most_positive) / sum);
+    });
+    sums.kept = 1;
+    sums.preference = term.value;
+  }
+
+  __device__ __forceinline__ SessionSums run() const {
+    SessionSums sums{};
+    const std::int64_t size = v.positives + v.negatives;
+    T* gradient = a.gradient ? a.gradient + v.first * a.columns : nullptr;
+    const bool* detach = a.detach ? a.detach + v.first * a.columns : nullptr;
+    for_each(size, [&](std::int64_t i) { a.rewards[v.first + i] = reward_of(a, v.first + i); });
+    if (gradient) for_each(size * a.columns, [&](std::int64_t i) { gradient[i] = 0; });
+    for_each(v.positives, [&](std::int64_t p) { add_sft(a, v.first + p, sums); });
+    sums.sft = block_sum(sums.sft, shared.sums);  // whose barriers let all threads see the rewards and the zeros
+    sums.tokens = block_sum(sums.tokens, shared.counts);
+    if (a.positives == Positives::pooled)
+      add_pool(sums);
+    else
+      add_winners(sums);
+    if (!gradient || !detach) return sums;
+    __syncthreads();  // the gradient is complete
+    for_each(size * a.columns, [&](std::int64_t i) { gradient[i] = detach[i] ? T(0) : gradient[i]; });
+    return sums;
+  }
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kLossThreads)
+    session_loss_kernel(const __grid_constant__ SessionLossArgs<T> a, const __grid_constant__ LossWorkspace<T> w,
+                        unsigned long long key) {
+  __shared__ LossShared<T> shared;
+  for (std::int64_t s = blockIdx.x; s < a.batch.sessions; s += gridDim.x) {
+    const Session v = session_of(a, s);
+    const std::int64_t first_negative = v.first + v.positives;
+    const SessionSums sums =
+        SessionWorker<T>{a, v, shared, w.prefixes + first_negative, w.weights + first_negative}.run();
+    if (threadIdx.x > 0) continue;
+    w.sums[s] = sums;
+    if (a.reduction == Reduction::none) write_losses(a, s, static_cast<T>(sums.preference), static_cast<T>(sums.sft));
+  }
+  // A block's sums, which its first thread wrote, are in memory before it counts as ended, and read only once all
+  // blocks have.
+  if (threadIdx.x == 0) {
+    __threadfence();
+    shared.last = ends_last(w.ticket, key, gridDim.x);
+  }
+  __syncthreads();
+  if (!shared.last) return;
+  __threadfence();
+  SessionSums sums{};
+  for (std::int64_t s = threadIdx.x; s < a.batch.sessions; s += kLossThreads) add(sums, w.sums[s]);
+  sums.preference = block_sum(sums.preference, shared.sums);
+  sums.sft = block_sum(sums.sft, shared.sums);
+  sums.kept = block_sum(sums.kept, shared.counts);
+  sums.tokens = block_sum(sums.tokens, shared.counts);
+  sums.wins = block_sum(sums.wins, shared.counts);
+  sums.pairs = block_sum(sums.pairs, shared.counts);
+  if (threadIdx.x == 0) write_totals(a, sums);
+}
+
+// One block a session: its rows are one range of elements, read and written in order.
+template <typename T>
+__global__ void __launch_bounds__(kLossThreads)
+    session_loss_backward_kernel(const __grid_constant__ SessionLossBackwardArgs<T> a) {
+  for (std::int64_t s = blockIdx.x; s < a.batch.sessions; s += gridDim.x) {
+    const Session v = session_of(a.batch, s);
+    const T preference = preference_factor(a, s), sft = sft_factor(a, s);
+    const std::int64_t first = v.first * a.columns, positive = v.positives * a.columns;
+    const std::int64_t size = positive + v.negatives * a.columns;
+    for (std::int64_t i = threadIdx.x; i < size; i += kLossThreads) {
+      T value = preference * a.gradient[first + i];
+      if (i < positive) {
+        const std::int64_t p = i / a.columns, column = i - p * a.columns;
+        if (column < a.batch.lengths[v.first + p]) value -= sft * (a.level_weights ? a.level_weights[column] : T(1));
+      }
+      a.grad_logps[first + i] = value;
+    }
+  }
+}
+
+std::int64_t loss_blocks(std::int64_t sessions) { return sessions < kMaxLossBlocks ? sessions : kMaxLossBlocks; }
+
+}  // namespace
+
+template <typename T>
+std::int64_t session_loss_workspace(const SessionLossArgs<T>& a) {
+  return lay_out(a, nullptr).bytes;
+}
+
+template <typename T>
+int session_loss(const SessionLossArgs<T>& a, void* workspace, CUstream_st* stream) {
+  const std::int64_t blocks = a.batch.sessions ? loss_blocks(a.batch.sessions) : 1;  // none: the totals of nothing
+  return launch(session_loss_kernel<T>, blocks, kLossThreads, stream, a, lay_out(a, workspace), next_key());
+}
+
+template <typename T>
+int session_loss_backward(const SessionLossBackwardArgs<T>& a, CUstream_st* stream) {
+  if (!a.batch.sessions) return cudaSuccess;
+  return launch(session_loss_backward_kernel<T>, loss_blocks(a.batch.sessions), kLossThreads, stream, a);
+}
+
+#define RADDPO_INSTANTIATE(T)                                                   \
+  template std::int64_t session_loss_workspace<T>(const SessionLossArgs<T>&);   \
+  template int session_loss<T>(const SessionLossArgs<T>&, void*, CUstream_st*); \
+  template int session_loss_backward<T>(const SessionLossBackwardArgs<T>&, CUstream_st*);
+RADDPO_INSTANTIATE(float)
+RADDPO_INSTANTIATE(double)
+#undef RADDPO_INSTANTIATE
+
+}  // namespace raddpo::cuda

@@ -1,0 +1,222 @@
+#pragma once
+// The formulas of session_loss that the CPU and the CUDA kernels share.
+#include <cmath>
+
+#include "../common/math.h"
+#include "session_loss.h"
+
+namespace raddpo {
+
+// Rows [first, first + positives) are positives, the next `negatives` rows negatives; pairs begin at first_pair.
+struct Session {
+  std::int64_t first, positives, negatives, first_pair;
+};
+
+// A session whose values fit no batch is empty, so that no index made of them is out of bounds.
+RADDPO_HD Session session_of(const Sessions& b, std::int64_t s) {
+  const std::int64_t first = b.offsets[s], size = b.offsets[s + 1] - first, positives = b.num_positives[s];
+  const bool sound = first >= 0 && size >= 0 && size <= b.candidates - first && positives >= 0 && positives <= size;
+  return sound ? Session{first, positives, size - positives, 0} : Session{0, 0, 0, 0};
+}
+
+template <typename T>
+RADDPO_HD Session session_of(const SessionLossArgs<T>& a, std::int64_t s) {
+  Session v = session_of(a.batch, s);
+  v.first_pair = a.pair_offsets[s];
+  const bool sound = v.first_pair >= 0 && v.positives * v.negatives <= a.pairs - v.first_pair;
+  return sound ? v : Session{0, 0, 0, 0};
+}
+
+RADDPO_HD std::int64_t clamp_length(std::int64_t length, std::int64_t most) {
+  return length < 0 ? 0 : length > most ? most : length;
+}
+
+// What one log-prob of a candidate adds to its reward.
+template <typename T>
+RADDPO_HD T scale_of(const SessionLossArgs<T>& a, std::int64_t length) {
+  return a.length_normalized ? a.beta / static_cast<T>(length > 1 ? length : 1) : a.beta;
+}
+
+template <typename T>
+RADDPO_HD T reward_of(const SessionLossArgs<T>& a, std::int64_t row) {
+  const std::int64_t length = clamp_length(a.batch.lengths[row], a.columns);
+  const T* logps = a.logps + row * a.columns;
+  T sum = 0;
+  if (a.ref_logps) {
+    const T* ref = a.ref_logps + row * a.columns;
+    for (std::int64_t i = 0; i < length; ++i) sum += logps[i] - ref[i];
+  } else {
+    for (std::int64_t i = 0; i < length; ++i) sum += logps[i];
+  }
+  return length ? scale_of(a, length) * sum : T(0);
+}
+
+// A candidate's tokens.
+struct Sid {
+  const std::int64_t* tokens;
+  std::int32_t length;
+};
+
+template <typename T>
+RADDPO_HD Sid sid_of(const SessionLossArgs<T>& a, std::int64_t row) {
+  return {a.tokens + row * a.levels, static_cast<std::int32_t>(clamp_length(a.batch.lengths[row], a.levels))};
+}
+
+RADDPO_HD std::int32_t common_prefix(const Sid& x, const Sid& y) {
+  const std::int32_t most = x.length < y.length ? x.length : y.length;
+  std::int32_t k = 0;
+  while (k < most && x.tokens[k] == y.tokens[k]) ++k;
+  return k;
+}
+
+// Whether a pair of SIDs with `prefix` tokens in common is dropped, whatever its weight: one is empty, or they are
+// equal.
+RADDPO_HD bool no_pair(std::int32_t prefix, std::int32_t length, std::int32_t other) {
+  return length == 0 || other == 0 || (prefix == length && prefix == other);
+}
+
+// 0 for equal infinities too.
+template <typename T>
+RADDPO_HD T margin_of(T positive, T negative) {
+  return positive == negative ? T(0) : positive - negative;
+}
+
+// e^x of x <= 0. What float sums do not notice is 0, not a denormal number, which is slow.
+RADDPO_HD float share_exp(float x) {
+#if defined(__CUDA_ARCH__)
+  return expf(x);
+#else
+  return x > -87.f ? fast_exp(x) : x != x ? x : 0.f;
+#endif
+}
+RADDPO_HD double share_exp(double x) { return std::exp(x); }
+
+// e^(x - most), also where both are infinite.
+template <typename T>
+RADDPO_HD T share_of(T x, T most) {
+  return x == most ? T(1) : share_exp(x - most);
+}
+
+// Natural logarithm of x > 0, to 2e-7 absolute.
+RADDPO_HD float fast_log(float x) {
+#if defined(__CUDA_ARCH__)
+  return logf(x);
+#else
+  const bool subnormal = x < 0x1p-126f;
+  const float scaled = subnormal ? x * 0x1p64f : x;
+  std::uint32_t bits;
+  std::memcpy(&bits, &scaled, 4);
+  const std::uint32_t from = bits - 0x3f3504f3u;  // the mantissa goes to [sqrt(1/2), sqrt(2))
+  const float exponent = static_cast<float>(static_cast<std::int32_t>(from) >> 23) - (subnormal ? 64.f : 0.f);
+  bits = (from & 0x7fffffu) + 0x3f3504f3u;
+  float mantissa;
+  std::memcpy(&mantissa, &bits, 4);
+  const float s = (mantissa - 1.f) / (mantissa + 1.f), square = s * s;  // log m = 2 artanh s
+  float p = 0.22222222f;
+  p = p * square + 0.28571429f;
+  p = p * square + 0.4f;
+  p = p * square + 0.66666667f;
+  return exponent * 0.69314718f + (s * square * p + 2.f * s);
+#endif
+}
+RADDPO_HD double fast_log(double x) { return std::log(x); }
+
+// The log-sum-exp is over the negatives' rewards, weighted, or under `margins` over minus them.
+template <typename T>
+RADDPO_HD T sign_of(const SessionLossArgs<T>& a) {
+  return a.aggregation == Aggregation::margins ? T(-1) : T(1);
+}
+
+// How far a session's negatives, of log-sum-exp `lse` of their exponents, are ahead of its winner: A of the loss.
+template <typename T>
+RADDPO_HD T gap_of(const SessionLossArgs<T>& a, T lse, T winner) {
+  const T negatives = sign_of(a) * lse + a.gamma;
+  return negatives == -INFINITY ? negatives : negatives - winner;
+}
+
+template <typename T>
+struct Term {
+  T value, slope;  // slope: d value / d gap
+};
+
+template <typename T>
+RADDPO_HD Term<T> term_of(T gap, T smoothing) {
+  const T e = std::exp(-std::fabs(gap)), rest = std::log1p(e);
+  const T up = (gap > 0 ? gap : T(0)) + rest, down = (gap < 0 ? -gap : T(0)) + rest;  // softplus(gap), softplus(-gap)
+  const T sigmoid = (gap > 0 ? T(1) : e) / (1 + e);
+  // Impossible negatives are not there to be smoothed: no gradient.
+  const T slope = gap == -INFINITY ? T(0) : sigmoid - smoothing;
+  return {smoothing > 0 ? (1 - smoothing) * up + smoothing * down : up, slope};
+}
+
+// d gap / d reward of a negative with this share of its log-sum-exp.
+template <typename T>
+RADDPO_HD T pull_of(const SessionLossArgs<T>& a, T share, T weight) {
+  return a.weighting == Weighting::reward ? share * weight : share;
+}
+
+// Adds factor * (the reward's gradient) to a row's tokens from `begin` on.
+template <typename T>
+RADDPO_HD void add_gradient(const SessionLossArgs<T>& a, std::int64_t row, std::int64_t begin, T factor) {
+  const std::int64_t length = clamp_length(a.batch.lengths[row], a.columns);
+  T* gradient = a.gradient + row * a.columns;
+  factor *= scale_of(a, length);
+  for (std::int64_t i = begin; i < length; ++i) gradient[i] += factor;
+}
+
+// Adds the likelihood of a positive.
+template <typename T>
+RADDPO_HD void add_sft(const SessionLossArgs<T>& a, std::int64_t row, SessionSums& sums) {
+  const std::int64_t length = clamp_length(a.batch.lengths[row], a.columns);
+  sums.tokens += length;
+  for (std::int64_t i = 0; i < length; ++i) {
+    const T weight = a.level_weights ? a.level_weights[i] : T(1);
+    if (weight > 0) sums.sft -= weight * a.logps[row * a.columns + i];  // 0 * -inf is NaN
+  }
+}
+
+// What the saved gradient of session s and the log-probs of its positives are multiplied by.
+template <typename T>
+RADDPO_HD T preference_factor(const SessionLossBackwardArgs<T>& a, std::int64_t s) {
+  const T loss = a.grad_loss ? a.grad_loss[s * a.stride_loss] : T(0);
+  return a.scales[0] * (a.grad_preference ? loss + a.grad_preference[s * a.stride_preference] : loss);
+}
+template <typename T>
+RADDPO_HD T sft_factor(const SessionLossBackwardArgs<T>& a, std::int64_t s) {
+  const T loss = a.grad_loss ? a.grad_loss[s * a.stride_loss] * a.sft_weight : T(0);
+  return a.scales[1] * (a.grad_sft ? loss + a.grad_sft[s * a.stride_sft] : loss);
+}
+
+RADDPO_HD void add(SessionSums& sums, const SessionSums& more) {
+  sums.preference += more.preference;
+  sums.sft += more.sft;
+  sums.kept += more.kept;
+  sums.tokens += more.tokens;
+  sums.wins += more.wins;
+  sums.pairs += more.pairs;
+  sums.bad_weights += more.bad_weights;
+}
+
+template <typename T>
+RADDPO_HD void write_losses(const SessionLossArgs<T>& a, std::int64_t at, T preference, T sft) {
+  a.preference[at] = preference;
+  a.sft[at] = sft;
+  a.loss[at] = a.sft_weight > 0 ? preference + a.sft_weight * sft : preference;  // 0 * inf is NaN
+}
+
+template <typename T>
+RADDPO_HD void write_totals(const SessionLossArgs<T>& a, const SessionSums& sums) {
+  const std::int64_t counts[2] = {sums.kept, sums.tokens};
+  double scales[2];
+  for (int i = 0; i < 2; ++i) {
+    const double given = a.divisors ? a.divisors[i] : a.divisor[i];
+    const double divisor = given > 0 ? given : counts[i] > 1 ? static_cast<double>(counts[i]) : 1;
+    scales[i] = a.reduction == Reduction::mean ? 1 / divisor : 1;
+    a.scales[i] = static_cast<T>(scales[i]);
+  }
+  if (a.reduction != Reduction::none)
+    write_losses(a, 0, static_cast<T>(sums.preference * scales[0]), static_cast<T>(sums.sft * scales[1]));
+  a.accuracy[0] = sums.pairs ? static_cast<T>(sums.wins) / static_cast<T>(sums.pairs) : T(0);
+}
+
+}  // namespace raddpo

@@ -1,0 +1,208 @@
+"""The session losses, one session, one positive and one negative at a time. Gradients are autograd's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from raddpo_ext.session import SessionBatch
+from raddpo_ext.session_loss import SessionLoss
+
+Number = float | int | Tensor
+Sid = tuple[int, ...]
+PairWeights = dict[tuple[int, int], Tensor]  # by the rows of the pair's positive and negative
+
+
+def rad_dpo_loss(
+    logps: Tensor,
+    sessions: SessionBatch,
+    *,
+    ref_logps: Tensor | None = None,
+    pair_weights: Tensor | None = None,
+    beta: float = 2.0,
+    gamma: float = 0.0,
+    length_normalized: bool = True,
+    protect: str = "winner",
+    detach: Tensor | None = None,
+    aggregation: str = "negatives",
+    weighting: str = "loss",
+    positives: str = "winner",
+    sft_weight: float = 1.0,
+    level_weights: Sequence[float] | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    normalizer: tuple[Number, Number] | None = None,
+) -> SessionLoss:
+    """See :func:`raddpo_ext.rad_dpo_loss`."""
+    sids = _sids(sessions)
+    levels = [1.0] * logps.shape[1] if level_weights is None else torch.as_tensor(level_weights).tolist()
+
+    def reward(row: int, num_detached: int = 0) -> Tensor:
+        """``r_c``; no gradient through its first ``num_detached`` tokens, or those of ``detach`` if it is given."""
+        length = len(sids[row])
+        detached = torch.arange(length, device=logps.device) < num_detached if detach is None else detach[row, :length]
+        tokens = torch.where(detached, logps[row, :length].detach(), logps[row, :length])
+        if ref_logps is not None:
+            tokens = tokens - ref_logps[row, :length].detach()
+        return beta * tokens.sum() / (max(length, 1) if length_normalized else 1)
+
+    def negative_reward(row: int, protected: Sequence[int]) -> Tensor:
+        """``r_n`` as it acts against the positives ``protected``."""
+        return reward(row, 0 if protect == "none" else max(_common_prefix(sids[p], sids[row]) for p in protected))
+
+    def loss_of(winner: Tensor, against: list[tuple[Tensor, Tensor]]) -> Tensor:
+        return _smoothed(_gap(winner, against, gamma, aggregation, weighting), label_smoothing)
+
+    zero = logps[:0].sum()  # a zero that autograd traces back to logps
+    rewards = [reward(row).detach() for row in range(sessions.num_candidates)]
+    margins, hits = [], []  # of all pairs; whether each of the loss's pairs is in order
+    preferences, num_kept = [], 0
+    log_likelihoods, num_tokens = [], 0
+    for session in range(sessions.num_sessions):
+        rows = _positive_rows(sessions, session)
+        weights = _pair_weights(sessions, session, pair_weights, logps)
+        kept = _kept(weights, sids, positives == "pooled")
+        for p, n in weights:
+            tied = bool(rewards[p] == rewards[n])  # infinities too
+            margins.append(rewards[p] - rewards[n] if (p, n) in kept and not tied else zero.detach())
+            if (p, n) in kept and (positives != "winner" or p == rows[0]):
+                hits.append(bool(margins[-1] > 0))
+
+        terms = []
+        if positives == "pooled" and kept:
+            pool = _log_sum_exp([reward(p) for p in rows if sids[p]])
+            terms.append(loss_of(pool, [(negative_reward(n, rows), w) for n, w in _least(kept).items()]))
+        elif positives != "pooled":
+            for p in rows if positives == "each" else rows[:1]:
+                protected = rows if protect == "positives" else [p]
+                against = [(negative_reward(n, protected), w) for (q, n), w in kept.items() if q == p]
+                if against:
+                    terms.append(loss_of(reward(p), against))
+        preferences.append(sum(terms, zero) / max(len(terms), 1))
+        num_kept += len(terms) > 0
+
+        tokens = [(levels[i], logps[p, i]) for p in rows for i in range(len(sids[p]))]
+        log_likelihoods.append(sum((weight * logp for weight, logp in tokens if weight != 0), zero))
+        num_tokens += len(tokens)
+
+    kept_and_tokens = (num_kept, num_tokens) if normalizer is None else normalizer
+    preference = _reduced(preferences, zero, kept_and_tokens[0], reduction)
+    sft = -_reduced(log_likelihoods, zero, kept_and_tokens[1], reduction)
+    return SessionLoss(
+        loss=preference + sft_weight * sft if sft_weight != 0 else preference,  # 0 * inf would be NaN
+        preference=preference,
+        sft=sft,
+        rewards=_stacked(rewards, zero.detach()),
+        margins=_stacked(margins, zero.detach()),
+        accuracy=logps.new_tensor(sum(hits) / max(len(hits), 1)),
+    )
+
+
+def multilabel_contrastive_loss(
+    scores: Tensor,
+    sessions: SessionBatch,
+    *,
+    pair_weights: Tensor | None = None,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    normalizer: Number | None = None,
+) -> Tensor:
+    """See :func:`raddpo_ext.multilabel_contrastive_loss`."""
+    sids = _sids(sessions)
+    zero = scores[:0].sum()
+    terms, num_kept = [], 0
+    for session in range(sessions.num_sessions):
+        weights = _pair_weights(sessions, session, pair_weights, scores)
+        kept = _kept(weights, sids, pooled=True)
+        if kept:
+            pool = _log_sum_exp([scores[p] / temperature for p in _positive_rows(sessions, session) if sids[p]])
+            against = [(scores[n] / temperature, weight) for n, weight in _least(kept).items()]
+            terms.append(_smoothed(_gap(pool, against, 0.0, "negatives", "loss"), 0.0))
+        else:
+            terms.append(zero)
+        num_kept += len(kept) > 0
+    return _reduced(terms, zero, num_kept if normalizer is None else normalizer, reduction)
+
+
+def _sids(sessions: SessionBatch) -> list[Sid]:
+    rows = zip(sessions.tokens.tolist(), sessions.lengths.tolist(), strict=True)
+    return [tuple(row[:length]) for row, length in rows]
+
+
+def _positive_rows(sessions: SessionBatch, session: int) -> list[int]:
+    first = int(sessions.offsets[session])
+    return list(range(first, first + int(sessions.num_positives[session])))
+
+
+def _pair_weights(sessions: SessionBatch, session: int, pair_weights: Tensor | None, like: Tensor) -> PairWeights:
+    """The weights of a session's pairs, positive-major."""
+    rows = _positive_rows(sessions, session)
+    negatives = range(int(sessions.offsets[session]) + len(rows), int(sessions.offsets[session + 1]))
+    first = int(sessions.pair_offsets[session])
+    pairs = enumerate(((p, n) for p in rows for n in negatives), first)
+    return {pair: like.new_ones(()) if pair_weights is None else pair_weights[i].detach().to(like) for i, pair in pairs}
+
+
+def _kept(weights: PairWeights, sids: list[Sid], pooled: bool) -> PairWeights:
+    """The pairs that are not dropped. A pool drops a negative as a whole."""
+    present = {(p, n): weight for (p, n), weight in weights.items() if sids[p] and sids[n]}
+    bad = {(p, n) for (p, n), weight in present.items() if sids[p] == sids[n] or weight == 0}
+    if pooled:
+        bad_negatives = {n for _, n in bad}
+        bad = {(p, n) for p, n in present if n in bad_negatives}
+    return {pair: weight for pair, weight in present.items() if pair not in bad}
+
+
+def _least(kept: PairWeights) -> dict[int, Tensor]:
+    """``w_n = min_p w_pn`` of each negative."""
+    least: dict[int, Tensor] = {}
+    for (_, n), weight in kept.items():
+        least[n] = torch.minimum(least.get(n, weight), weight)
+    return least
+
+
+def _common_prefix(a: Sid, b: Sid) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _log_sum_exp(terms: list[Tensor]) -> Tensor:
+    """Where the greatest is infinite it is shared evenly among its equals; torch's gradient would be NaN."""
+    stacked = torch.stack(terms)
+    most = stacked.detach().max()
+    return stacked[stacked == most].mean() if most.isinf() else stacked.logsumexp(0)
+
+
+def _gap(
+    winner: Tensor, against: list[tuple[Tensor, Tensor]], gamma: float, aggregation: str, weighting: str
+) -> Tensor:
+    """``A`` of a winner's reward against rewards and weights: ``LSE(r_j + gamma + log w_j) - r_w``, or, aggregating the
+    margins, ``-LSE(-r_j - gamma + log w_j) - r_w``. It is ``-inf`` where the negatives alone make it so."""
+    sign = 1 if aggregation == "negatives" else -1
+    if weighting == "loss":
+        terms = [sign * (reward + gamma) + weight.log() for reward, weight in against]
+    else:
+        terms = [sign * (weight * reward + gamma) for reward, weight in against]
+    lse = sign * _log_sum_exp(terms)
+    return lse if lse == -math.inf else lse - winner
+
+
+def _smoothed(gap: Tensor, label_smoothing: float) -> Tensor:
+    """``(1 - e) softplus(A) + e softplus(-A)``, where ``softplus(x) = -logsigmoid(-x)``."""
+    if label_smoothing == 0:  # 0 * softplus(inf) would be NaN
+        return -logsigmoid(-gap)
+    return -(1 - label_smoothing) * logsigmoid(-gap) - label_smoothing * logsigmoid(gap)
+
+
+def _stacked(terms: list[Tensor], zero: Tensor) -> Tensor:
+    return torch.stack([zero, *terms])[1:]  # works for none, too
+
+
+def _reduced(terms: list[Tensor], zero: Tensor, count: Number, reduction: str) -> Tensor:
+    total = _stacked(terms, zero)
+    if reduction == "none":
+        return total
+    return total.sum() / (count if reduction == "mean" and count != 0 else 1)
