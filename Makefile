@@ -39,6 +39,7 @@ demo: build
 bench: build
 	$(PY) -m benchmarks.compare_beam_search
 	$(PY) -m benchmarks.bench_trie
+	$(PY) -m benchmarks.compare_losses
 
 # On a machine with an NVIDIA GPU, nvcc and a torch with CUDA: TORCH_CUDA_ARCH_LIST=9.0 make gpu-test PYTHON=python3
 gpu-test: build
