@@ -251,7 +251,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
     return "\n".join(parts)
 
 
-def measure(chosen: list[int], processes: int, rounds: int) -> list[dict[str, Any]]:
+def measure(chosen: list[int], processes: int, rounds: int, save: Callable[[list[dict[str, Any]]], None]) -> None:
     """Results of the cases, by their numbers."""
     runs: dict[int, list[dict[str, Any]]] = {i: [] for i in chosen}
     started = time.monotonic()
@@ -267,7 +267,7 @@ def measure(chosen: list[int], processes: int, rounds: int) -> list[dict[str, An
                 for i, run in zip(left, done, strict=True):
                     runs[i].append(run)
         print(f"{time.monotonic() - started:5.0f} s  {', '.join(CASES[i].name for i in members)}", flush=True)
-    return [summary(CASES[i], runs[i]) for i in chosen]
+        save([summary(CASES[i], runs[i]) for i in chosen if runs[i]])
 
 
 def work(numbers: list[int], rounds: int, again: bool) -> list[dict[str, Any]]:
@@ -311,13 +311,20 @@ def main() -> None:
     if not chosen:
         parser.error(f"--cases {args.cases!r} matches none of: {', '.join(case.name for case in CASES)}")
     processes, rounds = (1, 1) if args.quick else (args.processes, args.rounds)
-    results = measure(chosen, processes, rounds)
-    print(markdown(results))
     out = args.out or (None if args.quick else report.RESULTS / "losses-cpu.json")
-    if out:
-        environment = {**report.environment(MODULE), "packages": packages(), "threads": 1}
-        settings = {"processes": processes, "rounds": rounds, "markdown": markdown(results).splitlines()}
-        report.write_json(out, environment | settings | {"results": results})
+    environment = {**report.environment(MODULE), "packages": packages(), "threads": 1}
+    tables = ""
+
+    def save(results: list[dict[str, Any]]) -> None:
+        """After every group, so that a run cut short leaves what it has."""
+        nonlocal tables
+        tables = markdown(results)
+        if out:
+            settings = {"processes": processes, "rounds": rounds, "markdown": tables.splitlines()}
+            report.write_json(out, environment | settings | {"results": results})
+
+    measure(chosen, processes, rounds, save)
+    print(tables)
 
 
 if __name__ == "__main__":
