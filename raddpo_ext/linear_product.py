@@ -15,7 +15,7 @@ from raddpo_ext.token_logps import Options, logps_and_lse, overwrite_by_gradient
 # A tile beyond the budget has at least this many columns and rows, or all of them: less would not fill a product.
 _LEAST_COLUMNS, _LEAST_ROWS = 1024, 256
 # Multiplications from which leaving rows out pays for looking which.
-WORTH_A_LOOK = 1 << 25
+WORTH_A_LOOK = 1 << 26
 _HUGE = 1 << 25  # bytes from which malloc maps fresh pages for every call
 
 

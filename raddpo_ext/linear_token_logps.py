@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from raddpo_ext import _check
 from raddpo_ext.linear_parts import Part, parts_of
 from raddpo_ext.linear_product import WORTH_A_LOOK, Gradients, Plan, Product
 from raddpo_ext.support import support_of
-from raddpo_ext.token_logps import LOGIT_TYPES, check_map, check_targets
+from raddpo_ext.token_logps import LOGIT_TYPES, OVERWRITTEN, check_map, check_targets, differentiable
 from raddpo_ext.trie import TrieIndex
 from raddpo_ext.vocab import SIDVocab
 
@@ -40,8 +41,8 @@ def linear_token_logps(
     three matrix products in all. Beyond it they are worked out tile by tile, and again backward: four. Under
     ``"level"`` only the level's rows of ``weight`` are multiplied, under ``"trie"`` only the rows that are children of
     some prefix. On the CPU ignored rows, and backward those without a gradient, are left out where that pays.
-    Products run in the dtype of ``hidden`` and ``weight``, or in autocast's; each row of the weight's gradient is
-    summed in float32 and rounded once.
+    Products run in the dtype of ``hidden`` and ``weight``, or in autocast's; tiles that add up to one gradient do so in
+    float32.
 
     Args:
         hidden: ``[..., H]`` float32, bfloat16, float16 or float64: the states that predict the targets. Finite, also
@@ -85,13 +86,19 @@ def linear_token_logps(
         if not torch.compiler.is_compiling() and targets.device.type == "cpu":
             check_targets(targets, weight.shape[0], ignore_index)
         support = support.flatten()
+    size = targets.numel() * weight.shape[0]
+    look = targets.device.type == "cpu" and not torch.compiler.is_compiling()
+    look = look and size * weight.shape[1] >= WORTH_A_LOOK
+    fits = size * dtype.itemsize <= budget
+    if support is None and fits and not (look or accumulate_grad or torch.compiler.is_compiling()):
+        # So few that leaving rows out would not pay: autograd's own product has the least overhead.
+        options = (None, None, None, scale, softcap, ignore_index, 0, weight.shape[0])
+        return differentiable(F.linear(hidden, weight, bias), targets, options, inplace_backward=True)
     flat_hidden, flat_targets = hidden, targets
     if targets.dim() != 1:
         flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     inputs = (hidden, weight, bias)
     wanted = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-    look = targets.device.type == "cpu" and not torch.compiler.is_compiling()
-    look = look and flat_targets.shape[0] * weight.numel() >= WORTH_A_LOOK
     parts = parts_of(flat_targets, support, weight.shape[0], ignore_index, look)
     plan = Plan(
         dtype=dtype,
@@ -153,10 +160,7 @@ class _LinearTokenLogps(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.overwritten:
-            raise RuntimeError(
-                "linear_token_logps: the first backward pass overwrote the logits by their gradient; call it again to "
-                "go backward again"
-            )
+            raise RuntimeError(OVERWRITTEN)
         hidden, weight, bias, *saved = ctx.saved_tensors
         ctx.overwritten = True
         parts, plan = ctx.parts, ctx.plan

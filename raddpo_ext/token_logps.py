@@ -79,6 +79,11 @@ def token_logps(
         if bool(logits.isnan().any()):
             raise ValueError(f"logits hold NaN, first at {logits.isnan().nonzero()[0].tolist()}")
     options: Options = (columns, begin, count, scale, softcap, ignore_index, 0, logits.shape[-1])
+    return differentiable(logits, targets, options, inplace_backward)
+
+
+def differentiable(logits: Tensor, targets: Tensor, options: Options, inplace_backward: bool) -> Tensor:
+    """The op on logits of any leading shape, its autograd formula included."""
     rows = _rows(logits)
     if torch.compiler.is_compiling():
         logps = torch.ops.raddpo.token_logps(rows, targets.contiguous(), *options)[0]
@@ -87,7 +92,7 @@ def token_logps(
             inplace = inplace_backward and not _share_memory(rows)
             logps = _TokenLogps.apply(rows, targets.contiguous(), options, inplace)
         except RuntimeError:
-            check_targets(targets, logits.shape[-1], ignore_index)
+            check_targets(targets, logits.shape[-1], options[5])
             raise
     return logps if logps.shape == targets.shape else logps.view(targets.shape)
 
@@ -148,6 +153,12 @@ def _check_logits(logits: Tensor, targets: Tensor) -> None:
         raise ValueError(f"targets must be on the device of logits, {logits.device}, got {targets.device}")
 
 
+OVERWRITTEN = (
+    "the first backward pass overwrote the logits by their gradient; to go backward again, call the function again, or "
+    "token_logps with inplace_backward=False"
+)
+
+
 class _TokenLogps(torch.autograd.Function):
     """The op in eager mode: half the overhead of its registered autograd formula, and a backward pass in place."""
 
@@ -162,10 +173,7 @@ class _TokenLogps(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.overwritten:
-            raise RuntimeError(
-                "token_logps: the first backward pass overwrote the logits by their gradient; use "
-                "inplace_backward=False to go backward twice"
-            )
+            raise RuntimeError(OVERWRITTEN)
         logits, targets, lse = ctx.saved_tensors
         if ctx.inplace:
             ctx.overwritten = True
