@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -14,6 +17,17 @@ NEEDS_GPU = [
         reason="the extension was built without CUDA",
     ),
 ]
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """An error for whatever waits for the GPU."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def moved(state: rx.BeamState, device: str) -> rx.BeamState:

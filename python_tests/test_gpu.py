@@ -11,7 +11,7 @@ import torch
 from agreement import assert_states_equal
 from beam_cases import NORMALIZE, exact_logits, generator_of, six_beams, wide_index
 from logit_cases import MAPS, SUPPORTS, random_call, random_grad
-from on_gpu import NEEDS_GPU, moved
+from on_gpu import NEEDS_GPU, moved, no_synchronisation
 from torch import Tensor
 
 import raddpo_ext as rx
@@ -60,16 +60,12 @@ def test_never_synchronises() -> None:
     index, state = wide_index().to("cuda"), moved(six_beams(), "cuda")
     logits = torch.randn(2, 6, 1601, device="cuda")
     nodes = state.nodes.flatten()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         for normalize in NORMALIZE:
             rx.beam_step(logits, state, index, 70, normalize=normalize)
         row_lse(logits.view(12, -1))
         index.paths(nodes)
         index.item_ranges(nodes)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("beam_width", [70, 1500])
@@ -193,12 +189,8 @@ def test_token_logps_in_a_graph_without_synchronising() -> None:
         return logps, static.logits
 
     run()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         got = run()

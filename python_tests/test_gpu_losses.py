@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from on_gpu import NEEDS_GPU
+from on_gpu import NEEDS_GPU, no_synchronisation
 from session_cases import CORES, Case, assert_close, build, name_of, run, scale_of
 from torch import Tensor
 
@@ -56,11 +56,8 @@ def test_session_loss_never_synchronises_and_replays() -> None:
         return torch.autograd.grad(loss, logps)[0]
 
     expected = step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         got = step()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 NORMALIZE = ("vocab", "level", "trie")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def integer(value: Any, name: str, least: int | None = None) -> int:
@@ -36,6 +37,13 @@ def number(value: Any, name: str) -> float:
     return number
 
 
+def positive(value: Any, name: str) -> float:
+    """``value``, a finite number above 0."""
+    if number(value, name) <= 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+    return float(value)
+
+
 def instance(value: Any, name: str, kind: type) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
@@ -46,6 +54,19 @@ def choice(value: Any, name: str, choices: tuple[str, ...]) -> int:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     return choices.index(value)
+
+
+def int64_tensor(value: Any, name: str) -> None:
+    if not isinstance(value, Tensor) or value.dtype != torch.int64:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be an int64 tensor, got {got}")
+
+
+def float_tensor(value: Any, name: str) -> Tensor:
+    if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a float32, bfloat16, float16 or float64 tensor, got {got}")
+    return value
 
 
 def integer_tensor(value: Any, name: str, dim: int) -> Tensor:

@@ -60,9 +60,12 @@ def parts_of(targets: Tensor, support: Support | None, num_columns: int, ignore_
     parts = []
     for group in range(support.num_groups):
         rows = _rows_of_group(targets, support, group, ignore_index, look)
-        if rows is not None:
-            of_group = _of_level if support.vocab is not None else _of_depth
-            parts.append(of_group(rows, targets[rows], support, group, ignore_index, look))
+        if rows is None:
+            continue
+        if support.vocab is None:
+            parts.append(_of_depth(rows, targets[rows], support))
+        else:
+            parts.append(_of_level(rows, targets[rows], support, group, ignore_index, look))
     return parts
 
 
@@ -92,7 +95,7 @@ def _of_level(rows: Tensor, targets: Tensor, support: Support, level: int, ignor
     return Part(rows, first, width, columns, local, _IGNORED, outside_or_none, None)
 
 
-def _of_depth(rows: Tensor, targets: Tensor, support: Support, depth: int, ignore_index: int, look: bool) -> Part:
+def _of_depth(rows: Tensor, targets: Tensor, support: Support) -> Part:
     # Supports that begin at the same place are one node's children: each node's are taken once.
     begins, which = support.begins[rows].unique(return_inverse=True)
     counts = torch.zeros_like(begins).scatter_(0, which, support.counts[rows])

@@ -12,7 +12,7 @@ from raddpo_ext import _check
 from raddpo_ext.linear_parts import Part, parts_of
 from raddpo_ext.linear_product import WORTH_A_LOOK, Gradients, Plan, Product
 from raddpo_ext.support import support_of
-from raddpo_ext.token_logps import LOGIT_TYPES, OVERWRITTEN, check_map, check_targets, differentiable
+from raddpo_ext.token_logps import OVERWRITTEN, check_map, check_rows, check_targets, differentiable
 from raddpo_ext.trie import TrieIndex
 from raddpo_ext.vocab import SIDVocab
 
@@ -91,7 +91,7 @@ def linear_token_logps(
     look = look and size * weight.shape[1] >= WORTH_A_LOOK
     fits = size * dtype.itemsize <= budget
     if support is None and fits and not (look or accumulate_grad or torch.compiler.is_compiling()):
-        # So few that leaving rows out would not pay: autograd's own product has the least overhead.
+        # No rows to leave out, no tiles: autograd's own product has the least overhead.
         options = (None, None, None, scale, softcap, ignore_index, 0, weight.shape[0])
         return differentiable(F.linear(hidden, weight, bias), targets, options, inplace_backward=True)
     flat_hidden, flat_targets = hidden, targets
@@ -126,7 +126,8 @@ class _LinearTokenLogps(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, parts: list[Part], plan: Plan
     ) -> Tensor:
         factors = (hidden.to(plan.dtype), weight.to(plan.dtype), None if bias is None else bias.to(plan.dtype))
-        logps: Tensor | None = None
+        dtype = torch.float64 if plan.dtype == torch.float64 else torch.float32
+        logps = torch.where(targets == plan.ignore_index, 0.0, -torch.inf).to(dtype)
         lses: list[Tensor] = []
         kept: list[Tensor | None] = []
         room = plan.budget
@@ -143,12 +144,7 @@ class _LinearTokenLogps(torch.autograd.Function):
             if part.rows is None:
                 logps = logp
             else:
-                if logps is None:
-                    logps = torch.where(targets == plan.ignore_index, 0.0, -torch.inf).to(logp.dtype)
                 logps.index_copy_(0, part.rows, logp)
-        if logps is None:
-            dtype = torch.float64 if plan.dtype == torch.float64 else torch.float32
-            logps = torch.where(targets == plan.ignore_index, 0.0, -torch.inf).to(dtype)
         if plan.wanted:
             ctx.save_for_backward(hidden, weight, bias, *factors, *lses, *kept)
             ctx.parts, ctx.plan, ctx.overwritten = parts, plan, False
@@ -187,15 +183,13 @@ def _check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor 
     for name, value, dims in (("hidden", hidden, None), ("weight", weight, 2), ("bias", bias, 1)):
         if name == "bias" and value is None:
             continue
-        if not isinstance(value, Tensor) or value.dtype not in LOGIT_TYPES:
-            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name} must be a float32, bfloat16, float16 or float64 tensor, got {got}")
-        if getattr(value, "ds_id", None) is not None and value.numel() == 0:
+        tensor = _check.float_tensor(value, name)
+        if getattr(tensor, "ds_id", None) is not None and tensor.numel() == 0:
             raise ValueError(f"{name} is a DeepSpeed ZeRO-3 shard; gather it with deepspeed.zero.GatheredParameters")
-        if value.dim() == 0 or dims not in (None, value.dim()):
-            raise ValueError(f"{name} must have {dims or 'some'} dimensions, got shape {tuple(value.shape)}")
-        if value.device != hidden.device:
-            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {value.device}")
+        if tensor.dim() == 0 or dims not in (None, tensor.dim()):
+            raise ValueError(f"{name} must have {dims or 'some'} dimensions, got shape {tuple(tensor.shape)}")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
     if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"weight must have one column a feature of hidden ({hidden.shape[-1]}), got shape {tuple(weight.shape)}"
@@ -204,16 +198,8 @@ def _check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor 
         raise ValueError(f"weight must have shape [V, H] with V, H >= 1, got {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have one entry a row of weight ({weight.shape[0]}), got shape {tuple(bias.shape)}")
-    if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
-        got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
-        raise TypeError(f"targets must be an int64 tensor, got {got}")
-    if targets.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"targets must have the shape of hidden without its last dimension, {tuple(hidden.shape[:-1])}, got "
-            f"{tuple(targets.shape)}"
-        )
-    if targets.device != hidden.device:
-        raise ValueError(f"targets must be on the device of hidden, {hidden.device}, got {targets.device}")
+    _check.int64_tensor(targets, "targets")
+    check_rows(targets, hidden, "hidden")
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:

@@ -104,9 +104,7 @@ class SessionBatch:
             "num_positives": (self.num_positives, 1),
         }
         for name, (value, dim) in given.items():
-            if not isinstance(value, Tensor) or value.dtype != torch.int64:
-                got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise TypeError(f"{name} must be an int64 tensor, got {got}")
+            _check.int64_tensor(value, name)
             if value.dim() != dim:
                 raise ValueError(f"{name} must have {dim} dimensions, got shape {tuple(value.shape)}")
             if value.device != self.tokens.device:

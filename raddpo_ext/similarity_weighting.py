@@ -77,9 +77,7 @@ class SimilarityWeighting(nn.Module):
         super().__init__()
         self.window = _check.integer(window, "window", 2)
         self.quantiles = _levels(quantiles)
-        self.steepness = _check.number(steepness, "steepness")
-        if self.steepness <= 0:
-            raise ValueError(f"steepness must be positive, got {steepness}")
+        self.steepness = _check.positive(steepness, "steepness")
         self.min_weight = _check.number(min_weight, "min_weight")
         if not 0 < self.min_weight <= 1:
             raise ValueError(f"min_weight must be in (0, 1], got {min_weight}")

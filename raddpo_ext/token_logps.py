@@ -12,7 +12,6 @@ from raddpo_ext.support import support_of
 from raddpo_ext.trie import TrieIndex
 from raddpo_ext.vocab import SIDVocab
 
-LOGIT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What an op is called with after its tensors: columns, begin, count, scale, softcap, ignore_index, first_column,
 # vocab_size; csrc/token_logps/token_logps.h.
 Options = tuple[Tensor | None, Tensor | None, Tensor | None, float, float, int, int, int]
@@ -118,13 +117,8 @@ def _share_memory(rows: Tensor) -> bool:
 
 def check_map(temperature: float, logit_softcap: float | None) -> tuple[float, float]:
     """The factor on the logits and their cap, 0 for none."""
-    if _check.number(temperature, "temperature") <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    if logit_softcap is None:
-        return 1.0 / temperature, 0.0
-    if _check.number(logit_softcap, "logit_softcap") <= 0:
-        raise ValueError(f"logit_softcap must be positive, got {logit_softcap}")
-    return 1.0 / temperature, float(logit_softcap)
+    scale = 1.0 / _check.positive(temperature, "temperature")
+    return scale, 0.0 if logit_softcap is None else _check.positive(logit_softcap, "logit_softcap")
 
 
 def check_targets(targets: Tensor, num_columns: int, ignore_index: int) -> None:
@@ -136,21 +130,22 @@ def check_targets(targets: Tensor, num_columns: int, ignore_index: int) -> None:
 
 
 def _check_logits(logits: Tensor, targets: Tensor) -> None:
-    if not isinstance(logits, Tensor) or logits.dtype not in LOGIT_TYPES:
-        got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"logits must be a float32, bfloat16, float16 or float64 tensor, got {got}")
-    if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
-        got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
-        raise TypeError(f"targets must be an int64 tensor, got {got}")
+    _check.float_tensor(logits, "logits")
+    _check.int64_tensor(targets, "targets")
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have shape [..., V] with V >= 1, got {tuple(logits.shape)}")
-    if logits.shape[:-1] != targets.shape:
+    check_rows(targets, logits, "logits")
+
+
+def check_rows(targets: Tensor, values: Tensor, name: str) -> None:
+    """Raises ValueError unless there is one target a row of ``values``, on its device."""
+    if targets.shape != values.shape[:-1]:
         raise ValueError(
-            f"targets must have the shape of logits without its last dimension, {tuple(logits.shape[:-1])}, got "
+            f"targets must have the shape of {name} without its last dimension, {tuple(values.shape[:-1])}, got "
             f"{tuple(targets.shape)}"
         )
-    if logits.device != targets.device:
-        raise ValueError(f"targets must be on the device of logits, {logits.device}, got {targets.device}")
+    if targets.device != values.device:
+        raise ValueError(f"targets must be on the device of {name}, {values.device}, got {targets.device}")
 
 
 OVERWRITTEN = (

@@ -210,7 +210,7 @@ class TrieIndex:
             return codes.new_empty(0)
         tokens = self._tokens(codes, codes.new_full((1,), depth))[:, :depth]
         node = self._walk(tokens)[0, -1:]
-        first, count = (int(x) for x in torch.ops.raddpo.trie_children(node, self.data, self.header))
+        first, count = (int(x) for x in self.child_ranges(node))
         if depth == self.sid_levels:  # nothing but the end-of-sequence token
             return codes.new_full((count,), -1)
         return self.paths(torch.arange(first, first + count, device=self.device))[0][:, depth]

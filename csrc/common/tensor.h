@@ -10,6 +10,7 @@
 
 #include <array>
 #include <initializer_list>
+#include <optional>
 
 #include "logit_type.h"
 #ifdef RADDPO_WITH_CUDA
@@ -20,6 +21,7 @@ namespace raddpo {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 inline LogitType logit_type_of(const Tensor& t, const char* op) {
   switch (t.scalar_type()) {

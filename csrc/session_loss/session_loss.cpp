@@ -2,7 +2,6 @@
 #include "session_loss.h"
 
 #include <algorithm>
-#include <optional>
 #include <tuple>
 
 #include "../common/buffer.h"
@@ -14,7 +13,6 @@
 namespace raddpo {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // What the operator takes, in its order.

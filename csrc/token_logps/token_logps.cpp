@@ -2,7 +2,6 @@
 #include "token_logps.h"
 
 #include <cmath>
-#include <optional>
 
 #include "../common/huge_pages.h"
 #include "../common/isa.h"
@@ -10,8 +9,6 @@
 
 namespace raddpo {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 // What forward and backward are called with alike.
 struct Call {
@@ -91,19 +88,6 @@ void set_grad(TokenLogpsArgs& a, const Call& c, const Tensor& grad, const Tensor
 
 std::int64_t rows_a_thread(const TokenLogpsArgs& a) { return 1 + 32768 / (a.cols + 1); }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& logits, const Tensor& targets, const OptionalTensor& columns,
-                                   const OptionalTensor& begin, const OptionalTensor& count, double scale,
-                                   double softcap, std::int64_t ignore_index, std::int64_t first_column,
-                                   std::int64_t vocab_size, void (*run)(const TokenLogpsArgs&, const Tensor&)) {
-  TokenLogpsArgs a =
-      prepare({logits, targets, columns, begin, count, scale, softcap, ignore_index, first_column, vocab_size});
-  Tensor logps = new_rows(logits, result_type(logits)), lse = new_rows(logits, result_type(logits));
-  a.logps = logps.mutable_data_ptr();
-  a.lse = lse.mutable_data_ptr();
-  run(a, logits);
-  return {logps, lse};
-}
-
 void forward_cpu(const TokenLogpsArgs& a, const Tensor&) {
   for (std::int64_t row = 0; row < a.rows; ++row)
     STD_TORCH_CHECK(a.targets[row] == a.ignore_index || (a.targets[row] >= 0 && a.targets[row] < a.vocab_size),
@@ -142,7 +126,13 @@ std::tuple<Tensor, Tensor> token_logps_op(const Tensor& logits, const Tensor& ta
                                           const OptionalTensor& begin, const OptionalTensor& count, double scale,
                                           double softcap, std::int64_t ignore_index, std::int64_t first_column,
                                           std::int64_t vocab_size) {
-  return forward(logits, targets, columns, begin, count, scale, softcap, ignore_index, first_column, vocab_size, run);
+  TokenLogpsArgs a =
+      prepare({logits, targets, columns, begin, count, scale, softcap, ignore_index, first_column, vocab_size});
+  Tensor logps = new_rows(logits, result_type(logits)), lse = new_rows(logits, result_type(logits));
+  a.logps = logps.mutable_data_ptr();
+  a.lse = lse.mutable_data_ptr();
+  run(a, logits);
+  return {logps, lse};
 }
 
 template <Run run>
