@@ -11,6 +11,11 @@ STABLE_TORCH_LIBRARY(raddpo, m) {
   m.def("trie_paths(Tensor nodes, Tensor trie, Tensor header, int sid_levels) -> (Tensor codes, Tensor depths)");
   m.def("trie_items(Tensor nodes, Tensor trie, Tensor header) -> (Tensor first, Tensor count)");
   m.def("trie_children(Tensor nodes, Tensor trie, Tensor header) -> (Tensor first, Tensor count)");
+  // Rows of prompt and candidates; csrc/pack_sessions/pack_sessions.h. On the CPU only.
+  m.def(
+      "pack_sessions(Tensor prompts, Tensor prompt_begins, Tensor prompt_lengths, Tensor tokens, Tensor lengths, "
+      "Tensor offsets, bool trie, bool last_token, bool pad_left, int pad_token_id, int multiple_of) -> (Tensor "
+      "input_ids, Tensor position_ids, Tensor ends, Tensor predictors, Tensor last_tokens, Tensor prompt_starts)");
   m.def("row_lse(Tensor logits) -> Tensor");
   // Logits [outer, inner, cols]; targets, lse, grad, begin and count [outer, inner]; csrc/token_logps/token_logps.h.
   m.def(

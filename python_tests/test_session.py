@@ -152,3 +152,39 @@ META = torch.zeros(5, 3, dtype=torch.int64, device="meta")
 def test_refuses(changed: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         rx.SessionBatch(**(BATCH | changed))
+
+
+def test_counts_are_what_the_mean_divides_by():
+    """Against the loss itself: the mean is the sum divided by them."""
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        sizes = rng.integers(0, 6, 4)
+        positives = np.array([rng.integers(0, size + 1) for size in sizes])
+        sessions = rx.SessionBatch(
+            torch.from_numpy(rng.integers(0, 2, (int(sizes.sum()), 2))),
+            torch.from_numpy(rng.integers(0, 3, int(sizes.sum()))),
+            torch.from_numpy(np.append(0, sizes.cumsum())),
+            torch.from_numpy(positives),
+        )
+        logps = -torch.rand(sessions.num_candidates, 2, dtype=torch.float64)
+        for policy in ("winner", "each", "pooled"):
+            counts = sessions.counts(policy)
+            mean, total = (
+                rx.rad_dpo_loss(logps, sessions, positives=policy, reduction=reduction) for reduction in ("mean", "sum")
+            )
+            assert counts.dtype == torch.float64
+            divisors = counts.clamp(min=1)
+            torch.testing.assert_close(mean.preference * divisors[0], total.preference)
+            torch.testing.assert_close(mean.sft * divisors[1], total.sft)
+            assert (float(total.preference) == 0) == (float(counts[0]) == 0)
+    with pytest.raises(ValueError, match="positives must be one of 'winner', 'each', 'pooled', got 'all'"):
+        sessions.counts("all")
+
+
+def test_kept_pairs_leave_out_weights_of_zero():
+    sessions = rx.SessionBatch(**parts([(2, 3), (1, 2)]) | {"lengths": torch.full((8,), 3)})
+    weights = torch.ones(sessions.num_pairs)
+    weights[0] = 0
+    kept = sessions.kept_pairs("each")
+    assert bool(kept[0])
+    assert torch.equal(sessions.kept_pairs("each", weights), kept & (weights > 0))

@@ -8,6 +8,7 @@ from raddpo_ext.beam_search import BeamResult, BeamState, beam_search, beam_step
 from raddpo_ext.integrations.logits_processor import TrieLogitsProcessor
 from raddpo_ext.integrations.retriever import SIDRetriever
 from raddpo_ext.linear_token_logps import linear_token_logps
+from raddpo_ext.pack_sessions import PackedSessions, pack_sessions
 from raddpo_ext.raddpo_loss import RADDPOLoss, RADDPOOutput
 from raddpo_ext.session import SessionBatch
 from raddpo_ext.session_loss import PRESETS, SessionLoss, multilabel_contrastive_loss, rad_dpo_loss
@@ -21,6 +22,7 @@ __all__ = [
     "PRESETS",
     "BeamResult",
     "BeamState",
+    "PackedSessions",
     "RADDPOLoss",
     "RADDPOOutput",
     "SIDRetriever",
@@ -34,6 +36,7 @@ __all__ = [
     "beam_step",
     "linear_token_logps",
     "multilabel_contrastive_loss",
+    "pack_sessions",
     "rad_dpo_loss",
     "token_logps",
 ]

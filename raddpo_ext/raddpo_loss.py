@@ -176,14 +176,8 @@ class RADDPOLoss(nn.Module):
         same = (sessions.tokens[positive] == sessions.tokens[negative]) & mask[positive] & mask[negative]
         prefix = same.to(torch.int64).cumprod(1).sum(1)
         weights = torch.ones_like(margins) if pair_weights is None else pair_weights.to(margins.dtype)
-        equal = (prefix == lengths[positive]) & (prefix == lengths[negative])
-        kept = (lengths[positive] > 0) & (lengths[negative] > 0) & ~equal & (weights > 0)
         positives = self.options.get("positives", "winner")
-        if positives == "winner":
-            kept &= positive == first[positive]
-        if positives == "pooled":
-            dropped = torch.zeros_like(rows).index_add_(0, negative, (~kept & (lengths[positive] > 0)).to(torch.int64))
-            kept &= dropped[negative] == 0
+        kept = sessions.kept_pairs(positives, weights)
 
         protect = self.options.get("protect", "winner")
         if detach is not None:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from raddpo_ext import _check
 
+POSITIVES = ("winner", "each", "pooled")
+
 
 class SessionBatch:
     """Candidates of ``S`` sessions in ``C`` rows: those of session ``s`` are rows ``offsets[s]:offsets[s + 1]``, the
@@ -95,6 +97,49 @@ class SessionBatch:
         negatives = (self.offsets[1:] - first_negative)[session]
         positive = self.offsets[session] + torch.div(number, negatives, rounding_mode="floor")
         return positive, first_negative[session] + number % negatives
+
+    def kept_pairs(self, positives: str = "winner", pair_weights: Tensor | None = None) -> Tensor:
+        """Which pairs enter the preference loss: bool ``[M]``.
+
+        A pair with a member of length 0, of equal SIDs or of weight 0 does not; of the others ``positives`` chooses.
+
+        Args:
+            positives: see :func:`rad_dpo_loss`.
+            pair_weights: ``[M]``, or None.
+        """
+        _check.choice(positives, "positives", POSITIVES)
+        positive, negative = self.pairs()
+        tokens = self.tokens.masked_fill(~self.mask(), -1)
+        kept = (self.lengths[positive] > 0) & (tokens[positive] != tokens[negative]).any(-1)
+        if pair_weights is not None:
+            kept &= pair_weights > 0
+        if positives == "pooled":  # a negative meets all the positives or none
+            refused = torch.zeros_like(self.lengths).index_add_(
+                0, negative, (~kept & (self.lengths[positive] > 0)).to(torch.int64)
+            )
+            kept &= refused[negative] == 0
+        if positives == "winner":
+            kept &= torch.isin(positive, self.offsets[:-1])
+        return kept & (self.lengths[negative] > 0)
+
+    def counts(self, positives: str = "winner") -> Tensor:
+        """What ``reduction="mean"`` divides by: the sessions that keep a pair, and the tokens of all positives.
+
+        Summed over accumulated batches and ranks they are the ``normalizer`` of :func:`rad_dpo_loss`, 0 replaced by 1.
+
+        Args:
+            positives: see :func:`rad_dpo_loss`.
+
+        Returns:
+            float64 ``[2]``.
+        """
+        kept = torch.zeros(self.num_pairs + 1, dtype=torch.int64, device=self.device)
+        torch.cumsum(self.kept_pairs(positives), 0, out=kept[1:])
+        sessions = (kept[self.pair_offsets].diff() > 0).sum()
+        rows = torch.arange(self.num_candidates, device=self.device)
+        session = torch.bucketize(rows, self.offsets[1:], right=True)
+        chosen = rows - self.offsets[session] < self.num_positives[session]
+        return torch.stack((sessions, torch.where(chosen, self.lengths, 0).sum())).double()
 
     def _check_shapes(self) -> None:
         given: dict[str, tuple[Any, int]] = {

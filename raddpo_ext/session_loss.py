@@ -10,12 +10,11 @@ from torch import Tensor
 
 from raddpo_ext import _check
 from raddpo_ext import session_loss_op as op
-from raddpo_ext.session import SessionBatch
+from raddpo_ext.session import POSITIVES, SessionBatch
 
 _PROTECT = ("winner", "positives", "none")
 _AGGREGATION = ("negatives", "margins")
 _WEIGHTING = ("loss", "reward")
-_POSITIVES = ("winner", "each", "pooled")
 
 #: Arguments of :func:`rad_dpo_loss` by name of the objective. ``rad_dpo`` and ``rad_dpo_margins`` are the two readings
 #: of the RAD-DPO paper; ``simpo`` has one negative a session (``gamma`` outside ``beta``, as in TRL), ``dpo`` one and
@@ -179,7 +178,7 @@ def rad_dpo_loss(
         _check.choice(protect, "protect", _PROTECT),
         _check.choice(aggregation, "aggregation", _AGGREGATION),
         _check.choice(weighting, "weighting", _WEIGHTING),
-        _check.choice(positives, "positives", _POSITIVES),
+        _check.choice(positives, "positives", POSITIVES),
         reduced,
         logps.requires_grad and torch.is_grad_enabled(),
     )
@@ -247,7 +246,7 @@ def multilabel_contrastive_loss(
         _PROTECT.index("none"),
         _AGGREGATION.index("negatives"),
         _WEIGHTING.index("loss"),
-        _POSITIVES.index("pooled"),
+        POSITIVES.index("pooled"),
         reduced,
         scores.requires_grad and torch.is_grad_enabled(),
     )

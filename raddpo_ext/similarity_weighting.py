@@ -107,7 +107,7 @@ class SimilarityWeighting(nn.Module):
         similarities = _cosine(embeddings.to(dtype, copy=True), positives, negatives)
         weights = self._weigh(similarities.to(dtype))
         if self.training:
-            kept = similarities.masked_fill(_dropped(sessions, positives, negatives), math.nan)
+            kept = similarities.masked_fill(~sessions.kept_pairs("each"), math.nan)
             self.pending.copy_(_appended(self.pending, kept))
             if self._commits_by_itself:
                 self._commit()
@@ -205,14 +205,6 @@ def _cosine(embeddings: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
         products = embeddings.index_select(0, positives[chunk]).mul_(embeddings.index_select(0, negatives[chunk]))
         torch.sum(products, -1, out=cosines[chunk])
     return cosines.float()
-
-
-def _dropped(sessions: SessionBatch, positives: Tensor, negatives: Tensor) -> Tensor:
-    """Which pairs have a member of length 0 or equal SIDs: bool ``[M]``."""
-    tokens = sessions.tokens.masked_fill(~sessions.mask(), -1)
-    equal = (tokens[positives] == tokens[negatives]).all(-1)
-    empty = sessions.lengths == 0
-    return equal | empty[positives] | empty[negatives]
 
 
 def _appended(old: Tensor, new: Tensor) -> Tensor:
