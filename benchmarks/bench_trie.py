@@ -86,11 +86,11 @@ def measure(sids_file: Path, repeats: int, baselines: bool) -> dict[str, float]:
     torch.set_num_threads(THREADS)
     sids = np.load(sids_file)
     items = len(sids)
-    held = _status_bytes("VmRSS")
+    held = report.memory_status("VmRSS")
     start = time.perf_counter()
     index = rx.TrieIndex.build(sids)
     first = time.perf_counter() - start
-    peak = _status_bytes("VmHWM")  # not getrusage's, which a process inherits from its parent
+    peak = report.memory_status("VmHWM")  # not getrusage's, which a process inherits from its parent
     result = {
         "first_build_s": first,
         "extra_bytes_per_item": (peak - held) / items,
@@ -143,11 +143,6 @@ def measure_baselines(sids: np.ndarray, repeats: int) -> dict[str, float]:
     static_s = time.perf_counter() - start
     stored = sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
     return ours | {"static_build_s": static_s, "static_bytes_per_item": stored / len(sids)}
-
-
-def _status_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def run_case(case: Case, processes: int, repeats: int, baselines: bool) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What every benchmark result carries, and how it is written."""
 
+import ctypes
 import importlib.util
 import json
 import os
@@ -52,6 +53,18 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
         file.write(json.dumps(result, indent=1) + "\n")
     os.chmod(temporary, 0o644)
     os.replace(temporary, path)
+
+
+def memory_status(field: str) -> int:
+    """Bytes of this process's memory by a field of /proc/self/status: ``VmRSS`` now, ``VmHWM`` at the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
+def reset_peak_memory() -> None:
+    """Gives unused memory back and sets the peak to what is held."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

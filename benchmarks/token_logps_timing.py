@@ -7,18 +7,17 @@ which returns a value, or a value and a gradient.
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks import report
 from benchmarks.catalogues import Missing
 from benchmarks.token_logps_cases import Case, Problem
 from benchmarks.token_logps_peers import FLOORS, Method, Step
@@ -63,20 +62,13 @@ def check(problem: Problem, methods: Mapping[str, Method]) -> Checked:
 def _first_call(problem: Problem, step: Step) -> tuple[dict[str, Tensor], float, int]:
     """Value and gradients, seconds, and the peak of the process's memory over what it held before."""
     problem.clear()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is held
-    before, start = _status("VmRSS"), time.perf_counter()
+    report.reset_peak_memory()
+    before, start = report.memory_status("VmRSS"), time.perf_counter()
     returned = step()
-    seconds, peak = time.perf_counter() - start, _status("VmHWM") - before
+    seconds, peak = time.perf_counter() - start, report.memory_status("VmHWM") - before
     values = (returned,) if isinstance(returned, Tensor) else returned
     results = {what: value.detach() for what, value in zip(("value", "gradient"), values, strict=False)}
     return results | {f"gradient of {name}": leaf.grad for name, leaf in problem.leaves.items()}, seconds, peak
-
-
-def _status(name: str) -> int:
-    """Bytes of this process's memory, by a line of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name + ":"))
 
 
 def _check_same(case: Case, name: str, results: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -1,0 +1,295 @@
+"""One row a session against one row a candidate: time and memory of a training step, on one CPU thread::
+
+    python -m benchmarks.compare_packing              # writes benchmarks/results/packing-cpu.json
+    python -m benchmarks.compare_packing --quick      # one process and one round a case; prints only
+    python -m benchmarks.compare_packing --cases V=152k
+
+A step is the forward and the backward pass of one session through a stock Qwen3 of transformers (hidden size 512, 4
+layers, 8 heads of 64, 2 of them for keys and values, intermediate size 1536, float32), the log-probs by
+``linear_token_logps`` and the loss by ``rad_dpo_loss``, alike for all layouts; the optimizer is left out.
+``replicated`` gives every candidate its own copy of the prompt, under the model's own causal mask. Gradients stay
+allocated from step to step, as with ``zero_grad(set_to_none=False)``.
+
+Cases run in fresh processes. Within one, the layouts are first checked to give the same loss and gradients, then they
+take turns. Times and ratios are medians over processes and rounds, the spread is the processes' least and most.
+Activations are the bytes that autograd saves for the backward pass, each storage once, parameters left out; the peak is
+the process's own over what it held before the step. The floor is arithmetic: floating-point operations of the matrix
+products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+import raddpo_ext as rx
+from benchmarks import catalogues, report
+
+MODULE = "benchmarks.compare_packing"
+LEVELS, CODES = 4, 256
+HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 512, 1536, 4, 8, 2, 64
+LAYOUTS = ("replicated", "candidates", "trie")
+TOLERANCE = 1e-5  # of the loss, and of all gradients together, in the Euclidean norm
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Case:
+    """One session of ``candidates`` SIDs behind a prompt of ``prompt`` tokens.
+
+    Of the ``made`` ones a quarter of the negatives share the winner's first two codes and a quarter its first; the
+    others are random. Those of ``instruments`` are items of the real catalogue: half of the negatives share the
+    winner's first code, as far as there are so many, the others do not.
+    """
+
+    vocab_size: int
+    prompt: int
+    candidates: int
+    source: str = "made"
+
+    @property
+    def name(self) -> str:
+        return f"V={self.vocab_size // 1000}k prompt={self.prompt} candidates={self.candidates} {self.source}"
+
+
+CASES = [Case(32_000, 128, 16), Case(152_000, 128, 16)]
+CASES += [Case(32_000, prompt, count) for prompt in (32, 128, 512) for count in (4, 16, 64)]
+CASES += [Case(32_000, 128, count, "instruments") for count in (16, 64)]
+CASES = list(dict.fromkeys(CASES))
+
+
+class Problem:
+    """The model, one session, and a step by layout."""
+
+    def __init__(self, case: Case) -> None:
+        torch.manual_seed(0)
+        self.case = case
+        self.model = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=case.vocab_size,
+                hidden_size=HIDDEN,
+                intermediate_size=INTERMEDIATE,
+                num_hidden_layers=LAYERS,
+                num_attention_heads=HEADS,
+                num_key_value_heads=KV_HEADS,
+                head_dim=HEAD_DIM,
+                max_position_embeddings=4096,
+                tie_word_embeddings=False,
+            )
+        )
+        rng = np.random.default_rng(0)
+        self.prompt = torch.from_numpy(rng.integers(case.vocab_size, size=case.prompt))
+        vocab = rx.SIDVocab([CODES] * LEVELS, offset=1000)
+        self.sessions = rx.SessionBatch(
+            vocab.encode(_sids(case, rng)),
+            torch.full((case.candidates,), LEVELS),
+            torch.tensor([0, case.candidates]),
+            torch.tensor([2]),
+        )
+        self.loss = rx.RADDPOLoss(accumulate_grad=True)
+        self.tokens = {layout: self._inputs(layout)["input_ids"].numel() for layout in LAYOUTS}
+
+    def step(self, layout: str) -> Tensor:
+        """The loss, its gradients in the parameters. A packed row is built anew in each step, as a collator does."""
+        if layout == "replicated":
+            states = self.model.model(**self._inputs(layout), use_cache=False).last_hidden_state
+            hidden = states[:, self.case.prompt - 1 : -1]
+        else:
+            packed = rx.pack_sessions([self.prompt], self.sessions, layout=layout)
+            inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
+            states = self.model.model(**inputs, attention_mask=packed.mask(), use_cache=False).last_hidden_state
+            hidden = packed.hidden(states)
+        loss = self.loss(hidden, self.model.lm_head.weight, self.sessions).loss
+        loss.backward()
+        return loss.detach()
+
+    def _inputs(self, layout: str) -> dict[str, Tensor]:
+        if layout == "replicated":
+            rows = self.prompt.expand(self.case.candidates, -1)
+            return {"input_ids": torch.cat([rows, self.sessions.tokens], 1)}
+        return {"input_ids": rx.pack_sessions([self.prompt], self.sessions, layout=layout).input_ids}
+
+    def clear(self) -> None:
+        self.model.zero_grad(set_to_none=False)
+
+    def gradient(self) -> Tensor:
+        return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
+
+    def operations(self, layout: str) -> float:
+        """Of the products, forward and backward, by length of the rows; every position meets every other."""
+        tokens = self.tokens[layout]
+        rows = self.case.candidates if layout == "replicated" else 1
+        width = HEADS * HEAD_DIM
+        layer = HIDDEN * (2 * width + 2 * KV_HEADS * HEAD_DIM) + 3 * HIDDEN * INTERMEDIATE
+        attention = 2 * width * tokens / rows
+        head = self.case.candidates * LEVELS * HIDDEN * self.case.vocab_size
+        return 6 * (LAYERS * tokens * (layer + attention) + head)
+
+
+def _sids(case: Case, rng: np.random.Generator) -> np.ndarray:
+    """Codes ``[C, L]``, the winner's first."""
+    if case.source == "instruments":
+        sids = np.unique(catalogues.real("instruments"), axis=0)
+        winner = int(rng.integers(len(sids)))
+        siblings = rng.permutation(np.flatnonzero((sids[:, 0] == sids[winner, 0]) & (np.arange(len(sids)) != winner)))
+        others = rng.permutation(np.flatnonzero(sids[:, 0] != sids[winner, 0]))
+        half = siblings[: (case.candidates - 1) // 2]
+        return sids[np.concatenate([[winner], half, others])[: case.candidates]]
+    sids = rng.integers(CODES, size=(case.candidates, LEVELS))
+    sids[2::4, :2] = sids[0, :2]
+    sids[3::4, :1] = sids[0, :1]
+    return sids
+
+
+def work(case: Case, rounds: int) -> dict[str, Any]:
+    """One process's measurements."""
+    torch.set_num_threads(1)
+    problem = Problem(case)
+    loss = problem.step("candidates")  # makes the gradients, and warms up
+    problem.clear()
+    expected: Tensor | None = None
+    result: dict[str, Any] = {layout: {} for layout in LAYOUTS}
+    for layout in LAYOUTS:
+        problem.clear()
+        saved, peak, value = _memory(problem, lambda layout=layout: problem.step(layout))
+        gradient = problem.gradient()
+        expected = gradient if expected is None else expected
+        error = max(float((value - loss).abs() / loss.abs()), float((gradient - expected).norm() / expected.norm()))
+        assert error < TOLERANCE, f"{layout} differs by {error:.2g} in {case.name}"
+        result[layout] = {"activation_bytes": saved, "peak_bytes": peak, "error": error, "seconds": []}
+        result[layout] |= {"tokens": problem.tokens[layout], "operations": problem.operations(layout)}
+    del gradient, expected
+    for _ in range(rounds):
+        for layout in LAYOUTS:
+            problem.clear()
+            start = time.perf_counter()
+            problem.step(layout)
+            result[layout]["seconds"].append(time.perf_counter() - start)
+    return result
+
+
+def _memory(problem: Problem, step: Callable[[], Tensor]) -> tuple[int, int, Tensor]:
+    """Bytes saved for the backward pass, peak bytes of the process over what it held, and the loss."""
+    ours = {p.untyped_storage().data_ptr() for p in problem.model.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in ours:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = step()
+    problem.clear()
+    report.reset_peak_memory()
+    before = report.memory_status("VmRSS")
+    step()
+    peak = report.memory_status("VmHWM") - before
+    problem.clear()
+    step()
+    return sum(saved.values()), peak, value
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of one case: medians over its processes, ratios within each process first."""
+    found: dict[str, Any] = {}
+    times = {layout: [median(run[layout]["seconds"]) for run in runs] for layout in LAYOUTS}
+    for layout in LAYOUTS:
+        ratios = [base / own for base, own in zip(times["replicated"], times[layout], strict=True)]
+        first = runs[0][layout]
+        found[layout] = {
+            "seconds": median(times[layout]),
+            "speed": median(ratios),
+            "spread": [min(ratios), max(ratios)],
+            "tokens": first["tokens"],
+            "gflop": first["operations"] / 1e9,
+            "activation_bytes": first["activation_bytes"],
+            "peak_bytes": median(run[layout]["peak_bytes"] for run in runs),
+            "error": max(run[layout]["error"] for run in runs),
+        }
+    return found
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    head = [
+        "case",
+        "layout",
+        "tokens",
+        "ms",
+        "times as fast",
+        "spread",
+        "GFLOP",
+        "GFLOP/s",
+        "activations MiB",
+        "peak MiB",
+    ]
+    rows = []
+    for result in results:
+        for layout in LAYOUTS:
+            r = result["layouts"][layout]
+            low, high = r["spread"]
+            rows.append(
+                [
+                    result["case"] if layout == LAYOUTS[0] else "",
+                    layout,
+                    f"{r['tokens']}",
+                    f"{1000 * r['seconds']:.0f}",
+                    f"{r['speed']:.2f}",
+                    f"{low:.2f}-{high:.2f}",
+                    f"{r['gflop']:.1f}",
+                    f"{r['gflop'] / r['seconds']:.0f}",
+                    f"{r['activation_bytes'] / MIB:.0f}",
+                    f"{r['peak_bytes'] / MIB:.0f}",
+                ]
+            )
+    return report.markdown(head, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", type=int, default=3, help="fresh processes a case (3)")
+    parser.add_argument("--quick", action="store_true", help="one process and one round a case; no file by default")
+    parser.add_argument("--cases", default="", help="only cases whose name contains this")
+    parser.add_argument("--out", type=Path, help="result file (benchmarks/results/packing-cpu.json)")
+    parser.add_argument("--rounds", type=int, default=3, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # runs this case and prints JSON
+    args = parser.parse_args()
+    if args.worker is not None:
+        print(json.dumps(work(CASES[args.worker], args.rounds)))
+        return
+    chosen = [i for i, case in enumerate(CASES) if args.cases in case.name]
+    if not (catalogues.DATA / catalogues.INDEX_FILES["instruments"]).exists():
+        print(f"no instruments under {catalogues.DATA}: those cases are left out", file=sys.stderr)
+        chosen = [i for i in chosen if CASES[i].source == "made"]
+    if not chosen:
+        parser.error(f"--cases {args.cases!r} matches none of: {', '.join(case.name for case in CASES)}")
+    processes, rounds = (1, 1) if args.quick else (args.processes, args.rounds)
+    out = args.out or (None if args.quick else report.RESULTS / "packing-cpu.json")
+    environment = {**report.environment(MODULE), "threads": 1, "processes": processes, "rounds": rounds}
+    results: list[dict[str, Any]] = []
+    for i in chosen:
+        runs = [report.run_fresh(MODULE, "--worker", str(i), "--rounds", str(rounds)) for _ in range(processes)]
+        results.append({"case": CASES[i].name, "layouts": summary(runs)})
+        print(markdown(results[-1:]), flush=True)
+        if out:
+            report.write_json(out, environment | {"markdown": markdown(results).splitlines(), "results": results})
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    main()
