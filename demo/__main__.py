@@ -6,6 +6,7 @@ Exit code: 0, 1 when the model does not beat the most popular items, 2 on bad in
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -15,9 +16,9 @@ import torch
 
 import raddpo_ext as rx
 from demo import report
-from demo.catalogue import Catalogue, load_catalogue, spread
 from demo.model import Tokens, train
 from demo.shop import make_shop
+from raddpo_ext.catalogue import Catalogue, load_catalogue
 
 FREE_CASES = 200  # cases on which the unconstrained search runs
 TIMED_CASES = 20
@@ -31,11 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.data is None:
             catalogue = make_shop(options.shoppers, options.cases, options.seed)
         else:
-            catalogue = load_catalogue(options.data, options.cases)
+            catalogue = load_catalogue(options.data)
+            catalogue = dataclasses.replace(catalogue, test=report.spread(catalogue.test, options.cases))
     except (OSError, ValueError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
-    return run(catalogue, catalogue.epochs if options.epochs is None else options.epochs, options.seed)
+    return run(catalogue, _epochs(catalogue) if options.epochs is None else options.epochs, options.seed)
 
 
 def run(catalogue: Catalogue, epochs: int, seed: int) -> int:
@@ -55,23 +57,28 @@ def run(catalogue: Catalogue, epochs: int, seed: int) -> int:
     print(" " * 25 + "".join(f"{f'recall@{cut}':>11}" for cut in report.CUTS) + f"{'MRR':>11}")
     print(f"  SIDRetriever           {quality}\n  most popular items     {popular}")
 
-    free_cases = spread(catalogue.test, FREE_CASES)
+    free_cases = report.spread(catalogue.test, FREE_CASES)
     free = report.share_of_items(model, tokens, free_cases)
     print("\ninvalid items")
     print(f"  with the index         {1 - valid:10.1%}  of the top {max(report.CUTS)}")
     print(f"  without (generate)     {1 - free:10.1%}  of the top 10, {len(free_cases)} queries")
 
-    ours, theirs = report.latencies(retriever, tokens, spread(catalogue.test, TIMED_CASES))
+    ours, theirs = report.latencies(retriever, tokens, report.spread(catalogue.test, TIMED_CASES))
     print(f"\nlatency, one query at a time, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}")
     print(f"  SIDRetriever                            {1000 * ours:7.1f} ms")
     print(f"  generate with prefix_allowed_tokens_fn  {1000 * theirs:7.1f} ms, {theirs / ours:.1f} times as long")
 
     print("\nsome of them, with log-probabilities; * is what was bought next")
-    print("\n".join(report.examples(retriever, tokens, catalogue, spread(catalogue.test, SHOWN_CASES))))
+    print("\n".join(report.examples(retriever, tokens, catalogue, report.spread(catalogue.test, SHOWN_CASES))))
     if not quality.beats(popular):
         print("demo: the model does not beat the most popular items", file=sys.stderr)
         return 1
     return 0
+
+
+def _epochs(catalogue: Catalogue) -> int:
+    """Enough to train on the data: the fewer purchases, the more often each is seen."""
+    return min(12, max(6, 480_000 // sum(map(len, catalogue.train))))
 
 
 def _make_index(catalogue: Catalogue, tokens: Tokens) -> rx.TrieIndex:

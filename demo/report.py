@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import Counter, defaultdict
@@ -14,8 +15,8 @@ from tqdm import tqdm
 from transformers import Qwen3ForCausalLM
 
 import raddpo_ext as rx
-from demo.catalogue import Case, Catalogue
 from demo.model import START, Tokens
+from raddpo_ext.catalogue import Case, Catalogue
 
 BEAMS = 50
 CUTS = (5, 10, 50)
@@ -33,6 +34,11 @@ class Quality(NamedTuple):
 
     def __str__(self) -> str:
         return "".join(f"{value:11.4f}" for value in (*self.recall, self.mrr))
+
+
+def spread(cases: list[Case], most: int) -> list[Case]:
+    """At most ``most`` of the cases, evenly spread: the first users of a file are seldom like the others."""
+    return cases[:: math.ceil(len(cases) / most)]
 
 
 def measure(retriever: rx.SIDRetriever, tokens: Tokens, cases: list[Case]) -> tuple[Quality, float]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from demo.catalogue import CODES, Case, Catalogue
+from raddpo_ext.catalogue import CODES, Case, Catalogue
 
 COLOURS = ["black", "white", "blue", "red", "green", "grey", "brown", "yellow", "pink", "purple", "orange", "turquoise"]
 CLOTHES_SIZES, SHOE_SIZES, NO_SIZE = ("S", "M", "L", "XL"), ("38", "40", "42", "44"), ()
@@ -62,8 +62,8 @@ def make_shop(shoppers: int, max_cases: int, seed: int) -> Catalogue:
         sizes=(CODES,) * MAX_LEVELS,
         titles=[titles[item] for item in order],
         train=[items[:-1] for items in purchases],
+        valid=[],
         test=[Case(items[:-1], items[-1]) for items in purchases[:max_cases]],
-        epochs=12,
     )
 
 

@@ -1,6 +1,5 @@
-"""The demo: its shop, its readers of real folders, and whole runs on very small data."""
+"""The demo: its shop, and whole runs on very small data."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,17 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from catalogue_files import ITEMS, write_letter
 
 import raddpo_ext as rx
 
 pytest.importorskip("transformers")
 from demo.__main__ import main
-from demo.catalogue import Case, load_catalogue
 from demo.model import HISTORY, Tokens
-from demo.report import Quality, _quality, _ranks, measure_popularity
+from demo.report import Quality, _quality, _ranks, measure_popularity, spread
 from demo.shop import make_shop
-
-ITEMS = 60
+from raddpo_ext.catalogue import Case, load_catalogue
 
 
 @pytest.fixture(autouse=True)
@@ -31,44 +29,9 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def write_index(folder):
-    """``ITEMS`` items, numbered backwards in the file, of which the last shares the first one's SID."""
-    codes = [divmod(item % (ITEMS - 1), 8) for item in range(ITEMS)]
-    index = {str(item): [f"<a_{codes[item][0]}>", f"<b_{codes[item][1]}>"] for item in reversed(range(ITEMS))}
-    (folder / "Tiny.index.json").write_text(json.dumps(index))
-
-
 @pytest.fixture
 def letter(tmp_path):
-    """Users who buy items in the order of their numbers, which nobody's popularity tells."""
-    folder = tmp_path / "letter"
-    folder.mkdir()
-    write_index(folder)
-    rng = np.random.default_rng(0)
-    users = {
-        str(user): [int(item) for item in (rng.integers(ITEMS) + np.arange(rng.integers(6, 15))) % ITEMS]
-        for user in range(300)
-    }
-    (folder / "Tiny.inter.json").write_text(json.dumps(users | {"short": [1, 2]}))
-    return folder
-
-
-@pytest.fixture
-def minionerec(tmp_path):
-    folder = tmp_path / "minionerec"
-    folder.mkdir()
-    write_index(folder)
-    (folder / "Tiny.item.json").write_text('{"3": {"title": "Nuts &amp; bolts"}, "4": [], "x": {}}')
-    head = "user_id,history_item_title,item_title,history_item_id,item_id,history_item_sid,item_sid\n"
-    lines = ('A,"[\'a, b\']",c,"[3, 4]",5,s,s', "B,t,t,[9],8,s,s", 'A,t,t,"[3, 4, 5]",6,s,s')
-    (folder / "valid.csv").write_text(head + "\n".join(lines) + "\n")
-    (folder / "test.csv").write_text(head + 'C,t,t,"[7, 3]",1,s,s\n')
-    return folder
-
-
-def row(item):
-    """The row of an item of ``write_index``."""
-    return ITEMS - 1 - item
+    return write_letter(tmp_path / "letter")
 
 
 def figures(out, label):
@@ -112,65 +75,25 @@ def test_missing_path(tmp_path):
     assert ended.stderr == "demo: nowhere: no such folder\n"
 
 
-def test_letter_layout(letter):
-    catalogue = load_catalogue(letter, max_cases=7)
-    users = json.loads((letter / "Tiny.inter.json").read_text())
-    assert catalogue.train[0] == [row(item) for item in users["0"][:-2]]
-    assert catalogue.test[0] == Case([row(item) for item in users["0"][:-1]], row(users["0"][-1]))
-    assert (len(catalogue.train), len(catalogue.test)) == (300, 7)
-    assert catalogue.test[1].item == row(users["43"][-1])  # every 43rd of 300, so that all parts of the file count
-    assert catalogue.sids[row(10)].tolist() == [1, 2]
-    assert catalogue.titles[row(10)] == "item 10, SID 1 2"
-    assert catalogue.lengths is None
-
-
-def test_minionerec_layout(minionerec):
-    catalogue = load_catalogue(minionerec, max_cases=5000)
-    assert catalogue.train == [[row(item) for item in items] for items in ([3, 4, 5, 6], [9, 8])]
-    assert catalogue.test == [Case([row(7), row(3)], row(1))]
-    assert catalogue.titles[row(3)] == "Nuts & bolts"
-
-
-def test_bad_folders(letter, minionerec, tmp_path, capsys):
-    def refusal(folder):
-        assert main(["--data", str(folder)]) == 2
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert err.count("\n") == 1
-        return err
-
-    assert "letter/Tiny.inter.json: is no folder" in refusal(letter / "Tiny.inter.json")
-    (tmp_path / "empty").mkdir()
-    assert "empty: expected one file *.index.json, found 0" in refusal(tmp_path / "empty")
-    (letter / "Tiny.inter.json").write_text('{"0": [1, 2, 60]}')
-    assert "Tiny.inter.json: item 60 is not in the catalogue" in refusal(letter)
+def test_bad_folder(letter, capsys):
     (letter / "Tiny.inter.json").write_text('{"0": 1}')
-    assert "Tiny.inter.json: expected lists of items" in refusal(letter)
-    (letter / "Tiny.inter.json").write_text("[]")
-    assert "Tiny.inter.json: expected an object, got list" in refusal(letter)
-    (letter / "Tiny.inter.json").write_text("{")
-    assert "Tiny.inter.json: not valid JSON" in refusal(letter)
-    (letter / "Tiny.inter.json").write_text('{"0": [1, 2]}')
-    assert "letter: nothing to train on or nothing to report on" in refusal(letter)
-    (letter / "Tiny.inter.json").unlink()
-    assert "letter: expected one file *.inter.json, or valid.csv and test.csv, found 0" in refusal(letter)
-    (letter / "Tiny.index.json").write_text("{}")
-    assert "Tiny.index.json: holds no items" in refusal(letter)
-    (minionerec / "valid.csv").write_text("user_id,item_id\nA,1\n")
-    assert "valid.csv: row 1: KeyError: 'history_item_id'" in refusal(minionerec)
-    (minionerec / "valid.csv").write_bytes(b"user_id,item_id\n\xff,1\n")
-    assert "valid.csv: not a CSV file" in refusal(minionerec)
-    (minionerec / "valid.csv").write_text("user_id,history_item_id,item_id\nA,[1],x\n")
-    assert "valid.csv: row 1: ValueError" in refusal(minionerec)
+    assert main(["--data", str(letter)]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "letter/Tiny.inter.json: user '0': expected a list of items" in err
 
 
-def test_real_folders(data_dir):
-    instruments = load_catalogue(data_dir / "instruments", max_cases=5000)
-    assert (len(instruments.sids), len(instruments.train), len(instruments.test)) == (9922, 24772, 4955)
-    assert sum(map(len, instruments.train)) == 206_153 - 2 * 24_772
-    industrial = load_catalogue(data_dir / "industrial", max_cases=5000)
-    assert (len(industrial.sids), len(industrial.train), len(industrial.test)) == (3686, 2011, 4533)
-    assert industrial.titles[0].startswith("SUPCO SPP6 Relay/Capacitor")
+def test_spread():
+    assert [case.item for case in spread([Case([0], item) for item in range(300)], 7)] == [
+        0,
+        43,
+        86,
+        129,
+        172,
+        215,
+        258,
+    ]
+    assert len(spread([Case([0], 1)] * 3, 7)) == 3
 
 
 def test_shop():
@@ -218,7 +141,7 @@ def test_quality():
 
 def test_popularity(letter):
     """With 60 items, those among the 50 sold most are found, at their places."""
-    catalogue = load_catalogue(letter, 5000)
+    catalogue = load_catalogue(letter)
     sold = np.bincount(np.concatenate([np.array(items) for items in catalogue.train]), minlength=ITEMS)
     quality = measure_popularity(catalogue)
     places = np.array([(sold > sold[case.item]).sum() for case in catalogue.test])
