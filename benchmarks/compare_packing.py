@@ -101,27 +101,28 @@ class Problem:
             torch.tensor([2]),
         )
         self.loss = rx.RADDPOLoss(accumulate_grad=True)
-        self.tokens = {layout: self._inputs(layout)["input_ids"].numel() for layout in LAYOUTS}
+        packed = {layout: self._pack(layout) for layout in LAYOUTS[1:]}
+        replicated = case.candidates * (case.prompt + LEVELS)
+        self.tokens = {"replicated": replicated} | {k: v.input_ids.numel() for k, v in packed.items()}
+        self.head_rows = {"replicated": case.candidates * LEVELS} | {k: len(v.distinct) for k, v in packed.items()}
 
     def step(self, layout: str) -> Tensor:
         """The loss, its gradients in the parameters. A packed row is built anew in each step, as a collator does."""
         if layout == "replicated":
-            states = self.model.model(**self._inputs(layout), use_cache=False).last_hidden_state
-            hidden = states[:, self.case.prompt - 1 : -1]
+            ids = torch.cat([self.prompt.expand(self.case.candidates, -1), self.sessions.tokens], 1)
+            states = self.model.model(ids, use_cache=False).last_hidden_state
+            hidden, rows = states[:, self.case.prompt - 1 : -1], None
         else:
-            packed = rx.pack_sessions([self.prompt], self.sessions, layout=layout)
+            packed = self._pack(layout)
             inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
             states = self.model.model(**inputs, attention_mask=packed.mask(), use_cache=False).last_hidden_state
-            hidden = packed.hidden(states)
-        loss = self.loss(hidden, self.model.lm_head.weight, self.sessions).loss
+            hidden, rows = packed.distinct_hidden(states), packed.rows
+        loss = self.loss(hidden, self.model.lm_head.weight, self.sessions, rows=rows).loss
         loss.backward()
         return loss.detach()
 
-    def _inputs(self, layout: str) -> dict[str, Tensor]:
-        if layout == "replicated":
-            rows = self.prompt.expand(self.case.candidates, -1)
-            return {"input_ids": torch.cat([rows, self.sessions.tokens], 1)}
-        return {"input_ids": rx.pack_sessions([self.prompt], self.sessions, layout=layout).input_ids}
+    def _pack(self, layout: str) -> rx.PackedSessions:
+        return rx.pack_sessions([self.prompt], self.sessions, layout=layout)
 
     def clear(self) -> None:
         self.model.zero_grad(set_to_none=False)
@@ -136,7 +137,7 @@ class Problem:
         width = HEADS * HEAD_DIM
         layer = HIDDEN * (2 * width + 2 * KV_HEADS * HEAD_DIM) + 3 * HIDDEN * INTERMEDIATE
         attention = 2 * width * tokens / rows
-        head = self.case.candidates * LEVELS * HIDDEN * self.case.vocab_size
+        head = self.head_rows[layout] * HIDDEN * self.case.vocab_size
         return 6 * (LAYERS * tokens * (layer + attention) + head)
 
 
@@ -171,7 +172,8 @@ def work(case: Case, rounds: int) -> dict[str, Any]:
         error = max(float((value - loss).abs() / loss.abs()), float((gradient - expected).norm() / expected.norm()))
         assert error < TOLERANCE, f"{layout} differs by {error:.2g} in {case.name}"
         result[layout] = {"activation_bytes": saved, "peak_bytes": peak, "error": error, "seconds": []}
-        result[layout] |= {"tokens": problem.tokens[layout], "operations": problem.operations(layout)}
+        result[layout] |= {"tokens": problem.tokens[layout], "head_rows": problem.head_rows[layout]}
+        result[layout]["operations"] = problem.operations(layout)
     del gradient, expected
     for _ in range(rounds):
         for layout in LAYOUTS:
@@ -217,6 +219,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
             "speed": median(ratios),
             "spread": [min(ratios), max(ratios)],
             "tokens": first["tokens"],
+            "head_rows": first["head_rows"],
             "gflop": first["operations"] / 1e9,
             "activation_bytes": first["activation_bytes"],
             "peak_bytes": median(run[layout]["peak_bytes"] for run in runs),
@@ -248,6 +251,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
                     result["case"] if layout == LAYOUTS[0] else "",
                     layout,
                     f"{r['tokens']}",
+                    f"{r['head_rows']}",
                     f"{1000 * r['seconds']:.0f}",
                     f"{r['speed']:.2f}",
                     f"{low:.2f}-{high:.2f}",

@@ -94,6 +94,8 @@ def test_every_token_sees_its_own_sequence_and_nothing_else(layout, side, embedd
         assert first == (0 if side == "right" else width - length)
         assert int(packed.prompt_lengths[session]) == len(prompt)
     assert width == max(used, 1)
+    assert torch.equal(packed.distinct[packed.rows], packed.predictors)
+    assert len(packed.distinct) == len(set(packed.predictors.flatten().tolist()))
     assert packed.num_truncated == 0
     assert (packed.last_tokens is None) == (not embeddings)
 
@@ -181,6 +183,8 @@ def test_states_are_read_from_their_places():
     packed = rx.pack_sessions([[5, 6], [7]], sessions)
     states = torch.arange(2 * packed.input_ids.shape[1], dtype=torch.float32).view(2, -1, 1)
     assert packed.hidden(states)[..., 0].tolist() == [[1, 2], [1, 1], [5, 5]]
+    assert packed.distinct_hidden(states)[:, 0].tolist() == [1, 2, 5]
+    assert torch.equal(packed.distinct_hidden(states)[packed.rows], packed.hidden(states))
     assert packed.embeddings(states)[:, 0].tolist() == [3, 4, 6]
     with pytest.raises(ValueError, match=r"states must have shape \[S, T, H\] with \[S, T\] = \(2, 5\)"):
         packed.hidden(states[:1])

@@ -308,3 +308,21 @@ def test_state_dict_resumes_the_weighting() -> None:
     first, second = (m(hidden, weight, sessions, embeddings=embeddings) for m in (module, resumed))
     assert float(first.loss) == float(second.loss)
     assert float(first.metrics["pair_weights"]) < 1
+
+
+def test_rows_share_the_states_of_a_packed_batch() -> None:
+    """Prompt and prefixes once, from packing to the head: the loss and gradients of a state a token."""
+    sessions = random_sessions([(2, 4), (1, 3)], 5)
+    packed = rx.pack_sessions([[5, 6], [7]], sessions, layout="trie")
+    generator = torch.Generator().manual_seed(6)
+    states = torch.randn(*packed.input_ids.shape, FEATURES, generator=generator)
+    weight = torch.randn(COLUMNS, FEATURES, generator=generator)
+
+    def run(distinct: bool) -> tuple[Tensor, ...]:
+        leaves = states.clone().requires_grad_(), weight.clone().requires_grad_()
+        hidden = packed.distinct_hidden(leaves[0]) if distinct else packed.hidden(leaves[0])
+        output = rx.RADDPOLoss()(hidden, leaves[1], sessions, rows=packed.rows if distinct else None)
+        return output.loss.detach(), *torch.autograd.grad(output.loss, leaves)
+
+    for got, expected in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(got, expected)

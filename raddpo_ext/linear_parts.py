@@ -24,6 +24,8 @@ class Part(NamedTuple):
         ignored: no number of a column.
         outside: bool ``[R]``: targets outside their support, or None where there are none.
         lists: ``(columns, begins, counts)`` of each row's support within the product, or None for all of it.
+        num_targets: targets are below it; ``N`` by default. A target from ``N`` on has no column of its own: its row
+            takes part with its softmax alone.
     """
 
     rows: Tensor | None
@@ -34,6 +36,7 @@ class Part(NamedTuple):
     ignored: int
     outside: Tensor | None
     lists: tuple[Tensor, Tensor, Tensor] | None
+    num_targets: int | None = None
 
 
 def parts_of(targets: Tensor, support: Support | None, num_columns: int, ignore_index: int, look: bool) -> list[Part]:

@@ -127,7 +127,8 @@ class Product:
         plan, numbers, begins, counts = self.plan, None, None, None
         if self.part.lists is not None:
             numbers, begins, counts = self.part.lists[0], self.part.lists[1][rows], self.part.lists[2][rows]
-        return numbers, begins, counts, plan.scale, plan.softcap, self.part.ignored, columns.start, self.part.width
+        limit = self.part.width if self.part.num_targets is None else self.part.num_targets
+        return numbers, begins, counts, plan.scale, plan.softcap, self.part.ignored, columns.start, limit
 
     def _live(self, grad: Tensor) -> Tensor | None:
         """The rows with a gradient, on the CPU where leaving out the others saves much."""
@@ -208,6 +209,17 @@ class Gradients:
         else:
             _cut_out(self.weight, place).addmm_(left, right)
 
+    def add_pairs(self, rows: Tensor, columns: Tensor, factors: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        """Adds that of single logits, whose gradients are ``factors`` and who stand in ``rows`` and ``columns``."""
+        if self.wants_hidden:
+            if self._hidden_grad is None:
+                self._hidden_grad = self._hidden.new_zeros(self._hidden.shape, dtype=self._hidden_dtype)
+            _add_rows(self._hidden_grad, rows, factors[:, None] * weight.index_select(0, columns))
+        if self.bias is not None:
+            _add_rows(self.bias, columns, factors)
+        if self.weight is not None:
+            _add_rows(self.weight, columns, factors[:, None] * hidden.index_select(0, rows))
+
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """What goes back to autograd."""
         hidden, weight = self._hidden_grad, self.weight
@@ -238,6 +250,11 @@ def _cut(size: int, step: int) -> list[slice]:
 def _cut_out(x: Tensor, place: slice) -> Tensor:
     """``x[place]``, without a view of the whole."""
     return x if place.stop - place.start == x.shape[0] else x[place]
+
+
+def _add_rows(to: Tensor, places: Tensor, values: Tensor) -> None:
+    """Adds each row in its place, of which there may be several; on CUDA in an order that never changes."""
+    to.index_put_((places,), values.to(to.dtype), accumulate=True)
 
 
 def _rows_of_weight(part: Part, columns: slice) -> slice | Tensor:

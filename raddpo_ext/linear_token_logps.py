@@ -11,6 +11,7 @@ from torch import Tensor
 from raddpo_ext import _check
 from raddpo_ext.linear_parts import Part, parts_of
 from raddpo_ext.linear_product import WORTH_A_LOOK, Gradients, Plan, Product
+from raddpo_ext.linear_shared import SharedTokenLogps
 from raddpo_ext.support import support_of
 from raddpo_ext.token_logps import OVERWRITTEN, check_map, check_rows, check_targets, differentiable
 from raddpo_ext.trie import TrieIndex
@@ -23,6 +24,7 @@ def linear_token_logps(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
+    rows: Tensor | None = None,
     vocab: SIDVocab | None = None,
     levels: Tensor | None = None,
     index: TrieIndex | None = None,
@@ -51,6 +53,8 @@ def linear_token_logps(
             gradient averaged over the ranks, as FSDP2 does; a DeepSpeed ZeRO-3 shard is refused.
         targets: int64 ``[...]``.
         bias: ``[V]``, sharded as ``weight`` or not, or None.
+        rows: int64, of the shape of ``targets``: which row of ``hidden``, then ``[U, H]``, predicts each target. Under
+            ``"vocab"`` a row is multiplied once, however many targets it has. Default: ``hidden`` has a row a target.
         vocab, levels, index, nodes, normalize, temperature, logit_softcap, ignore_index: see :func:`token_logps`.
         logits_budget: bytes of logits kept from the forward to the backward pass, and held at once beyond that; a tile
             has at least 256 rows and 1024 columns.
@@ -67,15 +71,21 @@ def linear_token_logps(
 
     Source: Liger Kernel (arXiv 2410.10989) and Cut Cross-Entropy (arXiv 2411.09009) fuse the head with the loss.
     """
-    _check_inputs(hidden, weight, targets, bias)
+    _check_inputs(hidden, weight, targets, bias, rows)
     scale, softcap = check_map(temperature, logit_softcap)
     ignore_index = _check.integer(ignore_index, "ignore_index")
     budget = _check.integer(logits_budget, "logits_budget", 0)
+    if rows is not None and (check or rows.device.type == "cpu") and not torch.compiler.is_compiling():
+        outside = (rows < 0) | (rows >= len(hidden))
+        if bool(outside.any()):
+            raise ValueError(f"rows hold {int(rows[outside][0])}, outside [0, {len(hidden)}), the rows of hidden")
     if check:
         for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
             if value is not None and bool(value.isnan().any()):
                 raise ValueError(f"{name} holds NaN, first at {value.isnan().nonzero()[0].tolist()}")
         check_targets(targets, weight.shape[0], ignore_index)
+    if rows is not None and (normalize != "vocab" or torch.compiler.is_compiling()):
+        hidden, rows = hidden[rows], None
     dtype = _compute_dtype(hidden, weight, bias)
     weight = _whole(weight, accumulate_grad)
     bias = None if bias is None else _whole(bias, False)
@@ -86,29 +96,32 @@ def linear_token_logps(
         if not torch.compiler.is_compiling() and targets.device.type == "cpu":
             check_targets(targets, weight.shape[0], ignore_index)
         support = support.flatten()
-    size = targets.numel() * weight.shape[0]
+    size = hidden.shape[:-1].numel() * weight.shape[0]
     look = targets.device.type == "cpu" and not torch.compiler.is_compiling()
     look = look and size * weight.shape[1] >= WORTH_A_LOOK
     fits = size * dtype.itemsize <= budget
-    if support is None and fits and not (look or accumulate_grad or torch.compiler.is_compiling()):
+    if support is None and rows is None and fits and not (look or accumulate_grad or torch.compiler.is_compiling()):
         # No rows to leave out, no tiles: autograd's own product has the least overhead.
         options = (None, None, None, scale, softcap, ignore_index, 0, weight.shape[0])
         return differentiable(F.linear(hidden, weight, bias), targets, options, inplace_backward=True)
-    flat_hidden, flat_targets = hidden, targets
-    if targets.dim() != 1:
-        flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    flat_targets = targets if targets.dim() == 1 else targets.reshape(-1)
     inputs = (hidden, weight, bias)
-    wanted = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-    parts = parts_of(flat_targets, support, weight.shape[0], ignore_index, look)
     plan = Plan(
         dtype=dtype,
         scale=scale,
         softcap=softcap,
         ignore_index=ignore_index,
         budget=budget,
-        wanted=wanted,
+        wanted=torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs),
         accumulate=accumulate_grad and not torch.compiler.is_compiling(),
     )
+    if rows is not None:
+        if targets.device.type == "cpu":
+            check_targets(targets, weight.shape[0], ignore_index)
+        logps = SharedTokenLogps.apply(hidden, weight, bias, flat_targets, rows.reshape(-1), look, plan)
+        return logps.view(targets.shape)
+    flat_hidden = hidden if targets.dim() == 1 else hidden.reshape(-1, hidden.shape[-1])
+    parts = parts_of(flat_targets, support, weight.shape[0], ignore_index, look)
     try:
         logps = _LinearTokenLogps.apply(flat_hidden, weight, bias, flat_targets, parts, plan)
     except RuntimeError:
@@ -179,7 +192,7 @@ def _nbytes(x: Tensor) -> int:
     return x.numel() * x.element_size()  # Tensor.nbytes is beyond torch.compile where shapes vary
 
 
-def _check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+def _check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, rows: Tensor | None) -> None:
     for name, value, dims in (("hidden", hidden, None), ("weight", weight, 2), ("bias", bias, 1)):
         if name == "bias" and value is None:
             continue
@@ -199,7 +212,17 @@ def _check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor 
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have one entry a row of weight ({weight.shape[0]}), got shape {tuple(bias.shape)}")
     _check.int64_tensor(targets, "targets")
-    check_rows(targets, hidden, "hidden")
+    if rows is None:
+        check_rows(targets, hidden, "hidden")
+        return
+    _check.int64_tensor(rows, "rows")
+    if rows.shape != targets.shape or not rows.device == targets.device == hidden.device:
+        raise ValueError(
+            f"rows must have the shape of targets, {tuple(targets.shape)}, and both be on the device of hidden, "
+            f"{hidden.device}, got {tuple(rows.shape)} on {rows.device} and targets on {targets.device}"
+        )
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden must have shape [U, H] with rows, got {tuple(hidden.shape)}")
 
 
 def _compute_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:

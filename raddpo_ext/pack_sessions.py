@@ -30,6 +30,9 @@ class PackedSessions:
         ends: int64 ``[S, T]``: position ``q`` of a row sees position ``k`` if and only if ``k <= q < ends[k]``.
         predictors: int64 ``[C, L]``: which of the ``S * T`` states predicts each token of a candidate; that of the
             prompt's last token beyond the lengths.
+        distinct: int64 ``[U]``: the same states, each once and in order: the prompt's last token is followed by every
+            candidate's first, shared prefixes by several tokens.
+        rows: int64 ``[C, L]``: ``predictors`` as numbers of ``distinct``.
         last_tokens: int64 ``[C]``: which state is the one at a candidate's last token, the prompt's for a candidate of
             length 0; None without ``embeddings``.
         prompt_starts: int64 ``[S]``: the position of each prompt's first token.
@@ -42,6 +45,8 @@ class PackedSessions:
     position_ids: Tensor
     ends: Tensor
     predictors: Tensor
+    distinct: Tensor
+    rows: Tensor
     last_tokens: Tensor | None
     prompt_starts: Tensor
     prompt_lengths: Tensor
@@ -88,6 +93,10 @@ class PackedSessions:
         """From the model's states ``[S, T, H]`` those that predict the candidates' tokens: ``[C, L, H]``."""
         rows = self._flat(states).index_select(0, self.predictors.flatten())
         return rows.view(*self.predictors.shape, states.shape[-1])
+
+    def distinct_hidden(self, states: Tensor) -> Tensor:
+        """The same without repetition: ``[U, H]``, to be multiplied by a head once each, with ``rows``."""
+        return self._flat(states).index_select(0, self.distinct)
 
     def embeddings(self, states: Tensor) -> Tensor:
         """From the model's states ``[S, T, H]`` those at the candidates' last tokens: ``[C, H]``."""
@@ -180,12 +189,15 @@ def pack_sessions(
         pad_token_id,
         multiple_of,
     )
+    distinct, rows = predictors.unique(return_inverse=True)
     return PackedSessions(
         sessions=sessions,
         input_ids=input_ids,
         position_ids=position_ids,
         ends=ends,
         predictors=predictors,
+        distinct=distinct,
+        rows=rows,
         last_tokens=last_tokens if embeddings else None,
         prompt_starts=prompt_starts,
         prompt_lengths=prompt_lengths,

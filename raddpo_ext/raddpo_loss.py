@@ -92,6 +92,7 @@ class RADDPOLoss(nn.Module):
         sessions: SessionBatch,
         *,
         bias: Tensor | None = None,
+        rows: Tensor | None = None,
         embeddings: Tensor | None = None,
         ref_logps: Tensor | None = None,
         pair_weights: Tensor | None = None,
@@ -107,6 +108,8 @@ class RADDPOLoss(nn.Module):
             weight: ``[V, H]`` of the head.
             sessions: the candidates.
             bias: ``[V]`` of the head, or None.
+            rows: int64 ``[C, L]``: which row of ``hidden``, then ``[U, H]``, predicts each token, see
+                :func:`linear_token_logps`.
             embeddings: ``[C, D]`` states at the candidates' last tokens, for ``similarity_weighting``, and only for it.
             pair_weights: ``[M]``, where there is no ``similarity_weighting``.
             ref_logps, detach, normalizer, check: see :func:`rad_dpo_loss`.
@@ -116,7 +119,7 @@ class RADDPOLoss(nn.Module):
         """
         _check.instance(sessions, "sessions", SessionBatch)
         _check.instance(hidden, "hidden", Tensor)
-        if hidden.dim() != 3 or hidden.shape[:2] != sessions.tokens.shape:
+        if rows is None and (hidden.dim() != 3 or hidden.shape[:2] != sessions.tokens.shape):
             raise ValueError(
                 f"hidden must have shape [C, L, H] with [C, L] = {tuple(sessions.tokens.shape)}, that of "
                 f"sessions.tokens, got {tuple(hidden.shape)}"
@@ -130,11 +133,14 @@ class RADDPOLoss(nn.Module):
             pair_weights = self.similarity_weighting(embeddings, sessions)
         targets = sessions.tokens.masked_fill(~sessions.mask(), _IGNORED)
         nodes = None if self.index is None else self.index.nodes(sessions.tokens)
+        if rows is None:
+            hidden = hidden.masked_fill(~sessions.mask()[..., None], 0)  # 0 * NaN would reach the head's gradient
         logps = linear_token_logps(
-            hidden.masked_fill(~sessions.mask()[..., None], 0),  # 0 * NaN would reach the head's gradient
+            hidden,
             weight,
             targets,
             bias=bias,
+            rows=rows,
             index=self.index,
             nodes=nodes,
             ignore_index=_IGNORED,

@@ -55,10 +55,17 @@ def token_logps(
 
 
 def linear_token_logps(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, **options: Any
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    rows: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
-    """The same of the logits ``hidden @ weight.T + bias``, with ``hidden`` ``[..., H]`` and ``weight`` ``[V, H]``."""
-    logits = hidden @ weight.T
+    """The same of the logits ``hidden @ weight.T + bias``, with ``hidden`` ``[..., H]`` and ``weight`` ``[V, H]``; or
+    of rows of ``hidden`` ``[U, H]``, one number a target."""
+    logits = (hidden if rows is None else hidden[rows]) @ weight.T
     return token_logps(logits if bias is None else logits + bias, targets, **options)
 
 
