@@ -15,6 +15,8 @@ take turns. Times and ratios are medians over processes and rounds, the spread i
 Activations are the bytes that autograd saves for the backward pass, each storage once, parameters left out; the peak is
 the process's own over what it held before the step. The floor is arithmetic: floating-point operations of the matrix
 products.
+
+The collator is timed on 64 rows of Python lists, as ``datasets`` gives them, of 16 candidates of 4 tokens each.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,6 +36,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
+from raddpo_ext.integrations.transformers import SessionCollator
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -158,7 +162,6 @@ def _sids(case: Case, rng: np.random.Generator) -> np.ndarray:
 
 def work(case: Case, rounds: int) -> dict[str, Any]:
     """One process's measurements."""
-    torch.set_num_threads(1)
     problem = Problem(case)
     loss = problem.step("candidates")  # makes the gradients, and warms up
     problem.clear()
@@ -205,6 +208,29 @@ def _memory(problem: Problem, step: Callable[[], Tensor]) -> tuple[int, int, Ten
     problem.clear()
     step()
     return sum(saved.values()), peak, value
+
+
+def collator() -> list[dict[str, Any]]:
+    """Candidate tokens a second of SessionCollator."""
+    rng = np.random.default_rng(0)
+    found = []
+    for prompt, layout in product((32, 128, 512), LAYOUTS[1:]):
+        rows = [
+            {
+                "prompt_ids": rng.integers(32_000, size=prompt).tolist(),
+                "positives": rng.integers(CODES, size=(2, LEVELS)).tolist(),
+                "negatives": rng.integers(CODES, size=(14, LEVELS)).tolist(),
+            }
+            for _ in range(64)
+        ]
+        collate = SessionCollator(layout=layout)
+        times = []
+        for _ in range(31):
+            start = time.perf_counter()
+            collate(rows)
+            times.append(time.perf_counter() - start)
+        found.append({"prompt": prompt, "layout": layout, "tokens_per_second": 64 * 16 * LEVELS / median(times)})
+    return found
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -271,10 +297,13 @@ def main() -> None:
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
     parser.add_argument("--out", type=Path, help="result file (benchmarks/results/packing-cpu.json)")
     parser.add_argument("--rounds", type=int, default=3, help=argparse.SUPPRESS)
-    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # runs this case and prints JSON
+    parser.add_argument(
+        "--worker", type=int, help=argparse.SUPPRESS
+    )  # a case, -1: the collator; JSON
     args = parser.parse_args()
     if args.worker is not None:
-        print(json.dumps(work(CASES[args.worker], args.rounds)))
+        torch.set_num_threads(1)
+        print(json.dumps(collator() if args.worker < 0 else work(CASES[args.worker], args.rounds)))
         return
     chosen = [i for i, case in enumerate(CASES) if args.cases in case.name]
     if not (catalogues.DATA / catalogues.INDEX_FILES["instruments"]).exists():
@@ -285,6 +314,10 @@ def main() -> None:
     processes, rounds = (1, 1) if args.quick else (args.processes, args.rounds)
     out = args.out or (None if args.quick else report.RESULTS / "packing-cpu.json")
     environment = {**report.environment(MODULE), "threads": 1, "processes": processes, "rounds": rounds}
+    environment["collator"] = report.run_fresh(MODULE, "--worker", "-1")
+    for line in environment["collator"]:
+        rate = line["tokens_per_second"] / 1e6
+        print(f"collator, prompt={line['prompt']}, {line['layout']}: {rate:.1f}M candidate tokens a second", flush=True)
     results: list[dict[str, Any]] = []
     for i in chosen:
         runs = [report.run_fresh(MODULE, "--worker", str(i), "--rounds", str(rounds)) for _ in range(processes)]
