@@ -1,5 +1,6 @@
 """The readers of the public catalogues: their splits, and that every damaged folder is refused by name."""
 
+import hashlib
 import json
 import shutil
 
@@ -126,7 +127,13 @@ def test_missing_files(letter, minionerec, tmp_path):
     refused(minionerec, r"minionerec: expected one file \*.inter.json, or valid.csv and test.csv, found 0")
 
 
-def test_known_version_of_other_files(letter, minionerec, tmp_path):
+def test_known_version(letter, minionerec, tmp_path, monkeypatch):
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in letter.iterdir()}
+    monkeypatch.setitem(KNOWN_HASHES, "mine", hashes)
+    (letter / "notes.txt").write_text("not read")
+    assert known_version(letter) == "mine"
+    (letter / "Tiny.item.json").write_text("{}")  # one file more that is read
+    assert known_version(letter) is None
     assert known_version(letter) is None
     assert known_version(minionerec) is None
     assert known_version(tmp_path / "nowhere") is None

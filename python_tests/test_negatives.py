@@ -178,6 +178,13 @@ def test_beam_with_other_item_ids():
     assert retriever.asked == [[3], [1, 2]]  # nothing for the prompt without positives
 
 
+def test_each_sampler_fills_up_beside_the_others():
+    """Five SIDs are left of six, and one of them is not in the beam: nothing is drawn twice, so all are found."""
+    samplers = [(BeamNegatives(Found(make_index(SIDS), [6, 1, 0, 4])), 2), (SiblingNegatives(SIDS, prefix=0), 3)]
+    mixed = sample_negatives(samplers, SIDS, [[1]] * 50, [[5]] * 50, seeded())
+    assert {frozenset({1: 2}.get(item, item) for item in row) for row in mixed.tolist()} == {frozenset({0, 2, 3, 4, 6})}
+
+
 def test_a_sampler_that_does_not_keep_to_it():
     class Fixed:
         def sample(self, prompts, positives, count, generator):

@@ -205,7 +205,7 @@ def _sort_out(
     chunk: list[tuple[int, Any]], vocab: SIDVocab | None, index: TrieIndex | None
 ) -> tuple[list[dict[str, Any]], dict[int, _BadRow]]:
     """The sessions among some rows, and for every other row, by its place, why it is none."""
-    tokens = None if vocab is None else ([set(ids.tolist()) - {-1} for ids in vocab.token_ids], vocab.eos)
+    tokens = None if vocab is None else ([set(ids.tolist()) for ids in vocab.token_ids], vocab.eos)
     sessions: dict[int, dict[str, Any]] = {}
     bad: dict[int, _BadRow] = {}
     for place, row in chunk:
@@ -257,7 +257,7 @@ def _candidates(session: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _check_ids(name: str, ids: Any, empty: str) -> None:
-    if not isinstance(ids, list) or any(type(token) is not int for token in ids):
+    if not isinstance(ids, list) or not set(map(type, ids)) <= {int}:
         raise _BadRow("not integers", f"{name} must be a list of integers, got {ids!r:.60}")
     if not ids:
         raise _BadRow(empty, f"{name} is empty")
