@@ -297,9 +297,7 @@ def main() -> None:
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
     parser.add_argument("--out", type=Path, help="result file (benchmarks/results/packing-cpu.json)")
     parser.add_argument("--rounds", type=int, default=3, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--worker", type=int, help=argparse.SUPPRESS
-    )  # a case, -1: the collator; JSON
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # a case, -1: the collator; JSON
     args = parser.parse_args()
     if args.worker is not None:
         torch.set_num_threads(1)

@@ -70,6 +70,19 @@ def test_low_precision_is_no_worse_than_a_row_a_target(dtype):
         assert error(mine, exact) <= 1.5 * error(other, exact)
 
 
+@pytest.mark.parametrize("budget", [0, 2**30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_certain_token_has_log_prob_0(dtype, budget):
+    """Large logits, one far above the others: their rounding must not show in the difference."""
+    generator = generator_of(0)
+    weight = torch.randn(50, 64, generator=generator).to(dtype)
+    targets = torch.arange(50).repeat(2)
+    rows = targets.clone()
+    logps = rx.linear_token_logps(20 * weight, weight, targets, rows=rows, logits_budget=budget)
+    assert (logps <= 0).all()
+    assert logps.abs().max() <= (1e-3 if budget == 0 else 0)
+
+
 def test_masked_columns():
     """A bias of -inf: its targets have -inf and no gradient, and nothing is NaN."""
     targets = torch.tensor([[0, 3], [1, 2]])

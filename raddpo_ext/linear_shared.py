@@ -34,20 +34,24 @@ class SharedTokenLogps(torch.autograd.Function):
         factors = (hidden.to(plan.dtype), weight.to(plan.dtype), None if bias is None else bias.to(plan.dtype))
         counted = targets != plan.ignore_index
         known = counted & (targets >= 0) & (targets < weight.shape[0])
-        part = _softmax_part(hidden, weight.shape[0], rows[known] if look else rows, look)
+        part = _softmax_part(hidden, weight.shape[0], rows, look)
         dtype = torch.float64 if plan.dtype == torch.float64 else torch.float32
-        lse, logits, product = torch.full(hidden.shape[:1], -torch.inf, dtype=dtype, device=hidden.device), None, None
+        lse, kept = torch.full(hidden.shape[:1], -torch.inf, dtype=dtype, device=hidden.device), None
+        safe = torch.where(known, targets, 0)
+        own: Tensor | None = None
         if part is not None:
             product = Product(part, plan, *factors, plan.budget)
             _, part_lse, logits = product.forward()
             lse = part_lse if part.rows is None else lse.index_copy_(0, part.rows, part_lse)
-        safe = torch.where(known, targets, 0)
-        own = _own_logits(*factors, safe, rows, dtype)
+            if product.fits:
+                own = logits[rows if part.rows is None else torch.searchsorted(part.rows, rows), safe].to(dtype)
+                kept = logits
+        if own is None:
+            own = _own_logits(*factors, safe, rows, dtype)
         logit, slope = _mapped(own, plan)
         logps = (logit - lse[rows]).clamp(max=0)
         logps = torch.where(known & (logit > -torch.inf), logps, -torch.inf).masked_fill(~counted, 0.0)
         if plan.wanted:
-            kept = logits if product is not None and product.fits else None
             ctx.save_for_backward(
                 hidden, weight, bias, *factors, lse, kept, safe, rows, slope, logps.isfinite() & counted
             )
@@ -95,8 +99,9 @@ def _softmax_part(hidden: Tensor, columns: int, rows: Tensor, look: bool) -> Par
 def _own_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, dtype: torch.dtype
 ) -> Tensor:
+    """Rounded as the products round: so near a log-sum-exp that is nearly one logit, the difference is right."""
     products = hidden.index_select(0, rows).to(dtype).mul_(weight.index_select(0, targets)).sum(-1)
-    return products if bias is None else products + bias[targets]
+    return (products if bias is None else products + bias[targets]).to(hidden.dtype).to(dtype)
 
 
 def _mapped(logits: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
