@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 import raddpo_ext as rx
 
@@ -132,6 +134,9 @@ def test_the_block_mask_is_the_mask():
     row, query, key = torch.meshgrid(*at, indexing="ij")
     assert torch.equal(block.mask_mod(row, torch.zeros_like(row), query, key), packed.mask()[:, 0])
     assert block.shape == (rows, 1, width, width)
+    query, key, value = torch.randn(3, rows, 2, width, 16).unbind()
+    expected = scaled_dot_product_attention(query, key, value, attn_mask=packed.mask())
+    torch.testing.assert_close(flex_attention(query, key, value, block_mask=block), expected)
 
 
 @pytest.mark.parametrize("as_type", [list, tuple, np.array, torch.tensor, lambda x: torch.tensor(x, dtype=torch.int32)])
