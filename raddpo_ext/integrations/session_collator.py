@@ -1,0 +1,166 @@
+"""SessionCollator: rows of a data set to one packed batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raddpo_ext import _check
+from raddpo_ext.integrations.trl import TEXT, TOKENS, tokenize_row
+from raddpo_ext.pack_sessions import PackedSessions, pack_sessions
+from raddpo_ext.session import SessionBatch
+from raddpo_ext.vocab import SIDVocab
+
+_logger = logging.getLogger(__name__)
+
+
+class SessionCollator:
+    """Makes packed sessions of rows, as a ``DataLoader``'s ``collate_fn`` and in its workers.
+
+    A row holds token ids: ``prompt_ids``, ``positives`` and ``negatives``, the latter two lists of candidates, of any
+    number and lengths, strongest positive first. With a ``tokenizer`` it may instead hold TRL's columns ``prompt``,
+    ``chosen`` and ``rejected``, as text or as messages, ``chosen`` and ``rejected`` one or a list each. A column
+    ``items``, the item ids of the positives, is passed on for the evaluation.
+
+    A prompt that does not fit loses its first tokens, and the first one to do so is logged; candidates are never cut.
+
+    Args:
+        layout, padding_side, pad_token_id, pad_to_multiple_of, max_length, vocab, embeddings: see
+            :func:`raddpo_ext.pack_sessions`. With ``vocab.eos``, text candidates end in it.
+        tokenizer: of ``transformers``, for rows of text.
+        vocab_size: refuse token ids from it on, or None.
+
+    Raises:
+        ValueError, TypeError: naming the argument and the value; when called, the row in the batch and the value.
+    """
+
+    def __init__(
+        self,
+        *,
+        layout: str = "candidates",
+        padding_side: str = "right",
+        pad_token_id: int = 0,
+        pad_to_multiple_of: int | None = None,
+        max_length: int | None = None,
+        vocab: SIDVocab | None = None,
+        embeddings: bool = True,
+        tokenizer: Any = None,
+        vocab_size: int | None = None,
+    ) -> None:
+        self.options: dict[str, Any] = {
+            "layout": layout,
+            "padding_side": padding_side,
+            "pad_token_id": pad_token_id,
+            "pad_to_multiple_of": pad_to_multiple_of,
+            "max_length": max_length,
+            "vocab": vocab,
+            "embeddings": embeddings,
+        }
+        self.tokenizer = tokenizer
+        self.vocab_size = None if vocab_size is None else _check.integer(vocab_size, "vocab_size", 1)
+        self._has_logged = False
+        # No row at all is a batch too: what packing refuses of these options, it refuses here.
+        pack_sessions([], self._sessions([]), **self.options)
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """``{"packed": PackedSessions}``, and ``items`` int64 ``[S, P]`` padded with -1 where the rows have them."""
+        rows = [self._tokens(row, f"rows[{i}]") for i, row in enumerate(rows)]
+        sessions = self._sessions(rows)
+        packed = pack_sessions([row["prompt_ids"] for row in rows], sessions, **self.options)
+        if self.vocab_size is not None:
+            self._check_vocabulary(packed, self.vocab_size)
+        if packed.num_truncated and not self._has_logged:
+            self._has_logged = True
+            _logger.warning(
+                "%d of %d prompts of a batch were longer than max_length = %d with their candidates and lost their "
+                "first tokens; further ones are not logged",
+                packed.num_truncated,
+                len(rows),
+                self.options["max_length"],
+            )
+        batch: dict[str, Any] = {"packed": packed}
+        if any("items" in row for row in rows):
+            batch["items"] = _items(rows)
+        return batch
+
+    def _tokens(self, row: Any, name: str) -> dict[str, Any]:
+        if not isinstance(row, dict):
+            raise TypeError(f"{name} must be a dict, got {type(row).__name__}")
+        missing = [column for column in TOKENS if column not in row]
+        if not missing:
+            return row
+        if TEXT[0] not in row:
+            raise ValueError(f"{name} has no column {missing[0]!r}, only {sorted(row)}")
+        if self.tokenizer is None:
+            raise ValueError(f"{name} holds text ({sorted(row)}), which needs a tokenizer")
+        vocab = self.options["vocab"]
+        return tokenize_row(row, self.tokenizer, name, None if vocab is None else vocab.eos)
+
+    def _sessions(self, rows: list[dict[str, Any]]) -> SessionBatch:
+        candidates: list[Any] = []
+        positives, sizes = [], [0]
+        for i, row in enumerate(rows):
+            for column in TOKENS[1:]:
+                if not hasattr(row[column], "__len__") or isinstance(row[column], (str, dict)):
+                    raise TypeError(f"rows[{i}][{column!r}] must be a list of candidates, got {row[column]!r}")
+                candidates.extend(row[column])
+            positives.append(len(row["positives"]))
+            sizes.append(len(row["positives"]) + len(row["negatives"]))
+        flat, lengths = _flatten(candidates, rows)
+        tokens = np.zeros((len(candidates), lengths.max(initial=1)), np.int64)
+        tokens[np.arange(tokens.shape[1]) < lengths[:, None]] = flat
+        return SessionBatch(
+            torch.from_numpy(tokens),
+            torch.from_numpy(lengths),
+            torch.tensor(sizes).cumsum(0),
+            torch.tensor(positives, dtype=torch.int64),
+        )
+
+    def _check_vocabulary(self, packed: PackedSessions, vocab_size: int) -> None:
+        sessions = packed.sessions
+        owners = torch.repeat_interleave(torch.arange(packed.sessions.num_sessions), sessions.offsets.diff())
+        for tokens, rows in ((packed.input_ids, torch.arange(packed.sessions.num_sessions)), (sessions.tokens, owners)):
+            wrong = tokens >= vocab_size
+            if bool(wrong.any()):
+                row = int(rows[wrong.any(1).nonzero()[0, 0]])
+                token = int(tokens[wrong][0])
+                raise ValueError(f"rows[{row}] holds token id {token}, outside [0, {vocab_size}), the vocabulary")
+
+
+def _flatten(candidates: list[Any], rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """All candidates' tokens, int64, and the candidates' lengths."""
+    try:
+        lists = [ids.tolist() if hasattr(ids, "tolist") else ids for ids in candidates]
+        lengths = np.array([len(ids) for ids in lists], np.int64)
+        flat = np.array(list(chain.from_iterable(lists))) if lists else np.empty(0, np.int64)
+        good = flat.ndim == 1 and flat.dtype.kind in "iu" and lengths.min(initial=1) > 0 and flat.min(initial=0) >= 0
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        _refuse(rows)
+    return flat.astype(np.int64, copy=False), lengths
+
+
+def _refuse(rows: list[dict[str, Any]]) -> NoReturn:
+    """Raises for the first candidate that is no list of token ids."""
+    for i, row in enumerate(rows):
+        for column in TOKENS[1:]:
+            for j, ids in enumerate(row[column]):
+                name = f"rows[{i}][{column!r}][{j}]"
+                if hasattr(ids, "__len__") and len(ids) == 0:
+                    raise ValueError(f"{name} holds no token")
+                smallest = _check.integer_array(ids, name, 1).min()
+                if smallest < 0:
+                    raise ValueError(f"{name} holds {smallest}, which is no token id")
+    raise TypeError("rows hold candidates of types that do not go together")
+
+
+def _items(rows: list[dict[str, Any]]) -> Tensor:
+    items = [torch.tensor(list(row.get("items", ())), dtype=torch.int64) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(items, batch_first=True, padding_value=-1)

@@ -1,0 +1,89 @@
+"""Constrained retrieval of the prompts of packed sessions, measured against their positives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raddpo_ext.integrations.retriever import SIDRetriever
+from raddpo_ext.metrics import retrieval_metrics
+from raddpo_ext.pack_sessions import PackedSessions
+from raddpo_ext.session import SessionBatch
+from raddpo_ext.trie import TrieIndex
+
+
+def retrieval_names(ks: Sequence[int]) -> list[str]:
+    """The metrics of :func:`retrieval_rows`: those of SIDs, then those of items."""
+    names = [f"{kind}@{k}" for k in ks for kind in ("recall", "ndcg")] + ["mrr"]
+    return [f"{level}_{name}" for level in ("sid", "item") for name in names]
+
+
+def retrieval_rows(
+    model: Any, index: TrieIndex, packed: PackedSessions, items: Tensor | None, beam_width: int, ks: Sequence[int]
+) -> Tensor:
+    """Searches with each prompt, and compares what is found with the session's positives.
+
+    Args:
+        model: in evaluation mode.
+        index: the catalogue, on the model's device.
+        packed: the sessions.
+        items: int64 ``[S, P]`` item ids of the positives, padded with -1, or None.
+        beam_width, ks: see :class:`SIDRetriever` and :func:`raddpo_ext.metrics.retrieval_metrics`.
+
+    Returns:
+        float64 ``[S, 2 * len(retrieval_names(ks))]``: each metric and 1, or 0 and 0 where a session has no positive.
+    """
+    found = SIDRetriever(model, index, beam_width=beam_width).retrieve(*packed.prompts())
+    lengths = (found.sids >= 0).sum(-1)
+    codes, ends = found.sids.flatten(0, 1), lengths.flatten()
+    tokens = codes if index.vocab is None else index.vocab.lookup(codes, ends)
+    tokens = tokens.masked_fill(ends[:, None] == 0, -1).unflatten(0, lengths.shape)
+    wanted = _positives(packed.sessions)
+    width = max(tokens.shape[-1], wanted.shape[-1])
+    found_sids, wanted = (F.pad(sids, (0, width - sids.shape[-1]), value=-1) for sids in (tokens, wanted))
+    columns = _columns("sid", found_sids, wanted, (wanted >= 0).any(-1).any(-1), ks)
+    if items is None:
+        items = torch.full((packed.sessions.num_sessions, 1), -1, device=codes.device)
+    columns |= _columns("item", _items(index, codes, ends, lengths, max(ks)), items, (items >= 0).any(-1), ks)
+    return torch.stack([part for name in retrieval_names(ks) for part in columns[name]], 1)
+
+
+def _columns(
+    level: str, found: Tensor, wanted: Tensor, has: Tensor, ks: Sequence[int]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    columns = {}
+    for name, values in retrieval_metrics(found[has], wanted[has], ks).items():
+        whole = torch.zeros(len(has), dtype=torch.float64, device=has.device)
+        whole[has] = values.double()
+        columns[f"{level}_{name}"] = whole, has.double()
+    return columns
+
+
+def _positives(sessions: SessionBatch) -> Tensor:
+    """The positives' tokens, int64 ``[S, P, L]``, padded with -1."""
+    candidates, levels = sessions.tokens.shape
+    rows = torch.arange(candidates, device=sessions.device)
+    session = torch.bucketize(rows, sessions.offsets[1:], right=True)
+    place = rows - sessions.offsets[session]
+    chosen = place < sessions.num_positives[session]
+    most = int(sessions.num_positives.max()) if sessions.num_sessions else 0
+    wanted = sessions.tokens.new_full((sessions.num_sessions, most, levels), -1)
+    wanted[session[chosen], place[chosen]] = sessions.tokens.masked_fill(~sessions.mask(), -1)[chosen]
+    return wanted
+
+
+def _items(index: TrieIndex, codes: Tensor, ends: Tensor, lengths: Tensor, most: int) -> Tensor:
+    """The first ``most`` items of the SIDs found, all those of a SID before the next: ``[B, most]``, padded with -1."""
+    items, offsets = index.lookup(codes.clamp(min=0), ends)
+    counts = torch.where(ends > 0, offsets.diff(), 0).view(lengths.shape)
+    begins = counts.cumsum(1) - counts
+    owner = torch.repeat_interleave(offsets.diff())  # a SID found, of the flat B * R
+    place = begins.flatten()[owner] + torch.arange(len(items), device=items.device) - offsets[owner]
+    kept = (place < most) & (ends[owner] > 0)
+    found = items.new_full((len(lengths), most), -1)
+    found[torch.div(owner[kept], lengths.shape[1], rounding_mode="floor"), place[kept]] = items[kept]
+    return found

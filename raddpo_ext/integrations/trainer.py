@@ -1,0 +1,299 @@
+"""RADDPOTrainer: transformers' Trainer for RAD-DPO over packed sessions."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
+
+from raddpo_ext import _check
+from raddpo_ext.integrations.session_collator import SessionCollator
+from raddpo_ext.integrations.session_objective import METRICS, ROWS, SessionObjective
+from raddpo_ext.integrations.session_retrieval import retrieval_names, retrieval_rows
+from raddpo_ext.integrations.session_states import accept_sessions, base_model, logits_map, verify_packing
+from raddpo_ext.integrations.trainer_config import RADDPOConfig
+from raddpo_ext.pack_sessions import PackedSessions
+from raddpo_ext.similarity_weighting import SimilarityWeighting
+from raddpo_ext.trie import TrieIndex
+from raddpo_ext.vocab import SIDVocab
+
+_logger = logging.get_logger(__name__)
+_WEIGHTING_FILE = "similarity_weighting.pt"
+
+
+class RADDPOTrainer(Trainer):
+    """Trains a language model on sessions by RAD-DPO, with everything else as in ``transformers.Trainer``.
+
+    The loss is that of the whole batch, over accumulated batches and ranks alike: however a batch is split, the same
+    model comes out. It works with gradient accumulation, DDP and FSDP2, PEFT adapters, gradient checkpointing, autocast
+    and ``torch_compile``. A run that is resumed goes on as if it had never stopped, the similarity weighting included.
+
+    Logged, as means over what came since the last time: ``loss`` and its parts ``preference`` and ``sft``; the rewards,
+    margins, accuracies, weights and detached share of :class:`raddpo_ext.RADDPOOutput`; ``dropped_pairs``, the share of
+    pairs of equal SIDs; and ``truncated_prompts``, the share of prompts that lost tokens.
+
+    An evaluation gives the loss, its parts and the rewards over the data set's rows, and with ``index`` the constrained
+    retrieval's ``sid_recall@k``, ``sid_ndcg@k``, ``sid_mrr``, and of rows with a column ``items`` the same as ``item_``.
+
+    Args:
+        model: a ``transformers`` model with a language modelling head, or one with PEFT adapters.
+        args: the options.
+        ref_model: the reference; by default, with ``args.use_reference``, the model with its adapters switched off, or
+            a frozen copy of it as it is now.
+        data_collator: a :class:`SessionCollator`; by default one of ``args``.
+        train_dataset, eval_dataset: rows as :class:`SessionCollator` takes them.
+        processing_class: a tokenizer, for rows of text.
+        peft_config: adds these PEFT adapters.
+        index: the catalogue, for the evaluation and ``args.normalize = "trie"``.
+        vocab: the SIDs' tokens, for ``args.normalize = "level"`` and so that no SID of a prompt is cut; by default the
+            index's.
+        callbacks, optimizers: see ``transformers.Trainer``.
+
+    Raises:
+        ValueError, TypeError: naming the argument and the value.
+    """
+
+    loss_is_scaled_for_ga = True  # by the normalizer, which is the whole batch's
+
+    def __init__(
+        self,
+        model: Any,
+        args: RADDPOConfig | None = None,
+        *,
+        ref_model: Any = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        index: TrieIndex | None = None,
+        vocab: SIDVocab | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        args = RADDPOConfig(output_dir="tmp_trainer") if args is None else args
+        _check.instance(args, "args", RADDPOConfig)
+        if args.deepspeed:
+            raise ValueError("args.deepspeed must be None: use FSDP2 to shard the model (fsdp='full_shard')")
+        if args.n_gpu > 1:
+            raise ValueError(f"args.n_gpu must be at most 1, got {args.n_gpu}: start one process a GPU, with torchrun")
+        if index is not None:
+            _check.instance(index, "index", TrieIndex)
+            vocab = index.vocab if vocab is None else vocab
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        inner = base_model(model)
+        if args.disable_dropout:
+            _disable_dropout(model)
+        verify_packing(model)
+        has_adapters = inner is not model
+        if ref_model is None and args.use_reference and not has_adapters:
+            ref_model = copy.deepcopy(model)
+        self._uses_adapters_off = ref_model is None and args.use_reference
+        if data_collator is None:
+            data_collator = _collator(inner, args, vocab, processing_class)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=self._evaluation_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        accept_sessions(self.model)
+        self.ref_model = ref_model
+        if ref_model is not None:
+            accept_sessions(ref_model).requires_grad_(False).eval().to(args.device)
+        self.index = None if index is None else index.to(args.device)
+        weighting = SimilarityWeighting(args.similarity_window) if args.similarity_weighting else None
+        self.objective = SessionObjective(
+            weighting,
+            normalize=args.normalize,
+            vocab=vocab,
+            index=self.index if args.normalize == "trie" else None,
+            **logits_map(inner),
+            **args.loss_options,
+        ).to(args.device)
+        self._sums = torch.zeros(len(METRICS), 2, dtype=torch.float64, device=args.device)
+        if weighting is not None:
+            self.add_callback(_Commit(weighting))
+
+    # The loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        packed: PackedSessions = inputs["packed"]
+        if num_items_in_batch is None:
+            num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
+        self.objective.train(model.training)
+        loss, sums = model(
+            packed=packed,
+            compute=self.objective,
+            ref_logps=self._ref_logps(model, packed),
+            normalizer=num_items_in_batch,
+        )
+        if model.training:
+            with torch.no_grad():
+                # Preference and SFT are shares of one step's loss: their weights add up to the number of steps.
+                sums[:, 0] *= sums[:, 1]
+                sums[:2, 1] /= self.current_gradient_accumulation_steps * self.accelerator.num_processes
+                self._sums += sums
+        loss = loss * self.accelerator.num_processes  # which average their gradients
+        return (loss, {"sums": sums}) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        """What the loss divides by, float64 ``[2]``: the counts of all accumulated batches on all ranks."""
+        counts = torch.zeros(2, dtype=torch.float64, device=device)
+        for batch in batch_samples:
+            counts += batch["packed"].sessions.counts(self.objective.positives).to(device)
+        reduced: Tensor = self.accelerator.reduce(counts, reduction="sum")
+        return reduced.clamp(min=1)
+
+    @torch.no_grad()
+    def _ref_logps(self, model: nn.Module, packed: PackedSessions) -> Tensor | None:
+        if self.ref_model is not None:
+            logps: Tensor = self.ref_model(packed=packed, compute=self.objective.logps)
+            return logps
+        if not self._uses_adapters_off:
+            return None
+        was_training = model.training
+        model.eval()  # no dropout in the reference
+        with self.accelerator.unwrap_model(model, keep_torch_compile=False).disable_adapter():
+            logps = model(packed=packed, compute=self.objective.logps)
+        model.train(was_training)
+        return logps
+
+    def _prepare_input(self, data: Any) -> Any:
+        return data.to(self.args.device) if isinstance(data, PackedSessions) else super()._prepare_input(data)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return int(super().floating_point_ops(self._main_input(inputs)))
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        super()._track_num_input_tokens(self._main_input(inputs))
+
+    def _main_input(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {getattr(self.model, "main_input_name", "input_ids"): inputs["packed"].input_ids}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.is_in_train:
+            totals, weights = self.accelerator.reduce(self._sums, reduction="sum").unbind(1)
+            means = (totals / torch.where(weights > 0, weights, 1)).tolist()
+            logs |= dict(zip(METRICS, means, strict=True))
+            self._sums.zero_()
+        super().log(logs, start_time)
+
+    # The evaluation
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, Tensor, Tensor]:
+        inputs = self._prepare_inputs(inputs)
+        packed: PackedSessions = inputs["packed"]
+        self.objective.eval()
+        with torch.no_grad():
+            ref_logps = self._ref_logps(model, packed)
+            rows = model(packed=packed, compute=self.objective.rows, ref_logps=ref_logps)
+            if self.index is not None:
+                unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+                width, ks = self.args.eval_beam_width, self.args.eval_ks
+                found = retrieval_rows(unwrapped, self.index, packed, inputs.get("items"), width, ks)
+                rows = torch.cat((rows, found), 1)
+        # The rows go through the loop as predictions, which it gathers from all ranks; without labels it has no metrics.
+        return None, rows, torch.zeros_like(rows[:, :1])
+
+    def _evaluation_metrics(self, prediction: Any) -> dict[str, float]:
+        names = [name for name, _ in ROWS]
+        if self.index is not None:
+            names += retrieval_names(self.args.eval_ks)
+        totals = prediction.predictions.sum(0).reshape(-1, 2)
+        metrics = {
+            name: float(total / max(weight, 1))
+            for name, (total, weight) in zip(names, totals, strict=True)
+            if weight > 0 or not name.startswith(("sid_", "item_"))
+        }
+        return {"loss": metrics["preference"] + self.args.sft_weight * metrics["sft"], **metrics}
+
+    # The checkpoint
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.objective.similarity_weighting is not None and self.args.should_save:
+            with _replacing(Path(output_dir, _WEIGHTING_FILE)) as path:
+                torch.save(self.objective.similarity_weighting.state_dict(), path)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.objective.similarity_weighting is None:
+            return
+        path = Path(checkpoint, _WEIGHTING_FILE)
+        if not path.is_file():
+            _logger.warning("%s does not exist: similarity_weighting starts anew", path)
+            return
+        state = torch.load(path, map_location=self.args.device, weights_only=True)
+        self.objective.similarity_weighting.load_state_dict(state)
+
+
+class _Commit(TrainerCallback):
+    """Ends an optimizer step of the similarity weighting."""
+
+    def __init__(self, weighting: SimilarityWeighting) -> None:
+        self.weighting = weighting
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.weighting.commit()  # from here on it waits for the steps
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.weighting.commit()
+
+
+def _collator(model: Any, args: RADDPOConfig, vocab: SIDVocab | None, tokenizer: Any) -> SessionCollator:
+    config = model.config.get_text_config(decoder=True)
+    pad_token_id = getattr(tokenizer, "pad_token_id", None)
+    window = None if model.config.is_encoder_decoder else getattr(config, "max_position_embeddings", None)
+    return SessionCollator(
+        layout=args.layout,
+        pad_token_id=(config.pad_token_id or 0) if pad_token_id is None else pad_token_id,
+        pad_to_multiple_of=args.pad_to_multiple_of,
+        max_length=window if args.max_length is None else args.max_length,
+        vocab=vocab,
+        embeddings=args.similarity_weighting,
+        tokenizer=tokenizer,
+        vocab_size=model.get_input_embeddings().weight.shape[0],
+    )
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Any:
+    """A new file that takes the place of ``path`` once it is whole."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    os.close(handle)
+    try:
+        yield name
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise

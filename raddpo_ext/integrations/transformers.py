@@ -1,0 +1,23 @@
+"""Alignment of Hugging Face models on packed sessions: a collator, the states of a model, and a trainer."""
+
+from raddpo_ext.integrations.session_collator import SessionCollator
+from raddpo_ext.integrations.session_states import (
+    SessionStates,
+    accept_sessions,
+    logits_map,
+    session_states,
+    verify_packing,
+)
+from raddpo_ext.integrations.trainer import RADDPOTrainer
+from raddpo_ext.integrations.trainer_config import RADDPOConfig
+
+__all__ = [
+    "RADDPOConfig",
+    "RADDPOTrainer",
+    "SessionCollator",
+    "SessionStates",
+    "accept_sessions",
+    "logits_map",
+    "session_states",
+    "verify_packing",
+]

@@ -1,0 +1,78 @@
+"""Rows as TRL's preference trainers take them, ``prompt/chosen/rejected``, as the token ids of sessions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+#: The columns of a row, and of what it becomes.
+TEXT = ("prompt", "chosen", "rejected")
+TOKENS = ("prompt_ids", "positives", "negatives")
+
+
+def tokenize_row(row: dict[str, Any], tokenizer: Any, name: str, eos: int | None = None) -> dict[str, Any]:
+    """The token ids of a row of text or of messages; TRL itself is not needed.
+
+    Args:
+        row: ``prompt``: text, or a conversation (a list of ``{"role": ..., "content": ...}``); ``chosen`` and
+            ``rejected``: one completion or a list of them, each of the prompt's kind. Other columns stay.
+        tokenizer: of ``transformers``. A text prompt is tokenized with its special tokens, a text completion without;
+            a conversation by its chat template.
+        name: of the row, for errors.
+        eos: token id that ends each text completion, or None.
+
+    Returns:
+        ``prompt_ids``, ``positives`` and ``negatives``, and the row's other columns.
+
+    Raises:
+        ValueError: a column is absent or of another kind, or a chat template that does not go on from the prompt.
+    """
+    for column in TEXT:
+        if column not in row:
+            raise ValueError(f"{name} has no column {column!r}, only {sorted(row)}")
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        prompt_ids = tokenizer(prompt, verbose=False)["input_ids"]
+    elif _is_conversation(prompt):
+        prompt_ids = _template(tokenizer, prompt, add_generation_prompt=True)
+    else:
+        raise ValueError(f"{name}['prompt'] must be text or a list of messages, got {_short(prompt)}")
+    tokens: dict[str, Any] = {key: value for key, value in row.items() if key not in TEXT}
+    tokens["prompt_ids"] = prompt_ids
+    for column, target in zip(TEXT[1:], TOKENS[1:], strict=True):
+        completions = row[column]
+        if isinstance(completions, str) or _is_conversation(completions):
+            completions = [completions]
+        if not isinstance(completions, list):
+            raise ValueError(f"{name}[{column!r}] must be a completion or a list of them, got {_short(completions)}")
+        tokens[target] = [
+            _completion(tokenizer, prompt, prompt_ids, completion, f"{name}[{column!r}][{i}]", eos)
+            for i, completion in enumerate(completions)
+        ]
+    return tokens
+
+
+def _completion(
+    tokenizer: Any, prompt: Any, prompt_ids: list[int], completion: Any, name: str, eos: int | None
+) -> list[int]:
+    if isinstance(prompt, str) and isinstance(completion, str):
+        ids: list[int] = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+    if isinstance(prompt, str) or not _is_conversation(completion):
+        raise ValueError(f"{name} must be of the prompt's kind, text or messages, got {_short(completion)}")
+    whole = _template(tokenizer, prompt + completion)
+    if whole[: len(prompt_ids)] != prompt_ids:
+        raise ValueError(f"{name}: the chat template of prompt and completion does not begin with that of the prompt")
+    return whole[len(prompt_ids) :]
+
+
+def _template(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> list[int]:
+    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options))
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
