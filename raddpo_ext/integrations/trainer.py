@@ -41,7 +41,8 @@ class RADDPOTrainer(Trainer):
     pairs of equal SIDs; and ``truncated_prompts``, the share of prompts that lost tokens.
 
     An evaluation gives the loss, its parts and the rewards over the data set's rows, and with ``index`` the constrained
-    retrieval's ``sid_recall@k``, ``sid_ndcg@k``, ``sid_mrr``, and of rows with a column ``items`` the same as ``item_``.
+    retrieval's ``sid_recall@k``, ``sid_ndcg@k`` and ``sid_mrr``, and for rows with a column ``items`` also
+    ``item_recall@k``, ``item_ndcg@k`` and ``item_mrr``.
 
     Args:
         model: a ``transformers`` model with a language modelling head, or one with PEFT adapters.
@@ -61,6 +62,8 @@ class RADDPOTrainer(Trainer):
         ValueError, TypeError: naming the argument and the value.
     """
 
+    args: RADDPOConfig
+    objective: SessionObjective
     loss_is_scaled_for_ga = True  # by the normalizer, which is the whole batch's
 
     def __init__(
@@ -213,7 +216,7 @@ class RADDPOTrainer(Trainer):
                 width, ks = self.args.eval_beam_width, self.args.eval_ks
                 found = retrieval_rows(unwrapped, self.index, packed, inputs.get("items"), width, ks)
                 rows = torch.cat((rows, found), 1)
-        # The rows go through the loop as predictions, which it gathers from all ranks; without labels it has no metrics.
+        # The loop gathers the rows from all ranks, as predictions; without labels it would make no metrics of them.
         return None, rows, torch.zeros_like(rows[:, :1])
 
     def _evaluation_metrics(self, prediction: Any) -> dict[str, float]:

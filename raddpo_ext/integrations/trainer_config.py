@@ -22,12 +22,6 @@ LOSS_OPTIONS = (
 )
 
 
-def _option(default: Any, help: str) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass
 class RADDPOConfig(TrainingArguments):
     """``transformers.TrainingArguments`` with what a preference run over sessions needs.
@@ -39,34 +33,56 @@ class RADDPOConfig(TrainingArguments):
         ValueError: naming the option and the value. The trainer checks the loss's options.
     """
 
-    learning_rate: float = _option(1e-6, "Initial learning rate of AdamW.")
-    remove_unused_columns: bool = _option(False, "Must be off: the model's forward does not name the rows' columns.")
-    report_to: None | str | list[str] = _option("none", "Where to report to.")
-    logging_steps: float = _option(10, "Log every so many optimizer steps.")
+    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must be off: the model's forward does not name the rows' columns."}
+    )
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "Where to report to."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
 
-    beta: float = _option(2.0, "Scale of the rewards.")
-    gamma: float = _option(0.0, "Margin that the winner's reward is to keep, outside beta.")
-    length_normalized: bool = _option(True, "Divide a candidate's reward by its length.")
-    protect: str = _option("winner", "Common prefixes that are detached: 'winner', 'positives' or 'none'.")
-    aggregation: str = _option("negatives", "How negatives meet: 'negatives' or 'margins'.")
-    weighting: str = _option("loss", "Where pair weights enter: 'loss' or 'reward'.")
-    positives: str = _option("winner", "Which positives act as the winner: 'winner', 'each' or 'pooled'.")
-    sft_weight: float = _option(1.0, "Weight of the supervised loss.")
-    level_weights: list[float] | None = _option(None, "Weight of each level's token in the supervised loss.")
-    label_smoothing: float = _option(0.0, "Label smoothing of the preference.")
-    normalize: str = _option("vocab", "Support of a token's softmax: 'vocab', 'level' or 'trie'.")
+    beta: float = field(default=2.0, metadata={"help": "Scale of the rewards."})
+    gamma: float = field(default=0.0, metadata={"help": "Margin that the winner's reward is to keep, outside beta."})
+    length_normalized: bool = field(default=True, metadata={"help": "Divide a candidate's reward by its length."})
+    protect: str = field(
+        default="winner", metadata={"help": "Common prefixes that are detached: 'winner', 'positives' or 'none'."}
+    )
+    aggregation: str = field(default="negatives", metadata={"help": "How negatives meet: 'negatives' or 'margins'."})
+    weighting: str = field(default="loss", metadata={"help": "Where pair weights enter: 'loss' or 'reward'."})
+    positives: str = field(
+        default="winner", metadata={"help": "Which positives act as the winner: 'winner', 'each' or 'pooled'."}
+    )
+    sft_weight: float = field(default=1.0, metadata={"help": "Weight of the supervised loss."})
+    level_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each level's token in the supervised loss."}
+    )
+    label_smoothing: float = field(default=0.0, metadata={"help": "Label smoothing of the preference."})
+    normalize: str = field(
+        default="vocab", metadata={"help": "Support of a token's softmax: 'vocab', 'level' or 'trie'."}
+    )
 
-    similarity_weighting: bool = _option(True, "Weigh pairs by their similarity (RDRW).")
-    similarity_window: int = _option(4096, "Similarities that RDRW takes its quantiles of.")
-    use_reference: bool = _option(False, "Subtract a reference model's log-probs, as DPO does.")
-    disable_dropout: bool = _option(True, "Switch the model's dropout off, as it is noise in a margin.")
+    similarity_weighting: bool = field(default=True, metadata={"help": "Weigh pairs by their similarity (RDRW)."})
+    similarity_window: int = field(default=4096, metadata={"help": "Similarities that RDRW takes its quantiles of."})
+    use_reference: bool = field(
+        default=False, metadata={"help": "Subtract a reference model's log-probs, as DPO does."}
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Switch the model's dropout off, as it is noise in a margin."}
+    )
 
-    layout: str = _option("candidates", "Packing: 'candidates', or 'trie' to compute a shared prefix once.")
-    max_length: int | None = _option(None, "Most tokens of prompt and candidate; default: the model's window.")
-    pad_to_multiple_of: int | None = _option(None, "Make the packed rows' length a multiple of it.")
+    layout: str = field(
+        default="candidates", metadata={"help": "Packing: 'candidates', or 'trie' to compute a shared prefix once."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Most tokens of prompt and candidate; default: the model's window."}
+    )
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Make the packed rows' length a multiple of it."}
+    )
 
-    eval_beam_width: int = _option(50, "Beams of the constrained retrieval in an evaluation.")
-    eval_ks: list[int] = _option([5, 10, 50], "Cut-offs of recall and NDCG, at most eval_beam_width.")
+    eval_beam_width: int = field(default=50, metadata={"help": "Beams of the constrained retrieval in an evaluation."})
+    eval_ks: list[int] = field(
+        default_factory=lambda: [5, 10, 50], metadata={"help": "Cut-offs of recall and NDCG, at most eval_beam_width."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,9 +92,9 @@ class RADDPOConfig(TrainingArguments):
             raise ValueError(
                 f"eval_ks must name cut-offs up to eval_beam_width = {self.eval_beam_width}, got {self.eval_ks}"
             )
-        if self.accelerator_config.dispatch_batches is None:
-            # Packed batches cannot be cut up between ranks: each rank reads its own share of a stream.
-            self.accelerator_config.dispatch_batches = False
+        loading: Any = self.accelerator_config
+        if loading.dispatch_batches is None:
+            loading.dispatch_batches = False  # nobody cuts up packed batches: each rank reads its share of a stream
 
     @property
     def loss_options(self) -> dict[str, Any]:
