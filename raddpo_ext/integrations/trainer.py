@@ -247,7 +247,7 @@ class RADDPOTrainer(Trainer):
         if not path.is_file():
             _logger.warning("%s does not exist: similarity_weighting starts anew", path)
             return
-        state = torch.load(path, map_location=self.args.device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         self.objective.similarity_weighting.load_state_dict(state)
 
 

@@ -39,6 +39,9 @@ class RADDPOConfig(TrainingArguments):
     )
     report_to: str | list[str] | None = field(default="none", metadata={"help": "Where to report to."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Only for a model with trainable parameters that text does not reach."}
+    )
 
     beta: float = field(default=2.0, metadata={"help": "Scale of the rewards."})
     gamma: float = field(default=0.0, metadata={"help": "Margin that the winner's reward is to keep, outside beta."})

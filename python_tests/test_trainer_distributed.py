@@ -1,0 +1,112 @@
+"""RADDPOTrainer on two ranks, by DDP and by FSDP2: what one process with the whole batch does."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import on_ranks
+from tiny_models import qwen3, seeded, session_rows
+from trainer_runs import assert_same, assert_same_history, run
+
+import raddpo_ext as rx
+
+STEPS = 5
+# The first four rows of every eight have no pair, and the first two nothing at all: with four rows a batch rank 0 then
+# never sees a pair, and it counts as little as it should. Every eight rows have 18 pairs: the window holds two steps.
+PATTERN = [(0, 0), (0, 0), (2, 0), (0, 3), (2, 3), (1, 1), (3, 3), (1, 2)]
+KINDS: dict[str, dict[str, Any]] = {
+    "DistributedDataParallel": {},
+    "FSDPQwen3ForCausalLM": {"fsdp": "full_shard", "fsdp_config": {"fsdp_version": 2}},
+}
+SHARED: dict[str, Any] = {"max_steps": STEPS, "train_sampling_strategy": "sequential", "similarity_window": 36}
+
+
+def rows_in_pattern() -> list[dict[str, Any]]:
+    rows = session_rows(8 * STEPS, codes=3)
+    for number, row in enumerate(rows):
+        positives, negatives = PATTERN[number % 8]
+        sids = [[3 + code // 9 % 3, 7 + code // 3 % 3, 11 + code % 3] for code in range(number, number + 27)]
+        # Distinct, so that no pair is dropped; some share a prefix, and one is short.
+        sids[0], row["items"] = sids[0][:2], [1000 + number * 3 + i for i in range(positives)]
+        row["positives"], row["negatives"] = sids[:positives], sids[positives : positives + negatives]
+    return rows
+
+
+def join_as(backend_options: dict[str, Any]) -> dict[str, Any]:
+    """Makes accelerate find this rank's process group anew."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}.items():
+        os.environ[name] = str(value)
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531"})
+    return {"ddp_backend": "gloo", **backend_options}
+
+
+def ways() -> dict[str, dict[str, Any]]:
+    """Of each run the options on two ranks that one process has otherwise."""
+    from peft import LoraConfig
+
+    adapters = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)}
+    return {
+        "plain": {"batch": 4},
+        "accumulated": {"batch": 2, "accumulate": 2},
+        "reference": {"batch": 4, "use_reference": True, "gradient_checkpointing": True},
+        "adapters": {"batch": 4, "use_reference": True, "extra": adapters},
+    }
+
+
+def evaluated(made: Any) -> dict[str, float]:
+    """Over eleven rows: not as many for each rank."""
+    metrics = made.trainer.evaluate(rows_in_pattern()[:11])
+    return {name: value for name, value in metrics.items() if not name.endswith(("runtime", "per_second", "time"))}
+
+
+def catalogue() -> dict[str, Any]:
+    sids = [[a, b, c] for a in range(3) for b in range(3) for c in range(3)] + [[0, 0, 0]]
+    vocab = rx.SIDVocab([3, 3, 3], offsets=[3, 7, 11])
+    return {"index": rx.TrieIndex.build(torch.tensor(sids), item_ids=torch.arange(1000, 1028), vocab=vocab)}
+
+
+def rank(folder: str) -> dict[str, Any]:
+    rows = rows_in_pattern()
+    found: dict[str, Any] = {}
+    for kind, distributed in KINDS.items():
+        options = {**SHARED, **join_as(distributed)}
+        for way, more in ways().items():
+            made = run(seeded(qwen3), rows, **more, **options)
+            assert type(made.trainer.model_wrapped).__name__ == kind
+            found[f"{kind}, {way}"] = made.parameters, made.history
+        made = run(seeded(qwen3), rows, batch=4, extra=catalogue(), **options)
+        found[f"{kind}, evaluated"] = evaluated(made)
+
+        saved = {"output_dir": f"{folder}/{kind}", "save_strategy": "steps", "save_steps": 3}
+        unbroken = run(seeded(qwen3), rows, batch=4, **saved, **options)
+        again = run(seeded(qwen3), rows, batch=4, resume=f"{folder}/{kind}/checkpoint-3", **options)
+        assert_same(again.parameters, unbroken.parameters, 0)
+        assert_same_history(again.history[:-1], unbroken.history[:-1], 0)
+    return found
+
+
+def test_equals_one_process(tmp_path: Any) -> None:
+    rows = rows_in_pattern()
+    every = on_ranks(rank, str(tmp_path))
+    for way, more in ways().items():
+        one = run(seeded(qwen3), rows, **{**more, "batch": 8, "accumulate": 1}, **SHARED)
+        assert one.history[-2]["pair_weights"] < 0.95
+        for found in every:
+            for kind in KINDS:
+                parameters, history = found[f"{kind}, {way}"]
+                assert_same(parameters, one.parameters)
+                assert_same_history(history, one.history)
+    metrics = evaluated(run(seeded(qwen3), rows, batch=8, extra=catalogue(), **SHARED))
+    assert metrics["eval_item_mrr"] > 0
+    for found in every:
+        for kind in KINDS:
+            assert found[f"{kind}, evaluated"] == pytest.approx(metrics, rel=1e-5), kind
