@@ -172,7 +172,5 @@ def test_gradient_checkpointing_changes_nothing(make: Any) -> None:
     plain = run(seeded(make), ROWS, max_steps=3)
     for reentrant in (False, True):
         kwargs = {"use_reentrant": reentrant}
-        found = run(
-            seeded(make), ROWS, max_steps=3, gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs
-        )
+        found = run(seeded(make), ROWS, max_steps=3, gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs)
         assert_same(found.parameters, plain.parameters)
