@@ -54,7 +54,8 @@ def packed_logps(model: Any, packed: Any) -> tuple[Tensor, Any]:
     states = session_states(model, packed)
     sessions = packed.sessions
     targets = sessions.tokens.masked_fill(~sessions.mask(), -100)
-    logps = rx.linear_token_logps(states.hidden, states.weight, targets, bias=states.bias, **logits_map(model))
+    head = {"rows": states.rows, "bias": states.bias, **logits_map(model)}
+    logps = rx.linear_token_logps(states.hidden, states.weight, targets, **head)
     return logps, states
 
 
@@ -257,7 +258,7 @@ def test_ten_line_loop() -> None:
         for batch in DataLoader(dataset, batch_size=8, shuffle=True, collate_fn=SessionCollator()):
             packed = batch["packed"].to(model.device)
             states = session_states(model, packed)
-            output = loss(states.hidden, states.weight, packed.sessions, bias=states.bias, embeddings=states.embeddings)
+            output = loss(sessions=packed.sessions, **states._asdict())
             output.loss.backward()
             optimizer.step()
             optimizer.zero_grad()

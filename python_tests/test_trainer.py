@@ -10,7 +10,7 @@ from tiny_models import gpt2, llama, qwen3, seeded, session_rows, t5
 from trainer_runs import assert_same, assert_same_history, run
 
 import raddpo_ext as rx
-from raddpo_ext.integrations.transformers import RADDPOConfig, RADDPOTrainer, SessionCollator, session_states
+from raddpo_ext.integrations.transformers import SessionCollator, session_states
 
 ROWS = session_rows(22)
 WHOLE = {"batch": 22, "train_sampling_strategy": "sequential"}  # all rows at every step, in their order
@@ -26,14 +26,8 @@ def by_hand(model: Any, rows: list[dict[str, Any]], steps: int, rate: float = 0.
     history = []
     for step in range(steps):
         states = session_states(model, packed)
-        output = loss(
-            states.hidden,
-            states.weight,
-            packed.sessions,
-            bias=states.bias,
-            embeddings=states.embeddings,
-            ref_logps=None if reference is None else reference(packed),
-        )
+        ref_logps = None if reference is None else reference(packed)
+        output = loss(sessions=packed.sessions, ref_logps=ref_logps, **states._asdict())
         gradients = torch.autograd.grad(output.loss, parameters)
         norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
         with torch.no_grad():
@@ -120,7 +114,7 @@ def test_reference() -> None:
         def reference(packed: Any) -> torch.Tensor:
             with torch.no_grad():
                 states = session_states(model, packed)
-                return plain(states.hidden, states.weight, packed.sessions, bias=states.bias).logps
+                return plain(states.hidden, states.weight, packed.sessions, rows=states.rows).logps
 
         return reference
 
@@ -147,7 +141,7 @@ def test_adapters_alone_are_trained() -> None:
     def reference(packed: Any) -> torch.Tensor:
         with torch.no_grad(), model.disable_adapter():
             states = session_states(model, packed)
-            return rx.RADDPOLoss()(states.hidden, states.weight, packed.sessions).logps
+            return rx.RADDPOLoss()(states.hidden, states.weight, packed.sessions, rows=states.rows).logps
 
     by_hand(model, ROWS, 4, reference=reference)
     for checkpointing in (False, True):

@@ -66,6 +66,7 @@ class SessionObjective(nn.Module):
             states.hidden,
             states.weight,
             sessions,
+            rows=states.rows,
             bias=states.bias,
             embeddings=None if self.similarity_weighting is None else states.embeddings,
             ref_logps=ref_logps,
@@ -96,7 +97,8 @@ class SessionObjective(nn.Module):
 
     def logps(self, states: SessionStates, packed: PackedSessions) -> Tensor:
         """``[C, L]`` token log-probs."""
-        logps: Tensor = self.plain(states.hidden, states.weight, packed.sessions, bias=states.bias).logps
+        output = self.plain(states.hidden, states.weight, packed.sessions, rows=states.rows, bias=states.bias)
+        logps: Tensor = output.logps
         return logps
 
     def rows(self, states: SessionStates, packed: PackedSessions, *, ref_logps: Tensor | None) -> Tensor:

@@ -21,16 +21,20 @@ _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParalle
 
 
 class SessionStates(NamedTuple):
-    """What :func:`session_states` returns; what :class:`raddpo_ext.RADDPOLoss` takes.
+    """What :func:`session_states` returns, by the names that :class:`raddpo_ext.RADDPOLoss` has for it:
+    ``loss(sessions=packed.sessions, **states._asdict())``.
 
     Attributes:
-        hidden: ``[C, L, H]`` states that predict the candidates' tokens; differentiable.
+        hidden: the states that predict the candidates' tokens; differentiable. ``[U, H]``, each once, of a decoder-only
+            model, ``[C, L, H]`` of an encoder-decoder.
+        rows: int64 ``[C, L]``: which of the ``U`` predicts each token; None for an encoder-decoder.
         embeddings: ``[C, H]`` states at the candidates' last tokens, or None where they were not packed.
         weight: ``[V, H]`` of the language modelling head.
         bias: ``[V]`` of the head, or None.
     """
 
     hidden: Tensor
+    rows: Tensor | None
     embeddings: Tensor | None
     weight: Tensor
     bias: Tensor | None
@@ -61,9 +65,9 @@ def session_states(model: Any, packed: PackedSessions) -> SessionStates:
     if head is None:
         raise ValueError(f"model must have a language modelling head, {type(model).__name__} has none")
     decode = _encoder_decoder if model.config.is_encoder_decoder else _decoder_only
-    hidden, embeddings = decode(model, packed)
+    hidden, rows, embeddings = decode(model, packed)
     # Read after the body has run: before, FSDP may hold the weight in shards.
-    return SessionStates(hidden, embeddings, head.weight, getattr(head, "bias", None))
+    return SessionStates(hidden, rows, embeddings, head.weight, getattr(head, "bias", None))
 
 
 def accept_sessions(model: Any) -> Any:
@@ -150,6 +154,7 @@ def verify_packing(model: Any) -> None:
     try:
         states = session_states(inner, pack_sessions([prompt], sessions).to(device))
         logits = F.linear(states.hidden, states.weight, states.bias).float()
+        logits = logits if states.rows is None else logits[states.rows]
         for name, value in logits_map(inner).items():
             logits = logits / value if name == "temperature" else value * torch.tanh(logits / value)
         prompts, candidates = torch.tensor([prompt] * 3, device=device), candidates.to(device)
@@ -168,7 +173,7 @@ def verify_packing(model: Any) -> None:
         )
 
 
-def _decoder_only(model: Any, packed: PackedSessions) -> tuple[Tensor, Tensor | None]:
+def _decoder_only(model: Any, packed: PackedSessions) -> tuple[Tensor, Tensor | None, Tensor | None]:
     _check_window(model, packed)
     body = model.get_decoder()
     output = body(
@@ -179,7 +184,8 @@ def _decoder_only(model: Any, packed: PackedSessions) -> tuple[Tensor, Tensor | 
         return_dict=True,
     )
     states = output.last_hidden_state
-    return packed.hidden(states), None if packed.last_tokens is None else packed.embeddings(states)
+    embeddings = None if packed.last_tokens is None else packed.embeddings(states)
+    return packed.distinct_hidden(states), packed.rows, embeddings
 
 
 def _mask(body: Any, packed: PackedSessions) -> Any:
@@ -217,7 +223,7 @@ def _check_window(model: Any, packed: PackedSessions) -> None:
             )
 
 
-def _encoder_decoder(model: Any, packed: PackedSessions) -> tuple[Tensor, Tensor | None]:
+def _encoder_decoder(model: Any, packed: PackedSessions) -> tuple[Tensor, Tensor | None, Tensor | None]:
     sessions = packed.sessions
     prompts, mask = packed.prompts()
     encoded = model.get_encoder()(input_ids=prompts, attention_mask=mask, return_dict=True).last_hidden_state
@@ -239,7 +245,7 @@ def _encoder_decoder(model: Any, packed: PackedSessions) -> tuple[Tensor, Tensor
     embeddings = None
     if packed.last_tokens is not None:
         embeddings = states[torch.arange(sessions.num_candidates, device=states.device), sessions.lengths]
-    return states[:, : sessions.tokens.shape[1]], embeddings
+    return states[:, : sessions.tokens.shape[1]], None, embeddings
 
 
 def _decoder_inputs(model: Any, tokens: Tensor) -> Tensor:
