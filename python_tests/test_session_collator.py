@@ -61,7 +61,8 @@ def test_rows_of_tokens(rows: list[dict[str, Any]], trie: bool, left: bool, embe
     assert packed.sessions.num_positives.tolist() == [len(row["positives"]) for row in rows]
     assert_equal(packed, rx.pack_sessions([row["prompt_ids"] for row in rows], packed.sessions, **options))
     prompts, mask = packed.prompts()
-    assert [ids[keep.bool()].tolist() for ids, keep in zip(prompts, mask, strict=True)] == [r["prompt_ids"] for r in rows]
+    unpadded = [ids[keep.bool()].tolist() for ids, keep in zip(prompts, mask, strict=True)]
+    assert unpadded == [row["prompt_ids"] for row in rows]
 
 
 def test_arrays_and_tensors() -> None:
@@ -90,7 +91,9 @@ def test_truncation_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     assert packed.num_truncated == 1
     assert packed.input_ids[0, :3].tolist() == [17, 18, 19]
     assert candidates_of(packed.sessions) == [[[1, 2], [3], [1, 4]]] * 2
-    assert [record.getMessage()[:50] for record in caplog.records] == ["1 of 2 prompts of a batch were longer than max_len"]
+    assert [record.getMessage()[:50] for record in caplog.records] == [
+        "1 of 2 prompts of a batch were longer than max_len"
+    ]
     vocab = rx.SIDVocab([10, 10], offsets=[10, 20])
     rows[0]["prompt_ids"] = [10, 20, 11, 21, 12, 22]
     assert SessionCollator(max_length=5, vocab=vocab)(rows)["packed"].prompt_lengths.tolist() == [2, 3]
@@ -109,8 +112,8 @@ def test_truncation_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
         ({**ROW, "prompt_ids": [0.5]}, TypeError, r"prompts\[1\] must hold integers, got float64"),
         ({**ROW, "positives": [[1], []]}, ValueError, r"rows\[1\]\['positives'\]\[1\] holds no token"),
         ({**ROW, "positives": [1, 2]}, (TypeError, ValueError), r"rows\[1\]\['positives'\]\[0\] must have 1 dimension"),
-        ({**ROW, "negatives": [[1], [2.5]]}, TypeError, r"rows\[1\]\['negatives'\]\[1\] must hold integers, got float64"),
-        ({**ROW, "negatives": [[1], ["a"]]}, TypeError, r"rows\[1\]\['negatives'\]\[1\] must hold integers, got <U1"),
+        ({**ROW, "negatives": [[1], [2.5]]}, TypeError, r"rows\[1\]\['negatives'\]\[1\] must hold integers"),
+        ({**ROW, "negatives": [[1], ["a"]]}, TypeError, r"rows\[1\]\['negatives'\]\[1\] must hold integers"),
         ({**ROW, "negatives": [[1], [3, -7]]}, ValueError, r"rows\[1\]\['negatives'\]\[1\] holds -7"),
         ({**ROW, "negatives": [None]}, TypeError, r"rows\[1\]\['negatives'\]\[0\] must hold integers"),
         ({**ROW, "negatives": None}, TypeError, r"rows\[1\]\['negatives'\] must be a list of candidates, got None"),
@@ -209,9 +212,9 @@ def test_conversations(tokenizer: Any) -> None:
     ("row", "message"),
     [
         ({"prompt": "x", "chosen": "a"}, r"rows\[0\] has no column 'rejected'"),
-        ({"prompt": 3, "chosen": "a", "rejected": "b"}, r"rows\[0\]\['prompt'\] must be text or a list of messages, got 3"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, r"rows\[0\]\['prompt'\] must be text or a list of messages"),
         ({"prompt": "x", "chosen": 3, "rejected": "b"}, r"rows\[0\]\['chosen'\] must be a completion or a list"),
-        ({"prompt": "x", "chosen": ["a", 4], "rejected": "b"}, r"rows\[0\]\['chosen'\]\[1\] must be of the prompt's kind"),
+        ({"prompt": "x", "chosen": ["a", 4], "rejected": "b"}, r"rows\[0\]\['chosen'\]\[1\] must be of the prompt's"),
         ({"prompt": "x", "chosen": "a", "rejected": ["b", " "]}, r"rows\[0\]\['negatives'\]\[1\] holds no token"),
         (
             {"prompt": [{"role": "user", "content": "x"}], "chosen": "a", "rejected": "b"},

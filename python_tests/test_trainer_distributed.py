@@ -36,7 +36,7 @@ def rows_in_pattern() -> list[dict[str, Any]]:
 
 
 def join(fsdp: bool) -> dict[str, Any]:
-    """Makes accelerate find this rank's process group anew. On CPUs it leaves FSDP out, unless told that they are GPUs."""
+    """Makes accelerate find this rank's process group anew. On CPUs it leaves FSDP out, so it is told of GPUs."""
     from accelerate.state import AcceleratorState, DistributedType, PartialState
 
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -48,7 +48,7 @@ def retrieval_rows(
     columns = _columns("sid", found_sids, wanted, (wanted >= 0).any(-1).any(-1), ks)
     if items is None:
         items = torch.full((packed.sessions.num_sessions, 1), -1, device=codes.device)
-    columns |= _columns("item", _items(index, codes, ends, lengths, max(ks)), items, (items >= 0).any(-1), ks)
+    columns |= _columns("item", _items(index, codes, ends, lengths), items, (items >= 0).any(-1), ks)
     return torch.stack([part for name in retrieval_names(ks) for part in columns[name]], 1)
 
 
@@ -76,14 +76,14 @@ def _positives(sessions: SessionBatch) -> Tensor:
     return wanted
 
 
-def _items(index: TrieIndex, codes: Tensor, ends: Tensor, lengths: Tensor, most: int) -> Tensor:
-    """The first ``most`` items of the SIDs found, all those of a SID before the next: ``[B, most]``, padded with -1."""
+def _items(index: TrieIndex, codes: Tensor, ends: Tensor, lengths: Tensor) -> Tensor:
+    """The first ``R`` items of the ``R`` SIDs found, all of a SID before the next's: ``[B, R]``, padded with -1."""
     items, offsets = index.lookup(codes.clamp(min=0), ends)
     counts = torch.where(ends > 0, offsets.diff(), 0).view(lengths.shape)
     begins = counts.cumsum(1) - counts
     owner = torch.repeat_interleave(offsets.diff())  # a SID found, of the flat B * R
     place = begins.flatten()[owner] + torch.arange(len(items), device=items.device) - offsets[owner]
-    kept = (place < most) & (ends[owner] > 0)
-    found = items.new_full((len(lengths), most), -1)
+    kept = (place < lengths.shape[1]) & (ends[owner] > 0)
+    found = torch.full_like(lengths, -1)
     found[torch.div(owner[kept], lengths.shape[1], rounding_mode="floor"), place[kept]] = items[kept]
     return found
