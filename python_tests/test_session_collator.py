@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ def candidates_of(sessions: rx.SessionBatch) -> list[list[list[int]]]:
     """Of each session its candidates' tokens."""
     rows = [row[:length].tolist() for row, length in zip(sessions.tokens, sessions.lengths.tolist(), strict=True)]
     offsets = sessions.offsets.tolist()
-    return [rows[begin:end] for begin, end in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [rows[begin:end] for begin, end in pairwise(offsets)]
 
 
 def assert_equal(found: Any, expected: Any) -> None:
