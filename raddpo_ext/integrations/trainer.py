@@ -98,7 +98,8 @@ class RADDPOTrainer(Trainer):
         inner = base_model(model)
         if args.disable_dropout:
             _disable_dropout(model)
-        verify_packing(model)
+        if inner.device.type != "meta":  # where FSDP is to load the weights on rank 0 alone, the other ranks have none
+            verify_packing(model)
         has_adapters = inner is not model
         if ref_model is None and args.use_reference and not has_adapters:
             ref_model = copy.deepcopy(model)
