@@ -240,12 +240,14 @@ def test_evaluation_equals_brute_force() -> None:
 
 
 def test_evaluation_in_a_run() -> None:
-    """It leaves training as it is, the similarity weighting's state too, and a row without items has no share in the item metrics."""
+    """It leaves training as it is, the similarity weighting too, and without items there are no metrics of items."""
     index, _ = catalogue()
-    plain = run(seeded(qwen3), ROWS, max_steps=4)
+    plain = run(seeded(qwen3), ROWS, max_steps=4, similarity_window=24)
     rows = [{name: value for name, value in row.items() if name != "items"} for row in catalogue_rows(5)]
     extra = {"index": index, "eval_dataset": rows}
-    found = run(seeded(qwen3), ROWS, max_steps=4, eval_strategy="steps", eval_steps=1, extra=extra)
+    found = run(
+        seeded(qwen3), ROWS, max_steps=4, similarity_window=24, eval_strategy="steps", eval_steps=1, extra=extra
+    )
     assert_same(found.parameters, plain.parameters, 0)
     evaluations = [logs for logs in found.history if "eval_loss" in logs]
     assert len(evaluations) == 4
