@@ -1,79 +1,121 @@
-"""Trains a small model on purchases, indexes the catalogue and retrieves from it: ``python -m demo [--data FOLDER]``.
+"""From purchases to an aligned model that retrieves: ``python -m demo [--data FOLDER]``.
 
-Exit code: 0, 1 when the model does not beat the most popular items, 2 on bad input.
+SFT, index, mining of preference sessions, RAD-DPO, constrained retrieval, and a table of before and after. Exit code:
+0, 1 when the aligned model does not beat the most popular items, 2 on bad input.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import raddpo_ext as rx
 from demo import report
+from demo.alignment import align, session_logps
+from demo.figure import LABELS, draw
+from demo.latency import latencies
+from demo.mining import Session, cut_sessions, mine
 from demo.model import Tokens, train
 from demo.shop import make_shop
-from raddpo_ext.catalogue import Catalogue, load_catalogue
+from raddpo_ext.catalogue import Case, Catalogue, load_catalogue
 
-FREE_CASES = 200  # cases on which the unconstrained search runs
+FREE_CASES = 400  # on which the unconstrained search runs
 TIMED_CASES = 20
 SHOWN_CASES = 3
+FOLLOWED = 300  # sessions kept from the alignment whose log-probs are followed
 ARTIFACTS = Path(".demo")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        if options.data is None:
-            catalogue = make_shop(options.shoppers, options.cases, options.seed)
-        else:
-            catalogue = load_catalogue(options.data)
-            catalogue = dataclasses.replace(catalogue, test=report.spread(catalogue.test, options.cases))
+        catalogue = make_shop(options.shoppers, options.seed) if options.data is None else load_catalogue(options.data)
+        sessions = cut_sessions(catalogue, options.sessions, FOLLOWED, options.seed)
     except (OSError, ValueError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
-    return run(catalogue, _epochs(catalogue) if options.epochs is None else options.epochs, options.seed)
+    return run(catalogue, *sessions, options)
 
 
-def run(catalogue: Catalogue, epochs: int, seed: int) -> int:
+def run(catalogue: Catalogue, to_align: list[Session], aside: list[Session], options: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    ARTIFACTS.mkdir(exist_ok=True)
     tokens = Tokens.of(catalogue)
     index = _make_index(catalogue, tokens)
+
     begin = time.perf_counter()
-    model, loss = train(catalogue, tokens, epochs, seed)
-    print(
-        f"model        {sum(p.numel() for p in model.parameters()):,} parameters, {epochs} epochs in "
-        f"{time.perf_counter() - begin:.0f} s, loss {loss:.3f} nats a token"
+    epochs = _epochs(catalogue) if options.epochs is None else options.epochs
+    model, loss = train(catalogue, tokens, epochs, options.seed)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"SFT          {size:,} parameters, {epochs} epochs, loss {loss:.3f} nats a token{_since(begin)}")
+
+    begin = time.perf_counter()
+    logs = [ARTIFACTS / f"{catalogue.name}-{part}.jsonl" for part in ("sessions", "aside")]
+    sessions, followed = (
+        mine(part, path, catalogue, tokens, model, index, options.seed)
+        for part, path in zip((to_align, aside), logs, strict=True)
     )
+    print(
+        f"mining       {logs[0]}: {len(sessions):,} sessions, {_mean(sessions['positives']):.1f} positives and "
+        f"{_mean(sessions['negatives']):.1f} negatives each{_since(begin)}"
+    )
+
+    cases = report.spread(catalogue.valid if options.valid else catalogue.test, options.cases)
     retriever = rx.SIDRetriever(model, index, beam_width=report.BEAMS)
+    before = _measure(retriever, tokens, cases, followed)
+    begin = time.perf_counter()
+    curves = align(model, tokens, sessions, followed, ARTIFACTS, options.seed)
+    right = [entry["rewards/accuracies"] for entry in curves.log]
+    print(
+        f"RAD-DPO      {curves.drift[-1]['step']} steps, the winner ahead in {right[0]:.1%} of the pairs, "
+        f"at the end in {right[-1]:.1%}{_since(begin)}"
+    )
+    after = _measure(retriever, tokens, cases, followed)
 
-    quality, valid = report.measure(retriever, tokens, catalogue.test)
-    popular = report.measure_popularity(catalogue)
-    print(f"\n{len(catalogue.test):,} held-out purchases, {report.BEAMS} beams")
-    print(" " * 25 + "".join(f"{f'recall@{cut}':>11}" for cut in report.CUTS) + f"{'MRR':>11}")
-    print(f"  SIDRetriever           {quality}\n  most popular items     {popular}")
+    popular = report.measure_popularity(catalogue, cases)
+    print(f"\n{'':29}{'popular':>9}{'SFT':>10}{'RAD-DPO':>10}{'change':>10}   95 % interval")
+    for title in before:
+        print("\n".join([title, *report.table(before[title], after[title], popular)]))
 
-    free_cases = report.spread(catalogue.test, FREE_CASES)
-    free = report.share_of_items(model, tokens, free_cases)
-    print("\ninvalid items")
-    print(f"  with the index         {1 - valid:10.1%}  of the top {max(report.CUTS)}")
-    print(f"  without (generate)     {1 - free:10.1%}  of the top 10, {len(free_cases)} queries")
-
-    ours, theirs = report.latencies(retriever, tokens, report.spread(catalogue.test, TIMED_CASES))
+    ours, theirs = latencies(retriever, tokens, report.spread(cases, TIMED_CASES), report.BEAMS)
     print(f"\nlatency, one query at a time, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}")
     print(f"  SIDRetriever                            {1000 * ours:7.1f} ms")
     print(f"  generate with prefix_allowed_tokens_fn  {1000 * theirs:7.1f} ms, {theirs / ours:.1f} times as long")
 
     print("\nsome of them, with log-probabilities; * is what was bought next")
-    print("\n".join(report.examples(retriever, tokens, catalogue, report.spread(catalogue.test, SHOWN_CASES))))
-    if not quality.beats(popular):
-        print("demo: the model does not beat the most popular items", file=sys.stderr)
+    print("\n".join(report.examples(retriever, tokens, catalogue, report.spread(cases, SHOWN_CASES))))
+    picture = ARTIFACTS / f"{catalogue.name}.png"
+    draw(curves, f"RAD-DPO on {catalogue.name}", picture)
+    print(f"\ncurves       {picture}; in all{_since(started)[1:]}")
+    if not report.beats(next(iter(after.values())), popular):
+        print("demo: the aligned model does not beat the most popular items", file=sys.stderr)
         return 1
     return 0
+
+
+def _measure(
+    retriever: rx.SIDRetriever, tokens: Tokens, cases: list[Case], followed: Any
+) -> dict[str, dict[str, torch.Tensor]]:
+    """The model as it is now: by part of the table, each metric of each purchase or session."""
+    free = report.spread(cases, FREE_CASES)
+    logps = session_logps(retriever.model, tokens, followed)
+    return {
+        f"{len(cases):,} purchases left out of the training, {report.BEAMS} beams": report.measure(
+            retriever, tokens, cases
+        ),
+        f"{len(free):,} of them, searched without the index": {
+            "invalid@10": report.measure_freely(retriever.model, tokens, retriever.index, free)
+        },
+        f"log-probs in {len(followed):,} sessions that the alignment never sees, in nats": {
+            LABELS[group]: values for group, values in logps.items()
+        },
+    }
 
 
 def _epochs(catalogue: Catalogue) -> int:
@@ -87,7 +129,6 @@ def _make_index(catalogue: Catalogue, tokens: Tokens) -> rx.TrieIndex:
     built = rx.TrieIndex.build(catalogue.sids, lengths=catalogue.lengths, vocab=tokens.vocab)
     seconds = time.perf_counter() - begin
     path = ARTIFACTS / f"{catalogue.name}.index"
-    ARTIFACTS.mkdir(exist_ok=True)
     built.save(path)
     index = rx.TrieIndex.load(path)
     lengths = "" if catalogue.lengths is None else f"{catalogue.lengths.min()} to "
@@ -99,12 +140,24 @@ def _make_index(catalogue: Catalogue, tokens: Tokens) -> rx.TrieIndex:
     return index
 
 
+def _mean(lists: Any) -> float:
+    return sum(map(len, lists)) / len(lists)
+
+
+def _since(begin: float) -> str:
+    return f", {time.perf_counter() - begin:.0f} s"
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m demo", description="Train, index, retrieve.")
+    parser = argparse.ArgumentParser(prog="python -m demo", description="Train, index, mine, align, retrieve.")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="a real catalogue; default: a made-up shop")
+    parser.add_argument(
+        "--valid", action="store_true", help="report on the validation purchases, to choose settings on"
+    )
     parser.add_argument("--cases", type=_positive, default=5000, metavar="N", help="held-out purchases (default 5000)")
     parser.add_argument("--shoppers", type=_positive, default=4000, metavar="N", help="of the shop (default 4000)")
-    parser.add_argument("--epochs", type=_positive, metavar="N", help="of training (default: enough for the data)")
+    parser.add_argument("--epochs", type=_positive, metavar="N", help="of SFT (default: enough for the data)")
+    parser.add_argument("--sessions", type=_positive, default=8000, metavar="N", help="to align on (default 8000)")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 

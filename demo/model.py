@@ -79,7 +79,7 @@ def train(catalogue: Catalogue, tokens: Tokens, epochs: int, seed: int) -> tuple
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     steps = epochs * math.ceil(len(rows) / BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
-    with tqdm(total=steps, desc="training", unit="step", disable=None) as bar:
+    with tqdm(total=steps, desc="SFT", unit="step", disable=None) as bar:
         for epoch in range(epochs):
             losses = []
             for batch in _batches(rows, rng):
@@ -95,6 +95,15 @@ def train(catalogue: Catalogue, tokens: Tokens, epochs: int, seed: int) -> tuple
                 bar.set_postfix_str(f"epoch {epoch + 1}/{epochs}, loss {losses[-1]:.2f}", refresh=False)
                 bar.update()
     return model.eval(), float(np.mean(losses))
+
+
+def generate(model: Qwen3ForCausalLM, tokens: Tokens, ids: Tensor, mask: Tensor, **options: object) -> Tensor:
+    """New tokens of a beam search by transformers' own ``generate``, which knows nothing of the catalogue."""
+    longest = max(map(len, tokens.of_item))
+    rows = model.generate(
+        ids, attention_mask=mask, do_sample=False, length_penalty=0.0, max_new_tokens=longest, **options
+    )
+    return rows[:, ids.shape[1] :]
 
 
 def _rate(step: int, steps: int) -> float:

@@ -1,39 +1,26 @@
-"""What the demo measures: recall, validity and latency, each beside what one would do without the package."""
+"""What the demo measures: retrieval and validity before and after the alignment, beside what sold most."""
 
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections import Counter, defaultdict
-from collections.abc import Callable
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from tqdm import tqdm
 from transformers import Qwen3ForCausalLM
 
 import raddpo_ext as rx
-from demo.model import START, Tokens
+from demo.model import Tokens, generate
 from raddpo_ext.catalogue import Case, Catalogue
+from raddpo_ext.metrics import invalid_share, retrieval_metrics
 
 BEAMS = 50
 CUTS = (5, 10, 50)
-BATCH = 64
-
-
-class Quality(NamedTuple):
-    """Shares of the cases: the item among the first 5, 10, 50; and the mean of 1 / its rank, 0 beyond 50."""
-
-    recall: tuple[float, ...]
-    mrr: float
-
-    def beats(self, other: Quality) -> bool:
-        return self.mrr > other.mrr and all(a > b for a, b in zip(self.recall, other.recall, strict=True))
-
-    def __str__(self) -> str:
-        return "".join(f"{value:11.4f}" for value in (*self.recall, self.mrr))
+SHOWN = ("recall@5", "recall@10", "recall@50", "ndcg@10", "mrr")
+RESAMPLES = 2000
+BATCH = 8  # more at once are slower: their keys and values leave the cache
 
 
 def spread(cases: list[Case], most: int) -> list[Case]:
@@ -41,98 +28,75 @@ def spread(cases: list[Case], most: int) -> list[Case]:
     return cases[:: math.ceil(len(cases) / most)]
 
 
-def measure(retriever: rx.SIDRetriever, tokens: Tokens, cases: list[Case]) -> tuple[Quality, float]:
-    """The quality over all cases, and the share of retrieved SIDs that are in the catalogue's index."""
-    ranks, valid, rows = [], 0, 0
-    ordered = sorted(cases, key=lambda case: len(case.history))  # prompts of like length together
-    for at in tqdm(range(0, len(ordered), BATCH), desc="retrieving", unit="batch", disable=None):
-        batch = ordered[at : at + BATCH]
-        found = retriever.retrieve(*tokens.pad([case.history for case in batch]), top_k=max(CUTS))
-        ranks.append(_ranks(found.items, torch.tensor([case.item for case in batch])))
-        sids = found.sids[found.items >= 0]
-        valid += int(retriever.index.contains(sids, (sids >= 0).sum(1)).sum())
-        rows += len(sids)
-    return _quality(torch.cat(ranks)), valid / rows
+def measure(retriever: rx.SIDRetriever, tokens: Tokens, cases: list[Case]) -> dict[str, Tensor]:
+    """Each metric of each case, ``[B]``, with 50 beams over the catalogue."""
+    order = np.argsort([len(case.history) for case in cases], kind="stable")  # prompts of like length together
+    items, sids = [], []
+    for at in tqdm(range(0, len(cases), BATCH), desc="retrieving", unit="batch", disable=None):
+        histories = [cases[row].history for row in order[at : at + BATCH]]
+        found = retriever.retrieve(*tokens.pad(histories), top_k=max(CUTS))
+        items.append(found.items)
+        sids.append(found.sids)
+    back = torch.from_numpy(np.argsort(order))
+    metrics = retrieval_metrics(torch.cat(items)[back], _wanted(cases), CUTS)
+    return {name: metrics[name] for name in SHOWN} | {
+        "invalid@50, by the index": invalid_share(retriever.index, torch.cat(sids)[back])
+    }
 
 
-def measure_popularity(catalogue: Catalogue) -> Quality:
-    """Everybody is shown what sold most in the training data."""
-    sold = Counter(item for items in catalogue.train for item in items)
-    best = torch.tensor([item for item, _ in sold.most_common(max(CUTS))])
-    wanted = torch.tensor([case.item for case in catalogue.test])
-    return _quality(_ranks(best.expand(len(wanted), -1), wanted))
+def measure_popularity(catalogue: Catalogue, cases: list[Case]) -> dict[str, Tensor]:
+    """The same where everybody is shown what sold most in the training data."""
+    sold = np.bincount(np.concatenate([np.array(items) for items in catalogue.train]), minlength=len(catalogue.sids))
+    best = torch.from_numpy(np.argsort(-sold, kind="stable")[: max(CUTS)].copy())
+    best = pad(best, (0, max(CUTS) - len(best)), value=-1)
+    metrics = retrieval_metrics(best.expand(len(cases), -1), _wanted(cases), CUTS)
+    return {name: metrics[name] for name in SHOWN}
 
 
-def _ranks(items: Tensor, wanted: Tensor) -> Tensor:
-    """Where each wanted item stands in its row of items, from 0; infinite where it does not."""
-    hits = items == wanted[:, None]
-    return torch.where(hits.any(1), hits.int().argmax(1).double(), torch.inf)
-
-
-def _quality(ranks: Tensor) -> Quality:
-    return Quality(tuple(float((ranks < cut).double().mean()) for cut in CUTS), float((1 / (ranks + 1)).mean()))
-
-
-def share_of_items(model: Qwen3ForCausalLM, tokens: Tokens, cases: list[Case]) -> float:
-    """The share of a plain beam search's top 10 that are items: what ``generate`` gives without a constraint."""
-    items = {tuple(row.tolist()) for row in tokens.of_item}
-    found = 0
-    for at in tqdm(range(0, len(cases), 20), desc="generating freely", unit="batch", disable=None):
-        batch = cases[at : at + 20]
-        ids, mask = tokens.pad([case.history for case in batch])
-        rows = _generate(model, tokens, ids, mask, num_return_sequences=10)
-        found += sum(_until_end(row, tokens.vocab.eos) in items for row in rows.tolist())
-    return found / (10 * len(cases))
-
-
-def latencies(retriever: rx.SIDRetriever, tokens: Tokens, cases: list[Case]) -> tuple[float, float]:
-    """Median seconds of one query at a time: the retriever, and ``generate`` that asks a Python function for the
-    allowed tokens of every beam and masks the whole vocabulary with them."""
-    follow: dict[tuple[int, ...], set[int]] = defaultdict(set)
-    for row in tokens.of_item:
-        for level, token in enumerate(row.tolist()):
-            follow[tuple(row[:level].tolist())].add(token)
-    allowed = {prefix: sorted(after) for prefix, after in follow.items()}
-    ours, theirs = [], []
-    for case in tqdm(cases, desc="timing", unit="query", disable=None):
-        ids, mask = tokens.pad([case.history])
-
-        def after(query: int, row: Tensor, width: int = ids.shape[1]) -> list[int]:
-            return allowed.get(tuple(row[width:].tolist()), [START])
-
-        ours.append(_seconds(lambda ids=ids, mask=mask: retriever.retrieve(ids, mask)))
-        theirs.append(
-            _seconds(
-                lambda ids=ids, mask=mask, after=after: _generate(
-                    retriever.model, tokens, ids, mask, num_return_sequences=BEAMS, prefix_allowed_tokens_fn=after
-                )
-            )
+def measure_freely(model: Qwen3ForCausalLM, tokens: Tokens, index: rx.TrieIndex, cases: list[Case]) -> Tensor:
+    """The share of each case's top 10 that is no item when ``generate`` searches without the index: ``[B]``."""
+    levels = tokens.vocab.levels
+    starts = torch.tensor([int(ids[0]) for ids in tokens.vocab.token_ids])
+    shares = []
+    for at in tqdm(range(0, len(cases), BATCH), desc="generating freely", unit="batch", disable=None):
+        batch = cases[at : at + BATCH]
+        rows = generate(
+            model, tokens, *tokens.pad([case.history for case in batch]), num_beams=BEAMS, num_return_sequences=10
         )
-    return statistics.median(ours), statistics.median(theirs)
+        lengths = torch.full((len(rows),), levels)
+        if tokens.vocab.eos is not None:
+            ended = rows == tokens.vocab.eos
+            lengths = torch.where(ended.any(1), ended.int().argmax(1), levels)
+            # Nothing but the end, or no end at all, is no item.
+            rows = rows.masked_fill((~ended.any(1) | ended[:, 0])[:, None], tokens.size)
+        codes = pad(rows, (0, max(0, levels - rows.shape[1])))[:, :levels] - starts
+        shape = (len(batch), 10)
+        shares.append(invalid_share(index, codes.unflatten(0, shape), lengths.clamp(min=1).view(shape)))
+    return torch.cat(shares)
 
 
-def _generate(model: Qwen3ForCausalLM, tokens: Tokens, ids: Tensor, mask: Tensor, **options: object) -> Tensor:
-    """New tokens of a beam search by transformers' own ``generate``."""
-    rows = model.generate(
-        ids,
-        attention_mask=mask,
-        num_beams=BEAMS,
-        do_sample=False,
-        length_penalty=0.0,
-        max_new_tokens=max(map(len, tokens.of_item)),
-        **options,
-    )
-    return rows[:, ids.shape[1] :]
+def table(before: dict[str, Tensor], after: dict[str, Tensor], popular: dict[str, Tensor]) -> list[str]:
+    """A line a metric: its means, and the mean difference with its interval."""
+    lines = []
+    for name in before:
+        low, high = interval(after[name] - before[name])
+        first = f"{float(popular[name].mean()):9.4f}" if name in popular else " " * 9
+        old, new = float(before[name].mean()), float(after[name].mean())
+        lines.append(f"  {name:<26}{first}{old:10.4f}{new:10.4f}{new - old:+10.4f}  [{low:+.4f}, {high:+.4f}]")
+    return lines
 
 
-def _until_end(row: list[int], end: int | None) -> tuple[int, ...]:
-    return tuple(row[: row.index(end) + 1] if end in row else row)
+def interval(differences: Tensor) -> tuple[float, float]:
+    """Of a mean, 95 %, by the paired bootstrap: what it would be with other users, drawn from these with return."""
+    values = differences.numpy()
+    rng = np.random.default_rng(0)  # the same users for every metric
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
+def beats(metrics: dict[str, Tensor], popular: dict[str, Tensor]) -> bool:
+    """In every metric."""
+    return all(bool(metrics[name].mean() > popular[name].mean()) for name in popular)
 
 
 def examples(retriever: rx.SIDRetriever, tokens: Tokens, catalogue: Catalogue, cases: list[Case]) -> list[str]:
@@ -147,6 +111,10 @@ def examples(retriever: rx.SIDRetriever, tokens: Tokens, catalogue: Catalogue, c
             mark = "*" if item == case.item else " "
             lines.append(f"    {score:7.2f} {mark} {_short(catalogue.titles[item])}")
     return lines
+
+
+def _wanted(cases: list[Case]) -> Tensor:
+    return torch.tensor([[case.item] for case in cases])
 
 
 def _short(title: str) -> str:

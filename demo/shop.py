@@ -33,8 +33,8 @@ SOLD = 0.75  # share of the combinations that the shop sells
 TWO_MAKERS = 0.08  # share of those that two makers sell: two items, one SID
 
 
-def make_shop(shoppers: int, max_cases: int, seed: int) -> Catalogue:
-    """The shop after each of ``shoppers`` made 8 to 14 purchases, the last of which is held out.
+def make_shop(shoppers: int, seed: int) -> Catalogue:
+    """The shop after each of ``shoppers`` made 8 to 14 purchases, the last two of which are held out.
 
     A SID is (kind, colour, material, size) as far as the kind has them. Sized kinds are sold in one size too, so that
     "red cotton shirt" is a proper prefix of "red cotton shirt M".
@@ -61,9 +61,9 @@ def make_shop(shoppers: int, max_cases: int, seed: int) -> Catalogue:
         lengths=(padded >= 0).sum(1),
         sizes=(CODES,) * MAX_LEVELS,
         titles=[titles[item] for item in order],
-        train=[items[:-1] for items in purchases],
-        valid=[],
-        test=[Case(items[:-1], items[-1]) for items in purchases[:max_cases]],
+        train=[items[:-2] for items in purchases],
+        valid=[Case(items[:-2], items[-2]) for items in purchases],
+        test=[Case(items[:-1], items[-1]) for items in purchases],
     )
 
 
