@@ -17,8 +17,8 @@ from demo.model import Tokens
 from raddpo_ext.integrations.transformers import RADDPOConfig, RADDPOTrainer, SessionCollator, session_states
 from raddpo_ext.metrics import squeezing
 
-LEARNING_RATE = 1e-4
-BETA = 2.0
+LEARNING_RATE = 2e-5
+BETA = 0.5
 EPOCHS = 1
 BATCH = 32
 LOOKS = 12  # times that the curves are given a point
@@ -45,7 +45,7 @@ def align(model: Qwen3ForCausalLM, tokens: Tokens, sessions: Any, followed: Any,
         num_train_epochs=EPOCHS,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="cosine",
-        warmup_steps=steps // 20,
+        warmup_steps=steps // 10,
         beta=BETA,
         sft_weight=1.0,
         logging_steps=every,
@@ -67,9 +67,7 @@ def session_logps(model: Qwen3ForCausalLM, tokens: Tokens, sessions: Sequence[An
     float64 ``[S]`` each, in nats."""
     packed = SessionCollator(vocab=tokens.vocab, embeddings=False)(list(sessions))["packed"]
     batch = packed.sessions
-    states = session_states(model, packed)
-    targets = batch.tokens.masked_fill(~batch.mask(), -100)
-    logps = rx.linear_token_logps(states.hidden, states.weight, targets)
+    logps = rx.RADDPOLoss()(sessions=batch, **session_states(model, packed)._asdict()).logps
     means = []
     for begin, end, positives in zip(batch.offsets[:-1], batch.offsets[1:], batch.num_positives, strict=True):
         rows = slice(int(begin), int(end))

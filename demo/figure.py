@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 import matplotlib
@@ -31,19 +31,17 @@ def draw(curves: Curves, title: str, path: Path) -> None:
     share = margins.twinx()
     share.plot(steps, [entry["rewards/accuracies"] for entry in curves.log], "C1", label="share above 0")
     share.set_ylabel("share above 0")
-    margins.legend(handles=[*margins.lines, *share.lines])
+    margins.legend(handles=[*margins.lines, *share.lines], loc="lower right")
     for group in GROUPS:
         drift.plot(
             [entry["step"] for entry in curves.drift], [entry[group] for entry in curves.drift], label=LABELS[group]
         )
     drift.axhline(0, color="grey", linewidth=0.8)
-    drift.set(title="drift of held-out log-probs", xlabel="step", ylabel="nats a candidate")
+    drift.set(title="drift of the log-probs of other shoppers' sessions", xlabel="step", ylabel="nats a candidate")
     drift.legend()
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".png")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        figure.savefig(name, dpi=100)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+        figure.savefig(temporary, dpi=100, format="png")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -62,12 +62,12 @@ def figures(out, label):
 
 def test_run_on_a_letter_folder(letter, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["--data", str(letter), "--epochs", "12", "--cases", "100", "--sessions", "400"]) == 0
+    assert main(["--data", str(letter), "--epochs", "12", "--cases", "60", "--sessions", "400"]) == 0
     out, err = capsys.readouterr()
     assert err == ""  # no bar where stderr is no terminal, and no warning
     assert "tiny: 60 items, 59 SIDs of 2 codes; 300 shoppers" in out
     assert "mining       .demo/tiny-sessions.jsonl: 400 sessions, 2." in out
-    assert "100 purchases left out of the training, 50 beams" in out
+    assert "60 purchases left out of the training, 50 beams" in out
     popular, before, after, *_ = figures(out, "recall@10")
     assert min(before, after) > 0.9 > popular  # the next number is easy to learn
     assert figures(out, "invalid@50, by the index") == [0, 0, 0, 0, 0]
@@ -105,7 +105,7 @@ def test_run_on_a_minionerec_folder(tmp_path, monkeypatch, capsys):
 def test_run_on_the_shop_without_training(tmp_path, monkeypatch, capsys):
     """SIDs of different lengths all the way, and exit code 1 for a model that has learnt nothing."""
     monkeypatch.chdir(tmp_path)
-    assert main(["--shoppers", "64", "--epochs", "1", "--cases", "20", "--sessions", "40"]) == 1
+    assert main(["--shoppers", "64", "--epochs", "1", "--cases", "10", "--sessions", "40"]) == 1
     out, err = capsys.readouterr()
     assert "SIDs of 2 to 4 codes; 64 shoppers" in out
     assert figures(out, "invalid@50, by the index") == [0, 0, 0, 0, 0]
