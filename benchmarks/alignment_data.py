@@ -14,7 +14,6 @@ from demo.catalogue import Case, load_catalogue
 
 START = 0  # opens every sequence, and pads it
 HISTORY = 10  # purchases that the model looks back on
-FURTHER = 2  # most positives after the winner
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Data:
         name: of the catalogue.
         sids: int64 codes ``[N, L]``.
         tokens: their token ids, int64 ``[N, L]``.
-        vocab_size: token ids there are, ``START`` among them.
+        sizes: codes of each level.
         index: of the catalogue.
         train: each user's purchases but the last two.
         validation: the purchase before the last.
@@ -36,7 +35,7 @@ class Data:
     name: str
     sids: Tensor
     tokens: Tensor
-    vocab_size: int
+    sizes: tuple[int, ...]
     index: rx.TrieIndex
     train: list[list[int]]
     validation: list[Case]
@@ -46,6 +45,11 @@ class Data:
     @property
     def levels(self) -> int:
         return self.sids.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids there are, ``START`` among them."""
+        return 1 + START + sum(self.sizes)
 
     def prompt(self, items: list[int]) -> np.ndarray:
         """Token ids of the last ``HISTORY`` items, after ``START``."""
@@ -75,7 +79,7 @@ def make_data(name: str, sids: np.ndarray, sizes: tuple[int, ...], purchases: li
         name=name,
         sids=torch.from_numpy(sids),
         tokens=vocab.encode(sids),
-        vocab_size=1 + START + sum(sizes),
+        sizes=sizes,
         index=rx.TrieIndex.build(sids, vocab=vocab),
         train=train,
         validation=[Case(items[:-2], items[-2]) for items in purchases],

@@ -1,19 +1,21 @@
-"""Measures a model: constrained retrieval, unconstrained beams, and the log-probs of candidates."""
+"""Measures a model: constrained retrieval, and what an unconstrained search makes up."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 import raddpo_ext as rx
-from benchmarks.alignment_data import Data
+from benchmarks.alignment_data import HISTORY, START, Data
+from raddpo_ext.metrics import invalid_share, retrieval_metrics
 
-BEAMS = 50
-BATCH = 256  # prompts of one length
+BATCH = 32  # prompts of one length; more leave the cache
+KS = (5, 10, 50)
 
 
 class SharedPromptDecoder:
@@ -30,29 +32,25 @@ class SharedPromptDecoder:
     def __init__(self, model: Any, prompts: Tensor) -> None:
         self.model, self.prompts = model, prompts
         self.cache = DynamicCache(config=model.config)
-        self.sees = torch.zeros(0)
+        self.sees = torch.ones(len(prompts), 1, prompts.shape[1], dtype=torch.bool)
 
     def __call__(self, tokens: Tensor, parents: Tensor, level: int) -> Tensor:
-        batch, length = self.prompts.shape
+        batch, width = tokens.shape
         if level == 0:
-            output = self.model(self.prompts, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-            self.sees = torch.ones(batch, 1, length, dtype=torch.bool)
-            return output.logits
-        width = tokens.shape[1]
+            return self.model(self.prompts, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
         ancestors = self.sees.gather(1, parents[..., None].expand(-1, -1, self.sees.shape[2]))
         self.sees = torch.cat([ancestors, torch.eye(width, dtype=torch.bool).expand(batch, -1, -1)], 2)
-        positions = torch.full((batch, width), length + level - 1)
         return self.model(
             tokens.clamp(min=0),  # an empty slot feeds token 0, and what that gives is ignored
             attention_mask=self.sees[:, None],
-            position_ids=positions,
+            position_ids=torch.full((batch, width), self.prompts.shape[1] + level - 1),
             past_key_values=self.cache,
             use_cache=True,
         ).logits
 
 
 @torch.no_grad()
-def retrieve(model: Any, data: Data, histories: Sequence[list[int]], beams: int = BEAMS) -> Tensor:
+def retrieve(model: Any, data: Data, histories: Sequence[list[int]], beams: int) -> Tensor:
     """The best items of each history by constrained beam search: int64 ``[B, beams]``, padded with -1."""
 
     def search(prompts: Tensor) -> Tensor:
@@ -64,12 +62,8 @@ def retrieve(model: Any, data: Data, histories: Sequence[list[int]], beams: int 
 
 
 @torch.no_grad()
-def retrieve_freely(model: Any, data: Data, histories: Sequence[list[int]], beams: int = BEAMS) -> Tensor:
-    """The best codes of each history by beam search over the whole vocabulary: int64 ``[B, beams, L]``.
-
-    A token that is no code of its level is -1.
-    """
-    firsts = data.tokens.new_tensor([1 + 256 * level for level in range(data.levels)])
+def retrieve_freely(model: Any, data: Data, histories: Sequence[list[int]], beams: int) -> Tensor:
+    """The best token ids of each history by beam search over the whole vocabulary: int64 ``[B, beams, L]``."""
 
     def search(prompts: Tensor) -> Tensor:
         decoder = SharedPromptDecoder(model, prompts)
@@ -83,26 +77,45 @@ def retrieve_freely(model: Any, data: Data, histories: Sequence[list[int]], beam
             rows = torch.cat([rows.gather(1, parents[..., None].expand(-1, -1, level)), tokens[..., None]], 2)
         return rows
 
-    found = _by_length(data, histories, search)
-    codes = found - firsts
-    return codes.masked_fill((codes < 0) | (codes >= 256), -1)
+    return _by_length(data, histories, search)
+
+
+def ranks(found: Tensor, wanted: Sequence[int]) -> np.ndarray:
+    """The place of each query's wanted item, from 1; 0 where it is not found: uint8 ``[B]``."""
+    reciprocal = retrieval_metrics(found, torch.tensor(wanted)[:, None], ks=())["mrr"]
+    return torch.where(reciprocal > 0, 1 / reciprocal, 0).round().to(torch.uint8).numpy()
+
+
+def invalid_shares(data: Data, rows: Tensor) -> dict[str, float]:
+    """The mean share of token id rows ``[B, R, L]`` that are no item's SID, by cut-off."""
+    sizes = torch.tensor(data.sizes)
+    codes = rows - (1 + START + sizes.cumsum(0) - sizes)
+    codes = codes.masked_fill((codes < 0) | (codes >= sizes), int(sizes.max()))  # no code of any level
+    whole = torch.full(codes.shape[:2], data.levels)
+    cuts = [k for k in KS[1:] if k <= rows.shape[1]]
+    return {f"invalid@{k}": float(invalid_share(data.index, codes[:, :k], whole[:, :k]).mean()) for k in cuts}
+
+
+def next_three(model: Any, data: Data, users: Sequence[int], beams: int) -> np.ndarray:
+    """How many of each user's last three purchases are among the ten best items for the history before them: ``[B]``.
+
+    The first of the three is in the training sequence, the others are the validation's and the test's.
+    """
+    purchases = [[*data.test[user].history, data.test[user].item] for user in users]
+    found = retrieve(model, data, [items[:-3] for items in purchases], beams)
+    recall = retrieval_metrics(found, torch.tensor([items[-3:] for items in purchases]), ks=(10,))["recall@10"]
+    return (3 * recall).round().to(torch.uint8).numpy()
 
 
 def _by_length(data: Data, histories: Sequence[list[int]], search: Callable[[Tensor], Tensor]) -> Tensor:
     """``search`` of every prompt, in batches of prompts of one length."""
-    found: dict[int, Tensor] = {}
-    for rows in _batches(histories):
-        prompts = torch.stack([torch.from_numpy(data.prompt(histories[row])) for row in rows])
-        found.update(zip(rows, search(prompts), strict=True))
-    return torch.stack([found[row] for row in range(len(histories))])
-
-
-def _batches(histories: Sequence[list[int]]) -> Iterator[list[int]]:
-    from benchmarks.alignment_data import HISTORY
-
     by_length: dict[int, list[int]] = {}
     for row, items in enumerate(histories):
         by_length.setdefault(min(len(items), HISTORY), []).append(row)
+    found: dict[int, Tensor] = {}
     for rows in by_length.values():
         for at in range(0, len(rows), BATCH):
-            yield rows[at : at + BATCH]
+            batch = rows[at : at + BATCH]
+            prompts = torch.stack([torch.from_numpy(data.prompt(histories[row])) for row in batch])
+            found.update(zip(batch, search(prompts), strict=True))
+    return torch.stack([found[row] for row in range(len(histories))])

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,20 +53,21 @@ def train(data: Data, seed: int, path: Path, epochs: int = EPOCHS) -> dict[str, 
     ``path`` holds the run's state after each whole epoch, and is taken up where it is there.
 
     Returns:
-        That state: ``model``, ``losses`` (nats a token, by epoch) and what training goes on from.
+        That state: ``model``, ``losses`` (nats a token) and ``seconds`` by epoch, and what training goes on from.
     """
     model = make_model(data, seed)
     rows = [data.sequence(items) for items in windows(data)]
     steps = math.ceil(len(rows) / BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, epochs * steps, WARM_UP))
-    state: dict[str, Any] = {"losses": []}
+    state: dict[str, Any] = {"losses": [], "seconds": []}
     if path.exists():
         state = torch.load(path, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
     for epoch in range(len(state["losses"]), epochs):
+        begin = time.perf_counter()
         losses = torch.zeros(2, dtype=torch.float64)
         for batch in _batches(rows, np.random.default_rng([seed, epoch])):
             ids = _pad_right([rows[row] for row in batch])
@@ -81,6 +83,7 @@ def train(data: Data, seed: int, path: Path, epochs: int = EPOCHS) -> dict[str, 
             losses += torch.stack([loss.detach() * count, count])
         state = {
             "losses": [*state["losses"], float(losses[0] / losses[1])],
+            "seconds": [*state["seconds"], round(time.perf_counter() - begin, 2)],
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "schedule": schedule.state_dict(),
