@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import base64
+import contextlib
 import hashlib
 import json
 import os
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from benchmarks import alignment_evaluate as evaluate
 from benchmarks import alignment_sessions, alignment_sft, alignment_train
-from benchmarks.alignment_data import HISTORY, Data, load
+from benchmarks.alignment_data import Data, load
 from benchmarks.alignment_sessions import Sessions
-from benchmarks.alignment_statistics import ndcg
+from benchmarks.alignment_statistics import ndcg, pack
 from benchmarks.alignment_train import METHODS
 from benchmarks.report import RESULTS, ROOT, write_json
 
@@ -181,7 +179,9 @@ class Lab:
         mined = Sessions(*self._cached("sessions", config, mine))
         return mined.rows(slice(0, scale.sessions)), mined.rows(slice(scale.sessions, None))
 
-    def aligned(self, method: str, setting: dict[str, float], seed: int, share: float = 0.0) -> tuple[Any, dict[str, Any]]:
+    def aligned(
+        self, method: str, setting: dict[str, float], seed: int, share: float = 0.0
+    ) -> tuple[Any, dict[str, Any]]:
         """The trained model and its training's record."""
         if method == "sft":
             return self.start(seed), {}
@@ -213,15 +213,6 @@ class Lab:
         return torch.load(path, weights_only=True)
 
 
-def pack(values: np.ndarray) -> str:
-    """uint8 values as text."""
-    return base64.b85encode(zlib.compress(values.astype(np.uint8).tobytes(), 9)).decode()
-
-
-def unpack(text: str) -> np.ndarray:
-    return np.frombuffer(zlib.decompress(base64.b85decode(text)), np.uint8)
-
-
 def _spread(count: int, most: int | None) -> list[int]:
     """At most ``most`` of ``count`` places, evenly spread."""
     if most is None or most >= count:
@@ -230,10 +221,8 @@ def _spread(count: int, most: int | None) -> list[int]:
 
 
 def _reset_peak_memory() -> None:
-    try:
+    with contextlib.suppress(OSError):  # where it cannot be set back, the peak is the process's
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # then the peak is the process's
 
 
 def _peak_memory() -> int:

@@ -1,4 +1,4 @@
-"""What the alignment experiment is trained and measured on: a split by leave-one-out, and cuts in training sequences."""
+"""What the alignment experiment is trained and measured on: a catalogue, its purchases and their tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import raddpo_ext as rx
-from demo.catalogue import Case, load_catalogue
+from raddpo_ext.catalogue import Case, Catalogue, load_catalogue
 
 START = 0  # opens every sequence, and pads it
 HISTORY = 10  # purchases that the model looks back on
@@ -60,31 +60,31 @@ class Data:
 
 
 def load(folder: Path) -> Data:
-    """Reads a catalogue in which each user's purchases are one sequence.
+    """Reads a catalogue of which each user's last purchase is the test and the one before it the validation.
 
     Raises:
         ValueError, OSError: naming the file or folder and what is wrong.
     """
-    catalogue = load_catalogue(folder, max_cases=2**31)
+    catalogue = load_catalogue(folder)
     if catalogue.lengths is not None:
-        raise ValueError(f"{folder}: the experiment has no end token, so that all SIDs must be of one length")
-    return make_data(catalogue.name, catalogue.sids, catalogue.sizes, [[*case.history, case.item] for case in catalogue.test])
+        raise ValueError(f"{folder}: SIDs must be of one length, for the experiment's model has no end token")
+    if not len(catalogue.train) == len(catalogue.valid) == len(catalogue.test):
+        raise ValueError(f"{folder}: expected a split that leaves out every user's last two purchases")
+    return make_data(catalogue)
 
 
-def make_data(name: str, sids: np.ndarray, sizes: tuple[int, ...], purchases: list[list[int]]) -> Data:
-    """Splits each user's purchases, at least three, in order of time."""
-    vocab = rx.SIDVocab(sizes, offset=1 + START)
-    train = [items[:-2] for items in purchases]
+def make_data(catalogue: Catalogue) -> Data:
+    vocab = rx.SIDVocab(catalogue.sizes, offset=1 + START)
     return Data(
-        name=name,
-        sids=torch.from_numpy(sids),
-        tokens=vocab.encode(sids),
-        sizes=sizes,
-        index=rx.TrieIndex.build(sids, vocab=vocab),
-        train=train,
-        validation=[Case(items[:-2], items[-2]) for items in purchases],
-        test=[Case(items[:-1], items[-1]) for items in purchases],
-        counts=torch.from_numpy(np.bincount(np.concatenate(train), minlength=len(sids))),
+        name=catalogue.name,
+        sids=torch.from_numpy(catalogue.sids),
+        tokens=vocab.encode(catalogue.sids),
+        sizes=catalogue.sizes,
+        index=rx.TrieIndex.build(catalogue.sids, vocab=vocab),
+        train=catalogue.train,
+        validation=catalogue.valid,
+        test=catalogue.test,
+        counts=torch.from_numpy(np.bincount(np.concatenate(catalogue.train), minlength=len(catalogue.sids))),
     )
 
 

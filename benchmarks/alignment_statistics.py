@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -74,3 +76,12 @@ def choose(scores: dict[str, np.ndarray], article: str, resamples: int = RESAMPL
 def over_seeds(columns: Sequence[np.ndarray]) -> np.ndarray:
     """Each user's mean over the seeds."""
     return np.mean(np.stack(columns), 0)
+
+
+def pack(values: np.ndarray) -> str:
+    """uint8 values as text."""
+    return base64.b85encode(zlib.compress(values.astype(np.uint8).tobytes(), 9)).decode()
+
+
+def unpack(text: str) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(base64.b85decode(text)), np.uint8)

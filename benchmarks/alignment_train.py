@@ -87,8 +87,8 @@ def align(
     """
     model = copy.deepcopy(start).train()
     weighting = rx.SimilarityWeighting() if method.weighted else None
-    options = {**method.options, **{"beta": setting["beta"] for _ in method.betas[:1]}}
-    loss_fn = rx.RADDPOLoss(weighting, **options)
+    preference = {name: value for name, value in setting.items() if name != "lr"}
+    loss_fn = rx.RADDPOLoss(weighting, **{**method.options, **preference})
     optimizer = torch.optim.AdamW(model.parameters(), lr=setting["lr"], weight_decay=0.0)
     batches = list(_batches(data, train, np.random.default_rng([seed, 2])))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, len(batches), WARM_UP))
