@@ -72,7 +72,8 @@ def stages(lab: Lab) -> Iterator[list[Cell]]:
     yield [Cell(f"sft-s{seed}", "sft", {"seed": seed}) for seed in scale.seeds]
     yield [Cell(f"mine-s{seed}", "mine", {"seed": seed}) for seed in scale.seeds]
     yield [cell for method in scale.methods for cell in tuning(lab, method)]
-    yield [validation(lab, method) for method in (*OBJECTIVES, *PROTECTIONS[1:]) if method in scale.methods]
+    candidates = [method for method in (*OBJECTIVES, *PROTECTIONS[1:]) if method in scale.methods]
+    yield [validation(lab, method) for method in ("sft", *candidates)]
     chosen = {choice.chosen for choice in choices(lab).values()}
     methods = ["sft", *(method for method in scale.methods if method in REPORTED or method in chosen)]
     tests = [reporting(lab, method, seed, 0.0) for method in methods for seed in scale.seeds]

@@ -87,13 +87,12 @@ def ranks(found: Tensor, wanted: Sequence[int]) -> np.ndarray:
 
 
 def invalid_shares(data: Data, rows: Tensor) -> dict[str, float]:
-    """The mean share of token id rows ``[B, R, L]`` that are no item's SID, by cut-off."""
+    """The mean share of token id rows ``[B, R, L]``, best first, that are no item's SID, by cut-off."""
     sizes = torch.tensor(data.sizes)
     codes = rows - (1 + START + sizes.cumsum(0) - sizes)
     codes = codes.masked_fill((codes < 0) | (codes >= sizes), int(sizes.max()))  # no code of any level
     whole = torch.full(codes.shape[:2], data.levels)
-    cuts = [k for k in KS[1:] if k <= rows.shape[1]]
-    return {f"invalid@{k}": float(invalid_share(data.index, codes[:, :k], whole[:, :k]).mean()) for k in cuts}
+    return {f"invalid@{k}": float(invalid_share(data.index, codes[:, :k], whole[:, :k]).mean()) for k in KS[1:]}
 
 
 def next_three(model: Any, data: Data, users: Sequence[int], beams: int) -> np.ndarray:

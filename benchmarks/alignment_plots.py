@@ -1,0 +1,85 @@
+"""The alignment experiment's plots."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+CURVES = ("sft_all_positives", "dpo", "s_dpo", "simpo", "rad_dpo", "rad_dpo_margins", "rad_dpo_no_tlgd")
+
+
+def draw(summary: dict[str, Any], folder: Path) -> None:
+    """``alignment-ndcg.png``, ``alignment-squeezing.png`` and ``alignment-false-negatives.png``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _save(_differences(summary["rows"]), folder / "alignment-ndcg.png")
+    _save(_squeezing(summary["rows"]), folder / "alignment-squeezing.png")
+    if summary["false_negatives"]:
+        _save(_false_negatives(summary["false_negatives"]), folder / "alignment-false-negatives.png")
+
+
+def _differences(rows: dict[str, Any]) -> plt.Figure:
+    methods = [method for method in rows if method != "sft"][::-1]
+    changes = [rows[method]["to_sft"] for method in methods]
+    figure, axes = plt.subplots(figsize=(7, 0.36 * len(methods) + 1), layout="constrained")
+    means = [change["mean"] for change in changes]
+    errors = [
+        [change["mean"] - change["low"] for change in changes],
+        [change["high"] - change["mean"] for change in changes],
+    ]
+    axes.errorbar(means, range(len(methods)), xerr=errors, fmt="o", color="C0", capsize=3)
+    axes.axvline(0, color="grey", linewidth=1)
+    axes.set_yticks(range(len(methods)), methods)
+    axes.set_xlabel(f"NDCG@10 on the test less SFT's ({rows['sft']['ndcg@10']:.4f}), 95 % interval over users")
+    return figure
+
+
+def _squeezing(rows: dict[str, Any]) -> plt.Figure:
+    groups = {"winner": "winners", "positives": "further positives", "negatives": "negatives"}
+    figure, all_axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True, layout="constrained")
+    for axes, (group, title) in zip(all_axes, groups.items(), strict=True):
+        for method in CURVES:
+            if method in rows:
+                axes.plot(rows[method]["drift"]["step"], rows[method]["drift"][group], label=method)
+        axes.axhline(0, color="grey", linewidth=1)
+        axes.set_title(title)
+        axes.set_xlabel("step")
+    all_axes[0].set_ylabel("drift of the log-prob, nats")
+    all_axes[2].legend(fontsize=7)
+    return figure
+
+
+def _false_negatives(lines: list[dict[str, Any]]) -> plt.Figure:
+    figure, axes = plt.subplots(figsize=(5.5, 3.5), layout="constrained")
+    shares = [100 * line["share"] for line in lines]
+    for shift, (method, label) in zip(
+        (-0.2, 0.2), (("rad_dpo", "with RDRW"), ("rad_dpo_no_rdrw", "without")), strict=True
+    ):
+        changes = [line[f"{method}_to_sft"] for line in lines]
+        errors = [
+            [change["mean"] - change["low"] for change in changes],
+            [change["high"] - change["mean"] for change in changes],
+        ]
+        places = [share + shift for share in shares]
+        axes.errorbar(places, [change["mean"] for change in changes], yerr=errors, fmt="o-", capsize=3, label=label)
+    axes.axhline(0, color="grey", linewidth=1)
+    axes.set_xlabel("negatives that the user does take later, %, put in")
+    axes.set_ylabel("NDCG@10 less SFT's")
+    axes.legend()
+    return figure
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    """Writes the file whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    plt.close(figure)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(buffer.getvalue())
+    os.replace(temporary, path)
