@@ -24,13 +24,14 @@ TINY = Scale(
     sessions=40,
     probes=8,
     beams=10,
+    users=30,
     tune_users=30,
     tune_beams=10,
     free_users=10,
     next_users=10,
     next_beams=10,
     false_shares=(0.1,),
-    resamples=200,
+    resamples=100,
     methods=("sft_continued", "dpo", "rad_dpo", "rad_dpo_no_tlgd", "rad_dpo_no_rdrw"),
     settings=2,
 )
@@ -229,6 +230,15 @@ def test_a_lost_cell_comes_back_the_same(lab: Lab) -> None:
         assert {k: v for k, v in old.items() if "seconds" not in k} == {
             k: v for k, v in new.items() if "seconds" not in k
         }
+
+
+def test_worker_processes_give_the_same(lab: Lab) -> None:
+    cells = next(iter(alignment.stages(lab)))
+    before = [lab.run(cell)["result"]["losses"] for cell in cells]
+    for path in [*lab.cache.glob("sft-*.pt"), *(lab.results / f"{cell.name}.json" for cell in cells)]:
+        path.unlink()
+    alignment.compute(lab, cells, 2)
+    assert [lab.run(cell)["result"]["losses"] for cell in cells] == before
 
 
 def test_another_configuration_is_another_cell(lab: Lab) -> None:
