@@ -102,9 +102,10 @@ def align(
         packed = rx.pack_sessions(*candidates, embeddings=method.weighted)
         states = _states(model, packed)
         output = loss_fn(
-            packed.hidden(states),
+            packed.distinct_hidden(states),
             model.lm_head.weight,
             packed.sessions,
+            rows=packed.rows,
             embeddings=packed.embeddings(states.detach()) if method.weighted else None,
             ref_logps=_logps(start, packed) if method.reference else None,
         )
@@ -150,5 +151,5 @@ def _states(model: Any, packed: rx.PackedSessions) -> Tensor:
 
 @torch.no_grad()
 def _logps(model: Any, packed: rx.PackedSessions) -> Tensor:
-    hidden = packed.hidden(_states(model, packed))
-    return rx.linear_token_logps(hidden, model.lm_head.weight, packed.sessions.tokens)
+    hidden = packed.distinct_hidden(_states(model, packed))
+    return rx.linear_token_logps(hidden, model.lm_head.weight, packed.sessions.tokens, rows=packed.rows)
