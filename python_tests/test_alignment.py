@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
 from benchmarks import alignment, alignment_cells, alignment_evaluate, alignment_sessions, alignment_sft
 from benchmarks.alignment_cells import Lab, Scale
 from benchmarks.alignment_data import Data, load, windows

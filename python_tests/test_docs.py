@@ -13,6 +13,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def names() -> dict[str, object]:
     """What a reader brings along: a model of the size that the README's vocab needs, and prompts."""
     transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
     config = transformers.Qwen3Config(
         vocab_size=1768,
         hidden_size=32,

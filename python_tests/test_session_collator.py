@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
 import raddpo_ext as rx
 from raddpo_ext.integrations.transformers import SessionCollator
 

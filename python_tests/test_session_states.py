@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import SHAPE, VOCAB, gpt2, llama, qwen3, seeded, session_rows, t5, t5_unscaled
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("peft")
+import transformers
+from tiny_models import SHAPE, VOCAB, gpt2, llama, qwen3, seeded, session_rows, t5, t5_unscaled
 
 import raddpo_ext as rx
 from raddpo_ext.integrations.transformers import (

@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("peft")
 import transformers
 from tiny_models import gpt2, llama, qwen3, seeded, session_rows, t5
 from trainer_runs import assert_same, assert_same_history, run, trainer_for
