@@ -13,7 +13,8 @@ RESAMPLES = 10_000
 
 
 def ndcg(ranks: np.ndarray, k: int = 10) -> np.ndarray:
-    """NDCG@k of each query with one wanted item, from its rank (1 is best, 0 is not found)."""
+    """NDCG@k of each query with one wanted item, from its rank (1 is best, 0 is not found): float64."""
+    ranks = ranks.astype(np.float64)  # of uint8 the logarithm would be float16
     hit = (ranks > 0) & (ranks <= k)
     return np.where(hit, 1 / np.log2(1 + np.maximum(ranks, 1)), 0.0)
 
