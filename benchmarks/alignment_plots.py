@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+from raddpo_ext._files import replacing
 
 CURVES = ("sft_all_positives", "dpo", "s_dpo", "simpo", "rad_dpo", "rad_dpo_margins", "rad_dpo_no_tlgd")
 
@@ -76,10 +76,6 @@ def _false_negatives(lines: list[dict[str, Any]]) -> plt.Figure:
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
-    """Writes the file whole or not at all."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
     plt.close(figure)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(buffer.getvalue())
-    os.replace(temporary, path)

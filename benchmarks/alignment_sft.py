@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import raddpo_ext as rx
 from benchmarks.alignment_data import HISTORY, START, Data, windows
+from raddpo_ext._files import replacing
 
 BATCH = 256
 LEARNING_RATE = 2e-3
@@ -100,13 +99,9 @@ def rate(step: int, steps: int, warm_up: float) -> float:
 
 def save(path: Path, state: Any) -> None:
     """Writes the file whole or not at all."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "wb") as file:
-        file.write(buffer.getvalue())
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        torch.save(state, file)
 
 
 def _batches(rows: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:

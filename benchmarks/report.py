@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 
 import raddpo_ext as rx
 from benchmarks.catalogues import ROOT
+from raddpo_ext._files import replacing
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -48,11 +48,8 @@ def run_fresh(module: str, *arguments: str) -> Any:
 def write_json(path: Path, result: dict[str, Any]) -> None:
     """Writes the file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(json.dumps(result, indent=1) + "\n")
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write((json.dumps(result, indent=1) + "\n").encode())
 
 
 def memory_status(field: str) -> int:

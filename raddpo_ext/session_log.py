@@ -6,7 +6,6 @@ import importlib
 import json
 import logging
 import os
-import secrets
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO
 import torch
 
 from raddpo_ext import _check
+from raddpo_ext._files import replacing
 from raddpo_ext.trie import TrieIndex
 from raddpo_ext.vocab import SIDVocab
 
@@ -121,16 +121,8 @@ def write_sessions(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]])
     """
     path = Path(path)
     write = _write_jsonl if _is_jsonl(path) else _write_parquet
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "xb") as file:
-            write(file, _checked_rows(rows))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        write(file, _checked_rows(rows))
 
 
 def _import(name: str) -> Any:

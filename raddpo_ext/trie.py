@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from raddpo_ext import _C, _check
+from raddpo_ext._files import replacing
 from raddpo_ext.vocab import SIDVocab
 
 _WORD = _C.HEADER
@@ -132,18 +132,8 @@ class TrieIndex:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the index to one file, atomically: a reader sees the old file or the whole new one."""
-        path = Path(path)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                self.data.cpu().numpy().tofile(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with replacing(Path(path)) as file:
+            self.data.cpu().numpy().tofile(file)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TrieIndex:
@@ -361,12 +351,6 @@ def _level_symbols(vocab: SIDVocab | None, columns: int) -> list[tuple[Any, ...]
 
 def _header_of(data: Tensor) -> Tensor:
     return data[: _C.HEADER_WORDS * 8].view(torch.int64).clone()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @torch.library.register_fake("raddpo::trie_walk")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from raddpo_ext import _check
+from raddpo_ext._files import replacing
 from raddpo_ext.integrations.session_collator import SessionCollator
 from raddpo_ext.integrations.session_objective import METRICS, ROWS, SessionObjective
 from raddpo_ext.integrations.session_retrieval import retrieval_names, retrieval_rows
@@ -237,8 +235,8 @@ class RADDPOTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.objective.similarity_weighting is not None and self.args.should_save:
-            with _replacing(Path(output_dir, _WEIGHTING_FILE)) as path:
-                torch.save(self.objective.similarity_weighting.state_dict(), path)
+            with replacing(Path(output_dir, _WEIGHTING_FILE)) as file:
+                torch.save(self.objective.similarity_weighting.state_dict(), file)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -288,16 +286,3 @@ def _disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Any:
-    """A new file that takes the place of ``path`` once it is whole."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    os.close(handle)
-    try:
-        yield name
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
