@@ -36,12 +36,12 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
-from raddpo_ext.integrations.transformers import SessionCollator
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import raddpo_ext as rx
 from benchmarks import catalogues, report
+from raddpo_ext.integrations.transformers import SessionCollator
 
 MODULE = "benchmarks.compare_packing"
 LEVELS, CODES = 4, 256
