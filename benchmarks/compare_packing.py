@@ -205,8 +205,6 @@ def _memory(problem: Problem, step: Callable[[], Tensor]) -> tuple[int, int, Ten
     before = report.memory_status("VmRSS")
     step()
     peak = report.memory_status("VmHWM") - before
-    problem.clear()
-    step()
     return sum(saved.values()), peak, value
 
 
@@ -292,11 +290,11 @@ def markdown(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, default=3, help="fresh processes a case (3)")
+    parser.add_argument("--processes", type=int, default=2, help="fresh processes a case (2)")
     parser.add_argument("--quick", action="store_true", help="one process and one round a case; no file by default")
     parser.add_argument("--cases", default="", help="only cases whose name contains this")
     parser.add_argument("--out", type=Path, help="result file (benchmarks/results/packing-cpu.json)")
-    parser.add_argument("--rounds", type=int, default=3, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=2, help=argparse.SUPPRESS)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # a case, -1: the collator; JSON
     args = parser.parse_args()
     if args.worker is not None:
