@@ -257,6 +257,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
         "case",
         "layout",
         "tokens",
+        "head rows",
         "ms",
         "times as fast",
         "spread",
