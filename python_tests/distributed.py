@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -33,3 +35,5 @@ def _rank(rank: int, folder: Path, function: Callable[..., Any], arguments: tupl
         torch.save(function(*arguments), folder / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # on a busy machine a thread of torch's can outlive the interpreter, whose end then aborts the process
