@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 
 from raddpo_ext._files import replacing
 
+GROUPS = {"winner": "winners", "positives": "further positives", "negatives": "negatives"}
 CURVES = ("sft_all_positives", "dpo", "s_dpo", "simpo", "rad_dpo", "rad_dpo_margins", "rad_dpo_no_tlgd")
 
 
@@ -19,7 +20,7 @@ def draw(summary: dict[str, Any], folder: Path) -> None:
     """``alignment-ndcg.png``, ``alignment-squeezing.png`` and ``alignment-false-negatives.png``."""
     folder.mkdir(parents=True, exist_ok=True)
     _save(_differences(summary["rows"]), folder / "alignment-ndcg.png")
-    _save(_squeezing(summary["rows"]), folder / "alignment-squeezing.png")
+    _save(_squeezing(summary), folder / "alignment-squeezing.png")
     if summary["false_negatives"]:
         _save(_false_negatives(summary["false_negatives"]), folder / "alignment-false-negatives.png")
 
@@ -40,18 +41,26 @@ def _differences(rows: dict[str, Any]) -> plt.Figure:
     return figure
 
 
-def _squeezing(rows: dict[str, Any]) -> plt.Figure:
-    groups = {"winner": "winners", "positives": "further positives", "negatives": "negatives"}
-    figure, all_axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True, layout="constrained")
-    for axes, (group, title) in zip(all_axes, groups.items(), strict=True):
-        for method in CURVES:
-            if method in rows:
-                axes.plot(rows[method]["drift"]["step"], rows[method]["drift"][group], label=method)
-        axes.axhline(0, color="grey", linewidth=1)
-        axes.set_title(title)
+def _squeezing(summary: dict[str, Any]) -> plt.Figure:
+    """At the tuned setting, all seeds' mean, and at the highest learning rate with its better beta."""
+    tuned = {method: row["drift"] for method, row in summary["rows"].items() if "drift" in row}
+    highest = {}
+    for method, scores in summary["tuning"].items():
+        top = max(score["setting"]["lr"] for score in scores)
+        best = max((s for s in scores if s["setting"]["lr"] == top), key=lambda score: score["ndcg@10"])
+        highest[method] = best["drift"]
+    figure, grid = plt.subplots(2, 3, figsize=(11, 6.4), sharex=True, sharey="row", layout="constrained")
+    for line, (name, drifts) in zip(grid, {"tuned": tuned, "highest learning rate": highest}.items(), strict=True):
+        for axes, (group, title) in zip(line, GROUPS.items(), strict=True):
+            for method in CURVES:
+                if method in drifts:
+                    axes.plot(drifts[method]["step"], drifts[method][group], label=method)
+            axes.axhline(0, color="grey", linewidth=1)
+            axes.set_title(f"{title}, {name}", fontsize=9)
+        line[0].set_ylabel("drift of the log-prob, nats")
+    for axes in grid[1]:
         axes.set_xlabel("step")
-    all_axes[0].set_ylabel("drift of the log-prob, nats")
-    all_axes[2].legend(fontsize=7)
+    grid[1, 0].legend(fontsize=7)
     return figure
 
 

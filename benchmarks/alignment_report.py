@@ -44,10 +44,7 @@ def summarise(lab: Lab) -> dict[str, Any]:
         "scale": records[stages[0][0].name]["config"] | {"seeds": lab.scale.seeds},
         "rows": rows(clean, lab.scale.resamples),
         "choices": {name: _readable(choice._asdict()) for name, choice in alignment.choices(lab).items()},
-        "validation": {
-            cell.args["method"]: {"setting": cell.args["setting"], "ndcg@10": records[cell.name]["result"]["ndcg@10"]}
-            for cell in stages[3]
-        },
+        "validation": validation(stages[3], records, lab.scale.resamples),
         "tuning": tuning(stages[2], records),
         "false_negatives": false_negatives(groups, lab.scale.resamples),
         "mining": {name: records[name]["result"] for name, cell in cells.items() if cell.kind == "mine"},
@@ -98,11 +95,24 @@ def metrics(ranks: np.ndarray) -> dict[str, float]:
     return recalls | {"ndcg@10": float(ndcg(ranks).mean()), "mrr": float(reciprocal.mean())}
 
 
-def tuning(cells: list[Cell], records: dict[str, Any]) -> dict[str, Any]:
-    table: dict[str, Any] = {}
+def validation(cells: list[Cell], records: dict[str, Any], resamples: int) -> dict[str, Any]:
+    """The candidates for the defaults on all validation users, and their differences to the article's reading."""
+    scores = {cell.args["method"]: ndcg(unpack(records[cell.name]["result"]["ranks"])) for cell in cells}
+    table = np.stack([scores[method] - scores[alignment.ARTICLE] for method in scores], 1)
+    found = {}
+    for cell, score, change in zip(cells, scores.values(), paired_bootstrap(table, resamples), strict=True):
+        row = {"setting": cell.args["setting"], "ndcg@10": float(score.mean()), "to_article": change}
+        found[cell.args["method"]] = _readable(row)
+    return found
+
+
+def tuning(cells: list[Cell], records: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """By method, every setting's validation NDCG@10 and drift."""
+    table: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
-        score = {"setting": cell.args["setting"], "ndcg@10": round(records[cell.name]["result"]["ndcg@10"], 6)}
-        table.setdefault(cell.args["method"], []).append(score)
+        result = records[cell.name]["result"]
+        score = {"setting": cell.args["setting"], "ndcg@10": result["ndcg@10"], "drift": result["drift"]}
+        table.setdefault(cell.args["method"], []).append(_readable(score))
     return table
 
 
@@ -174,31 +184,31 @@ def tables(summary: dict[str, Any]) -> list[str]:
         [name, f"`{c['article']}`", f"`{c['best']}`", _interval(c["difference"]), f"`{c['chosen']}`"]
         for name, c in summary["choices"].items()
     ]
-    validation = [
-        [f"`{method}`", _setting(row["setting"]), f"{row['ndcg@10']:.5f}"[1:]]
+    candidates = [
+        [f"`{method}`", _setting(row["setting"]), f"{row['ndcg@10']:.5f}"[1:], _interval(row["to_article"])]
         for method, row in summary["validation"].items()
     ]
-    tuned = [
-        [
-            f"`{method}`",
-            ", ".join(f"{_setting(s['setting'])}: {s['ndcg@10']:.4f}".replace(": 0.", ": .") for s in scores),
-        ]
-        for method, scores in summary["tuning"].items()
-    ]
+    tuned, hardest = [], []
+    for method, scores in summary["tuning"].items():
+        tuned.append([f"`{method}`", ", ".join(f"{_setting(s['setting'])}: {s['ndcg@10']:.4f}" for s in scores)])
+        worst = min(scores, key=lambda score: score["ndcg@10"])
+        drift = [f"{worst['drift'][name][-1]:+.2f}" for name in DRIFT]
+        hardest.append([f"`{method}`", _setting(worst["setting"]), f"{worst['ndcg@10']:.4f}"[1:], *drift])
     costs = [[kind, *(str(value) for value in row.values())] for kind, row in summary["cost"].items()]
     return [
         markdown(head, main),
         markdown(side_head, side),
         markdown(noise_head, noise),
         markdown(["choice", "article", "best on validation", "difference, 95 %", "chosen"], chosen),
-        markdown(["candidate", "setting", "validation NDCG@10"], validation),
+        markdown(["candidate", "setting", "validation NDCG@10", "less `rad_dpo`'s, 95 %"], candidates),
         markdown(["method", "validation NDCG@10 by setting (lr / beta)"], tuned),
+        markdown(["method", "worst setting", "validation NDCG@10", *(f"drift of {g}" for g in DRIFT)], hardest),
         markdown(["cells", "how many", "median s", "median CPU s", "most CPU s", "peak MiB"], costs),
     ]
 
 
 def _interval(difference: dict[str, float]) -> str:
-    return f"{difference['mean']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
+    return f"{difference['mean']:+.5f} [{difference['low']:+.5f}, {difference['high']:+.5f}]"
 
 
 def _setting(setting: dict[str, float]) -> str:
