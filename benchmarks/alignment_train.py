@@ -15,6 +15,7 @@ import raddpo_ext as rx
 from benchmarks.alignment_data import Data
 from benchmarks.alignment_sessions import FURTHER, KINDS, Sessions
 from benchmarks.alignment_sft import rate
+from raddpo_ext.integrations.transformers import session_states
 from raddpo_ext.metrics import squeezing
 
 BATCH = 32
@@ -100,15 +101,9 @@ def align(
     for step, rows in enumerate(batches, 1):
         candidates = train.rows(rows).batch(data, method.positives, method.negatives)
         packed = rx.pack_sessions(*candidates, embeddings=method.weighted)
-        states = _states(model, packed)
-        output = loss_fn(
-            packed.distinct_hidden(states),
-            model.lm_head.weight,
-            packed.sessions,
-            rows=packed.rows,
-            embeddings=packed.embeddings(states.detach()) if method.weighted else None,
-            ref_logps=_logps(start, packed) if method.reference else None,
-        )
+        states = session_states(model, packed)
+        reference = _logps(start, packed) if method.reference else None
+        output = loss_fn(sessions=packed.sessions, ref_logps=reference, **states._asdict())
         optimizer.zero_grad()
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -138,18 +133,7 @@ def _batches(data: Data, sessions: Sessions, rng: np.random.Generator) -> Iterat
     return (torch.from_numpy(parts[place]) for place in rng.permutation(len(parts)))
 
 
-def _states(model: Any, packed: rx.PackedSessions) -> Tensor:
-    output = model.model(
-        input_ids=packed.input_ids,
-        position_ids=packed.position_ids,
-        attention_mask=packed.mask(),
-        use_cache=False,
-    )
-    states: Tensor = output.last_hidden_state
-    return states
-
-
 @torch.no_grad()
 def _logps(model: Any, packed: rx.PackedSessions) -> Tensor:
-    hidden = packed.distinct_hidden(_states(model, packed))
-    return rx.linear_token_logps(hidden, model.lm_head.weight, packed.sessions.tokens, rows=packed.rows)
+    states = session_states(model, packed)
+    return rx.linear_token_logps(states.hidden, states.weight, packed.sessions.tokens, rows=states.rows)
