@@ -98,7 +98,7 @@ def tuning(lab: Lab, method: str) -> list[Cell]:
     seed = lab.scale.seeds[0]
     return [
         Cell(f"tune-{method}-{_text(setting)}", "tune", {"method": method, "setting": setting, "seed": seed})
-        for setting in METHODS[method].settings()[-(lab.scale.settings or 0) :]
+        for setting in METHODS[method].settings()[: lab.scale.settings]
     ]
 
 

@@ -37,20 +37,22 @@ def _differences(rows: dict[str, Any]) -> plt.Figure:
     axes.errorbar(means, range(len(methods)), xerr=errors, fmt="o", color="C0", capsize=3)
     axes.axvline(0, color="grey", linewidth=1)
     axes.set_yticks(range(len(methods)), methods)
+    axes.ticklabel_format(axis="x", scilimits=(-3, -3))
     axes.set_xlabel(f"NDCG@10 on the test less SFT's ({rows['sft']['ndcg@10']:.4f}), 95 % interval over users")
     return figure
 
 
 def _squeezing(summary: dict[str, Any]) -> plt.Figure:
-    """At the tuned setting, all seeds' mean, and at the highest learning rate with its better beta."""
+    """At the tuned setting, all seeds' mean, and at the highest learning rate that all tried, with its better beta."""
     tuned = {method: row["drift"] for method, row in summary["rows"].items() if "drift" in row}
+    rates = [{score["setting"]["lr"] for score in scores} for scores in summary["tuning"].values()]
+    top = max(set.intersection(*rates))
     highest = {}
     for method, scores in summary["tuning"].items():
-        top = max(score["setting"]["lr"] for score in scores)
         best = max((s for s in scores if s["setting"]["lr"] == top), key=lambda score: score["ndcg@10"])
         highest[method] = best["drift"]
     figure, grid = plt.subplots(2, 3, figsize=(11, 6.4), sharex=True, sharey="row", layout="constrained")
-    for line, (name, drifts) in zip(grid, {"tuned": tuned, "highest learning rate": highest}.items(), strict=True):
+    for line, (name, drifts) in zip(grid, {"tuned": tuned, f"learning rate {top:g}": highest}.items(), strict=True):
         for axes, (group, title) in zip(line, GROUPS.items(), strict=True):
             for method in CURVES:
                 if method in drifts:
@@ -79,8 +81,10 @@ def _false_negatives(lines: list[dict[str, Any]]) -> plt.Figure:
         axes.errorbar(places, [change["mean"] for change in changes], yerr=errors, fmt="o-", capsize=3, label=label)
     axes.axhline(0, color="grey", linewidth=1)
     axes.set_xlabel("negatives that the user does take later, %, put in")
+    axes.ticklabel_format(axis="y", scilimits=(-3, -3))
     axes.set_ylabel("NDCG@10 less SFT's")
-    axes.legend()
+    axes.legend(loc="upper center", ncols=2)
+    axes.margins(y=0.2)
     return figure
 
 

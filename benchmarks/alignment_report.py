@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ def summarise(lab: Lab) -> dict[str, Any]:
     return {
         "environment": environment("benchmarks.alignment"),
         "data": {"version": known_version(lab.folder), "users": len(lab.data.test), "items": len(lab.data.sids)},
-        "scale": records[stages[0][0].name]["config"] | {"seeds": lab.scale.seeds},
+        "scale": asdict(lab.scale),
         "rows": rows(clean, lab.scale.resamples),
         "choices": {name: _readable(choice._asdict()) for name, choice in alignment.choices(lab).items()},
         "validation": validation(stages[3], records, lab.scale.resamples),

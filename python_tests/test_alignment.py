@@ -221,7 +221,7 @@ def test_cells_that_are_there_are_skipped(lab: Lab, monkeypatch: pytest.MonkeyPa
 
 def test_a_lost_cell_comes_back_the_same(lab: Lab) -> None:
     """As after a kill between two cells, the cache of checkpoints gone too."""
-    names = ["test-rad_dpo-s1", "tune-rad_dpo-lr0.0001-beta2"]
+    names = ["test-rad_dpo-s1", "tune-rad_dpo-lr2e-05-beta2"]
     before = [json.loads((lab.results / f"{name}.json").read_text())["result"] for name in names]
     for path in [lab.results / f"{name}.json" for name in names]:
         path.unlink()
