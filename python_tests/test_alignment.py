@@ -35,7 +35,7 @@ TINY = Scale(
     false_shares=(0.1,),
     resamples=100,
     methods=("sft_continued", "dpo", "rad_dpo", "rad_dpo_no_tlgd", "rad_dpo_no_rdrw"),
-    settings=2,
+    settings=1,
 )
 
 
@@ -221,7 +221,7 @@ def test_cells_that_are_there_are_skipped(lab: Lab, monkeypatch: pytest.MonkeyPa
 
 def test_a_lost_cell_comes_back_the_same(lab: Lab) -> None:
     """As after a kill between two cells, the cache of checkpoints gone too."""
-    names = ["test-rad_dpo-s1", "tune-rad_dpo-lr2e-05-beta2"]
+    names = ["test-rad_dpo-s1", "tune-rad_dpo-lr2e-05-beta0.5"]
     before = [json.loads((lab.results / f"{name}.json").read_text())["result"] for name in names]
     for path in [lab.results / f"{name}.json" for name in names]:
         path.unlink()
@@ -236,8 +236,8 @@ def test_a_lost_cell_comes_back_the_same(lab: Lab) -> None:
         }
 
 
-def test_worker_processes_give_the_same(lab: Lab) -> None:
-    cells = next(iter(alignment.stages(lab)))
+def test_a_worker_process_gives_the_same(lab: Lab) -> None:
+    cells = next(iter(alignment.stages(lab)))[:1]
     before = [lab.run(cell)["result"]["losses"] for cell in cells]
     for path in [*lab.cache.glob("sft-*.pt"), *(lab.results / f"{cell.name}.json" for cell in cells)]:
         path.unlink()
