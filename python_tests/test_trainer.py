@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import random
+import signal
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,6 +99,34 @@ def test_a_resumed_run_is_an_unbroken_one(dropout: float, stop: int, tmp_path: A
     assert (unbroken.history[0]["rewards/chosen"] == 0) == (dropout == 0)
     mine, right = (r.trainer.objective.similarity_weighting.state_dict() for r in (again, unbroken))
     torch.testing.assert_close(mine, right, rtol=0, atol=0, equal_nan=True)
+
+
+KILLED = """
+import os, signal
+from test_trainer import KILL_OPTIONS, ROWS, run, seeded, qwen3
+from transformers import TrainerCallback
+
+class Kill(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+run(seeded(qwen3), ROWS, output_dir={folder!r}, extra={{"callbacks": [Kill()]}}, **KILL_OPTIONS)
+"""
+KILL_OPTIONS = {"batch": 4, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+
+
+def test_a_killed_run_goes_on_where_it_was_saved(tmp_path: Any) -> None:
+    """Between its checkpoint and its next step, by a signal that nothing can catch."""
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here), str(here.parent)])
+    command = [sys.executable, "-c", KILLED.format(folder=str(tmp_path))]
+    dead = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths})
+    assert dead.returncode == -signal.SIGKILL
+    again = run(seeded(qwen3), ROWS, output_dir=str(tmp_path), resume=True, **KILL_OPTIONS)
+    unbroken = run(seeded(qwen3), ROWS, **KILL_OPTIONS)
+    assert_same(again.parameters, unbroken.parameters, 0)
+    assert_same_history(again.history[:-1], unbroken.history[:-1], 0)
 
 
 def test_disable_dropout() -> None:
