@@ -119,11 +119,9 @@ def squeezing(before: Tensor, after: Tensor, sessions: SessionBatch) -> dict[str
     _check.instance(sessions, "sessions", SessionBatch)
     sums = {name: _summed(value, name, sessions) for name, value in (("before", before), ("after", after))}
     drift = sums["after"] - sums["before"]
-    place = torch.arange(sessions.num_candidates, device=sessions.device)
-    session = torch.repeat_interleave(sessions.offsets.diff(), output_size=len(place))
-    place = place - sessions.offsets[session]
-    positive = place < sessions.num_positives[session]
-    groups = {"winner": positive & (place == 0), "positives": positive & (place > 0), "negatives": ~positive}
+    positive = sessions.is_positive()
+    first = torch.arange(sessions.num_candidates, device=sessions.device) == sessions.offsets[sessions.owners()]
+    groups = {"winner": positive & first, "positives": positive & ~first, "negatives": ~positive}
     counted = sessions.lengths > 0
     return {
         name: torch.where(group & counted, drift, 0.0).sum() / (group & counted).sum().clamp(min=1)

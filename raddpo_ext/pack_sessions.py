@@ -28,11 +28,10 @@ class PackedSessions:
         input_ids: int64 ``[S, T]`` token ids.
         position_ids: int64 ``[S, T]``: a prompt counts from 0, each of its candidates goes on from its end.
         ends: int64 ``[S, T]``: position ``q`` of a row sees position ``k`` if and only if ``k <= q < ends[k]``.
-        predictors: int64 ``[C, L]``: which of the ``S * T`` states predicts each token of a candidate; that of the
-            prompt's last token beyond the lengths.
-        distinct: int64 ``[U]``: the same states, each once and in order: the prompt's last token is followed by every
-            candidate's first, shared prefixes by several tokens.
-        rows: int64 ``[C, L]``: ``predictors`` as numbers of ``distinct``.
+        distinct: int64 ``[U]``: which of the ``S * T`` states predict candidates' tokens, each once and in order: the
+            prompt's last token is followed by every candidate's first, shared prefixes by several tokens.
+        rows: int64 ``[C, L]``: which of these predicts each token of a candidate; that of the prompt's last token
+            beyond the lengths.
         last_tokens: int64 ``[C]``: which state is the one at a candidate's last token, the prompt's for a candidate of
             length 0; None without ``embeddings``.
         prompt_starts: int64 ``[S]``: the position of each prompt's first token.
@@ -44,7 +43,6 @@ class PackedSessions:
     input_ids: Tensor
     position_ids: Tensor
     ends: Tensor
-    predictors: Tensor
     distinct: Tensor
     rows: Tensor
     last_tokens: Tensor | None
@@ -89,10 +87,15 @@ class PackedSessions:
         rows, columns = ends.shape
         return create_block_mask(sees, rows, None, columns, columns, device=str(ends.device))
 
+    @property
+    def predictors(self) -> Tensor:
+        """Which of the ``S * T`` states predicts each token of a candidate: int64 ``[C, L]``."""
+        return self.distinct[self.rows]
+
     def hidden(self, states: Tensor) -> Tensor:
         """From the model's states ``[S, T, H]`` those that predict the candidates' tokens: ``[C, L, H]``."""
-        rows = self._flat(states).index_select(0, self.predictors.flatten())
-        return rows.view(*self.predictors.shape, states.shape[-1])
+        predictors = self.predictors
+        return self._flat(states).index_select(0, predictors.flatten()).view(*predictors.shape, states.shape[-1])
 
     def distinct_hidden(self, states: Tensor) -> Tensor:
         """The same without repetition: ``[U, H]``, to be multiplied by a head once each, with ``rows``."""
@@ -195,7 +198,6 @@ def pack_sessions(
         input_ids=input_ids,
         position_ids=position_ids,
         ends=ends,
-        predictors=predictors,
         distinct=distinct,
         rows=rows,
         last_tokens=last_tokens if embeddings else None,
@@ -255,8 +257,7 @@ def _truncate(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """The starts and lengths that leave every session's longest candidate room, and how many prompts changed."""
     longest = np.zeros(len(lengths), np.int64)
-    owners = np.repeat(np.arange(len(lengths)), sessions.offsets.diff().numpy())
-    np.maximum.at(longest, owners, sessions.lengths.numpy())
+    np.maximum.at(longest, sessions.owners().numpy(), sessions.lengths.numpy())
     room = max_length - longest
     if len(room) and room.min() < 1:
         row = int(room.argmin())

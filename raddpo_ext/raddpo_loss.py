@@ -172,11 +172,7 @@ class RADDPOLoss(nn.Module):
         detach: Tensor | None,
     ) -> dict[str, Tensor]:
         lengths = sessions.lengths
-        rows = torch.arange(sessions.num_candidates, device=sessions.device)
-        session = torch.bucketize(rows, sessions.offsets[1:], right=True)
-        first = sessions.offsets[session]
-        chosen = rows - first < sessions.num_positives[session]
-
+        chosen = sessions.is_positive()
         positive, negative = sessions.pairs()
         mask = sessions.mask()
         same = (sessions.tokens[positive] == sessions.tokens[negative]) & mask[positive] & mask[negative]
@@ -191,7 +187,7 @@ class RADDPOLoss(nn.Module):
         elif protect == "none":
             detached = torch.zeros_like(prefix)
         elif protect == "positives" or positives == "pooled":
-            longest = torch.zeros_like(rows).scatter_reduce_(0, negative, prefix, "amax")
+            longest = torch.zeros_like(lengths).scatter_reduce_(0, negative, prefix, "amax")
             detached = longest[negative]
         else:
             detached = prefix

@@ -88,6 +88,16 @@ class SessionBatch:
         """Which entries of ``tokens`` lie within the lengths: bool ``[C, L]``."""
         return torch.arange(self.tokens.shape[1], device=self.device) < self.lengths[:, None]
 
+    def owners(self) -> Tensor:
+        """The session of each candidate: int64 ``[C]``."""
+        return torch.repeat_interleave(self.offsets.diff(), output_size=self.num_candidates)
+
+    def is_positive(self) -> Tensor:
+        """Which candidates are positives: bool ``[C]``."""
+        session = self.owners()
+        rows = torch.arange(self.num_candidates, device=self.device)
+        return rows - self.offsets[session] < self.num_positives[session]
+
     def pairs(self) -> tuple[Tensor, Tensor]:
         """Candidate rows of each pair's positive and negative: int64 ``[M]`` each."""
         counts = self.pair_offsets.diff()
@@ -136,10 +146,7 @@ class SessionBatch:
         kept = torch.zeros(self.num_pairs + 1, dtype=torch.int64, device=self.device)
         torch.cumsum(self.kept_pairs(positives), 0, out=kept[1:])
         sessions = (kept[self.pair_offsets].diff() > 0).sum()
-        rows = torch.arange(self.num_candidates, device=self.device)
-        session = torch.bucketize(rows, self.offsets[1:], right=True)
-        chosen = rows - self.offsets[session] < self.num_positives[session]
-        return torch.stack((sessions, torch.where(chosen, self.lengths, 0).sum())).double()
+        return torch.stack((sessions, torch.where(self.is_positive(), self.lengths, 0).sum())).double()
 
     def _check_shapes(self) -> None:
         given: dict[str, tuple[Any, int]] = {

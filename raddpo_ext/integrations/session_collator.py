@@ -124,8 +124,8 @@ class SessionCollator:
 
     def _check_vocabulary(self, packed: PackedSessions, vocab_size: int) -> None:
         sessions = packed.sessions
-        owners = torch.repeat_interleave(torch.arange(packed.sessions.num_sessions), sessions.offsets.diff())
-        for tokens, rows in ((packed.input_ids, torch.arange(packed.sessions.num_sessions)), (sessions.tokens, owners)):
+        prompts = torch.arange(sessions.num_sessions)
+        for tokens, rows in ((packed.input_ids, prompts), (sessions.tokens, sessions.owners())):
             wrong = tokens >= vocab_size
             if bool(wrong.any()):
                 row = int(rows[wrong.any(1).nonzero()[0, 0]])

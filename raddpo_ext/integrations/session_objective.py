@@ -139,7 +139,5 @@ class SessionObjective(nn.Module):
 
 def _chosen_and_rejected(sessions: SessionBatch) -> tuple[Tensor, Tensor]:
     """Which candidates are positives and which negatives, those of length 0 left out: bool ``[C]`` each."""
-    rows = torch.arange(sessions.num_candidates, device=sessions.device)
-    session = torch.bucketize(rows, sessions.offsets[1:], right=True)
-    chosen = rows - sessions.offsets[session] < sessions.num_positives[session]
+    chosen = sessions.is_positive()
     return chosen & (sessions.lengths > 0), ~chosen & (sessions.lengths > 0)

@@ -66,10 +66,8 @@ def _columns(
 def _positives(sessions: SessionBatch) -> Tensor:
     """The positives' tokens, int64 ``[S, P, L]``, padded with -1."""
     candidates, levels = sessions.tokens.shape
-    rows = torch.arange(candidates, device=sessions.device)
-    session = torch.bucketize(rows, sessions.offsets[1:], right=True)
-    place = rows - sessions.offsets[session]
-    chosen = place < sessions.num_positives[session]
+    session, chosen = sessions.owners(), sessions.is_positive()
+    place = torch.arange(candidates, device=sessions.device) - sessions.offsets[session]
     most = int(sessions.num_positives.max()) if sessions.num_sessions else 0
     wanted = sessions.tokens.new_full((sessions.num_sessions, most, levels), -1)
     wanted[session[chosen], place[chosen]] = sessions.tokens.masked_fill(~sessions.mask(), -1)[chosen]

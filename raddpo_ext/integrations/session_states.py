@@ -227,13 +227,12 @@ def _encoder_decoder(model: Any, packed: PackedSessions) -> tuple[Tensor, Tensor
     sessions = packed.sessions
     prompts, mask = packed.prompts()
     encoded = model.get_encoder()(input_ids=prompts, attention_mask=mask, return_dict=True).last_hidden_state
-    numbers = torch.arange(sessions.num_sessions, device=sessions.device)
-    session = torch.repeat_interleave(numbers, sessions.offsets.diff(), output_size=sessions.num_candidates)
+    session = sessions.owners()
     tokens = _decoder_inputs(model, sessions.tokens.masked_fill(~sessions.mask(), 0))
     if packed.last_tokens is None:
         tokens = tokens[:, :-1]
     if sessions.num_candidates == 0:  # attention does not take 0 rows; nothing of this one is kept
-        session, tokens = numbers[:1], tokens.new_zeros((1, tokens.shape[1]))
+        session, tokens = session.new_zeros(1), tokens.new_zeros((1, tokens.shape[1]))
     output = model.get_decoder()(
         input_ids=tokens,
         encoder_hidden_states=encoded[session],
