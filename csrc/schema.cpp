@@ -4,9 +4,13 @@
 
 STABLE_TORCH_LIBRARY(raddpo, m) {
   m.def(
-      "beam_step(Tensor logits, Tensor scores, Tensor nodes, Tensor trie, Tensor header, int beam_width, int "
-      "normalize, "
-      "float length_penalty) -> (Tensor scores, Tensor tokens, Tensor parents, Tensor nodes)");
+      "beam_step(Tensor logits, Tensor scores, Tensor nodes, Tensor trie, Tensor header, Tensor? lse, int level, int "
+      "beam_width, int normalize, float length_penalty) -> (Tensor scores, Tensor tokens, Tensor parents, Tensor "
+      "nodes)");
+  // Logits [N, columns] of the children of beams at one level; csrc/child_logits/child_logits.h.
+  m.def(
+      "child_logits(Tensor hidden, Tensor weight, Tensor? bias, Tensor scores, Tensor nodes, Tensor trie, Tensor "
+      "header, float scale, float softcap, int level, int columns) -> Tensor");
   m.def("trie_walk(Tensor tokens, Tensor trie, Tensor header) -> Tensor nodes");
   m.def("trie_paths(Tensor nodes, Tensor trie, Tensor header, int sid_levels) -> (Tensor codes, Tensor depths)");
   m.def("trie_items(Tensor nodes, Tensor trie, Tensor header) -> (Tensor first, Tensor count)");

@@ -270,7 +270,7 @@ def test_compiles_where_levels_differ_in_columns(columns: int) -> None:
 
 def test_every_operator_has_an_opcheck() -> None:
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("raddpo::")}
-    decoding = {"beam_step", "row_lse", "trie_walk", "trie_paths", "trie_items", "trie_children"}
+    decoding = {"beam_step", "child_logits", "row_lse", "trie_walk", "trie_paths", "trie_items", "trie_children"}
     losses = {"token_logps", "token_logps_backward", "token_logps_backward_", "session_loss", "session_loss_backward"}
     assert names == decoding | losses | {"pack_sessions"}
 
@@ -278,7 +278,7 @@ def test_every_operator_has_an_opcheck() -> None:
 @pytest.mark.parametrize("normalize", [0, 1, 2])
 def test_opcheck(normalize: int) -> None:
     index, logits, state = compile_case()
-    arguments = (logits, state.scores, state.nodes, index.data, index.header, 5, normalize, 0.5)
+    arguments = (logits, state.scores, state.nodes, index.data, index.header, None, -1, 5, normalize, 0.5)
     torch.library.opcheck(torch.ops.raddpo.beam_step, arguments)
 
 

@@ -4,9 +4,11 @@ import torch  # noqa: F401  loaded first: the extension's libraries are torch's
 
 from raddpo_ext import _C  # noqa: F401  registers torch.ops.raddpo
 from raddpo_ext import row_lse as _row_lse  # noqa: F401  its fake kernel
-from raddpo_ext.beam_search import BeamResult, BeamState, beam_search, beam_step
+from raddpo_ext.beam_search import BeamResult, beam_search
+from raddpo_ext.beam_step import BeamState, beam_step
 from raddpo_ext.integrations.logits_processor import TrieLogitsProcessor
 from raddpo_ext.integrations.retriever import SIDRetriever
+from raddpo_ext.linear_beam_step import linear_beam_step
 from raddpo_ext.linear_token_logps import linear_token_logps
 from raddpo_ext.pack_sessions import PackedSessions, pack_sessions
 from raddpo_ext.raddpo_loss import RADDPOLoss, RADDPOOutput
@@ -34,6 +36,7 @@ __all__ = [
     "TrieLogitsProcessor",
     "beam_search",
     "beam_step",
+    "linear_beam_step",
     "linear_token_logps",
     "multilabel_contrastive_loss",
     "pack_sessions",

@@ -53,6 +53,12 @@ class TrieIndex:
         self.fixed_length = self.num_nodes - self._word("first_node", self.levels) == self.num_sids
         #: Largest token id of each level.
         self.max_tokens = [self._word("max_token", level) for level in range(self.levels)]
+        #: Token ids of each level: its codes that have one, and the end-of-sequence token where it can follow.
+        self.num_symbols = [self._word("num_symbols", level) for level in range(self.levels)]
+        # Where each level's token ids begin in the block, or the first of them where they follow one another.
+        tables = [self._word("table", level) for level in range(self.levels)]
+        self._token_tables = [None if table < 0 else self._word("tokens") + 4 * table for table in tables]
+        self._first_tokens = [self._word("first_token", level) for level in range(self.levels)]
         self.vocab = self._vocab() if self._word("has_vocab") else None
 
     @classmethod
@@ -235,6 +241,13 @@ class TrieIndex:
         first, count = torch.ops.raddpo.trie_children(nodes.contiguous(), self.data, self.header)
         return first.view(nodes.shape), count.view(nodes.shape)
 
+    def level_tokens(self, level: int) -> Tensor | slice:
+        """The token ids of a level, ascending: int64 ``[num_symbols]``, or a slice where they follow one another."""
+        start, first, count = self._token_tables[level], self._first_tokens[level], self.num_symbols[level]
+        if start is None:
+            return slice(first, first + count)
+        return self.data[start : start + 4 * count].view(torch.int32).long()
+
     @property
     def has_node_tokens(self) -> bool:
         return self._node_tokens is not None
@@ -250,13 +263,8 @@ class TrieIndex:
             for level in range(self.levels):
                 nodes = slice(self._word("first_node", level + 1), self._word("first_node", level + 2))
                 ranks = symbols[nodes].to(torch.int32)
-                table = self._word("table", level)
-                if table < 0:
-                    tokens[nodes] = ranks + self._word("first_token", level)
-                else:
-                    start = self._word("tokens") + 4 * table
-                    ids = self.data[start : start + 4 * self._word("num_symbols", level)].view(torch.int32)
-                    tokens[nodes] = ids[ranks]
+                ids = self.level_tokens(level)
+                tokens[nodes] = ranks + ids.start if isinstance(ids, slice) else ids[ranks].int()
             self._node_tokens = tokens
         return self._node_tokens
 

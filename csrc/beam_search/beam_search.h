@@ -12,13 +12,16 @@ enum class Normalize : int { vocab, level, trie };
 
 struct BeamStepArgs {
   TrieView trie;
-  const void* logits;  // [batch, width, vocab], the last dimension contiguous; a beam whose level has a token id
-                       // beyond vocab offers nothing
+  const void* logits;  // [batch, width, vocab], the last dimension contiguous; a beam whose level needs more columns
+                       // offers nothing
   LogitType logit_type;
   std::int64_t batch, width, vocab, stride_batch, stride_beam;  // strides in elements
   const float* scores;                                          // [batch, width], -inf: an empty slot
   const std::int64_t* nodes;                                    // [batch, width], -1: an empty slot
-  std::int64_t beam_width;                                      // of the result
+  const float* lse;    // [batch, width] log-sum-exp of each beam's support, or null: of the logits
+  std::int64_t level;  // whose symbols the logits' columns are, and whose beams alone are extended; -1: columns are
+                       // token ids
+  std::int64_t beam_width;  // of the result
   Normalize normalize;
   float length_factor[kMaxLevels + 1];  // of each depth: candidates compete by score / length_factor
   float* out_scores;                    // [batch, beam_width] these four

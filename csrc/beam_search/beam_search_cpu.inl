@@ -25,10 +25,10 @@ struct Step {
     return score - 1e-6f * std::fabs(score);
   }
 
-  // Token ids of n symbols of a level.
-  RADDPO_HD void tokens_of(int level, const Symbol* symbols, std::int64_t n, std::int32_t* out) const {
-    if (t.table[level] < 0) {
-      const std::int32_t first = t.first_token[level];
+  // Columns of n symbols of a level.
+  RADDPO_HD void columns_of(int level, const Symbol* symbols, std::int64_t n, std::int32_t* out) const {
+    if (in_sequence(a, level)) {
+      const std::int32_t first = first_column(a, level);
 #pragma omp simd
       for (std::int64_t i = 0; i < n; ++i) out[i] = first + static_cast<std::int32_t>(symbols[i]);
     } else {
@@ -38,13 +38,13 @@ struct Step {
     }
   }
 
-  // Adds the logits at n token ids.
-  RADDPO_HD static void add_gathered(RowSum& s, const typename D::T* row, const std::int32_t* tokens, std::int64_t n) {
+  // Adds the logits in n columns.
+  RADDPO_HD static void add_gathered(RowSum& s, const typename D::T* row, const std::int32_t* columns, std::int64_t n) {
     float values[kChunk];
     for (std::int64_t begin = 0; begin < n; begin += kChunk) {
       const int size = static_cast<int>(n - begin < kChunk ? n - begin : kChunk);
 #pragma omp simd
-      for (int i = 0; i < size; ++i) values[i] = D::load(row + tokens[begin + i]);
+      for (int i = 0; i < size; ++i) values[i] = D::load(row + columns[begin + i]);
       add_block<Float32>(s, values, size);
     }
   }
@@ -53,33 +53,34 @@ struct Step {
     RowSum s;
     if (a.normalize == Normalize::vocab) {
       add_row<D>(s, row, a.vocab);
-    } else if (a.normalize == Normalize::level && t.table[level] < 0) {
-      add_row<D>(s, row + t.first_token[level], t.num_symbols[level]);
+    } else if (a.normalize == Normalize::level && in_sequence(a, level)) {
+      add_row<D>(s, row + first_column(a, level), t.num_symbols[level]);
     } else if (a.normalize == Normalize::level) {
       add_gathered(s, row, t.tokens + t.table[level], t.num_symbols[level]);
     } else {
-      std::int32_t tokens[kChunk];
+      std::int32_t columns[kChunk];
       for (std::int64_t begin = 0; begin < count; begin += kChunk) {
         const std::int64_t size = count - begin < kChunk ? count - begin : kChunk;
-        tokens_of(level, symbols + begin, size, tokens);
-        add_gathered(s, row, tokens, size);
+        columns_of(level, symbols + begin, size, columns);
+        add_gathered(s, row, columns, size);
       }
     }
     return log_sum_exp(s);
   }
 
   RADDPO_HD void expand(const typename D::T* row, std::int32_t beam, float score, int level, Range children,
-                        const Symbol* symbols) {
-    const float lse = normalizer(row, level, symbols, children.count), factor = a.length_factor[level + 1];
-    std::int32_t tokens[kChunk];
+                        const Symbol* symbols, const float* given_lse) {
+    const float lse = given_lse ? *given_lse : normalizer(row, level, symbols, children.count);
+    const float factor = a.length_factor[level + 1];
+    std::int32_t columns[kChunk];
     float scores[kChunk];
     for (std::int64_t begin = 0; begin < children.count; begin += kChunk) {
       const int size = static_cast<int>(children.count - begin < kChunk ? children.count - begin : kChunk);
-      tokens_of(level, symbols + begin, size, tokens);
+      columns_of(level, symbols + begin, size, columns);
       float most = -INFINITY;
 #pragma omp simd reduction(max : most)
       for (int i = 0; i < size; ++i) {
-        const float logp = D::load(row + tokens[i]) - lse;
+        const float logp = D::load(row + columns[i]) - lse;
         scores[i] = score + (logp > 0.f ? 0.f : logp);  // rounding must not lift a child above its parent
         most = scores[i] > most ? scores[i] : most;
       }
@@ -93,7 +94,8 @@ struct Step {
       for (int h = 0; h < num_hits; ++h) {
         const int i = hits[h];
         const float key = scores[i] / factor;
-        if (key > best.threshold) push({key, scores[i], beam, tokens[i], children.first + begin + i});
+        if (key > best.threshold)
+          push({key, scores[i], beam, token_of(t, level, symbols[begin + i]), children.first + begin + i});
       }
     }
   }
@@ -137,9 +139,10 @@ struct Step {
         const auto slot = static_cast<std::int32_t>(first + i);
         if (leaf)
           push({bound, b.score, slot, -1, b.node});
-        else if (last_token_of(t, b.level) < a.vocab)
+        else if (has_columns(a, b.level))
           expand(logits + slot * a.stride_beam, slot, b.score, b.level, b.children,
-                 static_cast<const Symbol*>(t.symbols) + b.children.first);
+                 static_cast<const Symbol*>(t.symbols) + b.children.first,
+                 a.lse ? a.lse + query * a.width + slot : nullptr);
       }
     }
   }

@@ -47,7 +47,7 @@ Workspace lay_out(const BeamStepArgs& a, void* memory) {
   const std::int64_t row_bytes = a.vocab * (a.logit_type == LogitType::float32 ? 4 : 2);
   const std::int64_t spare_blocks = clamp(rows ? kRowBlocks / rows : 1, 1, kMaxSplits);
   Workspace w{};
-  w.splits = static_cast<int>(clamp(ceil_div(row_bytes, kRowBytes), 1, spare_blocks));
+  w.splits = a.lse ? 1 : static_cast<int>(clamp(ceil_div(row_bytes, kRowBytes), 1, spare_blocks));
   w.want = static_cast<int>(clamp(candidates, 1, a.beam_width < kMaxWidth ? a.beam_width : kMaxWidth));
   w.limit = w.want + (w.want > 64 ? w.want / 2 : 32);
   w.in_shared = w.limit + kRound <= kBufferKeys;
@@ -83,10 +83,10 @@ __device__ __forceinline__ LogSumExp share_of_row(const BeamStepArgs& a, const t
   const unsigned end = static_cast<unsigned>(begin + chunk < size ? begin + chunk : size);
   if (a.normalize == Normalize::trie)
     return share_of_tokens<D>(row, begin, end, thread, kReaders,
-                              [&](unsigned i) { return token_of(t, level, symbol_of(t, children.first + i)); });
-  if (a.normalize == Normalize::level && t.table[level] >= 0)
+                              [&](unsigned i) { return column_of(a, level, symbol_of(t, children.first + i)); });
+  if (a.normalize == Normalize::level && !in_sequence(a, level))
     return share_of_tokens<D>(row, begin, end, thread, kReaders, [&](unsigned i) { return token_of(t, level, i); });
-  const std::int64_t first = a.normalize == Normalize::level ? t.first_token[level] : 0;
+  const std::int64_t first = a.normalize == Normalize::level ? first_column(a, level) : 0;
   return share_of_range<D>(row + first + begin, end - begin, thread, kReaders);
 }
 
@@ -106,17 +106,19 @@ __global__ void __launch_bounds__(kReaders + 32, 8)
   const bool reads = threadIdx.x < kReaders, looks_up = !reads && split == 0;
   const bool inner = live && level < t.levels;
   Range children{0, 0};
-  if (inner && (looks_up || a.normalize == Normalize::trie)) children = warp_children_of(t, node);
+  if (inner && (looks_up || (a.normalize == Normalize::trie && !a.lse))) children = warp_children_of(t, node);
   if (looks_up && lane_id() == 0) {
     if (at % a.width == 0) w.done[at / a.width] = 0;
     const bool finished = children.count == 0;
-    const std::int64_t count = finished ? live : last_token_of(t, level) < a.vocab ? children.count : 0;
+    const std::int64_t count = finished ? live : has_columns(a, level) ? children.count : 0;
     w.beams[at] = {static_cast<std::uint32_t>(finished ? node : children.first), static_cast<std::uint32_t>(count),
                    finished ? -1 - level : level, score};
   }
   if (reads) {
     LogSumExp s{-INFINITY, 0.f};
-    if (inner && (a.normalize == Normalize::vocab || last_token_of(t, level) < a.vocab)) {
+    if (inner && a.lse) {
+      if (threadIdx.x == 0 && split == 0) s = {a.lse[at], 1.f};
+    } else if (inner && (a.normalize == Normalize::vocab || has_columns(a, level))) {
       const auto* row =
           static_cast<const typename D::T*>(a.logits) + at / a.width * a.stride_batch + at % a.width * a.stride_beam;
       s = share_of_row<D>(a, row, level, children, split, w.splits);

@@ -2,8 +2,7 @@
 // A query's candidates: numbered beam after beam and child after child, so that a lower number is a lower parent or, of
 // the same parent, a lower token.
 #include "../common/log_sum_exp.cuh"
-#include "../trie/trie_math.h"
-#include "beam_search.h"
+#include "beam_search_math.h"
 #include "top_keys.cuh"
 
 namespace raddpo::cuda {
@@ -100,7 +99,8 @@ __device__ __forceinline__ Candidates<n> evaluate(const BeamStepArgs& a, const T
   for (int i = 0; i < n; ++i) {
     const int level = tile.level[c.beam[i]];
     c.token[i] = level < 0 ? -1 : token_of(t, level, symbol[i]);
-    offset[i] = query * a.stride_batch + (tile_beam + c.beam[i]) * a.stride_beam + c.token[i];
+    offset[i] = query * a.stride_batch + (tile_beam + c.beam[i]) * a.stride_beam +
+                (a.level < 0 ? c.token[i] : static_cast<std::int32_t>(symbol[i]));
     logit[i] = NAN;
   }
   if (a.logit_type == LogitType::float32) {

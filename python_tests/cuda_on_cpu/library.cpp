@@ -1,5 +1,6 @@
 // The kernels, compiled for the CPU from the very .cu files, behind C functions for ctypes.
 #include "../../csrc/beam_search/beam_search_cuda.cu"
+#include "../../csrc/child_logits/child_logits_cuda.cu"
 #include "../../csrc/row_lse/row_lse_cuda.cu"
 #include "../../csrc/session_loss/session_loss_cuda.cu"
 #include "../../csrc/token_logps/token_logps_cuda.cu"
@@ -104,10 +105,11 @@ EXPORT void set_order(unsigned threads, unsigned blocks) {
 
 EXPORT const char* last_error() { return cuda_on_cpu::block.error.c_str(); }
 
-// `sizes`: logit type, batch, width, vocab, stride_batch, stride_beam, beam_width, normalize.
+// `sizes`: logit type, batch, width, vocab, stride_batch, stride_beam, beam_width, normalize, level.
 EXPORT int beam_step(const std::uint8_t* trie, const std::int64_t* header, const std::int64_t* sizes,
-                     const void* logits, const float* scores, const std::int64_t* nodes, double length_penalty,
-                     float* out_scores, std::int64_t* out_tokens, std::int64_t* out_parents, std::int64_t* out_nodes) {
+                     const void* logits, const float* scores, const std::int64_t* nodes, const float* lse,
+                     double length_penalty, float* out_scores, std::int64_t* out_tokens, std::int64_t* out_parents,
+                     std::int64_t* out_nodes) {
   BeamStepArgs a{};
   a.trie = view_of(trie, header);
   a.logits = logits;
@@ -119,8 +121,10 @@ EXPORT int beam_step(const std::uint8_t* trie, const std::int64_t* header, const
   a.stride_beam = sizes[5];
   a.beam_width = sizes[6];
   a.normalize = static_cast<Normalize>(sizes[7]);
+  a.level = sizes[8];
   a.scores = scores;
   a.nodes = nodes;
+  a.lse = lse;
   for (int d = 0; d <= kMaxLevels; ++d)
     a.length_factor[d] = static_cast<float>(std::pow(std::max(d, 1), length_penalty));
   a.out_scores = out_scores;
@@ -131,6 +135,31 @@ EXPORT int beam_step(const std::uint8_t* trie, const std::int64_t* header, const
   const std::unique_ptr<std::uint8_t[]> workspace(new std::uint8_t[bytes]);
   std::memset(workspace.get(), 0xa5, bytes);  // a caching allocator's memory is as full of garbage
   return cuda::beam_step(a, workspace.get(), nullptr);
+}
+
+// `sizes`: type, rows, size, vocab, stride_hidden, stride_weight, level, columns; `numbers`: scale, softcap.
+EXPORT int child_logits(const std::uint8_t* trie, const std::int64_t* header, const std::int64_t* sizes,
+                        const double* numbers, const void* hidden, const void* weight, const void* bias,
+                        const float* scores, const std::int64_t* nodes, float* out) {
+  ChildLogitsArgs a{};
+  a.trie = view_of(trie, header);
+  a.hidden = hidden;
+  a.weight = weight;
+  a.bias = bias;
+  a.type = static_cast<LogitType>(sizes[0]);
+  a.rows = sizes[1];
+  a.size = sizes[2];
+  a.vocab = sizes[3];
+  a.stride_hidden = sizes[4];
+  a.stride_weight = sizes[5];
+  a.scores = scores;
+  a.nodes = nodes;
+  a.level = sizes[6];
+  a.scale = static_cast<float>(numbers[0]);
+  a.softcap = static_cast<float>(numbers[1]);
+  a.columns = sizes[7];
+  a.out = out;
+  return cuda::child_logits(a, nullptr);
 }
 
 EXPORT int row_lse(const void* logits, int type, std::int64_t rows, std::int64_t cols, float* out) {

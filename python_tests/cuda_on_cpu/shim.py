@@ -81,6 +81,8 @@ class Shim:
         *,
         normalize: str = "vocab",
         length_penalty: float = 0.0,
+        lse: Tensor | None = None,
+        level: int = -1,
     ) -> rx.BeamState:
         assert logits.stride(2) == 1
         batch, width, vocab = logits.shape
@@ -92,10 +94,11 @@ class Shim:
             "beam_step",
             index.data,
             index.header,
-            torch.tensor([*sizes, _NORMALIZE.index(normalize)]),
+            torch.tensor([*sizes, _NORMALIZE.index(normalize), level]),
             logits,
             state.scores.contiguous(),
             state.nodes.contiguous(),
+            lse,
             length_penalty,
             scores,
             tokens,
@@ -103,6 +106,35 @@ class Shim:
             nodes,
         )
         return rx.BeamState(scores, tokens, parents, nodes)
+
+    def child_logits(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        state: rx.BeamState,
+        index: rx.TrieIndex,
+        level: int,
+        scale: float = 1.0,
+        softcap: float = 0.0,
+    ) -> Tensor:
+        columns = index.num_symbols[level]
+        sizes = [_TYPES.index(hidden.dtype), *hidden.shape, len(weight), hidden.stride(0), weight.stride(0)]
+        out = torch.full((len(hidden), columns), 777.0)
+        self.call(
+            "child_logits",
+            index.data,
+            index.header,
+            torch.tensor([*sizes, level, columns]),
+            torch.tensor([scale, softcap], dtype=torch.float64),
+            hidden,
+            weight,
+            bias,
+            state.scores.contiguous(),
+            state.nodes.contiguous(),
+            out,
+        )
+        return out
 
     def row_lse(self, logits: Tensor) -> Tensor:
         out = torch.full((len(logits),), 777.0)

@@ -4,6 +4,7 @@ They say what the fused operators compute and are what those are tested against.
 """
 
 from raddpo_ext.reference.beam_search import beam_search, beam_step, row_lse
+from raddpo_ext.reference.linear_beam_step import linear_beam_step
 from raddpo_ext.reference.session_loss import multilabel_contrastive_loss, rad_dpo_loss
 from raddpo_ext.reference.similarity_weighting import SimilarityWeighting
 from raddpo_ext.reference.token_logps import linear_token_logps, token_logps
@@ -14,6 +15,7 @@ __all__ = [
     "TrieIndex",
     "beam_search",
     "beam_step",
+    "linear_beam_step",
     "linear_token_logps",
     "multilabel_contrastive_loss",
     "rad_dpo_loss",

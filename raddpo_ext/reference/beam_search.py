@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import raddpo_ext.trie as fused
-from raddpo_ext.beam_search import BeamResult, BeamState
+from raddpo_ext.beam_search import BeamResult
+from raddpo_ext.beam_step import BeamState
 from raddpo_ext.reference.trie import TrieIndex
 
 

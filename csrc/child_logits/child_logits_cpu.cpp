@@ -1,0 +1,7 @@
+#include <cmath>
+#include <cstdint>
+
+#include "child_logits_math.h"
+
+#define RADDPO_KERNELS "../child_logits/child_logits_cpu.inl"
+#include "../common/foreach_isa.h"
