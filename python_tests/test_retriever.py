@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
 
 import raddpo_ext as rx
+from raddpo_ext.integrations import decoders
 
 transformers = pytest.importorskip("transformers")
 
@@ -271,18 +274,143 @@ def test_compiled_model():
 def test_computes_no_more_than_it_must():
     """The last position's logits only, and no column that is padding in every row."""
     model, shapes = make_model("qwen3"), []
-    for module in (model.model.embed_tokens, model.lm_head):
-        module.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
     ids, mask = prompts()
-    rx.SIDRetriever(model, make_index(300), beam_width=6).retrieve(ids[1:], mask[1:])
-    step = [(12, 1, 32), (12, 1, VOCAB)]
-    assert shapes == [(2, 4, 32), (2, 1, VOCAB), *step, *step]
+    for options, expected in [
+        ({}, [(2, 4, 32), (2, 6, 32), (2, 6, 32)]),
+        ({"shared_prefix": False}, [(2, 4, 32), (12, 1, 32), (12, 1, 32)]),
+    ]:
+        retriever = rx.SIDRetriever(model, make_index(300), beam_width=6, **options)
+        retriever.retrieve(ids, mask)  # looks what the model allows
+        shapes.clear()
+        for module in (model.model.embed_tokens, model.lm_head):
+            module.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
+        retriever.retrieve(ids[1:], mask[1:])
+        assert shapes == expected
+        model.model.embed_tokens._forward_hooks.clear()
+
+
+def test_a_compiled_model_makes_the_last_logits_only():
+    model, shapes = make_model("qwen3"), []
+    retriever = rx.SIDRetriever(torch.compile(model, backend="eager"), make_index(300), beam_width=6)
+    retriever.retrieve(*prompts())
+    model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
+    torch._dynamo.reset()
+    retriever.retrieve(*prompts())
+    assert shapes == [(3, 1, VOCAB), (3, 6, VOCAB), (3, 6, VOCAB)]
+
+
+@pytest.mark.parametrize("normalize", ["vocab", "level", "trie"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["qwen3", "llama", "gpt2", "opt"])
+def test_a_shared_prefix_changes_nothing(name, attention, normalize):
+    model, index = make_model(name), make_index(300)
+    model.set_attn_implementation(attention)
+    shared, alone = (
+        rx.SIDRetriever(model, index, beam_width=[5, 20, 12], normalize=normalize, shared_prefix=way).retrieve(
+            *prompts()
+        )
+        for way in (True, False)
+    )
+    assert torch.equal(shared.items, alone.items)
+    torch.testing.assert_close(shared.scores, alone.scores, rtol=0, atol=1e-5)
+
+
+def test_the_cache_holds_the_prompt_once(monkeypatch):
+    """Prompt + W (L - 1) tokens a query, where a row of the cache a beam holds W (prompt + L - 1)."""
+    kept, build = [], decoders.SharedPrefixDecoder.__init__
+
+    def keep(self, *args):
+        build(self, *args)
+        kept.append(self)
+
+    retriever = rx.SIDRetriever(make_model("qwen3"), make_index(300), beam_width=6)
+    retriever.retrieve(*prompts())
+    monkeypatch.setattr(decoders.SharedPrefixDecoder, "__init__", keep)
+    retriever.retrieve(*prompts())
+    keys = [layer.keys for layer in kept[-1].cache.layers]
+    assert [tuple(key.shape) for key in keys] == [(3, 2, 7 + 2 * 6, 8)] * 2
+
+
+def test_a_window_shorter_than_the_prompt_is_not_shared():
+    model, index = make_model("mistral"), make_index(300)
+    ids, mask = prompts()
+    retriever = rx.SIDRetriever(model, index, beam_width=6, shared_prefix=True)
+    with pytest.raises(
+        ValueError, match="shared_prefix = True, but MistralForCausalLM cannot share a prompt of 7 tokens"
+    ):
+        retriever.retrieve(ids, mask)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "t5"])
+@pytest.mark.parametrize("fault", ["head", "mask"])
+def test_a_model_that_is_not_what_it_seems(name, fault, monkeypatch):
+    """One that scales its logits unseen, or looks past a mask, is run as it stands."""
+    model, index = make_model(name), make_index(300)
+    if fault == "head":
+        forward = model.forward
+
+        def scaled(*args, **kwargs):
+            output = forward(*args, **kwargs)
+            output.logits = 3 * output.logits
+            return output
+
+        monkeypatch.setattr(model, "forward", scaled)
+        if name == "qwen3":
+            scaled.__signature__ = inspect.signature(forward)
+    elif name == "qwen3":
+        body = model.model.forward
+
+        def unmasked(*args, attention_mask=None, **kwargs):
+            seen = None if attention_mask is not None and attention_mask.dim() == 4 else attention_mask
+            return body(*args, attention_mask=seen, **kwargs)
+
+        unmasked.__signature__ = inspect.signature(body)
+        monkeypatch.setattr(model.model, "forward", unmasked)
+    got = rx.SIDRetriever(model, index, beam_width=40).retrieve(*prompts())
+    best = [max(scores.values()) for scores in brute_force(model, index, *prompts())]
+    assert got.scores[:, 0].tolist() == pytest.approx(best, abs=2e-4)
+
+
+def test_a_window_is_no_window_for_short_prompts():
+    model, index = make_model("mistral"), make_index(300)
+    model.config.sliding_window = 64
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = 64
+    shared, alone = (
+        rx.SIDRetriever(model, index, beam_width=6, shared_prefix=way).retrieve(*prompts()) for way in (True, False)
+    )
+    assert torch.equal(shared.items, alone.items)
+
+
+def test_the_catalogue_may_be_replaced():
+    model, first, second = make_model("qwen3"), make_index(300), make_index(40)
+    retriever = rx.SIDRetriever(model, first, beam_width=6)
+    before = retriever.retrieve(*prompts())
+    retriever.index = second
+    got, expected = retriever.retrieve(*prompts()), rx.SIDRetriever(model, second, beam_width=6).retrieve(*prompts())
+    assert torch.equal(got.items, expected.items)
+    assert not torch.equal(got.items, before.items)
+    with pytest.raises(ValueError, match="index holds token id 127"):
+        retriever.index = make_index(200, size=26)
+    assert retriever.index is second
+
+
+def test_on_step_shows_the_beams():
+    index, states = make_index(300), []
+    got = rx.SIDRetriever(make_model("qwen3"), index, beam_width=[4, 6, 8]).retrieve(
+        *prompts(), on_step=lambda level, state: states.append(state)
+    )
+    assert [tuple(state.nodes.shape) for state in states] == [(3, 4), (3, 6), (3, 8)]
+    assert torch.equal(index.paths(states[-1].nodes)[0], got.sids)
 
 
 def test_the_prompt_is_encoded_once():
     model, calls = make_model("t5"), []
     model.encoder.register_forward_hook(lambda module, args, output: calls.append(len(output[0])))
-    rx.SIDRetriever(model, make_index(300), beam_width=6).retrieve(*prompts())
+    retriever = rx.SIDRetriever(model, make_index(300), beam_width=6)
+    retriever.retrieve(*prompts())
+    calls.clear()
+    retriever.retrieve(*prompts())
     assert calls == [3]
 
 
@@ -356,14 +484,9 @@ def test_bad_construction():
 
 
 def test_a_model_without_a_cache():
-    class Bare(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.config, self.weight = make_model("qwen3").config, torch.nn.Parameter(torch.ones(1))
-            self.device = self.weight.device
-
+    class Bare(transformers.Qwen3ForCausalLM):
         def forward(self, input_ids, **kwargs):
             return transformers.modeling_outputs.CausalLMOutput(logits=torch.zeros(*input_ids.shape, VOCAB))
 
     with pytest.raises(TypeError, match="model must keep a KV cache that can be reordered, Bare gave NoneType"):
-        rx.SIDRetriever(Bare().eval(), make_index(20), beam_width=4).retrieve(*prompts())
+        rx.SIDRetriever(Bare(make_model("qwen3").config).eval(), make_index(20), beam_width=4).retrieve(*prompts())

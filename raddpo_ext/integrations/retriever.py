@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,15 +10,25 @@ from torch import Tensor
 
 from raddpo_ext import _check
 from raddpo_ext.beam_search import BeamResult, beam_search
+from raddpo_ext.beam_step import BeamState
+from raddpo_ext.integrations.base_model import head_arguments, windows
+from raddpo_ext.integrations.decoders import Decoder, EncoderDecoder, ReorderedDecoder, SharedPrefixDecoder, verify
 from raddpo_ext.trie import TrieIndex
 
 
 class SIDRetriever:
     """Retrieves items with a causal or encoder-decoder language model of ``transformers``.
 
-    Each prompt runs through the model once; then every step feeds one token a beam, with the KV cache following the
-    beams. It is ``model.generate`` with a trie constraint and ``do_sample=False``, but a finished SID waits within the
-    beam, and the model's ``generation_config`` has no say (only ``decoder_start_token_id`` is read).
+    Each prompt runs through the model once and its keys and values are kept once; then every step feeds one token a
+    beam, all beams of a query as one row, where each sees the prompt and its own ancestors. The head meets only the
+    tokens that the step needs (:func:`raddpo_ext.linear_beam_step`). It is ``model.generate`` with a trie constraint
+    and ``do_sample=False``, but a finished SID waits within the beam, and the model's ``generation_config`` has no say
+    (only ``decoder_start_token_id`` is read).
+
+    What a model allows is found out at the first call, by a few tokens. One that cannot share a prefix (an
+    encoder-decoder, flash attention, a window shorter than the prompt, positions worked out from the mask) has a row of
+    the KV cache a beam, which follows the beams; one whose head cannot be taken apart (behind ``torch.compile``, with
+    adapters) makes its logits itself.
 
     Args:
         model: a model with a language modelling head, ``torch.compile``\\ d or not, of any size and float type up to 32
@@ -27,6 +36,10 @@ class SIDRetriever:
         index: the catalogue, on the model's device. Its token ids are the model's.
         beam_width: beams a query: one width, or one for each of the ``index.levels`` steps.
         normalize, length_penalty: see :func:`raddpo_ext.beam_step`.
+        shared_prefix: whether beams share their prompt's keys and values. Default: where the model allows.
+
+    Attributes:
+        index: the catalogue; may be replaced between calls.
 
     Raises:
         ValueError, TypeError: naming the argument and the value; also where ``index`` holds a token id that the model
@@ -41,25 +54,45 @@ class SIDRetriever:
         beam_width: int | Sequence[int],
         normalize: str = "vocab",
         length_penalty: float = 0.0,
+        shared_prefix: bool | None = None,
     ) -> None:
         if not hasattr(model, "config"):
             raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
         _check.choice(normalize, "normalize", _check.NORMALIZE)
         self.model = model
-        self.index = index
-        self.beam_width = _check.widths(beam_width, index.levels)
+        self.beam_width = beam_width
         self.normalize = normalize
         self.length_penalty = length_penalty
+        self.shared_prefix = shared_prefix
         config = model.config.get_text_config()
         self._vocab_size: int = config.vocab_size
         self._window: int | None = getattr(config, "max_position_embeddings", None)
+        self._ways: tuple[dict[str, Any], bool] | None = None  # the head's arguments; whether a prefix can be shared
+        self.index = index
+
+    @property
+    def index(self) -> TrieIndex:
+        return self._index
+
+    @index.setter
+    def index(self, index: TrieIndex) -> None:
+        _check.instance(index, "index", TrieIndex)
+        _check.widths(self.beam_width, index.levels)
         if max(index.max_tokens) >= self._vocab_size:
             raise ValueError(
                 f"index holds token id {max(index.max_tokens)}, which a model of vocab_size {self._vocab_size} lacks"
             )
+        self._index = index
 
     @torch.no_grad()
-    def retrieve(self, input_ids: Tensor, attention_mask: Tensor | None = None, top_k: int | None = None) -> BeamResult:
+    def retrieve(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        top_k: int | None = None,
+        *,
+        on_step: Callable[[int, BeamState], None] | None = None,
+    ) -> BeamResult:
         """The best items of each prompt.
 
         Args:
@@ -67,6 +100,7 @@ class SIDRetriever:
             attention_mask: bool or integer ``[B, T]``, 0 on padding. Default: no padding.
             top_k: return this many items a query, a collided SID repeated for each of its items. Default: one row a SID
                 of the last width, with its first item.
+            on_step: see :func:`raddpo_ext.beam_search`.
 
         Returns:
             :class:`raddpo_ext.BeamResult`: ``scores`` float32 ``[B, R]``, ``sids`` int64 ``[B, R, L]``, ``items`` int64
@@ -77,21 +111,40 @@ class SIDRetriever:
                 exceeds ``config.max_position_embeddings``, tensors on another device than the index, or a model in
                 training mode, whose dropout would make the result random.
             TypeError: not integers, or a model without a KV cache that can follow beams.
+            With ``shared_prefix=True`` ValueError for a model that cannot share a prompt of that length.
         """
         if self.model.training:
             raise ValueError("model is in training mode, call model.eval() before retrieving")
         mask = self._check_prompts(input_ids, attention_mask)
-        prompts = input_ids.long().masked_fill(~mask, 0)
-        decoder = _EncoderDecoder if self.model.config.is_encoder_decoder else _DecoderOnly
+        decoder = self._decoder(input_ids.long().masked_fill(~mask, 0), mask)
         return beam_search(
-            decoder(self.model, prompts, mask),
+            decoder,
             self.index,
-            batch_size=len(prompts),
+            batch_size=len(input_ids),
             beam_width=self.beam_width,
             normalize=self.normalize,
             length_penalty=self.length_penalty,
             top_k=top_k,
+            on_step=on_step,
+            **decoder.head,
         )
+
+    def _decoder(self, prompts: Tensor, mask: Tensor) -> Decoder:
+        if self._ways is None:
+            self._ways = verify(self.model, head_arguments(self.model))
+        head, shares = self._ways
+        if self.model.config.is_encoder_decoder:
+            return EncoderDecoder(self.model, head, prompts, mask)
+        # Beams that share a prompt see all of it, whatever slides over a beam of its own.
+        tokens = int(mask.sum(1).max())
+        shares = shares and all(tokens + self.index.levels - 1 <= window for window in windows(self.model).values())
+        if self.shared_prefix and not shares:
+            raise ValueError(
+                f"shared_prefix = True, but {type(self.model).__name__} cannot share a prompt of {tokens} tokens: it "
+                "looks past a mask, or at a window of the last tokens"
+            )
+        shares = shares and self.shared_prefix is not False
+        return (SharedPrefixDecoder if shares else ReorderedDecoder)(self.model, head, prompts, mask)
 
     def _check_prompts(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """The mask of real tokens, bool ``[B, T]``."""
@@ -133,108 +186,6 @@ class SIDRetriever:
         return mask
 
 
-class _Decoder:
-    """A model as the ``step_fn`` of :func:`beam_search`: one forward a step, the KV cache following the beams."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.cache: Any = None
-        self.width = 1
-
-    def __call__(self, tokens: Tensor, parents: Tensor, level: int) -> Tensor:
-        queries, width = tokens.shape
-        if level == 0:
-            output = self.first()
-        else:
-            first_rows = torch.arange(0, queries * self.width, self.width, device=parents.device)
-            # Finished and empty slots (-1) feed token 0; what it gives is ignored.
-            output = self.next(tokens.clamp(min=0).view(-1, 1), (first_rows[:, None] + parents).view(-1))
-        self.width = width
-        self.cache = getattr(output, "past_key_values", None)
-        if not hasattr(self.cache, "reorder_cache"):
-            raise TypeError(
-                f"model must keep a KV cache that can be reordered, {type(self.model).__name__} gave "
-                f"{type(self.cache).__name__}"
-            )
-        return output.logits[:, -1].unflatten(0, (queries, width))
-
-    def first(self) -> Any:
-        """The prompts' output, one row a query."""
-        raise NotImplementedError
-
-    def next(self, tokens: Tensor, rows: Tensor) -> Any:
-        """The output for one more token ``[B * W, 1]`` a beam, which extends row ``rows`` ``[B * W]`` of the cache."""
-        raise NotImplementedError
-
-
-class _DecoderOnly(_Decoder):
-    def __init__(self, model: Any, prompts: Tensor, mask: Tensor) -> None:
-        super().__init__(model)
-        # Padding goes to the left, wherever it was: then the last column is every prompt's last token.
-        lengths = mask.sum(1)
-        order = mask.long().argsort(dim=1, stable=True)[:, -int(lengths.max()) :]
-        self.prompts = prompts.gather(1, order)
-        self.mask = mask.gather(1, order).long()
-        self.lengths = lengths
-        self.padded = bool((self.mask == 0).any())
-        self.accepts = _parameters(model)
-
-    def first(self) -> Any:
-        last = {"logits_to_keep": 1} if "logits_to_keep" in self.accepts else {}
-        return self.forward(self.prompts, (self.mask.cumsum(1) - 1).clamp(min=0), **last)
-
-    def next(self, tokens: Tensor, rows: Tensor) -> Any:
-        self.cache.reorder_cache(rows)
-        self.mask = torch.cat([self.mask[rows], torch.ones_like(tokens)], 1)
-        position = self.lengths[rows]
-        self.lengths = position + 1
-        return self.forward(tokens, position[:, None])
-
-    def forward(self, tokens: Tensor, positions: Tensor, **extra: Any) -> Any:
-        if "position_ids" in self.accepts:
-            extra["position_ids"] = positions
-        return self.model(
-            input_ids=tokens,
-            attention_mask=self.mask if self.padded else None,
-            past_key_values=self.cache,
-            use_cache=True,
-            return_dict=True,
-            **extra,
-        )
-
-
-class _EncoderDecoder(_Decoder):
-    def __init__(self, model: Any, prompts: Tensor, mask: Tensor) -> None:
-        super().__init__(model)
-        self.mask = mask.long()
-        self.encoded = model.get_encoder()(input_ids=prompts, attention_mask=self.mask, return_dict=True)
-        start = _decoder_start(model)
-        self.start = torch.full((len(prompts), 1), start, dtype=torch.int64, device=prompts.device)
-
-    def first(self) -> Any:
-        return self.forward(self.start)
-
-    def next(self, tokens: Tensor, rows: Tensor) -> Any:
-        if len(rows) == len(self.mask):
-            # Every beam of a query shares the prompt's keys and values, so that only the SID's move.
-            self.cache.self_attention_cache.reorder_cache(rows)
-        else:
-            self.cache.reorder_cache(rows)
-            self.mask = self.mask[rows]
-            self.encoded.last_hidden_state = self.encoded.last_hidden_state[rows]
-        return self.forward(tokens)
-
-    def forward(self, tokens: Tensor) -> Any:
-        return self.model(
-            encoder_outputs=self.encoded,
-            attention_mask=self.mask,
-            decoder_input_ids=tokens,
-            past_key_values=self.cache,
-            use_cache=True,
-            return_dict=True,
-        )
-
-
 def _as_mask(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
     if not isinstance(attention_mask, Tensor) or attention_mask.is_floating_point():
         got = attention_mask.dtype if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
@@ -245,21 +196,3 @@ def _as_mask(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
             f"{input_ids.device}, got {tuple(attention_mask.shape)} on {attention_mask.device}"
         )
     return attention_mask != 0
-
-
-def _decoder_start(model: Any) -> int:
-    """The token that opens the decoder's side, as ``generate`` finds it."""
-    for config in (model.generation_config, model.config):
-        for name in ("decoder_start_token_id", "bos_token_id"):
-            token = getattr(config, name, None)
-            if token is not None:
-                return int(token)
-    raise ValueError("model has no decoder_start_token_id, set it in model.generation_config")
-
-
-def _parameters(model: Any) -> set[str]:
-    """Names of the forward's arguments, behind the wrappers of ``torch.compile`` and of PEFT adapters."""
-    model = getattr(model, "_orig_mod", model)
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    return set(inspect.signature(model.forward).parameters)

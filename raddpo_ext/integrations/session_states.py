@@ -12,12 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raddpo_ext import _check
-from raddpo_ext.integrations.retriever import _decoder_start
+from raddpo_ext.integrations.base_model import (
+    base_model,
+    decoder_start,
+    head_logits,
+    head_scale,
+    logits_map,
+    windows,
+)
 from raddpo_ext.pack_sessions import PackedSessions, pack_sessions
 from raddpo_ext.session import SessionBatch
-
-_T5_FAMILY = ("t5", "longt5", "pop2piano", "switch_transformers", "umt5")
-_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
 
 
 class SessionStates(NamedTuple):
@@ -96,42 +100,6 @@ def accept_sessions(model: Any) -> Any:
     return model
 
 
-def base_model(model: Any) -> Any:
-    """The transformers model behind ``torch.compile`` and PEFT adapters."""
-    if type(model).__name__ in _WRAPPERS:
-        raise ValueError(
-            f"model is wrapped in {type(model).__name__}, which averages gradients only if called itself: give the "
-            "model to accept_sessions before it is wrapped, then call wrapped(packed=packed)"
-        )
-    model = getattr(model, "_orig_mod", model)
-    if hasattr(model, "get_base_model"):
-        if model.active_peft_config.is_prompt_learning:
-            raise ValueError(
-                f"model has adapters of type {model.active_peft_config.peft_type.value}, which put tokens before the "
-                "prompt and cannot be packed; use adapters of its layers, such as LoRA"
-            )
-        model = model.get_base_model()
-    if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
-        raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
-    return model
-
-
-def logits_map(model: Any) -> dict[str, float]:
-    """How a model turns its head's output into logits: ``temperature`` and ``logit_softcap``, where it does.
-
-    They are arguments of :class:`raddpo_ext.RADDPOLoss` and :func:`raddpo_ext.linear_token_logps`.
-    """
-    config = base_model(model).config.get_text_config(decoder=True)
-    found = {}
-    if getattr(config, "final_logit_softcapping", None) is not None:  # Gemma
-        found["logit_softcap"] = float(config.final_logit_softcapping)
-    if getattr(config, "logits_scaling", None) is not None:  # Granite
-        found["temperature"] = float(config.logits_scaling)
-    if getattr(config, "logit_scale", None) is not None:  # Cohere
-        found["temperature"] = 1 / float(config.logit_scale)
-    return found
-
-
 @torch.no_grad()
 def verify_packing(model: Any) -> None:
     """Checks that packing leaves a model's log-probs what they are: one small pass each way.
@@ -153,10 +121,8 @@ def verify_packing(model: Any) -> None:
     inner.eval()
     try:
         states = session_states(inner, pack_sessions([prompt], sessions).to(device))
-        logits = F.linear(states.hidden, states.weight, states.bias).float()
+        logits = head_logits(states.hidden, states.weight, states.bias, **logits_map(inner))
         logits = logits if states.rows is None else logits[states.rows]
-        for name, value in logits_map(inner).items():
-            logits = logits / value if name == "temperature" else value * torch.tanh(logits / value)
         prompts, candidates = torch.tensor([prompt] * 3, device=device), candidates.to(device)
         if inner.config.is_encoder_decoder:
             expected = inner(input_ids=prompts, decoder_input_ids=_decoder_inputs(inner, candidates)[:, :-1]).logits
@@ -205,15 +171,8 @@ def _mask(body: Any, packed: PackedSessions) -> Any:
 
 
 def _check_window(model: Any, packed: PackedSessions) -> None:
-    config = model.config.get_text_config(decoder=True)
-    layers = getattr(config, "layer_types", None) or ("sliding_attention",)
-    windows = {"max_position_embeddings": getattr(config, "max_position_embeddings", None)}
-    if "sliding_attention" in layers:
-        windows["sliding_window"] = getattr(config, "sliding_window", None)
-    if "chunked_attention" in layers:
-        windows["attention_chunk_size"] = getattr(config, "attention_chunk_size", None)
-    for name, window in windows.items():
-        if window is None or packed.input_ids.shape[1] <= window:
+    for name, window in windows(model).items():
+        if packed.input_ids.shape[1] <= window:
             continue
         longest = int(packed.position_ids.max()) + 1
         if longest > window:
@@ -240,7 +199,7 @@ def _encoder_decoder(model: Any, packed: PackedSessions) -> tuple[Tensor, Tensor
         use_cache=False,
         return_dict=True,
     )
-    states = output.last_hidden_state[: sessions.num_candidates] * _head_scale(model)
+    states = output.last_hidden_state[: sessions.num_candidates] * head_scale(model)
     embeddings = None
     if packed.last_tokens is not None:
         embeddings = states[torch.arange(sessions.num_candidates, device=states.device), sessions.lengths]
@@ -249,13 +208,4 @@ def _encoder_decoder(model: Any, packed: PackedSessions) -> tuple[Tensor, Tensor
 
 def _decoder_inputs(model: Any, tokens: Tensor) -> Tensor:
     """The start token before every candidate."""
-    return F.pad(tokens, (1, 0), value=_decoder_start(model))
-
-
-def _head_scale(model: Any) -> float:
-    """By what the T5 family multiplies its decoder's states before the head."""
-    config = model.config
-    if config.model_type not in _T5_FAMILY:
-        return 1.0
-    scales = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
-    return model.model_dim**-0.5 if scales else 1.0
+    return F.pad(tokens, (1, 0), value=decoder_start(model))

@@ -13,10 +13,11 @@ from transformers.utils import logging
 
 from raddpo_ext import _check
 from raddpo_ext._files import replacing
+from raddpo_ext.integrations.base_model import base_model, logits_map
 from raddpo_ext.integrations.session_collator import SessionCollator
 from raddpo_ext.integrations.session_objective import METRICS, ROWS, SessionObjective
 from raddpo_ext.integrations.session_retrieval import retrieval_names, retrieval_rows
-from raddpo_ext.integrations.session_states import accept_sessions, base_model, logits_map, verify_packing
+from raddpo_ext.integrations.session_states import accept_sessions, verify_packing
 from raddpo_ext.integrations.trainer_config import RADDPOConfig
 from raddpo_ext.pack_sessions import PackedSessions
 from raddpo_ext.similarity_weighting import SimilarityWeighting

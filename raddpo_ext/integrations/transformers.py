@@ -1,10 +1,10 @@
 """Alignment of Hugging Face models on packed sessions: a collator, the states of a model, and a trainer."""
 
+from raddpo_ext.integrations.base_model import logits_map
 from raddpo_ext.integrations.session_collator import SessionCollator
 from raddpo_ext.integrations.session_states import (
     SessionStates,
     accept_sessions,
-    logits_map,
     session_states,
     verify_packing,
 )

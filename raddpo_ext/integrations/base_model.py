@@ -1,0 +1,114 @@
+"""What the integrations must know of a transformers model: what is behind its wrappers, and what its head does."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_T5_FAMILY = ("t5", "longt5", "pop2piano", "switch_transformers", "umt5")
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
+
+
+def base_model(model: Any) -> Any:
+    """The transformers model behind ``torch.compile`` and PEFT adapters."""
+    if type(model).__name__ in _WRAPPERS:
+        raise ValueError(
+            f"model is wrapped in {type(model).__name__}, which averages gradients only if called itself: give the "
+            "model to accept_sessions before it is wrapped, then call wrapped(packed=packed)"
+        )
+    model = getattr(model, "_orig_mod", model)
+    if hasattr(model, "get_base_model"):
+        if model.active_peft_config.is_prompt_learning:
+            raise ValueError(
+                f"model has adapters of type {model.active_peft_config.peft_type.value}, which put tokens before the "
+                "prompt and cannot be packed; use adapters of its layers, such as LoRA"
+            )
+        model = model.get_base_model()
+    if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
+        raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
+    return model
+
+
+def logits_map(model: Any) -> dict[str, float]:
+    """How a model turns its head's output into logits: ``temperature`` and ``logit_softcap``, where it does.
+
+    They are arguments of :class:`raddpo_ext.RADDPOLoss`, :func:`raddpo_ext.linear_token_logps` and
+    :func:`raddpo_ext.linear_beam_step`.
+    """
+    config = base_model(model).config.get_text_config(decoder=True)
+    found = {}
+    if getattr(config, "final_logit_softcapping", None) is not None:  # Gemma
+        found["logit_softcap"] = float(config.final_logit_softcapping)
+    if getattr(config, "logits_scaling", None) is not None:  # Granite
+        found["temperature"] = float(config.logits_scaling)
+    if getattr(config, "logit_scale", None) is not None:  # Cohere
+        found["temperature"] = 1 / float(config.logit_scale)
+    return found
+
+
+def head_arguments(model: Any) -> dict[str, Any]:
+    """A model's head as :func:`raddpo_ext.beam_search` takes it; empty where the model must run it itself: behind
+    ``torch.compile``, with adapters or quantized weights in the head."""
+    if hasattr(model, "_orig_mod"):
+        return {}
+    head = base_model(model).get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return {}
+    return {"weight": head.weight, "bias": head.bias, **logits_map(model)}
+
+
+def head_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+) -> Tensor:
+    """All logits of such a head, float32 ``[..., V]``."""
+    logits = F.linear(hidden, weight, bias).float()
+    if logit_softcap is not None:
+        logits = logit_softcap * torch.tanh(logits / logit_softcap)
+    return logits / temperature
+
+
+def windows(model: Any) -> dict[str, int]:
+    """How many tokens a model's attention sees, by the setting that says so: the context, and what slides in it."""
+    config = model.config.get_text_config(decoder=True)
+    layers = getattr(config, "layer_types", None) or ("sliding_attention",)
+    found = {"max_position_embeddings": getattr(config, "max_position_embeddings", None)}
+    if "sliding_attention" in layers:
+        found["sliding_window"] = getattr(config, "sliding_window", None)
+    if "chunked_attention" in layers:
+        found["attention_chunk_size"] = getattr(config, "attention_chunk_size", None)
+    return {name: window for name, window in found.items() if window is not None}
+
+
+def head_scale(model: Any) -> float:
+    """By what the T5 family multiplies its decoder's states before the head."""
+    config = model.config
+    if config.model_type not in _T5_FAMILY:
+        return 1.0
+    scales = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
+    return model.model_dim**-0.5 if scales else 1.0
+
+
+def decoder_start(model: Any) -> int:
+    """The token that opens the decoder's side, as ``generate`` finds it."""
+    for config in (model.generation_config, model.config):
+        for name in ("decoder_start_token_id", "bos_token_id"):
+            token = getattr(config, name, None)
+            if token is not None:
+                return int(token)
+    raise ValueError("model has no decoder_start_token_id, set it in model.generation_config")
+
+
+def forward_parameters(model: Any) -> set[str]:
+    """Names of the forward's arguments, behind the wrappers of ``torch.compile`` and of PEFT adapters."""
+    model = getattr(model, "_orig_mod", model)
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return set(inspect.signature(model.forward).parameters)

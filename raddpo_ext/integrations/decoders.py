@@ -1,0 +1,226 @@
+"""A model of transformers as the ``step_fn`` of beam_search: one forward a step, what was computed before kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raddpo_ext.integrations.base_model import base_model, decoder_start, forward_parameters, head_logits, head_scale
+
+
+class Decoder:
+    """What the ways to decode have in common.
+
+    Args:
+        model: as the user gave it.
+        head: its head's arguments for :func:`raddpo_ext.beam_search`, which then takes hidden states; empty: the model
+            runs its head, and gives logits.
+    """
+
+    def __init__(self, model: Any, head: dict[str, Any]) -> None:
+        self.model = model
+        self.head = head
+        self.inner = base_model(model).get_decoder() if head else model
+        self.accepts = forward_parameters(self.inner)
+        self.cache: Any = None
+
+    def __call__(self, tokens: Tensor, parents: Tensor, level: int) -> Tensor:
+        """See ``step_fn`` of :func:`raddpo_ext.beam_search`."""
+        raise NotImplementedError
+
+    def forward(self, tokens: Tensor, mask: Any, positions: Tensor, **extra: Any) -> Tensor:
+        """Hidden states or logits, ``[rows, columns, H or V]``."""
+        if "position_ids" in self.accepts:
+            extra["position_ids"] = positions
+        output = self.inner(
+            input_ids=tokens,
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+            **extra,
+        )
+        self.cache = getattr(output, "past_key_values", None)
+        return output.last_hidden_state.to(self.head["weight"].dtype) if self.head else output.logits
+
+    def check_cache(self) -> None:
+        if not hasattr(self.cache, "reorder_cache"):
+            raise TypeError(
+                f"model must keep a KV cache that can be reordered, {type(self.model).__name__} gave "
+                f"{type(self.cache).__name__}"
+            )
+
+
+class PromptDecoder(Decoder):
+    """A decoder-only model that has read its prompts, padded on the left wherever their padding was."""
+
+    def __init__(self, model: Any, head: dict[str, Any], prompts: Tensor, mask: Tensor) -> None:
+        super().__init__(model, head)
+        self.lengths = mask.sum(1)
+        order = mask.long().argsort(dim=1, stable=True)[:, -int(self.lengths.max()) :]
+        self.prompts = prompts.gather(1, order)
+        self.mask = mask.gather(1, order)
+        self.padded = not bool(self.mask.all())
+
+    def read_prompts(self) -> Tensor:
+        """The states of the prompts' last tokens, ``[B, 1, H or V]``."""
+        last = {"logits_to_keep": 1} if "logits_to_keep" in self.accepts else {}
+        mask = self.mask.long()
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        return self.forward(self.prompts, mask if self.padded else None, positions, **last)[:, -1:]
+
+
+class SharedPrefixDecoder(PromptDecoder):
+    """Keeps a prompt's keys and values once, whatever the beams.
+
+    All beams of a query are one row: their tokens are appended to its cache, step after step, and a mask shows each
+    beam the prompt and its own ancestors. Nothing in the cache ever moves: ``T + W * level`` tokens a query.
+    """
+
+    def __init__(self, model: Any, head: dict[str, Any], prompts: Tensor, mask: Tensor) -> None:
+        from transformers import DynamicCache
+
+        super().__init__(model, head, prompts, mask)
+        self.cache = DynamicCache()  # without the model's config: no layer may drop what lies outside a window
+        self.attention = base_model(model).config._attn_implementation
+        self.sees = self.mask[:, None]  # [B, W, keys]
+
+    def __call__(self, tokens: Tensor, parents: Tensor, level: int) -> Tensor:
+        if level == 0:
+            return self.read_prompts()
+        batch, width = tokens.shape
+        ancestors = self.sees.gather(1, parents[..., None].expand(-1, -1, self.sees.shape[2]))
+        itself = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
+        self.sees = torch.cat([ancestors, itself], 2)
+        positions = (self.lengths[:, None] + (level - 1)).expand(-1, width)
+        # Finished and empty slots (-1) feed token 0; what it gives is ignored.
+        return self.forward(tokens.clamp(min=0), self._attention_mask(), positions)
+
+    def _attention_mask(self) -> Any:
+        sees = self.sees
+        if self.attention == "flex_attention":
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            def visible(query: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+                return sees[query, row, key]
+
+            batch, width, keys = sees.shape
+            return create_block_mask(visible, batch, None, width, keys, device=str(sees.device))
+        if self.attention == "eager":  # it adds its mask to the scores
+            dtype = self.inner.dtype
+            return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
+        return sees[:, None]
+
+
+class ReorderedDecoder(PromptDecoder):
+    """One row of the cache a beam, which follows the beams: for models that look past a mask."""
+
+    def __call__(self, tokens: Tensor, parents: Tensor, level: int) -> Tensor:
+        queries, width = tokens.shape
+        if level == 0:
+            states = self.read_prompts()
+        else:
+            rows = _rows(parents, len(self.mask) // queries)
+            self.cache.reorder_cache(rows)
+            self.mask = torch.cat([self.mask[rows], torch.ones_like(rows, dtype=torch.bool)[:, None]], 1)
+            self.lengths = self.lengths[rows]
+            mask = self.mask.long() if self.padded else None
+            states = self.forward(tokens.clamp(min=0).view(-1, 1), mask, self.lengths[:, None] + (level - 1))
+        self.check_cache()
+        return states.view(queries, width, -1)
+
+
+class EncoderDecoder(Decoder):
+    """An encoder-decoder: the prompts are encoded once, the decoder's cache follows the beams."""
+
+    def __init__(self, model: Any, head: dict[str, Any], prompts: Tensor, mask: Tensor) -> None:
+        super().__init__(model, head)
+        self.scale = head_scale(base_model(model)) if head else 1.0
+        self.mask = mask.long()
+        self.encoded = model.get_encoder()(input_ids=prompts, attention_mask=self.mask, return_dict=True)
+        self.start = torch.full((len(prompts), 1), decoder_start(model), dtype=torch.int64, device=prompts.device)
+
+    def __call__(self, tokens: Tensor, parents: Tensor, level: int) -> Tensor:
+        queries, width = tokens.shape
+        if level > 0:
+            self._follow(_rows(parents, len(self.mask) // queries))
+        states = self._decode(self.start if level == 0 else tokens.clamp(min=0).view(-1, 1))
+        self.check_cache()
+        return states[:, -1].view(queries, width, -1)
+
+    def _follow(self, rows: Tensor) -> None:
+        if len(rows) == len(self.mask):
+            # Every beam of a query shares the prompt's keys and values, so that only the SID's move.
+            self.cache.self_attention_cache.reorder_cache(rows)
+        else:
+            self.cache.reorder_cache(rows)
+            self.mask = self.mask[rows]
+            self.encoded.last_hidden_state = self.encoded.last_hidden_state[rows]
+
+    def _decode(self, tokens: Tensor) -> Tensor:
+        if self.head:
+            output = self.inner(
+                input_ids=tokens,
+                encoder_hidden_states=self.encoded.last_hidden_state,
+                encoder_attention_mask=self.mask,
+                past_key_values=self.cache,
+                use_cache=True,
+                return_dict=True,
+            )
+            states = output.last_hidden_state.to(self.head["weight"].dtype) * self.scale
+        else:
+            output = self.model(
+                encoder_outputs=self.encoded,
+                attention_mask=self.mask,
+                decoder_input_ids=tokens,
+                past_key_values=self.cache,
+                use_cache=True,
+                return_dict=True,
+            )
+            states = output.logits
+        self.cache = getattr(output, "past_key_values", None)
+        return states
+
+
+def verify(model: Any, head: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Which ways of decoding give a model's own logits: its head or none, and whether beams may share a prefix.
+
+    A few tokens run through the model in each way. Some models look past a mask or at no position ids, and some do more
+    after the head than its arguments say; either would give wrong scores without a sign of it.
+    """
+    base = base_model(model)
+    tokens = [token % base.get_input_embeddings().weight.shape[0] for token in (3, 1, 4, 1, 5, 9, 2, 6, 8, 7)]
+    prompts = torch.tensor([tokens[:3], [0, *tokens[3:5]]], device=base.device)
+    mask = torch.tensor([[True] * 3, [False, True, True]], device=base.device)
+    steps = torch.tensor([[tokens[5:7], tokens[6:8]], [tokens[7:9], tokens[8:10]]], device=base.device)
+    parents = torch.tensor([[[0, 0], [0, 0]], [[1, 0], [1, 1]]], device=base.device)
+
+    def logits_of(decoder: Any, head: dict[str, Any]) -> Tensor:
+        rows = [decoder(steps[0, :, :1], parents[0, :, :1], 0)]
+        rows += [decoder(steps[level - 1], parents[level - 1], level) for level in (1, 2)]
+        states = torch.cat(rows, 1)
+        return (head_logits(states, **head) if head else states.float()).log_softmax(-1)
+
+    if base.config.is_encoder_decoder:
+        expected = logits_of(EncoderDecoder(model, {}, prompts, mask), {})
+        close = head and _is_close(logits_of(EncoderDecoder(model, head, prompts, mask), head), expected, base)
+        return (head if close else {}), False
+    expected = logits_of(ReorderedDecoder(model, {}, prompts, mask), {})
+    if head and not _is_close(logits_of(ReorderedDecoder(model, head, prompts, mask), head), expected, base):
+        head = {}
+    takes_mask = base.config._attn_implementation in ("eager", "sdpa", "flex_attention")
+    if not takes_mask or "position_ids" not in forward_parameters(Decoder(model, head).inner):
+        return head, False
+    return head, _is_close(logits_of(SharedPrefixDecoder(model, head, prompts, mask), head), expected, base)
+
+
+def _rows(parents: Tensor, width: int) -> Tensor:
+    """Of ``width`` rows a query, those that ``parents [B, W]`` name: ``[B * W]``."""
+    first_rows = torch.arange(0, len(parents) * width, width, device=parents.device)
+    return (first_rows[:, None] + parents).view(-1)
+
+
+def _is_close(got: Tensor, expected: Tensor, model: Any) -> bool:
+    return bool((got - expected).abs().max() <= (1e-3 if model.dtype == torch.float32 else 0.25))
