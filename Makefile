@@ -41,6 +41,7 @@ bench: build
 	$(PY) -m benchmarks.bench_trie
 	$(PY) -m benchmarks.compare_losses
 	$(PY) -m benchmarks.compare_packing
+	$(PY) -m benchmarks.compare_retriever
 
 # On a machine with an NVIDIA GPU, nvcc and a torch with CUDA: TORCH_CUDA_ARCH_LIST=9.0 make gpu-test PYTHON=python3
 gpu-test: build
