@@ -6,6 +6,7 @@ from raddpo_ext import _C  # noqa: F401  registers torch.ops.raddpo
 from raddpo_ext import row_lse as _row_lse  # noqa: F401  its fake kernel
 from raddpo_ext.beam_search import BeamResult, beam_search
 from raddpo_ext.beam_step import BeamState, beam_step
+from raddpo_ext.catalogue_store import CatalogueStore, CatalogueVersion
 from raddpo_ext.integrations.logits_processor import TrieLogitsProcessor
 from raddpo_ext.integrations.retriever import SIDRetriever
 from raddpo_ext.linear_beam_step import linear_beam_step
@@ -24,6 +25,8 @@ __all__ = [
     "PRESETS",
     "BeamResult",
     "BeamState",
+    "CatalogueStore",
+    "CatalogueVersion",
     "PackedSessions",
     "RADDPOLoss",
     "RADDPOOutput",

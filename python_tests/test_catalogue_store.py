@@ -1,0 +1,310 @@
+"""CatalogueStore: atomic versions, hot swaps under running searches, and what is freed when."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import raddpo_ext as rx
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+
+
+def catalogue(number: int, items: int = 40) -> rx.TrieIndex:
+    """Items ``1000 * number + i`` under SIDs of three codes, the same ones whatever the number."""
+    sids = [[i % 5, i // 5 % 5, i % 7] for i in range(items)]
+    return rx.TrieIndex.build(sids, item_ids=[1000 * number + i for i in range(items)])
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> rx.CatalogueStore:
+    return rx.CatalogueStore(tmp_path / "catalogue")
+
+
+def names(store: rx.CatalogueStore) -> list[str]:
+    return sorted(os.listdir(store.path))
+
+
+def mapped(store: rx.CatalogueStore) -> set[str]:
+    """Names of the store's files that this process has mapped."""
+    return set(re.findall(rf"{re.escape(str(store.path))}/(\S+)", Path("/proc/self/maps").read_text()))
+
+
+def damage(path: Path, at: int = -5) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.unlink()  # the mapping of a reader keeps the file that it has
+    path.write_bytes(content)
+
+
+def python(script: str, *arguments: object, **options: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.Popen(command, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, **options)
+
+
+def test_publish_and_read(store: rx.CatalogueStore, tmp_path: Path) -> None:
+    assert store.version == 0
+    with pytest.raises(FileNotFoundError, match="no version of a catalogue"):
+        store.current()
+    assert store.publish(catalogue(1)) == 1
+    first = store.current()
+    assert (first.version, store.version) == (1, 1)
+    assert torch.equal(first.index.data, catalogue(1).data)
+    assert store.current() is first
+    catalogue(2).save(tmp_path / "two.trie")
+    assert store.publish(tmp_path / "two.trie") == 2
+    assert store.current().version == 2
+    assert store.current().index.items.min() == 2000
+    assert first.index.items.min() == 1000
+    assert (tmp_path / "two.trie").exists()
+    assert rx.CatalogueStore(store.path).current().version == 2
+
+
+def test_only_the_newest_are_kept(store: rx.CatalogueStore) -> None:
+    for number in range(1, 5):
+        assert store.publish(catalogue(number)) == number
+    assert names(store) == [".lock", "000003.trie", "000004.trie"]
+    rx.CatalogueStore(store.path, keep=1).publish(catalogue(5))
+    assert names(store) == [".lock", "000005.trie"]
+    rx.CatalogueStore(store.path, keep=9).publish(catalogue(6))
+    assert names(store) == [".lock", "000005.trie", "000006.trie"]
+
+
+def test_numbers_beyond_six_digits_are_numbers(store: rx.CatalogueStore) -> None:
+    store.publish(catalogue(1))
+    os.rename(store.path / "000001.trie", store.path / "999999.trie")
+    assert store.publish(catalogue(2)) == 1_000_000
+    assert store.publish(catalogue(3)) == 1_000_001
+    assert store.current().version == 1_000_001
+    assert names(store) == [".lock", "1000000.trie", "1000001.trie"]
+
+
+def test_bad_arguments(store: rx.CatalogueStore, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
+        rx.CatalogueStore(tmp_path, keep=0)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        store.publish(tmp_path / "nowhere")
+    assert not store.path.exists()
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_damaged_file_is_not_published(store: rx.CatalogueStore, tmp_path: Path, cut: bool) -> None:
+    store.publish(catalogue(1))
+    file = tmp_path / "two.trie"
+    catalogue(2).save(file)
+    if cut:
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        damage(file)
+    with pytest.raises(ValueError, match=r"two\.trie: .*altered"):
+        store.publish(file)
+    broken = catalogue(2)
+    broken.data[-5] ^= 1
+    with pytest.raises(ValueError, match="altered"):
+        store.publish(broken)
+    assert names(store) == [".lock", "000001.trie"]
+    assert store.current().version == 1
+
+
+def test_a_version_damaged_on_disk_is_refused(store: rx.CatalogueStore, caplog: pytest.LogCaptureFixture) -> None:
+    store.publish(catalogue(1))
+    reader = rx.CatalogueStore(store.path)
+    at_hand = reader.current()
+    store.publish(catalogue(2))
+    damage(store.path / "000002.trie")
+    for _ in range(3):
+        assert reader.current() is at_hand
+    assert list(reader.refused) == [2]
+    assert "altered" in reader.refused[2]
+    assert [record.getMessage()[:30] for record in caplog.records] == ["catalogue version 2 is refused"]
+    fresh = rx.CatalogueStore(store.path)
+    assert fresh.current().version == 1
+    store.publish(catalogue(3))
+    assert (reader.current().version, fresh.current().version) == (3, 3)
+
+
+def test_nothing_but_damage(store: rx.CatalogueStore) -> None:
+    store.publish(catalogue(1))
+    damage(store.path / "000001.trie")
+    os.symlink("nowhere", store.path / "000002.trie")
+    with pytest.raises(FileNotFoundError, match="no version of a catalogue"):
+        store.current()
+    assert sorted(store.refused) == [1, 2]
+
+
+def test_never_back_to_an_older_version(store: rx.CatalogueStore) -> None:
+    store.publish(catalogue(1))
+    store.publish(catalogue(2))
+    newest = store.current()
+    (store.path / "000002.trie").unlink()
+    assert store.current() is newest
+
+
+def test_pruned_between_the_look_and_the_opening(store: rx.CatalogueStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    publisher = rx.CatalogueStore(store.path, keep=1)
+    publisher.publish(catalogue(1))
+    load, opened = rx.TrieIndex.load, []
+
+    def late(path: Path) -> rx.TrieIndex:
+        opened.append(path.name)
+        if len(opened) == 1:
+            monkeypatch.setattr(rx.TrieIndex, "load", load)
+            publisher.publish(catalogue(2))
+            monkeypatch.setattr(rx.TrieIndex, "load", late)
+        return load(path)
+
+    monkeypatch.setattr(rx.TrieIndex, "load", late)
+    assert store.current().version == 2
+    assert opened == ["000001.trie", "000002.trie"]
+    assert store.refused == {}
+
+
+def test_a_version_goes_with_its_last_search(store: rx.CatalogueStore) -> None:
+    publisher = rx.CatalogueStore(store.path, keep=1)
+    publisher.publish(catalogue(1))
+    search = store.current()
+    old = weakref.ref(search.index)
+    publisher.publish(catalogue(2))
+    assert store.current().version == 2
+    assert names(store) == [".lock", "000002.trie"]
+    assert mapped(store) == {"000001.trie", "000002.trie"}  # the first is deleted, but mapped
+    assert search.index.lookup([[0, 0, 0]]).items.tolist() == [1000]
+    del search
+    gc.collect()
+    assert old() is None
+    assert mapped(store) == {"000002.trie"}
+
+
+def test_memory_does_not_grow_with_swaps(store: rx.CatalogueStore) -> None:
+    for number in range(1, 30):
+        store.publish(catalogue(number))
+        assert store.current().version == number
+    gc.collect()
+    assert mapped(store) == {"000029.trie"}
+
+
+def test_searches_see_one_version(store: rx.CatalogueStore) -> None:
+    """Threads that search while versions are published: every item of an answer is of the version that answered."""
+    store.publish(catalogue(1))
+    stop = threading.Event()
+
+    def search() -> int:
+        seen = set()
+        while not stop.is_set():
+            version = store.current()
+            generator = torch.Generator().manual_seed(version.version)
+            found = rx.beam_search(
+                lambda tokens, parents, level, g=generator: torch.randn(*tokens.shape, 8, generator=g),
+                version.index,
+                batch_size=2,
+                beam_width=50,
+            ).items
+            assert found.max() < 1000 * (version.version + 1)
+            assert found[found >= 0].min() >= 1000 * version.version
+            assert not seen or version.version >= max(seen)
+            seen.add(version.version)
+        return len(seen)
+
+    with ThreadPoolExecutor(3) as pool:
+        searches = [pool.submit(search) for _ in range(3)]
+        try:
+            for number in range(2, 25):
+                rx.CatalogueStore(store.path, keep=1).publish(catalogue(number))
+        finally:
+            stop.set()
+        assert all(search.result() > 1 for search in searches)
+    assert store.current().version == 24
+
+
+def test_concurrent_publishers(store: rx.CatalogueStore) -> None:
+    """Threads and processes at once: each publication gets a number of its own, and none is lost."""
+    script = (
+        "import sys, raddpo_ext as rx\n"
+        "store = rx.CatalogueStore(sys.argv[1], keep=100)\n"
+        "index = rx.TrieIndex.build([[1, 2]], item_ids=[int(sys.argv[2])])\n"
+        "for _ in range(10): print(store.publish(index))\n"
+    )
+    processes = [python(script, store.path, item) for item in (1, 2)]
+
+    def publish() -> list[int]:
+        mine = rx.CatalogueStore(store.path, keep=100)
+        return [mine.publish(catalogue(3)) for _ in range(10)]
+
+    with ThreadPoolExecutor(2) as pool:
+        numbers = [number for threads in [pool.submit(publish) for _ in range(2)] for number in threads.result()]
+    owners = {}
+    for item, process in enumerate(processes, 1):
+        mine = [int(line) for line in process.communicate()[0].split()]
+        assert mine == sorted(mine)
+        owners |= dict.fromkeys(mine, item)
+    assert sorted([*numbers, *owners]) == list(range(1, 41))
+    for number, item in owners.items():
+        assert rx.TrieIndex.load(store.path / f"{number:06}.trie").items.tolist() == [item]
+    assert len(names(store)) == 41
+
+
+@pytest.mark.parametrize("moment", ["os.fsync", "os.replace", "os.unlink"])
+def test_killed_while_publishing(store: rx.CatalogueStore, moment: str) -> None:
+    """A kill before the name, while renaming and while pruning: a whole version or none, and the next one goes on."""
+    store.publish(catalogue(1))
+    script = (
+        "import os, signal, sys, raddpo_ext as rx\n"
+        "store = rx.CatalogueStore(sys.argv[1], keep=1)\n"
+        "index = rx.TrieIndex.build([[1, 2]])\n"
+        "def kill(*_, **__): os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"{moment} = kill\n"
+        "store.publish(index)\n"
+    )
+    process = python(script, store.path)
+    assert process.wait() == -signal.SIGKILL
+    process.stdout.close()
+    assert store.current().version == (2 if moment == "os.unlink" else 1)
+    for file in store.path.glob("*.trie"):
+        rx.TrieIndex.load(file)
+    before = store.version
+    assert store.publish(catalogue(5)) == before + 1
+    assert store.current().index.items.min() == 5000
+    assert len(names(store)) == 3  # the lock and two versions, nothing of the one that was killed
+
+
+def test_processes_share_the_pages(store: rx.CatalogueStore) -> None:
+    """The file's pages are once in memory: each of two readers that touched all of them is charged for half."""
+    torch.manual_seed(0)
+    store.publish(rx.TrieIndex.build(torch.randint(0, 200, (300_000, 4))))
+    script = (
+        "import sys, raddpo_ext as rx\n"
+        "index = rx.CatalogueStore(sys.argv[1]).current().index\n"
+        "int(index.data.sum())\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "blocks = open('/proc/self/smaps').read().split('VmFlags')\n"
+        "mine = next(block for block in blocks if '000001.trie' in block)\n"
+        "fields = {line.split(':')[0]: line.split()[1] for line in mine.splitlines() if line.endswith(' kB')}\n"
+        "print(fields['Rss'], fields['Pss'], fields['Private_Dirty'], flush=True)\n"
+        "sys.stdin.readline()\n"
+    )
+    readers = [python(script, store.path, stdin=subprocess.PIPE) for _ in range(2)]
+    try:
+        for reader in readers:
+            assert reader.stdout.readline() == "ready\n"
+        for reader in readers:
+            reader.stdin.write("\n")
+            reader.stdin.flush()
+            resident, proportional, dirty = map(int, reader.stdout.readline().split())
+            assert resident >= 1000
+            assert proportional <= 0.55 * resident
+            assert dirty == 0
+    finally:
+        for reader in readers:
+            reader.communicate("\n")
