@@ -1,4 +1,4 @@
-"""The command line: ``python -m raddpo_ext index build|info|lookup``."""
+"""The command line: ``python -m raddpo_ext index build|info|lookup|publish`` and ``python -m raddpo_ext serve``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import NoReturn
 import torch
 
 from raddpo_ext import _C
+from raddpo_ext.catalogue_store import CatalogueStore
 from raddpo_ext.readers import SIDTable, read_sids
+from raddpo_ext.serve.options import add_options, config_of
 from raddpo_ext.trie import TrieIndex
 from raddpo_ext.vocab import SIDVocab
 
@@ -94,6 +96,24 @@ def _lookup(options: argparse.Namespace) -> int:
     return 0
 
 
+def _publish(options: argparse.Namespace) -> int:
+    version = CatalogueStore(options.store).publish(options.file)
+    print(f"{options.store}: version {version}")
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    try:
+        from raddpo_ext.serve.server import serve
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the service needs {error.name}: pip install raddpo_ext[serve]") from None
+    config = config_of(options)
+    if options.index is not None:
+        CatalogueStore(config.store).publish(options.index)
+    serve(config)
+    return 0
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         _complain(f"{message} (try {self.prog} --help)")
@@ -101,10 +121,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m raddpo_ext", description="Indexes of semantic IDs (SIDs).")
-    groups = parser.add_subparsers(metavar="index", required=True)
-    commands = groups.add_parser("index", help="build and inspect an index").add_subparsers(
-        metavar="build|info|lookup", required=True
+    parser = _Parser(prog="python -m raddpo_ext", description="Generative retrieval with semantic IDs (SIDs).")
+    groups = parser.add_subparsers(metavar="index|serve", required=True)
+    commands = groups.add_parser("index", help="build, inspect and publish an index").add_subparsers(
+        metavar="build|info|lookup|publish", required=True
     )
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -126,6 +146,13 @@ def _parser() -> argparse.ArgumentParser:
     lookup = command("lookup", _lookup, "Print the items of a SID, one a line; exit code 1 when there is none.")
     lookup.add_argument("file", type=Path, help="an index")
     lookup.add_argument("sid", type=_integers, metavar="CODE,CODE,...", help="the SID's codes")
+    publish = command("publish", _publish, "Make an index the newest version of a store, and so of its services.")
+    publish.add_argument("file", type=Path, help="an index")
+    publish.add_argument("--store", type=Path, default=Path("catalogue"), metavar="DIR", help="(default catalogue)")
+    text = "Answer retrieval requests over HTTP with a model and the newest catalogue of a store."
+    serve = groups.add_parser("serve", help="a retrieval service", description=text)
+    serve.set_defaults(run=_serve)
+    add_options(serve)
     return parser
 
 

@@ -1,0 +1,157 @@
+"""The front's routes: what a request may say, who may ask, and how an error reads."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+
+from raddpo_ext.serve.batcher import Batcher
+from raddpo_ext.serve.body import HUNG_UP, Body, read_body
+from raddpo_ext.serve.config import ServeConfig
+from raddpo_ext.serve.pool import Pool
+from raddpo_ext.serve.protocol import Answer, ServiceError
+from raddpo_ext.serve.telemetry import Telemetry
+
+_PAGE = Path(__file__).with_name("page.html")
+# The page brings everything along and talks to this service only.
+_PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+_HEADERS = {
+    401: {"WWW-Authenticate": "Bearer"},
+    408: {"Connection": "close"},
+    429: {"Retry-After": "1"},
+    503: {"Retry-After": "1"},
+}
+
+
+class Service:
+    """One front: its queue, its workers and what it counts. ``closing`` turns new requests away."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.config = config
+        self.telemetry = Telemetry()
+        self.batcher = Batcher(config.max_batch, config.max_wait_ms / 1000, config.max_queue)
+        self.pool = Pool(config, self.batcher, self.telemetry)
+        self.closing = False
+        #: Requests to /retrieve that are read and not answered.
+        self.open = 0
+        self.telemetry.queued.set_function(lambda: self.batcher.queued)
+        self.telemetry.in_flight.set_function(lambda: self.pool.in_flight)
+        self.telemetry.workers.set_function(lambda: self.pool.ready)
+        self.telemetry.version.set_function(lambda: self.pool.version)
+
+    async def retrieve(self, request: Request) -> Response:
+        clock = asyncio.get_running_loop().time
+        status = 500
+        try:
+            self.check_token(request)
+            content = await read_body(request, self.config.max_body)
+            read = clock()
+            self.open += 1
+            try:
+                answer = await self._answer(request, content, read)
+            finally:
+                self.open -= 1
+                self.telemetry.latency.observe(clock() - read)
+            if answer.status != 200:
+                raise ServiceError(answer.status, answer.code, answer.message)
+            status = 200
+            return Response(answer.body, media_type="application/json")
+        except ServiceError as error:
+            status = error.status
+            raise
+        finally:
+            self.telemetry.requests.labels(status).inc()
+
+    async def _answer(self, request: Request, content: bytes, read: float) -> Answer:
+        if self.closing:
+            raise ServiceError(503, "shutting_down", "the service is shutting down")
+        if self.pool.limits is None or not self.pool.ready:
+            raise ServiceError(503, "no_worker", "no worker is ready")
+        body = Body.parse(content)
+        query = body.query(self.pool.limits, self.config.beam_width)
+        seconds = min(body.timeout_ms or self.config.timeout_ms, self.config.timeout_ms) / 1000
+        ticket = self.batcher.submit(query)
+        hung_up = asyncio.ensure_future(_disconnect(request))
+        try:
+            left = read + seconds - asyncio.get_running_loop().time()
+            either: set[asyncio.Future[Any]] = {ticket.answer, hung_up}
+            await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if ticket.answer.done():
+                return ticket.answer.result()
+            if hung_up.done():
+                self.telemetry.abandoned.inc()
+                raise ServiceError(HUNG_UP, "hung_up", "the client hung up")
+            raise ServiceError(504, "deadline", f"no answer within {seconds * 1000:.0f} ms")
+        finally:
+            hung_up.cancel()
+            self.batcher.drop(ticket)
+
+    def check_token(self, request: Request) -> None:
+        if self.config.token is None:
+            return
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(token.encode(), self.config.token.encode()):
+            raise ServiceError(401, "unauthorized", "a bearer token is needed")
+
+    async def health(self) -> Response:
+        """200 while requests are answered; needs no token."""
+        status = "shutting_down" if self.closing else "ok" if self.pool.ready else "no_worker"
+        content = {"status": status, "catalogue_version": self.pool.version, "workers": self.pool.ready}
+        return _json(content, 200 if status == "ok" else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        self.check_token(request)
+        return Response(self.telemetry.page(), media_type=CONTENT_TYPE_LATEST)
+
+    async def page(self, request: Request) -> Response:
+        self.check_token(request)
+        headers = {"Content-Security-Policy": _PAGE_POLICY}
+        return Response(_PAGE.read_bytes(), media_type="text/html; charset=utf-8", headers=headers)
+
+
+def make_app(service: Service) -> FastAPI:
+    """The routes as an ASGI application, without pages that describe them."""
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    app.add_api_route("/retrieve", service.retrieve, methods=["POST"])
+    app.add_api_route("/healthz", service.health, methods=["GET"])
+    app.add_api_route("/metrics", service.metrics, methods=["GET"])
+    if _PAGE.is_file():
+        app.add_api_route("/", service.page, methods=["GET"])
+    app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unexpected)
+    return app
+
+
+async def _disconnect(request: Request) -> None:
+    """Returns when the client hangs up: a request that is read has nothing else to tell."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _service_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServiceError)
+    content = {"error": {"code": error.code, "message": error.message}}
+    return _json(content, error.status, _HEADERS.get(error.status))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own: no such path, or a method that the path does not have."""
+    assert isinstance(error, HTTPException)
+    content = {"error": {"code": "not_found" if error.status_code == 404 else "bad_request", "message": error.detail}}
+    return _json(content, error.status_code, error.headers)
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    return _json({"error": {"code": "internal", "message": "internal error"}}, 500)
+
+
+def _json(content: Any, status: int, headers: Any = None) -> Response:
+    return Response(json.dumps(content).encode(), status, headers, media_type="application/json")

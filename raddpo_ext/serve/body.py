@@ -1,0 +1,88 @@
+"""The body of POST /retrieve: read within its limits, and checked field by field."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import ClientDisconnect
+
+from raddpo_ext.serve.protocol import Limits, Query, ServiceError, bad_field
+
+HUNG_UP = 499  # a status that nobody reads, under which such a request is counted
+_BODY_SECONDS = 10.0
+_SHOWN = 60  # characters of a bad value in an error's message
+
+ItemId = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Body(BaseModel):
+    """What a client may say; unknown fields are refused, and nothing is converted."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    input_ids: list[int] | None = None
+    text: str | None = None
+    history: list[ItemId] | None = None
+    top_k: Annotated[int, Field(ge=1)] = 10
+    allowed_items: list[ItemId] | None = None
+    timeout_ms: Annotated[int, Field(ge=1)] | None = None
+    trace: bool = False
+
+    @classmethod
+    def parse(cls, content: bytes) -> Body:
+        """Raises :class:`ServiceError`: 400 for what is no JSON, 422 for a bad field."""
+        try:
+            return cls.model_validate_json(content)
+        except ValidationError as failed:
+            error: Any = failed.errors(include_url=False, include_context=False)[0]
+        if error["type"] == "json_invalid":
+            raise ServiceError(400, "bad_json", "the body is not valid JSON")
+        name = "body"
+        for part in error["loc"]:
+            name = f"{name}[{part}]" if isinstance(part, int) else str(part)[:_SHOWN]
+        raise bad_field(name, f"is wrong: {error['msg']}, got {_shown(error['input'])}")
+
+    def query(self, limits: Limits, beam_width: int) -> Query:
+        """The same for a worker; raises :class:`ServiceError` for what cannot be searched."""
+        given = [name for name in ("input_ids", "text", "history") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise bad_field(
+                "body", f"must have one of input_ids, text and history, got {' and '.join(given) or 'none'}"
+            )
+        if self.input_ids is not None:
+            limits.check(self.input_ids, "input_ids")
+        if self.top_k > beam_width:
+            raise bad_field("top_k", f"must be at most {beam_width}, the beam width, got {self.top_k}")
+        allowed = None if self.allowed_items is None else tuple(sorted(set(self.allowed_items)))
+        return Query(self.input_ids, self.text, self.history, self.top_k, allowed, self.trace)
+
+
+async def read_body(request: Request, most: int) -> bytes:
+    """The whole body; raises :class:`ServiceError` when it is longer than ``most`` bytes or does not arrive."""
+    too_large = ServiceError(413, "too_large", f"the body must have at most {most} bytes")
+    declared = request.headers.get("content-length", "0")
+    if int(declared) > most:
+        raise too_large
+    content = bytearray()
+
+    async def read() -> None:
+        async for chunk in request.stream():
+            content.extend(chunk)
+            if len(content) > most:
+                raise too_large
+
+    try:
+        await asyncio.wait_for(read(), _BODY_SECONDS)
+    except ClientDisconnect:
+        raise ServiceError(HUNG_UP, "hung_up", "the client hung up") from None
+    except asyncio.TimeoutError:
+        raise ServiceError(408, "timeout", f"the body did not arrive within {_BODY_SECONDS:.0f} s") from None
+    return bytes(content)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."

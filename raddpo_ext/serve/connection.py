@@ -1,0 +1,38 @@
+"""One client's connection, with a bound on how long it may hold the front without a whole request's head."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+_HEAD_SECONDS = 10.0
+
+
+class Connection(H11Protocol):
+    """uvicorn's, which itself waits for ever for the rest of a head, and for the end of a body it has refused."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._expect_request()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._expect_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _expect_request(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(_HEAD_SECONDS, self._close_unless_serving)
+
+    def _close_unless_serving(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.abort()

@@ -1,0 +1,131 @@
+"""The front's workers: each takes batches from the queue, and is replaced when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from raddpo_ext.serve.batcher import Batcher, Ticket
+from raddpo_ext.serve.config import ServeConfig
+from raddpo_ext.serve.process import WorkerDied, WorkerProcess
+from raddpo_ext.serve.protocol import Answers, Limits
+from raddpo_ext.serve.telemetry import Telemetry
+
+_PATIENCE = 1.0  # seconds without a query after which a worker is sent none, so that it looks for a new catalogue
+_FIRST_DELAY, _LONGEST_DELAY = 0.5, 30.0  # seconds before a worker that could not even start is started again
+_LOG = logging.getLogger(__name__)
+
+
+class StartError(Exception):
+    """The service cannot start: a worker said why."""
+
+
+class Pool:
+    """``config.workers`` processes and their batches.
+
+    A dead worker's batch goes back to the queue and the worker is started anew: at once, or after a growing delay as
+    long as it dies before it is ready.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        batcher: Batcher,
+        telemetry: Telemetry,
+        start: Callable[[ServeConfig], Awaitable[WorkerProcess]] = WorkerProcess.start,
+    ) -> None:
+        self.config, self.batcher, self.telemetry = config, batcher, telemetry
+        self.limits: Limits | None = None
+        self.in_flight = 0
+        #: The catalogue's version of each worker that is ready, by its slot.
+        self.versions: dict[int, int] = {}
+        self._start = start
+        self._keepers: list[asyncio.Task[None]] = []
+        self._change = asyncio.Event()
+        self._failure: str | None = None
+
+    @property
+    def ready(self) -> int:
+        """Workers that take queries."""
+        return len(self.versions)
+
+    @property
+    def version(self) -> int:
+        """The newest version that every ready worker has reached, 0 without any."""
+        return min(self.versions.values(), default=0)
+
+    async def start(self) -> None:
+        """Starts the workers and waits until all of them are ready.
+
+        Raises:
+            StartError: one of them cannot serve what the options name.
+        """
+        self._keepers = [asyncio.create_task(self._keep(slot)) for slot in range(self.config.workers)]
+        while self.ready < self.config.workers:
+            await self._change.wait()
+            self._change.clear()
+            if self._failure is not None:
+                raise StartError(self._failure)
+
+    async def stop(self) -> None:
+        """Ends the workers, whatever they are at."""
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+
+    async def _keep(self, slot: int) -> None:
+        failures = 0
+        while True:
+            worker = None
+            try:
+                worker = await self._start(self.config)
+                await self._use(slot, worker)
+            except Exception as error:
+                was_ready = slot in self.versions
+                failures = 0 if was_ready else failures + 1
+                unexpected = None if isinstance(error, WorkerDied) else error
+                _LOG.error("worker %d died%s", slot, "" if was_ready else " before it was ready", exc_info=unexpected)
+                if worker is not None:
+                    worker.kill()
+            finally:
+                self.versions.pop(slot, None)
+                if worker is not None:
+                    await worker.stop()
+            self.telemetry.restarts.inc()
+            if failures:
+                await asyncio.sleep(min(_FIRST_DELAY * 2 ** (failures - 1), _LONGEST_DELAY))
+
+    async def _use(self, slot: int, worker: WorkerProcess) -> None:
+        """Feeds one worker until it dies."""
+        hello = await worker.hello()
+        if hello.failure is not None:
+            self._failure = hello.failure
+            self._change.set()
+            raise WorkerDied
+        self.limits = hello.limits
+        self._report(slot, hello.version)
+        self._change.set()
+        while True:
+            batch = await self.batcher.take(_PATIENCE)
+            self.in_flight += len(batch)
+            try:
+                answers = await worker.ask([ticket.query for ticket in batch], self.config.worker_timeout_s)
+            except WorkerDied:
+                self.telemetry.resent.inc(self.batcher.send_again(batch))
+                raise
+            finally:
+                self.in_flight -= len(batch)
+            self._report(slot, answers.version)
+            self._deliver(batch, answers)
+
+    def _report(self, slot: int, version: int) -> None:
+        self.versions[slot] = version
+        self.telemetry.saw_version(version)
+
+    def _deliver(self, batch: list[Ticket], answers: Answers) -> None:
+        if batch:
+            self.telemetry.batch_size.observe(len(batch))
+        for ticket, answer in zip(batch, answers.answers, strict=True):
+            if not ticket.answer.done():
+                ticket.answer.set_result(answer)

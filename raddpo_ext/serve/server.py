@@ -1,0 +1,99 @@
+"""The front process from its start to the last answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+
+from raddpo_ext.serve.app import Service, make_app
+from raddpo_ext.serve.config import ServeConfig
+from raddpo_ext.serve.connection import Connection
+from raddpo_ext.serve.pool import StartError
+
+_HEAD_BYTES = 16 << 10  # of a request's line and headers
+_IDLE_SECONDS = 5  # that a connection is kept for its next request
+_FLUSH_SECONDS = 5  # for answers that are still being written when the service stops
+_LOG = logging.getLogger(__name__)
+
+
+def serve(config: ServeConfig) -> None:
+    """Serves until SIGTERM or SIGINT, then answers what it has accepted and returns.
+
+    Prints ``serving on http://HOST:PORT`` to standard output once every worker is ready.
+
+    Raises:
+        OSError: the address is taken.
+        ValueError: a worker cannot serve the model or the catalogue, for the reason that the message gives.
+    """
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.create_server((config.host, config.port), family=family, backlog=1024) as listener:
+        if config.token is None and not _is_loopback(listener):
+            _LOG.warning("%s is reachable from other machines, and no token is set", config.host)
+        try:
+            asyncio.run(_serve(config, listener))
+        except StartError as error:
+            raise ValueError(str(error)) from None
+
+
+async def _serve(config: ServeConfig, listener: socket.socket) -> None:
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    service = Service(config)
+    server = _Server(
+        uvicorn.Config(
+            make_app(service),
+            http=Connection,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            h11_max_incomplete_event_size=_HEAD_BYTES,
+            timeout_keep_alive=_IDLE_SECONDS,
+            timeout_graceful_shutdown=_FLUSH_SECONDS,
+        )
+    )
+    front = asyncio.create_task(server.serve([listener]))
+    stopped, ready = asyncio.create_task(stop.wait()), asyncio.create_task(service.pool.start())
+    try:
+        await asyncio.wait({stopped, ready}, return_when=asyncio.FIRST_COMPLETED)
+        if ready.done():
+            ready.result()
+            host = f"[{config.host}]" if ":" in config.host else config.host
+            print(f"serving on http://{host}:{listener.getsockname()[1]}", flush=True)
+        await asyncio.wait({stopped, front}, return_when=asyncio.FIRST_COMPLETED)
+        service.closing = True  # /healthz says so, and new requests are told
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(_drained(service), config.shutdown_timeout_s)
+    finally:
+        service.closing = True
+        for task in (stopped, ready):
+            task.cancel()
+        server.should_exit = True
+        await front
+        await service.pool.stop()
+
+
+async def _drained(service: Service) -> None:
+    while service.open:
+        await asyncio.sleep(0.02)
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves the signals to :func:`_serve`."""
+        yield
+
+
+def _is_loopback(listener: socket.socket) -> bool:
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
