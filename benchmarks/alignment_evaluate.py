@@ -8,57 +8,21 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 import raddpo_ext as rx
 from benchmarks.alignment_data import HISTORY, START, Data
+from raddpo_ext.integrations.decoders import SharedPrefixDecoder
 from raddpo_ext.metrics import invalid_share, retrieval_metrics
 
 BATCH = 32  # prompts of one length; more leave the cache
 KS = (5, 10, 50)
 
 
-class SharedPromptDecoder:
-    """``step_fn`` of :func:`rx.beam_search` that keeps a prompt's keys and values once, whatever the beams.
-
-    All beams of a query are one row: their tokens are appended to its cache, step after step, and a mask shows each
-    beam its own ancestors. Nothing in the cache ever moves.
-
-    Args:
-        model: a decoder-only model of ``transformers``.
-        prompts: int64 ``[B, T]``, all of one length.
-    """
-
-    def __init__(self, model: Any, prompts: Tensor) -> None:
-        self.model, self.prompts = model, prompts
-        self.cache = DynamicCache(config=model.config)
-        self.sees = torch.ones(len(prompts), 1, prompts.shape[1], dtype=torch.bool)
-
-    def __call__(self, tokens: Tensor, parents: Tensor, level: int) -> Tensor:
-        batch, width = tokens.shape
-        if level == 0:
-            return self.model(self.prompts, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
-        ancestors = self.sees.gather(1, parents[..., None].expand(-1, -1, self.sees.shape[2]))
-        self.sees = torch.cat([ancestors, torch.eye(width, dtype=torch.bool).expand(batch, -1, -1)], 2)
-        return self.model(
-            tokens.clamp(min=0),  # an empty slot feeds token 0, and what that gives is ignored
-            attention_mask=self.sees[:, None],
-            position_ids=torch.full((batch, width), self.prompts.shape[1] + level - 1),
-            past_key_values=self.cache,
-            use_cache=True,
-        ).logits
-
-
-@torch.no_grad()
 def retrieve(model: Any, data: Data, histories: Sequence[list[int]], beams: int) -> Tensor:
     """The best items of each history by constrained beam search: int64 ``[B, beams]``, padded with -1."""
 
-    def search(prompts: Tensor) -> Tensor:
-        decoder = SharedPromptDecoder(model, prompts)
-        found = rx.beam_search(decoder, data.index, batch_size=len(prompts), beam_width=beams, top_k=beams)
-        return found.items
-
-    return _by_length(data, histories, search)
+    retriever = rx.SIDRetriever(model, data.index, beam_width=beams)
+    return _by_length(data, histories, lambda prompts: retriever.retrieve(prompts, top_k=beams).items)
 
 
 @torch.no_grad()
@@ -66,7 +30,7 @@ def retrieve_freely(model: Any, data: Data, histories: Sequence[list[int]], beam
     """The best token ids of each history by beam search over the whole vocabulary: int64 ``[B, beams, L]``."""
 
     def search(prompts: Tensor) -> Tensor:
-        decoder = SharedPromptDecoder(model, prompts)
+        decoder = SharedPrefixDecoder(model, {}, prompts, torch.ones_like(prompts, dtype=torch.bool))
         tokens = parents = torch.zeros(len(prompts), 1, dtype=torch.int64)
         scores = torch.zeros(len(prompts), 1)
         rows = torch.zeros(len(prompts), 1, 0, dtype=torch.int64)

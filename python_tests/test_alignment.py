@@ -17,7 +17,6 @@ from benchmarks.alignment_cells import Lab, Scale
 from benchmarks.alignment_data import Data, load, windows
 from benchmarks.alignment_sessions import Sessions
 from benchmarks.alignment_statistics import choose, ndcg, pack, paired_bootstrap, unpack
-from raddpo_ext import SIDRetriever
 
 TINY = Scale(
     name="tiny",
@@ -85,16 +84,6 @@ def test_nothing_held_out_is_trained_on(data: Data, lab: Lab) -> None:
             positives = [item for item in part.positives[row].tolist() if item >= 0]
             assert data.train[user][cut : cut + len(positives)] == positives
             assert len(positives) >= 2
-
-
-def test_the_shared_prompt_search_is_the_retriever(data: Data, lab: Lab) -> None:
-    model = lab.start(0)
-    histories = [case.history for case in data.test[:12]]
-    found = alignment_evaluate.retrieve(model, data, histories, 10)
-    retriever = SIDRetriever(model, data.index, beam_width=10)
-    for history, row in zip(histories, found, strict=True):
-        wanted = retriever.retrieve(torch.from_numpy(data.prompt(history))[None], top_k=10).items[0]
-        assert torch.equal(row, wanted)
 
 
 def test_the_unconstrained_search_finds_the_best_rows(data: Data, lab: Lab) -> None:

@@ -52,11 +52,11 @@ def logits_map(model: Any) -> dict[str, float]:
 
 def head_arguments(model: Any) -> dict[str, Any]:
     """A model's head as :func:`raddpo_ext.beam_search` takes it; empty where the model must run it itself: behind
-    ``torch.compile``, with adapters or quantized weights in the head."""
+    ``torch.compile``, with adapters or quantized weights in the head, with weights in shards."""
     if hasattr(model, "_orig_mod"):
         return {}
     head = base_model(model).get_output_embeddings()
-    if type(head) is not nn.Linear:
+    if type(head) is not nn.Linear or hasattr(head.weight, "placements"):
         return {}
     return {"weight": head.weight, "bias": head.bias, **logits_map(model)}
 

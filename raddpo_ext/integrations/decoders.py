@@ -184,8 +184,8 @@ class EncoderDecoder(Decoder):
         return states
 
 
-def verify(model: Any, head: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """Which ways of decoding give a model's own logits: its head or none, and whether beams may share a prefix.
+def verify(model: Any, head: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether a model's head may be run apart from it, and whether beams may share a prefix: both give its own logits.
 
     A few tokens run through the model in each way. Some models look past a mask or at no position ids, and some do more
     after the head than its arguments say; either would give wrong scores without a sign of it.
@@ -205,15 +205,16 @@ def verify(model: Any, head: dict[str, Any]) -> tuple[dict[str, Any], bool]:
 
     if base.config.is_encoder_decoder:
         expected = logits_of(EncoderDecoder(model, {}, prompts, mask), {})
-        close = head and _is_close(logits_of(EncoderDecoder(model, head, prompts, mask), head), expected, base)
-        return (head if close else {}), False
+        return bool(head) and _is_close(
+            logits_of(EncoderDecoder(model, head, prompts, mask), head), expected, base
+        ), False
     expected = logits_of(ReorderedDecoder(model, {}, prompts, mask), {})
     if head and not _is_close(logits_of(ReorderedDecoder(model, head, prompts, mask), head), expected, base):
         head = {}
     takes_mask = base.config._attn_implementation in ("eager", "sdpa", "flex_attention")
     if not takes_mask or "position_ids" not in forward_parameters(Decoder(model, head).inner):
-        return head, False
-    return head, _is_close(logits_of(SharedPrefixDecoder(model, head, prompts, mask), head), expected, base)
+        return bool(head), False
+    return bool(head), _is_close(logits_of(SharedPrefixDecoder(model, head, prompts, mask), head), expected, base)
 
 
 def _rows(parents: Tensor, width: int) -> Tensor:

@@ -67,7 +67,7 @@ class SIDRetriever:
         config = model.config.get_text_config()
         self._vocab_size: int = config.vocab_size
         self._window: int | None = getattr(config, "max_position_embeddings", None)
-        self._ways: tuple[dict[str, Any], bool] | None = None  # the head's arguments; whether a prefix can be shared
+        self._ways: tuple[bool, bool] | None = None  # whether the head runs apart, and a prefix can be shared
         self.index = index
 
     @property
@@ -130,9 +130,11 @@ class SIDRetriever:
         )
 
     def _decoder(self, prompts: Tensor, mask: Tensor) -> Decoder:
+        head = head_arguments(self.model)
         if self._ways is None:
-            self._ways = verify(self.model, head_arguments(self.model))
-        head, shares = self._ways
+            self._ways = verify(self.model, head)
+        fuses, shares = self._ways
+        head = head if fuses else {}
         if self.model.config.is_encoder_decoder:
             return EncoderDecoder(self.model, head, prompts, mask)
         # Beams that share a prompt see all of it, whatever slides over a beam of its own.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,22 +21,19 @@ def retrieval_names(ks: Sequence[int]) -> list[str]:
     return [f"{level}_{name}" for level in ("sid", "item") for name in names]
 
 
-def retrieval_rows(
-    model: Any, index: TrieIndex, packed: PackedSessions, items: Tensor | None, beam_width: int, ks: Sequence[int]
-) -> Tensor:
+def retrieval_rows(retriever: SIDRetriever, packed: PackedSessions, items: Tensor | None, ks: Sequence[int]) -> Tensor:
     """Searches with each prompt, and compares what is found with the session's positives.
 
     Args:
-        model: in evaluation mode.
-        index: the catalogue, on the model's device.
+        retriever: its model in evaluation mode.
         packed: the sessions.
         items: int64 ``[S, P]`` item ids of the positives, padded with -1, or None.
-        beam_width, ks: see :class:`SIDRetriever` and :func:`raddpo_ext.metrics.retrieval_metrics`.
+        ks: see :func:`raddpo_ext.metrics.retrieval_metrics`.
 
     Returns:
         float64 ``[S, 2 * len(retrieval_names(ks))]``: each metric and 1, or 0 and 0 where a session has no positive.
     """
-    found = SIDRetriever(model, index, beam_width=beam_width).retrieve(*packed.prompts())
+    index, found = retriever.index, retriever.retrieve(*packed.prompts())
     lengths = (found.sids >= 0).sum(-1)
     codes, ends = found.sids.flatten(0, 1), lengths.flatten()
     tokens = codes if index.vocab is None else index.vocab.lookup(codes, ends)

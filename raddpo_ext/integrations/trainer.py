@@ -14,6 +14,7 @@ from transformers.utils import logging
 from raddpo_ext import _check
 from raddpo_ext._files import replacing
 from raddpo_ext.integrations.base_model import base_model, logits_map
+from raddpo_ext.integrations.retriever import SIDRetriever
 from raddpo_ext.integrations.session_collator import SessionCollator
 from raddpo_ext.integrations.session_objective import METRICS, ROWS, SessionObjective
 from raddpo_ext.integrations.session_retrieval import retrieval_names, retrieval_rows
@@ -121,6 +122,7 @@ class RADDPOTrainer(Trainer):
         if ref_model is not None:
             accept_sessions(ref_model).requires_grad_(False).eval().to(args.device)
         self.index = None if index is None else index.to(args.device)
+        self._retriever: SIDRetriever | None = None  # made by the first evaluation
         weighting = SimilarityWeighting(args.similarity_window) if args.similarity_weighting else None
         self.objective = SessionObjective(
             weighting,
@@ -212,9 +214,10 @@ class RADDPOTrainer(Trainer):
             ref_logps = self._ref_logps(model, packed)
             rows = model(packed=packed, compute=self.objective.rows, ref_logps=ref_logps)
             if self.index is not None:
-                unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-                width, ks = self.args.eval_beam_width, self.args.eval_ks
-                found = retrieval_rows(unwrapped, self.index, packed, inputs.get("items"), width, ks)
+                if self._retriever is None:
+                    unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+                    self._retriever = SIDRetriever(unwrapped, self.index, beam_width=self.args.eval_beam_width)
+                found = retrieval_rows(self._retriever, packed, inputs.get("items"), self.args.eval_ks)
                 rows = torch.cat((rows, found), 1)
         # The loop gathers the rows from all ranks, as predictions; without labels it would make no metrics of them.
         return None, rows, torch.zeros_like(rows[:, :1])
