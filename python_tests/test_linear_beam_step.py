@@ -76,9 +76,11 @@ def test_many_children(isa: str, normalize: str, dtype: torch.dtype, temperature
     state = state_of(-torch.arange(6.0)[None], torch.arange(1, 7)[None])
     hidden = (torch.randn(1, 6, 1501, generator=generator) / 8).to(dtype)
     weight = (torch.randn(1600, 1502, generator=generator) / 8).to(dtype)[:, 1:]
+    bias = torch.randn(1600, generator=generator).to(dtype)
     options = {"normalize": normalize, "temperature": temperature, "logit_softcap": softcap}
-    got = rx.linear_beam_step(hidden, weight, state, index, 300, **options)
-    expected = reference.linear_beam_step(hidden.double(), weight.double(), state, index, 9000, **options)
+    got = rx.linear_beam_step(hidden, weight, state, index, 300, bias=bias, **options)
+    factors = (hidden.double(), weight.double())
+    expected = reference.linear_beam_step(*factors, state, index, 9000, bias=bias.double(), **options)
     score_of = dict(
         zip(
             zip(expected.parents[0].tolist(), expected.tokens[0].tolist(), strict=True),
