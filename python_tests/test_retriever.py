@@ -331,14 +331,28 @@ def test_the_cache_holds_the_prompt_once(monkeypatch):
     assert [tuple(key.shape) for key in keys] == [(3, 2, 7 + 2 * 6, 8)] * 2
 
 
-def test_a_window_shorter_than_the_prompt_is_not_shared():
+@pytest.mark.parametrize("window", [4, 7])  # shorter than what looks at the model, and than the prompt and its SID
+def test_a_window_shorter_than_the_prompt_is_not_shared(window):
     model, index = make_model("mistral"), make_index(300)
+    model.config.sliding_window = window
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = window
     ids, mask = prompts()
-    retriever = rx.SIDRetriever(model, index, beam_width=6, shared_prefix=True)
-    with pytest.raises(
-        ValueError, match="shared_prefix = True, but MistralForCausalLM cannot share a prompt of 7 tokens"
-    ):
-        retriever.retrieve(ids, mask)
+    with pytest.raises(ValueError, match="MistralForCausalLM cannot share a prompt of 7 tokens"):
+        rx.SIDRetriever(model, index, beam_width=6, shared_prefix=True).retrieve(ids, mask)
+    got = rx.SIDRetriever(model, index, beam_width=400).retrieve(ids, mask)
+    best = [max(scores.values()) for scores in brute_force(model, index, ids, mask)]
+    assert got.scores[:, 0].tolist() == pytest.approx(best, abs=2e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_head_is_run_apart(name):
+    model, calls = make_model(name), []
+    retriever = rx.SIDRetriever(model, make_index(300), beam_width=6)
+    retriever.retrieve(*prompts())
+    model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    retriever.retrieve(*prompts())
+    assert not calls
 
 
 @pytest.mark.parametrize("name", ["qwen3", "t5"])
