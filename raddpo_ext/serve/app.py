@@ -15,7 +15,8 @@ from starlette.exceptions import HTTPException
 from raddpo_ext.serve.batcher import Batcher
 from raddpo_ext.serve.body import HUNG_UP, Body, read_body
 from raddpo_ext.serve.config import ServeConfig
-from raddpo_ext.serve.pool import Pool
+from raddpo_ext.serve.pool import Pool, StartWorker
+from raddpo_ext.serve.process import WorkerProcess
 from raddpo_ext.serve.protocol import Answer, ServiceError
 from raddpo_ext.serve.telemetry import Telemetry
 
@@ -33,11 +34,11 @@ _HEADERS = {
 class Service:
     """One front: its queue, its workers and what it counts. ``closing`` turns new requests away."""
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, start: StartWorker = WorkerProcess.start) -> None:
         self.config = config
         self.telemetry = Telemetry()
         self.batcher = Batcher(config.max_batch, config.max_wait_ms / 1000, config.max_queue)
-        self.pool = Pool(config, self.batcher, self.telemetry)
+        self.pool = Pool(config, self.batcher, self.telemetry, start)
         self.closing = False
         #: Requests to /retrieve that are read and not answered.
         self.open = 0
@@ -118,7 +119,7 @@ class Service:
 
 def make_app(service: Service) -> FastAPI:
     """The routes as an ASGI application, without pages that describe them."""
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_api_route("/retrieve", service.retrieve, methods=["POST"])
     app.add_api_route("/healthz", service.health, methods=["GET"])
     app.add_api_route("/metrics", service.metrics, methods=["GET"])

@@ -51,6 +51,8 @@ class Batcher:
         """Forgets a ticket that nobody waits for: no worker is sent it if none was yet."""
         ticket.answer.cancel()
         self._waiting.pop(ticket, None)
+        again = ([other for other in batch if other is not ticket] for batch in self._again)
+        self._again = deque(batch for batch in again if batch)
         self._signal()
 
     async def take(self, patience: float) -> list[Ticket]:
@@ -87,7 +89,7 @@ class Batcher:
     def _pop(self) -> list[Ticket]:
         batch: list[Ticket] = []
         if self._again:
-            batch = [ticket for ticket in self._again.popleft() if not ticket.answer.done()]
+            batch = self._again.popleft()
         else:
             for ticket in list(self._waiting):
                 if len(batch) == self.max_batch or (batch and ticket.query.trace):

@@ -15,7 +15,7 @@ HUNG_UP = 499  # a status that nobody reads, under which such a request is count
 _BODY_SECONDS = 10.0
 _SHOWN = 60  # characters of a bad value in an error's message
 
-ItemId = Annotated[int, Field(ge=0, lt=2**63)]
+_Id = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Body(BaseModel):
@@ -23,11 +23,11 @@ class Body(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    input_ids: list[int] | None = None
+    input_ids: list[_Id] | None = None
     text: str | None = None
-    history: list[ItemId] | None = None
+    history: list[_Id] | None = None
     top_k: Annotated[int, Field(ge=1)] = 10
-    allowed_items: list[ItemId] | None = None
+    allowed_items: list[_Id] | None = None
     timeout_ms: Annotated[int, Field(ge=1)] | None = None
     trace: bool = False
 

@@ -14,6 +14,7 @@ from raddpo_ext.serve.telemetry import Telemetry
 
 _PATIENCE = 1.0  # seconds without a query after which a worker is sent none, so that it looks for a new catalogue
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 30.0  # seconds before a worker that could not even start is started again
+StartWorker = Callable[[ServeConfig], Awaitable[WorkerProcess]]
 _LOG = logging.getLogger(__name__)
 
 
@@ -33,7 +34,7 @@ class Pool:
         config: ServeConfig,
         batcher: Batcher,
         telemetry: Telemetry,
-        start: Callable[[ServeConfig], Awaitable[WorkerProcess]] = WorkerProcess.start,
+        start: StartWorker = WorkerProcess.start,
     ) -> None:
         self.config, self.batcher, self.telemetry = config, batcher, telemetry
         self.limits: Limits | None = None
@@ -44,6 +45,7 @@ class Pool:
         self._keepers: list[asyncio.Task[None]] = []
         self._change = asyncio.Event()
         self._failure: str | None = None
+        self._stopping = False  # beside the tasks' cancelling, which wait_for can swallow before Python 3.12
 
     @property
     def ready(self) -> int:
@@ -70,13 +72,14 @@ class Pool:
 
     async def stop(self) -> None:
         """Ends the workers, whatever they are at."""
+        self._stopping = True
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
 
     async def _keep(self, slot: int) -> None:
         failures = 0
-        while True:
+        while not self._stopping:
             worker = None
             try:
                 worker = await self._start(self.config)
@@ -93,11 +96,11 @@ class Pool:
                 if worker is not None:
                     await worker.stop()
             self.telemetry.restarts.inc()
-            if failures:
+            if failures and not self._stopping:
                 await asyncio.sleep(min(_FIRST_DELAY * 2 ** (failures - 1), _LONGEST_DELAY))
 
     async def _use(self, slot: int, worker: WorkerProcess) -> None:
-        """Feeds one worker until it dies."""
+        """Feeds one worker until it dies or the pool stops."""
         hello = await worker.hello()
         if hello.failure is not None:
             self._failure = hello.failure
@@ -106,18 +109,18 @@ class Pool:
         self.limits = hello.limits
         self._report(slot, hello.version)
         self._change.set()
-        while True:
+        while not self._stopping:
             batch = await self.batcher.take(_PATIENCE)
             self.in_flight += len(batch)
             try:
                 answers = await worker.ask([ticket.query for ticket in batch], self.config.worker_timeout_s)
-            except WorkerDied:
+                self._report(slot, answers.version)
+                self._deliver(batch, answers)
+            except Exception:
                 self.telemetry.resent.inc(self.batcher.send_again(batch))
                 raise
             finally:
                 self.in_flight -= len(batch)
-            self._report(slot, answers.version)
-            self._deliver(batch, answers)
 
     def _report(self, slot: int, version: int) -> None:
         self.versions[slot] = version
