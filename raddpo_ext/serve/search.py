@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from raddpo_ext.beam_search import BeamResult, BeamState
-from raddpo_ext.catalogue_store import CatalogueStore, CatalogueVersion
+from raddpo_ext.beam_search import BeamResult
+from raddpo_ext.beam_step import BeamState
+from raddpo_ext.catalogue_store import CatalogueStore
 from raddpo_ext.integrations.retriever import SIDRetriever
 from raddpo_ext.serve.config import ServeConfig
 from raddpo_ext.serve.history import history_tokens
@@ -33,7 +35,15 @@ class Search:
         self.tokenizer = load_tokenizer(config.model)
         self.store = CatalogueStore(config.store)
         self._refused = 0  # the last version that this model cannot serve
-        self._serve(self.store.current())
+        found = self.store.current()
+        self.retriever = SIDRetriever(
+            self.model,
+            found.index.to(config.device),
+            beam_width=config.beam_width,
+            normalize=config.normalize,
+            length_penalty=config.length_penalty,
+        )
+        self.version, self.limits = found.version, self._try_out()
 
     def update(self) -> None:
         """Takes the store's newest version, if this model can serve it; else goes on with the one at hand."""
@@ -44,31 +54,25 @@ class Search:
             return
         if found.version in (self.version, self._refused):
             return
+        at_hand = self.retriever.index
         try:
-            self._serve(found)
+            self.retriever.index = found.index.to(self.config.device)
+            self.version, self.limits = found.version, self._try_out()
         except Exception:
+            self.retriever.index = at_hand
             self._refused = found.version
             _LOG.exception("catalogue version %d is refused, still serving %d", found.version, self.version)
 
-    def _serve(self, found: CatalogueVersion) -> None:
-        index = found.index.to(self.config.device)
-        retriever = self._retriever(index)
-        # Refuses here, not in a request, what cannot be searched; the first request finds everything warm.
-        retriever.retrieve(torch.zeros(1, 1, dtype=torch.int64, device=index.device), top_k=1)
+    def _try_out(self) -> Limits:
+        """One search: what cannot be searched is refused here and not in a request, which finds everything warm."""
+        index = self.retriever.index
+        self.retriever.retrieve(torch.zeros(1, 1, dtype=torch.int64, device=index.device), top_k=1)
         text = self.model.config.get_text_config()
-        window = getattr(text, "max_position_embeddings", None) or self.config.max_prompt + index.levels
-        fed = 0 if self.model.config.is_encoder_decoder else index.levels - 1  # a SID's last token is never fed
-        self.limits = Limits(text.vocab_size, min(self.config.max_prompt, window - fed))
-        self.retriever, self.version = retriever, found.version
-
-    def _retriever(self, index: TrieIndex) -> SIDRetriever:
-        return SIDRetriever(
-            self.model,
-            index,
-            beam_width=self.config.beam_width,
-            normalize=self.config.normalize,
-            length_penalty=self.config.length_penalty,
-        )
+        longest = self.config.max_prompt
+        if window := getattr(text, "max_position_embeddings", None):
+            # The last token of a SID is never fed; an encoder reads the prompt alone.
+            longest = min(longest, window - (0 if self.model.config.is_encoder_decoder else index.levels - 1))
+        return Limits(text.vocab_size, longest)
 
     def answer(self, queries: Sequence[Query]) -> list[Answer]:
         """One answer a query. A query that cannot be answered spoils no other's answer."""
@@ -98,18 +102,29 @@ class Search:
         return [self._answer_group([query], [prompt])[0] for query, prompt in zip(queries, prompts, strict=True)]
 
     def _search(self, queries: list[Query], prompts: list[list[int]]) -> list[Answer]:
-        retriever = self.retriever
-        if queries[0].allowed_items is not None:
-            allowed = torch.tensor(queries[0].allowed_items, dtype=torch.int64)
-            retriever = self._retriever(retriever.index.restrict(allowed))
+        index = self.retriever.index
+        if (allowed := queries[0].allowed_items) is not None:
+            index = index.restrict(torch.tensor(allowed, dtype=torch.int64))
         steps: list[BeamState] = []
-        options: dict[str, Any] = {}
-        if queries[0].trace:
-            options["on_step"] = lambda level, state: steps.append(state)
-        input_ids, mask = _padded(prompts, retriever.index.device)
-        found = retriever.retrieve(input_ids, mask, top_k=max(query.top_k for query in queries), **options)
-        beams = [_beams(retriever.index, steps)] if steps else None
+        input_ids, mask = _padded(prompts, index.device)
+        with self._searching(index):
+            found = self.retriever.retrieve(
+                input_ids,
+                mask,
+                top_k=max(query.top_k for query in queries),
+                on_step=(lambda level, state: steps.append(state)) if queries[0].trace else None,
+            )
+        beams = [_beams(index, steps)] if steps else None
         return [self._rows(found, row, query, beams) for row, query in enumerate(queries)]
+
+    @contextmanager
+    def _searching(self, index: TrieIndex) -> Iterator[None]:
+        """Has the retriever search another index for a while."""
+        whole, self.retriever.index = self.retriever.index, index
+        try:
+            yield
+        finally:
+            self.retriever.index = whole
 
     def _rows(self, found: BeamResult, row: int, query: Query, beams: list[Any] | None) -> Answer:
         """The first ``top_k`` of a row's items as JSON, empty ones left out."""
