@@ -195,24 +195,6 @@ def test_swaps_kills_and_noise(service: Running, tmp_path: Path, capsys: pytest.
     assert float(metrics["raddpo_queued"]) == float(metrics["raddpo_in_flight"]) == 0
 
 
-def closed(client: socket.socket) -> bool:
-    """Whether the other side takes no more."""
-    try:
-        client.sendall(b" " * 100)
-    except (BrokenPipeError, ConnectionResetError):
-        return True
-    return False
-
-
-def test_an_endless_refused_body_is_cut_off(service: Running) -> None:
-    """The front answers 413 at once, and does not listen for ever to what it has refused."""
-    with socket.create_connection(("127.0.0.1", service.port)) as client:
-        client.settimeout(PATIENCE)
-        client.sendall(b"POST /retrieve HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999\r\n\r\n")
-        assert client.recv(1000).startswith(b"HTTP/1.1 413 ")
-        eventually(lambda: closed(client))
-
-
 def test_a_front_that_is_killed_takes_its_workers_along(tmp_path: Path) -> None:
     running = Running(tmp_path, "--max-batch", "1")
     (worker,) = running.workers()
@@ -238,45 +220,42 @@ def test_the_end(tmp_path: Path) -> None:
     assert not any(map(alive, workers))
 
 
-@pytest.mark.parametrize("problem", ["store", "model", "index", "port", "option"])
-def test_what_stops_the_start(tmp_path: Path, problem: str) -> None:
-    """One line on stderr that says why, and exit code 2."""
+@pytest.mark.parametrize("problem", ["store", "model", "index", "port", "option", "token"])
+def test_what_stops_the_start(tmp_path: Path, capfd: pytest.CaptureFixture[str], problem: str) -> None:
+    """The last line on stderr says why, and the exit code is 2."""
     tiny_models.seeded(tiny_models.qwen3).save_pretrained(tmp_path / "model")
     make_index(1).save(tmp_path / "first.trie")
-    options = {"--model": "model", "--index": "first.trie", "--store": "store", "--port": "0"}
+    options: dict[str, Any] = {
+        "--model": tmp_path / "model", "--index": tmp_path / "first.trie", "--store": tmp_path / "store", "--port": 0
+    }  # fmt: skip
     with socket.create_server(("127.0.0.1", 0)) as taken:
         if problem == "store":
             del options["--index"]
         elif problem == "model":
             (tmp_path / "model/config.json").write_text("{}")
         elif problem == "index":
-            options["--index"] = "model/config.json"
+            options["--index"] = tmp_path / "model/config.json"
         elif problem == "port":
-            options["--port"] = str(taken.getsockname()[1])
+            options["--port"] = taken.getsockname()[1]
+        elif problem == "option":
+            options["--max-batch"] = 0
         else:
-            options["--max-batch"] = "0"
-        command = [
-            sys.executable,
-            "-m",
-            "raddpo_ext",
-            "serve",
-            *(part for option in options.items() for part in option),
-        ]
-        ended = subprocess.run(
-            command, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False
-        )
-    assert ended.returncode == 2
-    last = ended.stderr.splitlines()[-1]
+            (tmp_path / "token").write_text("\n")
+            options["--token-file"] = tmp_path / "token"
+        assert main(["serve", *(str(word) for option in options.items() for word in option)]) == 2
+    out, err = capfd.readouterr()
     message = {
         "store": "no version of a catalogue in this folder",
         "model": "model",
         "index": "not a TrieIndex file",
         "port": "Address already in use",
         "option": "max_batch must be at least 1, got 0",
+        "token": "token must hold printable ASCII characters",
     }[problem]
+    last = err.splitlines()[-1]
     assert last.startswith("raddpo_ext: ")
     assert message in last
-    assert ended.stdout == ""
+    assert out == ""
 
 
 def test_without_the_extra(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,21 +47,7 @@ async def _serve(config: ServeConfig, listener: socket.socket) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     service = Service(config)
-    server = _Server(
-        uvicorn.Config(
-            make_app(service),
-            http=Connection,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            log_level="error",
-            access_log=False,
-            server_header=False,
-            h11_max_incomplete_event_size=_HEAD_BYTES,
-            timeout_keep_alive=_IDLE_SECONDS,
-            timeout_graceful_shutdown=_FLUSH_SECONDS,
-        )
-    )
+    server = make_server(service)
     front = asyncio.create_task(server.serve([listener]))
     stopped, ready = asyncio.create_task(stop.wait()), asyncio.create_task(service.pool.start())
     try:
@@ -81,6 +67,25 @@ async def _serve(config: ServeConfig, listener: socket.socket) -> None:
         server.should_exit = True
         await front
         await service.pool.stop()
+
+
+def make_server(service: Service) -> uvicorn.Server:
+    """uvicorn for the service, its limits set and its logs silent but for errors."""
+    return _Server(
+        uvicorn.Config(
+            make_app(service),
+            http=Connection,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            h11_max_incomplete_event_size=_HEAD_BYTES,
+            timeout_keep_alive=_IDLE_SECONDS,
+            timeout_graceful_shutdown=_FLUSH_SECONDS,
+        )
+    )
 
 
 async def _drained(service: Service) -> None:

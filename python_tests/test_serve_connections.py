@@ -1,0 +1,93 @@
+"""The front's sockets: heads that do not end and bodies that it does not want, with workers that are no processes."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("uvicorn")
+
+from serve_fakes import FakeWorkers, echo, make_config
+
+from raddpo_ext.serve import connection
+from raddpo_ext.serve.app import Service
+from raddpo_ext.serve.protocol import Answers, Query
+from raddpo_ext.serve.server import make_server
+
+GOOD = b'POST /retrieve HTTP/1.1\r\nhost: x\r\ncontent-length: 20\r\n\r\n{"input_ids": [3,4]}'
+PATIENCE = 60.0  # seconds, for a busy machine
+
+
+async def answer(queries: list[Query]) -> Answers:
+    return echo(queries)
+
+
+def exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *parts: bytes, pause: float = 0.0) -> bytes:
+    """What a client of a real socket hears that says ``parts``, the last one again and again until it is cut off."""
+    monkeypatch.setattr(connection, "_HEAD_SECONDS", 0.5)
+
+    async def main() -> bytes:
+        service = Service(make_config(tmp_path, max_wait_ms=0), FakeWorkers(answer).start)
+        await service.pool.start()
+        listener = socket.create_server(("127.0.0.1", 0))
+        server = make_server(service)
+        serving = asyncio.create_task(server.serve([listener]))
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+
+        async def talk() -> None:
+            for part in parts[:-1]:
+                writer.write(part)
+                await asyncio.sleep(pause)
+            while True:
+                writer.write(parts[-1])
+                await asyncio.sleep(0.05)
+
+        talking, heard = asyncio.create_task(talk()), b""
+        try:
+            while more := await asyncio.wait_for(reader.read(10_000), PATIENCE):
+                heard += more
+        except ConnectionError:
+            pass
+        finally:
+            talking.cancel()
+            writer.close()
+            server.should_exit = True
+            await serving
+            await service.pool.stop()
+        return heard
+
+    return asyncio.run(main())
+
+
+def test_nothing_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert exchange(tmp_path, monkeypatch, b"") == b""
+
+
+def test_a_head_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert exchange(tmp_path, monkeypatch, b"GET /healthz HTTP/1.1\r\n", b"x") == b""
+
+
+def test_a_second_head_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = exchange(tmp_path, monkeypatch, GOOD, GOOD, b"GET /healthz HTTP/1.1\r\n", b"x", pause=0.2)
+    assert heard.count(b"HTTP/1.1 200 OK") == 2
+    assert heard.count(b"[3, 4]") == 2
+
+
+def test_a_long_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = exchange(tmp_path, monkeypatch, b"GET /healthz HTTP/1.1\r\nx: " + b"y" * 50_000, b"")
+    assert heard.startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize("length", [b"content-length: 99999999999", b"transfer-encoding: chunked"])
+def test_an_endless_body(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: bytes) -> None:
+    """413 comes at once, and what is refused is not listened to for ever."""
+    head = b"POST /retrieve HTTP/1.1\r\nhost: x\r\n" + length + b"\r\n\r\n"
+    chunk = b" " * 40_000 if b"content" in length else b"9c40\r\n" + b" " * 40_000 + b"\r\n"
+    heard = exchange(tmp_path, monkeypatch, head, chunk)
+    assert heard.startswith(b"HTTP/1.1 413 ")
+    assert b"at most 1048576 bytes" in heard
