@@ -94,7 +94,7 @@ class Search:
 
     def children(self, level: Level) -> tuple[Tensor, Tensor]:
         """Token ids and nodes of each beam's children, both ``[B, W, K]``, padded with -1 up to the most children."""
-        first, count = torch.ops.raddpo.trie_children(level.state.nodes.flatten(), self.index.data, self.index.header)
+        first, count = torch.ops.raddpo.trie_children(level.state.nodes.flatten(), *self.index.block)
         column = torch.arange(int(count.max()))
         nodes = torch.where(column < count[:, None], first[:, None] + column, -1)
         shape = (*level.state.nodes.shape, -1)

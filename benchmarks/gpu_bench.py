@@ -144,7 +144,7 @@ def measure(case: Case, bandwidth: float, add: Callable[[dict[str, Any]], None])
         def step(logits: Tensor, state: rx.BeamState = state, options: dict[str, Any] = options) -> rx.BeamState:
             return rx.beam_step(logits, state, index, case.beams, **options)
 
-        _, children = torch.ops.raddpo.trie_children(state.nodes.flatten(), index.data, index.header)
+        _, children = torch.ops.raddpo.trie_children(state.nodes.flatten(), *index.block)
         live = state.nodes.flatten() >= 0
         rows, offered = int(live.sum()), int(children[live].sum())
         logits_read = {"vocab": rows * shape[2], "level": rows * case.codes, "trie": offered}[case.normalize]

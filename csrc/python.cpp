@@ -9,6 +9,8 @@
 #include "common/huge_pages.h"
 #include "common/isa.h"
 #include "trie/trie_build.h"
+#include "trie/trie_live.h"
+#include "trie/trie_merge.h"
 
 namespace py = pybind11;
 
@@ -19,6 +21,14 @@ using Int32s = py::array_t<std::int32_t, py::array::c_style | py::array::forceca
 using Int64s = py::array_t<std::int64_t, py::array::c_style>;
 
 std::vector<std::int32_t> to_vector(const Int32s& a) { return {a.data(), a.data() + a.size()}; }
+
+using Bytes = py::array_t<std::uint8_t, py::array::c_style>;
+using Bools = py::array_t<bool, py::array::c_style>;
+
+py::array_t<std::uint8_t> to_array(TrieBytes bytes) {
+  std::uint8_t* data = bytes.data.release();
+  return py::array_t<std::uint8_t>(bytes.size, data, py::capsule(data, [](void* p) { std::free(p); }));
+}
 
 // One level: (size, first_token, eos_symbol, symbol_of_code, tokens, codes).
 using Level = std::tuple<std::int64_t, std::int32_t, std::int32_t, Int32s, Int32s, Int32s>;
@@ -51,8 +61,50 @@ py::array_t<std::uint8_t> build(const py::array& sids, const std::optional<Int64
     const py::gil_scoped_release no_gil;
     bytes = trie_build(input);
   }
-  std::uint8_t* data = bytes.data.release();
-  return py::array_t<std::uint8_t>(bytes.size, data, py::capsule(data, [](void* p) { std::free(p); }));
+  return to_array(std::move(bytes));
+}
+
+// (live, items, SIDs, nodes, nodes of the last level), all that are left.
+auto live(const Bytes& trie, const std::optional<Bytes>& before, const std::optional<Int64s>& ids,
+          const std::optional<Bools>& mask, bool keep, int threads) {
+  TrieLiveInput input{};
+  input.trie = trie.data();
+  input.live = before ? before->data() : nullptr;
+  input.ids = ids ? ids->data() : nullptr;
+  input.count = ids ? ids->size() : 0;
+  input.mask = mask ? mask->data() : nullptr;
+  input.mask_size = mask ? mask->size() : 0;
+  input.keep = keep;
+  input.threads = threads;
+  TrieLive left;
+  {
+    const py::gil_scoped_release no_gil;
+    left = trie_live(input);
+  }
+  return py::make_tuple(to_array(std::move(left.bytes)), left.items, left.sids, left.nodes, left.deepest);
+}
+
+py::array_t<std::uint8_t> compact(const Bytes& trie, const Bytes& live, std::int64_t sids) {
+  TrieBytes bytes;
+  {
+    const py::gil_scoped_release no_gil;
+    bytes = trie_compact(trie.data(), live.data(), sids);
+  }
+  return to_array(std::move(bytes));
+}
+
+py::array_t<std::uint8_t> merge_tries(const Bytes& trie, const Bytes& added) {
+  TrieBytes bytes;
+  {
+    const py::gil_scoped_release no_gil;
+    bytes = trie_merge(trie.data(), added.data());
+  }
+  return to_array(std::move(bytes));
+}
+
+std::int64_t first_known_id(const Bytes& trie, const Int64s& ids, int threads) {
+  const py::gil_scoped_release no_gil;
+  return first_known(trie.data(), ids.data(), ids.size(), threads);
 }
 
 Isa isa_of(const std::string& text) {
@@ -97,6 +149,11 @@ PYBIND11_MODULE(_C, m) {
   m.attr("HEADER") = words;
   m.def("trie_build", &build, py::arg("sids"), py::arg("lengths"), py::arg("item_ids"), py::arg("levels"),
         py::arg("eos"), py::arg("has_vocab"), py::arg("threads"), py::arg("progress"));
+  m.def("trie_live", &live, py::arg("trie"), py::arg("live"), py::arg("ids"), py::arg("mask"), py::arg("keep"),
+        py::arg("threads"));
+  m.def("trie_compact", &compact, py::arg("trie"), py::arg("live"), py::arg("sids"));
+  m.def("trie_merge", &merge_tries, py::arg("trie"), py::arg("added"));
+  m.def("trie_first_known", &first_known_id, py::arg("trie"), py::arg("ids"), py::arg("threads"));
   m.def("trie_checksum", [](const py::buffer& b) {
     const py::buffer_info info = b.request();
     const py::gil_scoped_release no_gil;

@@ -1,20 +1,24 @@
 // Every operator of the package, in one place. `trie` is a TrieIndex's block of bytes on the op's device, `header` its
-// header words on the CPU (csrc/trie/trie.h).
+// header words on the CPU (csrc/trie/trie.h), `live` which of its nodes and items are left, beside it (trie_view.h).
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(raddpo, m) {
   m.def(
-      "beam_step(Tensor logits, Tensor scores, Tensor nodes, Tensor trie, Tensor header, Tensor? lse, int level, int "
+      "beam_step(Tensor logits, Tensor scores, Tensor nodes, Tensor trie, Tensor header, Tensor? live, Tensor? lse, "
+      "int level, int "
       "beam_width, int normalize, float length_penalty) -> (Tensor scores, Tensor tokens, Tensor parents, Tensor "
       "nodes)");
   // Logits [N, columns] of the children of beams at one level; csrc/child_logits/child_logits.h.
   m.def(
       "child_logits(Tensor hidden, Tensor weight, Tensor? bias, Tensor scores, Tensor nodes, Tensor trie, Tensor "
-      "header, float scale, float softcap, int level, int columns) -> Tensor");
-  m.def("trie_walk(Tensor tokens, Tensor trie, Tensor header) -> Tensor nodes");
-  m.def("trie_paths(Tensor nodes, Tensor trie, Tensor header, int sid_levels) -> (Tensor codes, Tensor depths)");
-  m.def("trie_items(Tensor nodes, Tensor trie, Tensor header) -> (Tensor first, Tensor count)");
-  m.def("trie_children(Tensor nodes, Tensor trie, Tensor header) -> (Tensor first, Tensor count)");
+      "header, Tensor? live, float scale, float softcap, int level, int columns) -> Tensor");
+  m.def("trie_walk(Tensor tokens, Tensor trie, Tensor header, Tensor? live) -> Tensor nodes");
+  m.def(
+      "trie_paths(Tensor nodes, Tensor trie, Tensor header, Tensor? live, int sid_levels) -> (Tensor codes, Tensor "
+      "depths)");
+  m.def("trie_items(Tensor nodes, Tensor trie, Tensor header, Tensor? live) -> (Tensor first, Tensor count)");
+  m.def("trie_children(Tensor nodes, Tensor trie, Tensor header, Tensor? live) -> (Tensor first, Tensor count)");
+  m.def("trie_select(Tensor places, Tensor trie, Tensor header, Tensor? live, bool items) -> Tensor numbers");
   // Rows of prompt and candidates; csrc/pack_sessions/pack_sessions.h. On the CPU only.
   m.def(
       "pack_sessions(Tensor prompts, Tensor prompt_begins, Tensor prompt_lengths, Tensor tokens, Tensor lengths, "

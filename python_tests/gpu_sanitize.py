@@ -76,11 +76,11 @@ def drive() -> None:
         got, expected = lookup(on_device, some.to("cuda")), lookup(index, some)
         assert [part.tolist() for part in got] == [part.tolist() for part in expected]
     children = torch.ops.raddpo.trie_children
-    got, expected = children(some.to("cuda"), on_device.data, index.header), children(some, index.data, index.header)
+    got, expected = children(some.to("cuda"), *on_device.block), children(some, *index.block)
     assert [part.tolist() for part in got] == [part.tolist() for part in expected]
     tokens = torch.randint(0, 9, (40, 3), generator=generator_of(2))
     walk = torch.ops.raddpo.trie_walk
-    assert walk(tokens.to("cuda"), on_device.data, index.header).tolist() == index._walk(tokens).tolist()
+    assert walk(tokens.to("cuda"), *on_device.block).tolist() == index._walk(tokens).tolist()
     for seed, (dtype, support, map_, cols) in enumerate(
         [(dtype, support, MAPS[0], 9001) for dtype in LOGIT_TYPES for support in SUPPORTS]
         + [(DTYPES[0], support, map_, 301) for support in SUPPORTS for map_ in MAPS[1:]]

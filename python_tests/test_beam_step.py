@@ -278,7 +278,7 @@ def test_every_operator_has_an_opcheck() -> None:
 @pytest.mark.parametrize("normalize", [0, 1, 2])
 def test_opcheck(normalize: int) -> None:
     index, logits, state = compile_case()
-    arguments = (logits, state.scores, state.nodes, index.data, index.header, None, -1, 5, normalize, 0.5)
+    arguments = (logits, state.scores, state.nodes, *index.block, None, -1, 5, normalize, 0.5)
     torch.library.opcheck(torch.ops.raddpo.beam_step, arguments)
 
 

@@ -225,7 +225,7 @@ def test_trie_lookups(shim: Shim, catalogue: Catalogue, seed: int) -> None:
     index = rx.TrieIndex.build(**catalogue.arguments())
     generator = generator_of(seed)
     nodes = torch.randint(-2, index.num_nodes + 2, (300,), generator=generator)
-    trie = (index.data, index.header)
+    trie = index.block
     for got, expected in [
         (shim.trie_paths(nodes, index), index.paths(nodes)),
         (shim.trie_ranges(nodes, index, items=True), index.item_ranges(nodes)),

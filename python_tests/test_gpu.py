@@ -96,7 +96,7 @@ def test_compiles_to_one_graph() -> None:
 def test_opcheck(normalize: int) -> None:
     index, state = wide_index().to("cuda"), moved(six_beams(), "cuda")
     logits = torch.randn(2, 6, 1601, device="cuda")
-    arguments = (logits, state.scores, state.nodes, index.data, index.header, None, -1, 5, normalize, 0.5)
+    arguments = (logits, state.scores, state.nodes, *index.block, None, -1, 5, normalize, 0.5)
     torch.library.opcheck(torch.ops.raddpo.beam_step, arguments)
 
 

@@ -163,7 +163,7 @@ def test_search(catalogue: Catalogue, seed: int, penalty: float, top_k: int | No
 
 
 def children_of(index: rx.TrieIndex, nodes: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.raddpo.trie_children(nodes, index.data, index.header)
+    return torch.ops.raddpo.trie_children(nodes, *index.block)
 
 
 @given(catalogues(most_items=300), st.integers(0, 2**32))

@@ -259,5 +259,5 @@ def test_opcheck() -> None:
     state = rx.BeamState.start(index, 3)
     hidden, weight, bias = torch.randn(3, 4), torch.randn(6, 4), torch.randn(6)  # every column is a child's: written
     scores, nodes = state.scores.view(-1), state.nodes.view(-1)
-    arguments = (hidden, weight, bias, scores, nodes, index.data, index.header, 0.5, 2.0, 0, 2)
+    arguments = (hidden, weight, bias, scores, nodes, *index.block, 0.5, 2.0, 0, 2)
     torch.library.opcheck(torch.ops.raddpo.child_logits, arguments)

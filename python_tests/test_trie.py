@@ -216,4 +216,4 @@ def test_opcheck(op: str) -> None:
     index = rx.TrieIndex.build([[0, 1], [1, 0], [1, 2]], vocab=rx.SIDVocab([2, 3], eos=9))
     argument = torch.tensor([[0, 3, 9], [1, 1, 1]]) if op == "trie_walk" else torch.arange(-1, 5)
     sid_levels = (index.sid_levels,) if op == "trie_paths" else ()
-    torch.library.opcheck(getattr(torch.ops.raddpo, op), (argument, index.data, index.header, *sid_levels))
+    torch.library.opcheck(getattr(torch.ops.raddpo, op), (argument, *index.block, *sid_levels))

@@ -97,7 +97,7 @@ def _result(state: BeamState, index: TrieIndex, length_penalty: float, top_k: in
         scores = scores / depths.clamp(min=1).to(torch.float64).pow(length_penalty).to(torch.float32)
     first, count = index.item_ranges(state.nodes)
     if top_k is None:
-        items = torch.where(count > 0, index.items[first].long(), -1)
+        items = torch.where(count > 0, index.items_at(first), -1)
         return BeamResult(scores, sids, items)
     # Item k of a query lies in the first beam whose items, added up, exceed k.
     ends = count.cumsum(1)
@@ -106,7 +106,7 @@ def _result(state: BeamState, index: TrieIndex, length_penalty: float, top_k: in
     found = beam < scores.shape[1]
     beam = beam.clamp(max=scores.shape[1] - 1)
     position = first.gather(1, beam) + rank - (ends - count).gather(1, beam)
-    items = torch.where(found, index.items[torch.where(found, position, 0)].long(), -1)
+    items = torch.where(found, index.items_at(torch.where(found, position, 0)), -1)
     sids = sids.gather(1, beam[..., None].expand(-1, -1, sids.shape[2]))
     return BeamResult(
         torch.where(found, scores.gather(1, beam), -math.inf), torch.where(found[..., None], sids, -1), items

@@ -93,8 +93,7 @@ def beam_step(
             logits,
             state.scores.contiguous(),
             state.nodes.contiguous(),
-            index.data,
-            index.header,
+            *index.block,
             None,
             -1,
             beam_width,
@@ -160,12 +159,12 @@ def _check_values(logits: Tensor, state: BeamState, index: TrieIndex) -> None:
     if bool(bad.any()):
         query, beam = bad.nonzero()[0].tolist()
         raise ValueError(f"logits[{query}, {beam}] holds NaN")
-    outside = (state.nodes < -1) | (state.nodes >= index.num_nodes)
+    outside = (state.nodes < -1) | (state.nodes >= index.node_bound)
     if bool(outside.any()):
         query, beam = outside.nonzero()[0].tolist()
         raise ValueError(
             f"state.nodes[{query}, {beam}] = {int(state.nodes[query, beam])} is no node of the index, which has "
-            f"{index.num_nodes}"
+            f"{index.node_bound}"
         )
 
 
@@ -176,6 +175,7 @@ def _(
     nodes: Tensor,
     trie: Tensor,
     header: Tensor,
+    live: Tensor | None,
     lse: Tensor | None,
     level: int,
     beam_width: int,

@@ -60,7 +60,7 @@ class BeamNegatives:
         self.retriever = retriever
         self.batch_size = _check.integer(batch_size, "batch_size", 1)
         index = retriever.index
-        nodes = torch.arange(index.num_nodes, device=index.device)
+        nodes = torch.arange(index.node_bound, device=index.device)
         first, number = (tensor.cpu() for tensor in index.item_ranges(nodes))
         leaf = torch.repeat_interleave(number)
         place = first[leaf] + torch.arange(len(leaf)) - (number.cumsum(0) - number)[leaf]

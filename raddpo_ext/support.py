@@ -113,9 +113,9 @@ def _of_nodes(targets: Tensor, index: TrieIndex | None, nodes: Tensor | None, nu
     if max(index.max_tokens) >= num_columns:
         raise ValueError(f"index has token {max(index.max_tokens)}, beyond the {num_columns} columns of the logits")
     if check:
-        wrong = (nodes < -1) | (nodes >= index.num_nodes)
+        wrong = (nodes < -1) | (nodes >= index.node_bound)
         if bool(wrong.any()):
-            raise ValueError(f"nodes hold {int(nodes[wrong][0])}, no node of the index, which has {index.num_nodes}")
+            raise ValueError(f"nodes hold {int(nodes[wrong][0])}, no node of the index, which has {index.node_bound}")
     if torch.compiler.is_compiling() and not index.has_node_tokens:
         raise ValueError("index.node_tokens must be read once before torch.compile traces normalize = 'trie'")
     first, count = index.child_ranges(nodes)

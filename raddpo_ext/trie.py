@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import mmap
 import os
 from collections.abc import Callable, Sequence
@@ -36,20 +37,30 @@ class TrieIndex:
 
     With ``vocab.eos`` every SID ends in that token, so a SID may be a prefix of another; its prefix's node then has
     the end-of-sequence token as one more child. Leaves are whole SIDs, and one leaf may hold several items.
+
+    :meth:`restrict` and :meth:`discard` share the block and add two bits a node and an item, which of them are left.
+    Such an index behaves as one built from the items that are left, with the same vocab, but that nodes keep their
+    numbers (so numbers are missing, ``num_nodes`` of them below ``node_bound`` are left) and ``levels`` and
+    ``max_tokens`` are still those of the whole block.
     """
 
     def __init__(self, data: Tensor, header: Tensor) -> None:
         self.data = data  # uint8, on the index's device
         self.header = header  # its first words as int64, on the CPU
+        self.live: Tensor | None = None  # uint8, beside the data: which nodes and items are left; None: all
+        self._host = data if data.device.type == "cpu" else None  # the block on the CPU, where changes are worked out
         self._node_tokens: Tensor | None = None
+        self._items: Tensor | None = None
         self.num_items = self._word("num_items")
         self.num_sids = self._word("num_sids")
         self.num_nodes = self._word("num_nodes")
+        #: Every node's number is smaller.
+        self.node_bound = self.num_nodes
         #: Tokens of the longest SID, its end-of-sequence token counted: the steps of a search.
         self.levels = self._word("levels")
         #: Columns of a SID.
         self.sid_levels = self._word("sid_levels")
-        #: Whether all SIDs have one length.
+        #: Whether all SIDs have ``levels`` tokens.
         self.fixed_length = self.num_nodes - self._word("first_node", self.levels) == self.num_sids
         #: Largest token id of each level.
         self.max_tokens = [self._word("max_token", level) for level in range(self.levels)]
@@ -103,10 +114,7 @@ class TrieIndex:
         ends = None if lengths is None else _check.lengths(lengths, rows, 1, columns).numpy()
         ids = None
         if item_ids is not None:
-            given = _check.integer_array(item_ids, "item_ids", 1)
-            ids = given.astype(np.int64)
-            if given.dtype == np.uint64:
-                _check.none(torch.from_numpy(ids < 0), lambda row: f"item_ids[{row}] = {given[row]} exceeds 2**63 - 1")
+            ids = _item_ids(item_ids, "item_ids")
             if len(ids) != rows:
                 raise ValueError(f"item_ids must have one entry a row of sids ({rows}), got {len(ids)}")
         data = torch.from_numpy(
@@ -126,20 +134,129 @@ class TrieIndex:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole index, header included."""
-        return self.data.numel()
+        return self.data.numel() + (0 if self.live is None else self.live.numel())
 
     @property
     def device(self) -> torch.device:
         return self.data.device
 
+    @property
+    def block(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``(data, header, live)``, as the operators take it."""
+        return self.data, self.header, self.live
+
     def to(self, device: torch.device | str) -> TrieIndex:
-        """The same index on another device."""
-        return TrieIndex(self.data.to(device), self.header)
+        """The same index on another device. What :meth:`restrict`, :meth:`discard` and :meth:`add` need of it stays on
+        the CPU as well."""
+        live = None if self.live is None else self.live.to(device)
+        return self._but(data=self.data.to(device), live=live, _node_tokens=None, _items=None)
+
+    def restrict(self, item_mask: Any) -> TrieIndex:
+        """The index of the allowed items alone, for a request's filter; ``restrict(a).restrict(b)`` allows those of both.
+
+        Shares the block; a search in it is exact under the filter. May be empty: a search then gives empty rows.
+
+        Args:
+            item_mask: bool ``[M]`` by item id, ``M`` above the largest id of the index; or the allowed ids, integers
+                ``[K]``, of which those that the index lacks are ignored. Torch or numpy.
+
+        Raises:
+            ValueError: a mask that is too short (naming an item that it leaves out), or a negative id.
+            TypeError: neither bool nor integers.
+        """
+        kind = item_mask.dtype if isinstance(item_mask, (Tensor, np.ndarray)) else None
+        if kind not in (torch.bool, np.dtype(bool)):
+            return self._left(ids=_item_ids(item_mask, "item_mask", least=0), keep=True)
+        mask = item_mask.detach().cpu().numpy() if isinstance(item_mask, Tensor) else item_mask
+        if mask.ndim != 1:
+            raise ValueError(f"item_mask must have 1 dimensions, got shape {mask.shape}")
+        return self._left(mask=np.ascontiguousarray(mask), keep=True)
+
+    def discard(self, item_ids: Any) -> TrieIndex:
+        """The index without some items, integers ``[K]``; shares the block as :meth:`restrict` does.
+
+        Raises:
+            ValueError: an id that the index lacks.
+            TypeError: not integers.
+        """
+        ids = _item_ids(item_ids, "item_ids")
+        if len(ids) and ids.min() < 0:
+            raise ValueError(f"item_ids hold {ids.min()}, which is no item of the index")
+        return self._left(ids=ids, keep=False)
+
+    def add(self, sids: Any, *, item_ids: Any = None, lengths: Any = None) -> TrieIndex:
+        """A new index with more items, the same to the byte as one built from the items that are left and these.
+
+        Args:
+            sids, lengths: as in :meth:`build`; codes of the same vocab.
+            item_ids: as in :meth:`build`; default the numbers after the largest id.
+
+        Raises:
+            ValueError: as :meth:`build`; also another number of columns, or an id that the index has already.
+            TypeError: not integers.
+        """
+        codes = _check.integer_array(sids, "sids", 2)
+        if codes.shape[1] != self.sid_levels:
+            raise ValueError(f"sids must have {self.sid_levels} columns, as the index has, got shape {codes.shape}")
+        if item_ids is None:
+            first = int(self.items.max()) + 1 if self.num_items else 0
+            item_ids = np.arange(first, first + len(codes))
+        elif not len(codes) == len(_item_ids(item_ids, "item_ids")) == 0:
+            item_ids = _item_ids(item_ids, "item_ids")
+        if not len(codes):
+            return self
+        added = TrieIndex.build(codes, item_ids=item_ids, lengths=lengths, vocab=self.vocab)
+        if not self.num_items:
+            return added.to(self.device)
+        kept = self._compact()
+        known = _C.trie_first_known(kept, added.items.long().numpy(), torch.get_num_threads())
+        if known >= 0:
+            raise ValueError(f"item_ids hold {known}, which is an item of the index already")
+        data = torch.from_numpy(_C.trie_merge(kept, added.data.numpy()))
+        return TrieIndex(data, _header_of(data)).to(self.device)
+
+    def _left(self, *, keep: bool, ids: np.ndarray | None = None, mask: np.ndarray | None = None) -> TrieIndex:
+        before = None if self.live is None else self.live.cpu().numpy()
+        live, items, sids, nodes, deepest = _C.trie_live(
+            self._host_data().numpy(), before, ids, mask, keep, torch.get_num_threads()
+        )
+        return self._but(
+            live=torch.from_numpy(live).to(self.device),
+            num_items=items,
+            num_sids=sids,
+            num_nodes=nodes,
+            fixed_length=deepest == sids,
+            _host=self._host,
+            _node_tokens=None,
+            _items=None,
+        )
+
+    def _but(self, **changes: Any) -> TrieIndex:
+        index = copy.copy(self)
+        vars(index).update(changes)
+        return index
+
+    def _host_data(self) -> Tensor:
+        if self._host is None:
+            self._host = self.data.cpu()
+        return self._host
+
+    def _compact(self) -> np.ndarray:
+        """The block of what is left."""
+        data = self._host_data().numpy()
+        return data if self.live is None else _C.trie_compact(data, self.live.cpu().numpy(), self.num_sids)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the index to one file, atomically: a reader sees the old file or the whole new one."""
+        """Writes what is left to one file, atomically: a reader sees the old file or the whole new one.
+
+        Raises:
+            ValueError: nothing is left.
+        """
+        if not self.num_items:
+            raise ValueError(f"{os.fspath(path)}: an index without items cannot be saved")
+        data = self._compact()
         with replacing(Path(path)) as file:
-            self.data.cpu().numpy().tofile(file)
+            data.tofile(file)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TrieIndex:
@@ -185,8 +302,7 @@ class TrieIndex:
         offsets = torch.zeros(len(count) + 1, dtype=torch.int64, device=self.device)
         torch.cumsum(count, 0, out=offsets[1:])
         rows = torch.repeat_interleave(count)
-        items = self.items[first[rows] + torch.arange(len(rows), device=self.device) - offsets[rows]]
-        return Lookup(items.to(torch.int64), offsets)
+        return Lookup(self.items_at(first[rows] + torch.arange(len(rows), device=self.device) - offsets[rows]), offsets)
 
     def nodes(self, tokens: Tensor) -> Tensor:
         """The trie node before each token: int64 ``[C, L]`` for token ids ``[C, L]``, -1 once a prefix is off the trie.
@@ -209,7 +325,7 @@ class TrieIndex:
         first, count = (int(x) for x in self.child_ranges(node))
         if depth == self.sid_levels:  # nothing but the end-of-sequence token
             return codes.new_full((count,), -1)
-        return self.paths(torch.arange(first, first + count, device=self.device))[0][:, depth]
+        return self.paths(self.nodes_at(torch.arange(first, first + count, device=self.device)))[0][:, depth]
 
     def paths(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
         """Codes on the way to each node and its depth in tokens.
@@ -221,7 +337,7 @@ class TrieIndex:
             int64 codes ``[..., sid_levels]`` padded with -1 (also for ``eos``), int64 depths ``[...]``, -1 for no node.
         """
         self._check_nodes(nodes)
-        codes, depths = torch.ops.raddpo.trie_paths(nodes.contiguous(), self.data, self.header, self.sid_levels)
+        codes, depths = torch.ops.raddpo.trie_paths(nodes.contiguous(), *self.block, self.sid_levels)
         return codes.view(*nodes.shape, self.sid_levels), depths.view(nodes.shape)
 
     def depths(self, nodes: Tensor) -> Tensor:
@@ -236,9 +352,11 @@ class TrieIndex:
         return first.view(nodes.shape), count.view(nodes.shape)
 
     def child_ranges(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """First child of each node and their number, int64, shaped like ``nodes``; children are consecutive nodes."""
+        """Where each node's children begin among all nodes that are left (see :meth:`nodes_at`, :attr:`node_tokens`)
+        and how many they are, int64, shaped like ``nodes``. Unless restricted, that is the number of the first child.
+        """
         self._check_nodes(nodes)
-        first, count = torch.ops.raddpo.trie_children(nodes.contiguous(), self.data, self.header)
+        first, count = torch.ops.raddpo.trie_children(nodes.contiguous(), *self.block)
         return first.view(nodes.shape), count.view(nodes.shape)
 
     def level_tokens(self, level: int) -> Tensor | slice:
@@ -248,32 +366,61 @@ class TrieIndex:
             return slice(first, first + count)
         return self.data[start : start + 4 * count].view(torch.int32).long()
 
+    def nodes_at(self, places: Tensor) -> Tensor:
+        """The nodes at these places (int64 ``[K]``) among all that are left, in ascending order of their numbers."""
+        return places if self.live is None else torch.ops.raddpo.trie_select(places.contiguous(), *self.block, False)
+
+    def items_at(self, places: Tensor) -> Tensor:
+        """``items[places]`` as int64, for places of any shape, without a copy of all that are left."""
+        items = self._all_items()
+        if self.live is None:
+            return items[places].long()
+        numbers = torch.ops.raddpo.trie_select(places.contiguous(), *self.block, True)
+        return items[numbers].long().view(places.shape)
+
     @property
     def has_node_tokens(self) -> bool:
         return self._node_tokens is not None
 
     @property
     def node_tokens(self) -> Tensor:
-        """Token id on the edge into each node, int32 ``[num_nodes]``, -1 for the root; made on first use and kept."""
+        """Token id on the edge into each node that is left, int32 ``[num_nodes]``, -1 for the root; made on first use
+        and kept."""
         if self._node_tokens is None:
-            size = 4 if self._word("wide") else 2
-            begin = self._word("symbols")
-            symbols = self.data[begin : begin + size * self.num_nodes].view(torch.uint32 if size == 4 else torch.uint16)
-            tokens = torch.full((self.num_nodes,), -1, dtype=torch.int32, device=self.device)
-            for level in range(self.levels):
-                nodes = slice(self._word("first_node", level + 1), self._word("first_node", level + 2))
-                ranks = symbols[nodes].to(torch.int32)
-                ids = self.level_tokens(level)
-                tokens[nodes] = ranks + ids.start if isinstance(ids, slice) else ids[ranks].int()
+            tokens = self._all_node_tokens()
+            if self.live is not None:
+                tokens = tokens[self.nodes_at(torch.arange(self.num_nodes, device=self.device))]
             self._node_tokens = tokens
         return self._node_tokens
 
     @property
     def items(self) -> Tensor:
-        """Every item id, leaf by leaf, int32 or int64 ``[num_items]``."""
+        """Every item id, leaf by leaf, int32 or int64 ``[num_items]``; of a restricted index made on first use."""
+        if self.live is None:
+            return self._all_items()
+        if self._items is None:
+            places = torch.arange(self.num_items, device=self.device)
+            self._items = self._all_items()[torch.ops.raddpo.trie_select(places, *self.block, True)]
+        return self._items
+
+    def _all_items(self) -> Tensor:
+        """Those of the block."""
         size = self._word("item_bytes")
         begin = self._word("items")
-        return self.data[begin : begin + size * self.num_items].view(torch.int32 if size == 4 else torch.int64)
+        items = self.data[begin : begin + size * self._word("num_items")]
+        return items.view(torch.int32 if size == 4 else torch.int64)
+
+    def _all_node_tokens(self) -> Tensor:
+        size = 4 if self._word("wide") else 2
+        begin = self._word("symbols")
+        symbols = self.data[begin : begin + size * self.node_bound].view(torch.uint32 if size == 4 else torch.uint16)
+        tokens = torch.full((self.node_bound,), -1, dtype=torch.int32, device=self.device)
+        for level in range(self.levels):
+            nodes = slice(self._word("first_node", level + 1), self._word("first_node", level + 2))
+            ranks = symbols[nodes].to(torch.int32)
+            ids = self.level_tokens(level)
+            tokens[nodes] = ranks + ids.start if isinstance(ids, slice) else ids[ranks].int()
+        return tokens
 
     def _check_nodes(self, nodes: Tensor) -> None:
         if not isinstance(nodes, Tensor) or nodes.dtype != torch.int64:
@@ -283,11 +430,11 @@ class TrieIndex:
 
     def _items(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
         self._check_nodes(nodes)
-        return torch.ops.raddpo.trie_items(nodes.contiguous(), self.data, self.header)
+        return torch.ops.raddpo.trie_items(nodes.contiguous(), *self.block)
 
     def _walk(self, tokens: Tensor) -> Tensor:
         tokens = _check.integer_tensor(tokens, "tokens", 2).to(self.device).contiguous()
-        return torch.ops.raddpo.trie_walk(tokens, self.data, self.header)
+        return torch.ops.raddpo.trie_walk(tokens, *self.block)
 
     def _leaves(self, sids: Any, lengths: Any) -> Tensor:
         """The node at the end of each SID, -1 for one that is no path."""
@@ -357,25 +504,41 @@ def _level_symbols(vocab: SIDVocab | None, columns: int) -> list[tuple[Any, ...]
     return levels
 
 
+def _item_ids(value: Any, name: str, least: int | None = None) -> np.ndarray:
+    """int64 ``[N]``."""
+    given = _check.integer_array(value, name, 1)
+    ids = given.astype(np.int64)
+    if given.dtype == np.uint64:
+        _check.none(torch.from_numpy(ids < 0), lambda row: f"{name}[{row}] = {given[row]} exceeds 2**63 - 1")
+    if least is not None:
+        _check.none(torch.from_numpy(ids < least), lambda row: f"{name}[{row}] = {given[row]} is negative")
+    return ids
+
+
 def _header_of(data: Tensor) -> Tensor:
     return data[: _C.HEADER_WORDS * 8].view(torch.int64).clone()
 
 
 @torch.library.register_fake("raddpo::trie_walk")
-def _(tokens: Tensor, trie: Tensor, header: Tensor) -> Tensor:
+def _(tokens: Tensor, trie: Tensor, header: Tensor, live: Tensor | None) -> Tensor:
     return tokens.new_empty((tokens.shape[0], tokens.shape[1] + 1))
 
 
 @torch.library.register_fake("raddpo::trie_paths")
-def _(nodes: Tensor, trie: Tensor, header: Tensor, sid_levels: int) -> tuple[Tensor, Tensor]:
+def _(nodes: Tensor, trie: Tensor, header: Tensor, live: Tensor | None, sid_levels: int) -> tuple[Tensor, Tensor]:
     return nodes.new_empty((nodes.numel(), sid_levels)), nodes.new_empty(nodes.numel())
 
 
 @torch.library.register_fake("raddpo::trie_items")
-def _(nodes: Tensor, trie: Tensor, header: Tensor) -> tuple[Tensor, Tensor]:
+def _(nodes: Tensor, trie: Tensor, header: Tensor, live: Tensor | None) -> tuple[Tensor, Tensor]:
     return nodes.new_empty(nodes.numel()), nodes.new_empty(nodes.numel())
 
 
 @torch.library.register_fake("raddpo::trie_children")
-def _(nodes: Tensor, trie: Tensor, header: Tensor) -> tuple[Tensor, Tensor]:
+def _(nodes: Tensor, trie: Tensor, header: Tensor, live: Tensor | None) -> tuple[Tensor, Tensor]:
     return nodes.new_empty(nodes.numel()), nodes.new_empty(nodes.numel())
+
+
+@torch.library.register_fake("raddpo::trie_select")
+def _(places: Tensor, trie: Tensor, header: Tensor, live: Tensor | None, items: bool) -> Tensor:
+    return places.new_empty(places.numel())

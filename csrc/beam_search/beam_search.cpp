@@ -46,8 +46,8 @@ struct Call {
 };
 
 Call prepare(const Tensor& logits, const Tensor& scores, const Tensor& nodes, const Tensor& trie, const Tensor& header,
-             const OptionalTensor& lse, std::int64_t level, std::int64_t beam_width, std::int64_t normalize,
-             double length_penalty) {
+             const OptionalTensor& live, const OptionalTensor& lse, std::int64_t level, std::int64_t beam_width,
+             std::int64_t normalize, double length_penalty) {
   STD_TORCH_CHECK(logits.dim() == 3, "beam_step: logits must have shape (batch, width, vocab)");
   const std::int64_t batch = logits.size(0), width = logits.size(1), vocab = logits.size(2);
   STD_TORCH_CHECK(scores.scalar_type() == ScalarType::Float && nodes.scalar_type() == ScalarType::Long,
@@ -61,7 +61,7 @@ Call prepare(const Tensor& logits, const Tensor& scores, const Tensor& nodes, co
                            lse->numel() == batch * width && lse->get_device_index() == logits.get_device_index()),
                   "beam_step: lse must be contiguous float32, one element a row of logits");
   BeamStepArgs a{};
-  a.trie = trie_view(trie, header, "beam_step");
+  a.trie = trie_view(trie, header, live, "beam_step");
   a.logits = logits.const_data_ptr();
   a.logit_type = logit_type_of(logits, "beam_step");
   a.batch = batch;
@@ -102,9 +102,9 @@ void write(const BeamStepArgs& a, std::int64_t query, const Best& best) {
 }
 
 Result beam_step_cpu(const Tensor& logits, const Tensor& scores, const Tensor& nodes, const Tensor& trie,
-                     const Tensor& header, const OptionalTensor& lse, std::int64_t level, std::int64_t beam_width,
-                     std::int64_t normalize, double length_penalty) {
-  const Call c = prepare(logits, scores, nodes, trie, header, lse, level, beam_width, normalize, length_penalty);
+                     const Tensor& header, const OptionalTensor& live, const OptionalTensor& lse, std::int64_t level,
+                     std::int64_t beam_width, std::int64_t normalize, double length_penalty) {
+  const Call c = prepare(logits, scores, nodes, trie, header, live, lse, level, beam_width, normalize, length_penalty);
   const BeamStepArgs& a = c.args;
   if (!a.batch) return c.out;
   const std::int64_t threads = torch::stable::get_num_threads();
@@ -139,10 +139,10 @@ Result beam_step_cpu(const Tensor& logits, const Tensor& scores, const Tensor& n
 
 #ifdef RADDPO_WITH_CUDA
 Result beam_step_cuda(const Tensor& logits, const Tensor& scores, const Tensor& nodes, const Tensor& trie,
-                      const Tensor& header, const OptionalTensor& lse, std::int64_t level, std::int64_t beam_width,
-                      std::int64_t normalize, double length_penalty) {
+                      const Tensor& header, const OptionalTensor& live, const OptionalTensor& lse, std::int64_t level,
+                      std::int64_t beam_width, std::int64_t normalize, double length_penalty) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  const Call c = prepare(logits, scores, nodes, trie, header, lse, level, beam_width, normalize, length_penalty);
+  const Call c = prepare(logits, scores, nodes, trie, header, live, lse, level, beam_width, normalize, length_penalty);
   if (!c.args.batch) return c.out;
   Tensor workspace = new_empty(trie, {cuda::beam_step_workspace(c.args)}, ScalarType::Byte);
   check_launch(cuda::beam_step(c.args, workspace.mutable_data_ptr(), current_cuda_stream(logits.get_device_index())),

@@ -13,8 +13,8 @@ struct Call {
 };
 
 Call prepare(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& scores,
-             const Tensor& nodes, const Tensor& trie, const Tensor& header, double scale, double softcap,
-             std::int64_t level, std::int64_t columns) {
+             const Tensor& nodes, const Tensor& trie, const Tensor& header, const OptionalTensor& live, double scale,
+             double softcap, std::int64_t level, std::int64_t columns) {
   STD_TORCH_CHECK(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1) &&
                       hidden.scalar_type() == weight.scalar_type(),
                   "child_logits: hidden must have shape (rows, size) and weight (vocab, size), of one dtype");
@@ -28,7 +28,7 @@ Call prepare(const Tensor& hidden, const Tensor& weight, const OptionalTensor& b
                       nodes.numel() == hidden.size(0),
                   "child_logits: scores must be float32 and nodes int64, one element a row of hidden");
   ChildLogitsArgs a{};
-  a.trie = trie_view(trie, header, "child_logits");
+  a.trie = trie_view(trie, header, live, "child_logits");
   STD_TORCH_CHECK(level >= 0 && level < a.trie.levels, "child_logits: bad level");
   STD_TORCH_CHECK(columns == a.trie.num_symbols[level], "child_logits: columns must be the level's symbols, ",
                   a.trie.num_symbols[level]);
@@ -55,9 +55,9 @@ Call prepare(const Tensor& hidden, const Tensor& weight, const OptionalTensor& b
 }
 
 Tensor child_logits_cpu(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& scores,
-                        const Tensor& nodes, const Tensor& trie, const Tensor& header, double scale, double softcap,
-                        std::int64_t level, std::int64_t columns) {
-  const Call c = prepare(hidden, weight, bias, scores, nodes, trie, header, scale, softcap, level, columns);
+                        const Tensor& nodes, const Tensor& trie, const Tensor& header, const OptionalTensor& live,
+                        double scale, double softcap, std::int64_t level, std::int64_t columns) {
+  const Call c = prepare(hidden, weight, bias, scores, nodes, trie, header, live, scale, softcap, level, columns);
   const std::int64_t grain = 1 + (1 << 15) / (1 + c.args.size);  // as if each beam had one child
   parallel_for(c.args.rows, grain,
                [&](std::int64_t begin, std::int64_t end) { RADDPO_CALL_ISA(child_logits, c.args, begin, end); });
@@ -66,10 +66,10 @@ Tensor child_logits_cpu(const Tensor& hidden, const Tensor& weight, const Option
 
 #ifdef RADDPO_WITH_CUDA
 Tensor child_logits_cuda(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& scores,
-                         const Tensor& nodes, const Tensor& trie, const Tensor& header, double scale, double softcap,
-                         std::int64_t level, std::int64_t columns) {
+                         const Tensor& nodes, const Tensor& trie, const Tensor& header, const OptionalTensor& live,
+                         double scale, double softcap, std::int64_t level, std::int64_t columns) {
   const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
-  const Call c = prepare(hidden, weight, bias, scores, nodes, trie, header, scale, softcap, level, columns);
+  const Call c = prepare(hidden, weight, bias, scores, nodes, trie, header, live, scale, softcap, level, columns);
   check_launch(cuda::child_logits(c.args, current_cuda_stream(hidden.get_device_index())), "child_logits");
   return c.out;
 }

@@ -7,16 +7,18 @@
 
 #if defined(__x86_64__)
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,popcnt,bmi")
+#pragma GCC target("avx2,fma,f16c,popcnt,bmi,bmi2")
+#define RADDPO_BMI2  // __BMI2__ does not follow the pragma in C++
 #define RADDPO_ISA avx2
 #include RADDPO_KERNELS
 #undef RADDPO_ISA
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt,bmi,prefer-vector-width=512")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt,bmi,bmi2,prefer-vector-width=512")
 #define RADDPO_ISA avx512
 #include RADDPO_KERNELS
 #undef RADDPO_ISA
+#undef RADDPO_BMI2
 #pragma GCC pop_options
 #endif

@@ -25,8 +25,15 @@ struct DegreeSequence {
   const std::uint32_t* hints;  // the block that holds zero 512 k; then the last block
 };
 
+// Which nodes or items are left: a bit each, 1 if it is.
+struct LiveBits {
+  const std::uint64_t* bits;   // null: all are
+  const std::uint32_t* ranks;  // zeros before each block of 512 bits
+};
+
 struct TrieView {
   DegreeSequence children, items;
+  LiveBits live_nodes, live_items;          // both null or neither; a node is left if any item under it is
   const void* symbols;                      // [nodes] uint16, or uint32 where wide; the root's is unused
   const std::int32_t* tokens;               // tables of the levels that have one: token id of each symbol, ascending
   const std::int32_t* codes;                // and its code, -1 for the end-of-sequence token

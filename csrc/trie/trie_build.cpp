@@ -15,15 +15,7 @@
 namespace raddpo {
 namespace {
 
-using Depths = std::array<std::int64_t, kMaxLevels + 2>;
 constexpr std::uint8_t kRepeat = 255;  // in place of the common prefix's length: the same SID as the row before
-
-template <typename... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
-}
 
 int bit_width(std::uint64_t x) { return x ? 64 - __builtin_clzll(x) : 0; }
 
@@ -65,13 +57,14 @@ class Builder {
     Buffer<std::uint8_t> prefixes(n_);
     const std::vector<Counts> starts = compare_neighbours(buffers, packing, prefixes);
     report(0.75);
-    allocate(starts.back());
-    emit(buffers, packing, prefixes, starts);
-    index_bits(kChildBits, kChildRanks, kChildHints, 2 * num_nodes_ - 1);
-    index_bits(kItemBits, kItemRanks, kItemHints, num_nodes_ + n_);
-    header()[kChecksum] = trie_checksum(bytes_.data.get(), bytes_.size);
+    const TrieShape shape = shape_of(starts.back());
+    TrieBlock out(shape);
+    first_node_ = shape.first_node;
+    copy_tables(out);
+    emit(buffers, packing, prefixes, starts, out, shape.wide());
+    TrieBytes bytes = out.finish();
     report(1.0);
-    return std::move(bytes_);
+    return bytes;
   }
 
  private:
@@ -264,88 +257,37 @@ class Builder {
     return text.str() + ")";
   }
 
-  std::uint64_t* header() const { return reinterpret_cast<std::uint64_t*>(bytes_.data.get()); }
-  template <typename Element>
-  Element* section(HeaderWord word) const {
-    return reinterpret_cast<Element*>(bytes_.data.get() + header()[word]);
-  }
-
-  // Lays out the sections and fills the header.
-  void allocate(const Counts& total) {
-    first_node_[0] = 0;
-    first_node_[1] = 1;
-    for (int d = 1; d <= levels_; ++d) first_node_[d + 1] = first_node_[d] + total.nodes[d];
+  TrieShape shape_of(const Counts& total) {
+    TrieShape s;
+    s.items = n_;
+    s.levels = levels_;
+    s.sid_levels = in_.columns;
+    s.eos = in_.eos;
+    s.has_vocab = in_.has_vocab;
+    s.wide_items = wide_items_;
+    s.first_node[1] = 1;
+    for (int d = 1; d <= kMaxLevels; ++d) s.first_node[d + 1] = s.first_node[d] + total.nodes[d];
+    s.nodes = s.first_node[levels_ + 1];
     for (int d = 1; d <= levels_; ++d) first_item_[d + 1] = first_item_[d] + total.items[d];
-    num_nodes_ = first_node_[levels_ + 1];
-    if (2 * num_nodes_ >= std::int64_t(UINT32_MAX))
-      refuse("sids give a trie of ", num_nodes_, " nodes, more than ", UINT32_MAX / 2);
-    std::int64_t table_size = 0;
-    bool wide = false;
-    for (std::size_t l = 0; l < in_.levels.size(); ++l) {
-      table_size += in_.levels[l].tokens.size();
-      wide |= num_symbols_[l] > 65536;
-    }
-    std::array<std::int64_t, 16> offset{};
-    std::int64_t size = kHeaderWords * 8;
-    const auto place = [&](HeaderWord word, std::int64_t bytes) {
-      offset[word - kSymbols] = size;
-      size += (bytes + 63) / 64 * 64;
-    };
-    const auto place_bits = [&](HeaderWord bits, std::int64_t count) {
-      const std::int64_t blocks = (count + kBlockBits - 1) / kBlockBits;
-      place(bits, blocks * kBlockBits / 8);
-      place(static_cast<HeaderWord>(bits + 1), blocks * 4);
-      place(static_cast<HeaderWord>(bits + 2), ((num_nodes_ - 1) / kHintZeros + 2) * 4);
-    };
-    place(kSymbols, num_nodes_ * (wide ? 4 : 2));
-    place_bits(kChildBits, 2 * num_nodes_ - 1);
-    place_bits(kItemBits, num_nodes_ + n_);
-    place(kItems, n_ * (wide_items_ ? 8 : 4));
-    place(kTokens, table_size * 4);
-    place(kCodes, table_size * 4);
-
-    auto* memory = static_cast<std::uint8_t*>(std::aligned_alloc(64, size));
-    if (!memory) throw std::bad_alloc();
-    bytes_ = {decltype(bytes_.data)(memory), size};
-    for (int section = 0; section < 10; ++section)  // the gaps between sections and the bits start as zero
-      std::memset(memory + offset[section], 0,
-                  section >= 1 && section <= 6 ? offset[section + 1] - offset[section] : 0);
-    std::memset(memory, 0, kHeaderWords * 8);
-    zero_tail(offset[0], num_nodes_ * (wide ? 4 : 2));
-    zero_tail(offset[kItems - kSymbols], n_ * (wide_items_ ? 8 : 4));
-    zero_tail(offset[kTokens - kSymbols], table_size * 4);
-    zero_tail(offset[kCodes - kSymbols], table_size * 4);
-
-    std::uint64_t* h = header();
-    std::memcpy(h, "RADTRIE", 8);
-    h[kVersion] = kFormatVersion;
-    h[kBytes] = size;
-    h[kNumItems] = n_;
-    h[kNumNodes] = num_nodes_;
-    h[kLevels] = levels_;
-    h[kSidLevels] = in_.columns;
-    h[kWide] = wide;
-    h[kItemBytes] = wide_items_ ? 8 : 4;
-    h[kEos] = in_.eos;
-    h[kHasVocab] = in_.has_vocab;
-    for (int s = 0; s < 10; ++s) h[kSymbols + s] = offset[s];
-    for (int d = 0; d < kMaxLevels + 2; ++d) h[kFirstNode + d] = d <= levels_ ? first_node_[d] : num_nodes_;
-    for (int l = 0; l < static_cast<int>(in_.columns); ++l) h[kSizes + l] = sizes_[l];
-    std::int64_t table = 0;
     for (std::size_t l = 0; l < in_.levels.size(); ++l) {
       const LevelSymbols& level = in_.levels[l];
-      h[kNumSymbols + l] = num_symbols_[l];
-      h[kTable + l] = level.tokens.empty() ? -1 : table;
-      h[kFirstToken + l] = level.first_token;
-      h[kMaxToken + l] = level.tokens.empty() ? level.first_token + num_symbols_[l] - 1 : level.tokens.back();
-      std::copy(level.tokens.begin(), level.tokens.end(), section<std::int32_t>(kTokens) + table);
-      std::copy(level.codes.begin(), level.codes.end(), section<std::int32_t>(kCodes) + table);
-      table += level.tokens.size();
+      const bool table = !level.tokens.empty();
+      s.num_symbols[l] = num_symbols_[l];
+      s.table[l] = table ? s.table_size : -1;
+      s.first_token[l] = level.first_token;
+      s.max_token[l] = table ? level.tokens.back() : level.first_token + num_symbols_[l] - 1;
+      s.table_size += static_cast<std::int64_t>(level.tokens.size());
     }
+    std::copy(sizes_.begin(), sizes_.end(), s.sizes.begin());
+    return s;
   }
 
-  void zero_tail(std::int64_t offset, std::int64_t bytes) const {
-    std::memset(bytes_.data.get() + offset + bytes, 0, (64 - bytes % 64) % 64);
+  void copy_tables(const TrieBlock& out) const {
+    auto *tokens = out.section<std::int32_t>(kTokens), *codes = out.section<std::int32_t>(kCodes);
+    for (const LevelSymbols& level : in_.levels) {
+      tokens = std::copy(level.tokens.begin(), level.tokens.end(), tokens);
+      codes = std::copy(level.codes.begin(), level.codes.end(), codes);
+    }
   }
 
   // Sets bits in ascending order; neighbours may share a word across threads and depths.
@@ -367,20 +309,20 @@ class Builder {
   };
 
   void emit(const SortBuffers& b, const Packing& p, const Buffer<std::uint8_t>& prefixes,
-            const std::vector<Counts>& starts) {
-    if (header()[kWide])
-      wide_items_ ? emit_as<std::uint32_t, std::int64_t>(b, p, prefixes, starts)
-                  : emit_as<std::uint32_t, std::int32_t>(b, p, prefixes, starts);
+            const std::vector<Counts>& starts, const TrieBlock& out, bool wide) {
+    if (wide)
+      wide_items_ ? emit_as<std::uint32_t, std::int64_t>(b, p, prefixes, starts, out)
+                  : emit_as<std::uint32_t, std::int32_t>(b, p, prefixes, starts, out);
     else
-      wide_items_ ? emit_as<std::uint16_t, std::int64_t>(b, p, prefixes, starts)
-                  : emit_as<std::uint16_t, std::int32_t>(b, p, prefixes, starts);
+      wide_items_ ? emit_as<std::uint16_t, std::int64_t>(b, p, prefixes, starts, out)
+                  : emit_as<std::uint16_t, std::int32_t>(b, p, prefixes, starts, out);
   }
 
   template <typename Symbol, typename Item>
   void emit_as(const SortBuffers& b, const Packing& p, const Buffer<std::uint8_t>& prefixes,
-               const std::vector<Counts>& starts) {
-    auto* symbols = section<Symbol>(kSymbols);
-    auto* items = section<Item>(kItems);
+               const std::vector<Counts>& starts, const TrieBlock& out) {
+    auto* symbols = out.section<Symbol>(kSymbols);
+    auto* items = out.section<Item>(kItems);
     const bool absent = in_.lengths != nullptr;
     std::atomic<std::int64_t> distinct{0};
     symbols[0] = 0;
@@ -390,8 +332,8 @@ class Builder {
       for (int d = 0; d <= levels_; ++d) {
         next_node[d] += starts[t].nodes[d];
         next_item[d] += starts[t].items[d];
-        child_bits[d].bits = section<std::uint64_t>(kChildBits);
-        item_bits[d].bits = section<std::uint64_t>(kItemBits);
+        child_bits[d].bits = out.section<std::uint64_t>(kChildBits);
+        item_bits[d].bits = out.section<std::uint64_t>(kItemBits);
       }
       next_node[0] = 1;
       std::int64_t rows = 0;
@@ -418,24 +360,7 @@ class Builder {
       for (BitWriter& writer : item_bits) writer.flush();
       distinct += rows;
     });
-    header()[kNumSids] = distinct;
-  }
-
-  // Ranks and hints of a degree sequence of `count` bits and num_nodes_ zeros.
-  void index_bits(HeaderWord bits_word, HeaderWord ranks_word, HeaderWord hints_word, std::int64_t count) const {
-    const auto* bits = section<std::uint64_t>(bits_word);
-    auto *ranks = section<std::uint32_t>(ranks_word), *hints = section<std::uint32_t>(hints_word);
-    const std::int64_t blocks = (count + kBlockBits - 1) / kBlockBits;
-    std::uint32_t zeros = 0;
-    std::int64_t hint = 0;
-    for (std::int64_t block = 0; block < blocks; ++block) {
-      ranks[block] = zeros;
-      for (int word = 0; word < kBlockBits / 64; ++word)
-        zeros += 64 - __builtin_popcountll(bits[block * (kBlockBits / 64) + word]);
-      for (; hint * kHintZeros < std::min<std::int64_t>(zeros, num_nodes_); ++hint)
-        hints[hint] = static_cast<std::uint32_t>(block);
-    }
-    hints[hint] = static_cast<std::uint32_t>(blocks - 1);
+    out.header()[kNumSids] = distinct;
   }
 
   const TrieBuildInput& in_;
@@ -445,8 +370,6 @@ class Builder {
   bool wide_items_ = false;
   std::vector<std::int64_t> sizes_, num_symbols_;
   Depths first_node_{}, first_item_{};
-  std::int64_t num_nodes_ = 0;
-  TrieBytes bytes_{};
 };
 
 }  // namespace
@@ -462,27 +385,6 @@ TrieBytes trie_build(const TrieBuildInput& input) {
     default:
       return input.sid_signed ? Builder<std::int64_t>(input).build() : Builder<std::uint64_t>(input).build();
   }
-}
-
-std::uint64_t trie_checksum(const std::uint8_t* data, std::int64_t size) {
-  constexpr int kLanes = 8;  // independent chains keep the multipliers busy
-  constexpr std::uint64_t kMultiplier = 0x9e3779b97f4a7c15;
-  std::uint64_t lane[kLanes];
-  for (int k = 0; k < kLanes; ++k) lane[k] = kMultiplier * (k + 1);
-  for (std::int64_t at = 0; at < size; at += 8 * kLanes)
-    for (int k = 0; k < kLanes; ++k) {
-      std::uint64_t word = 0;
-      const std::int64_t from = at + 8 * k;
-      if (from + 8 <= size && from != 8 * kChecksum) std::memcpy(&word, data + from, 8);
-      lane[k] = (lane[k] ^ word) * kMultiplier;
-      lane[k] ^= lane[k] >> 29;
-    }
-  std::uint64_t sum = size;
-  for (std::uint64_t value : lane) {
-    sum = (sum ^ value) * kMultiplier;
-    sum ^= sum >> 32;
-  }
-  return sum;
 }
 
 }  // namespace raddpo

@@ -1,12 +1,10 @@
 #pragma once
 // Builds the block of bytes described in trie.h from unsorted SIDs. Host only, no torch.
 #include <cstdint>
-#include <cstdlib>
 #include <functional>
-#include <memory>
 #include <vector>
 
-#include "trie.h"
+#include "trie_block.h"
 
 namespace raddpo {
 
@@ -33,18 +31,7 @@ struct TrieBuildInput {
   std::function<void(double)> progress;  // called with the share done, in [0, 1]; may be empty
 };
 
-struct FreeBytes {
-  void operator()(std::uint8_t* p) const { std::free(p); }
-};
-struct TrieBytes {
-  std::unique_ptr<std::uint8_t[], FreeBytes> data;  // aligned to 64 bytes
-  std::int64_t size;
-};
-
 // Throws std::invalid_argument that names the argument and the value.
 TrieBytes trie_build(const TrieBuildInput& input);
-
-// Of every byte of the block but the checksum's own; detects every change within one 64-bit word.
-std::uint64_t trie_checksum(const std::uint8_t* data, std::int64_t size);
 
 }  // namespace raddpo

@@ -26,6 +26,11 @@ __global__ void __launch_bounds__(kThreads) trie_ranges_kernel(const __grid_cons
   if (i < a.count) trie_range(a, i);
 }
 
+__global__ void __launch_bounds__(kThreads) trie_select_kernel(const __grid_constant__ TrieSelectArgs a) {
+  const std::int64_t i = thread_number();
+  if (i < a.count) raddpo::trie_select(a, i);
+}
+
 std::int64_t blocks_of(std::int64_t size) { return (size + kThreads - 1) / kThreads; }
 
 }  // namespace
@@ -40,6 +45,10 @@ int trie_paths(const TriePathsArgs& a, CUstream_st* stream) {
 
 int trie_ranges(const TrieRangesArgs& a, CUstream_st* stream) {
   return a.count ? launch(trie_ranges_kernel, blocks_of(a.count), kThreads, stream, a) : cudaSuccess;
+}
+
+int trie_select(const TrieSelectArgs& a, CUstream_st* stream) {
+  return a.count ? launch(trie_select_kernel, blocks_of(a.count), kThreads, stream, a) : cudaSuccess;
 }
 
 }  // namespace raddpo::cuda

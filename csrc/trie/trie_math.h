@@ -26,7 +26,8 @@ RADDPO_HD std::int64_t select_zero(const DegreeSequence& s, std::int64_t i) {
 }
 
 // Position of one number i; `blocks` is the number of the sequence's last block.
-RADDPO_HD std::int64_t select_one(const DegreeSequence& s, std::int64_t blocks, std::int64_t i) {
+template <typename Sequence>
+RADDPO_HD std::int64_t select_one(const Sequence& s, std::int64_t blocks, std::int64_t i) {
   std::int64_t low = 0, high = blocks;
   while (low < high) {
     const std::int64_t middle = (low + high + 1) / 2;
@@ -49,6 +50,7 @@ RADDPO_HD Range ones_of(const DegreeSequence& s, std::int64_t i) {
   return {begin - i, end - begin};
 }
 
+// The children of a node, those that are left and those that are not.
 RADDPO_HD Range children_of(const TrieView& t, std::int64_t node) {
   const Range ones = ones_of(t.children, node);
   return {ones.first + 1, ones.count};  // the root is nobody's child
@@ -57,9 +59,37 @@ RADDPO_HD Range children_of(const TrieView& t, std::int64_t node) {
 // Positions in the item list.
 RADDPO_HD Range items_of(const TrieView& t, std::int64_t node) { return ones_of(t.items, node); }
 
-RADDPO_HD std::int64_t parent_of(const TrieView& t, std::int64_t node) {  // node > 0
-  const std::int64_t nodes = t.first_node[t.levels + 1];
-  const std::int64_t last_block = (2 * nodes - 2) / kBlockBits;  // the sequence has 2 nodes - 1 bits
+RADDPO_HD std::int64_t num_nodes_of(const TrieView& t) { return t.first_node[t.levels + 1]; }
+
+RADDPO_HD bool is_live(const LiveBits& s, std::int64_t i) { return !s.bits || (s.bits[i / 64] >> (i % 64) & 1); }
+
+// How many before number i are left.
+RADDPO_HD std::int64_t live_before(const LiveBits& s, std::int64_t i) {
+  if (!s.bits) return i;
+  const std::int64_t block = i / kBlockBits, word = i / 64;
+  std::int64_t ones = block * kBlockBits - s.ranks[block];
+  for (std::int64_t w = block * (kBlockBits / 64); w < word; ++w) ones += popcount(s.bits[w]);
+  return ones + popcount(s.bits[word] & ((std::uint64_t(1) << (i % 64)) - 1));
+}
+
+// What is left of a range, counted among all that are left.
+RADDPO_HD Range live_of(const LiveBits& s, Range all) {
+  if (!s.bits) return all;
+  const std::int64_t first = live_before(s, all.first);
+  return {first, live_before(s, all.first + all.count) - first};
+}
+
+// The number of what is left at place i of `live`, out of `count` in all; the inverse of live_before.
+RADDPO_HD std::int64_t nth_live(const LiveBits& s, std::int64_t count, std::int64_t i) {
+  return s.bits ? select_one(s, count / kBlockBits, i) : i;
+}
+
+RADDPO_HD bool is_node(const TrieView& t, std::int64_t node) {
+  return node >= 0 && node < num_nodes_of(t) && is_live(t.live_nodes, node);
+}
+
+RADDPO_HD std::int64_t parent_of(const TrieView& t, std::int64_t node) {   // node > 0
+  const std::int64_t last_block = (2 * num_nodes_of(t) - 2) / kBlockBits;  // the sequence has 2 nodes - 1 bits
   return select_one(t.children, last_block, node - 1) - (node - 1);
 }
 
@@ -113,7 +143,8 @@ RADDPO_HD std::int64_t find_child(const TrieView& t, std::int64_t node, int leve
     else
       high = middle;
   }
-  return low < children.first + children.count && symbol_of(t, low) == symbol ? low : -1;
+  const bool found = low < children.first + children.count && symbol_of(t, low) == symbol;
+  return found && is_live(t.live_nodes, low) ? low : -1;
 }
 
 }  // namespace raddpo

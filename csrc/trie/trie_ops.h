@@ -31,8 +31,6 @@ struct TriePathsArgs {
   std::int64_t *codes, *depths;
 };
 
-RADDPO_HD bool is_node(const TrieView& t, std::int64_t node) { return node >= 0 && node < t.first_node[t.levels + 1]; }
-
 RADDPO_HD void trie_path(const TriePathsArgs& a, std::int64_t i) {
   const TrieView& t = a.trie;
   std::int64_t node = a.nodes[i];
@@ -46,7 +44,8 @@ RADDPO_HD void trie_path(const TriePathsArgs& a, std::int64_t i) {
   }
 }
 
-// nodes [count] to their children (first child's node, number) or items (first position, number); 0, 0 for no node.
+// nodes [count] to their children or items: the first one's place among all nodes or items that are left, and their
+// number; 0, 0 for no node.
 struct TrieRangesArgs {
   TrieView trie;
   const std::int64_t* nodes;
@@ -58,15 +57,33 @@ struct TrieRangesArgs {
 RADDPO_HD void trie_range(const TrieRangesArgs& a, std::int64_t i) {
   const std::int64_t node = a.nodes[i];
   Range range{0, 0};
-  if (is_node(a.trie, node)) range = a.items ? items_of(a.trie, node) : children_of(a.trie, node);
+  if (is_node(a.trie, node))
+    range = a.items ? live_of(a.trie.live_items, items_of(a.trie, node))
+                    : live_of(a.trie.live_nodes, children_of(a.trie, node));
   a.first[i] = range.first;
   a.number[i] = range.count;
+}
+
+// places [count] among all nodes or items that are left to their numbers; -1 for no such place.
+struct TrieSelectArgs {
+  LiveBits live;
+  std::int64_t size;  // nodes or items in all
+  const std::int64_t* places;
+  std::int64_t count;
+  std::int64_t* numbers;
+};
+
+RADDPO_HD void trie_select(const TrieSelectArgs& a, std::int64_t i) {
+  const std::int64_t place = a.places[i];
+  const bool found = place >= 0 && place < live_before(a.live, a.size);
+  a.numbers[i] = found ? nth_live(a.live, a.size, place) : -1;
 }
 
 namespace cuda {  // each returns cudaError_t
 int trie_walk(const TrieWalkArgs& a, CUstream_st* stream);
 int trie_paths(const TriePathsArgs& a, CUstream_st* stream);
 int trie_ranges(const TrieRangesArgs& a, CUstream_st* stream);
+int trie_select(const TrieSelectArgs& a, CUstream_st* stream);
 }  // namespace cuda
 
 }  // namespace raddpo

@@ -1,11 +1,12 @@
 #pragma once
 // A TrieIndex's two tensors as the view that kernels take.
 #include "../common/tensor.h"
-#include "trie.h"
+#include "trie_view.h"
 
 namespace raddpo {
 
-// `trie`: uint8, the whole block, on the op's device; `header`: its first kHeaderWords words as int64 on the CPU.
-TrieView trie_view(const Tensor& trie, const Tensor& header, const char* op);
+// `trie`: uint8, the whole block, on the op's device; `header`: its first kHeaderWords words as int64 on the CPU;
+// `live`: uint8, which of it is left (trie_view.h), beside `trie`.
+TrieView trie_view(const Tensor& trie, const Tensor& header, const OptionalTensor& live, const char* op);
 
 }  // namespace raddpo

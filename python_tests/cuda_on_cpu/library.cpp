@@ -5,33 +5,12 @@
 #include "../../csrc/session_loss/session_loss_cuda.cu"
 #include "../../csrc/token_logps/token_logps_cuda.cu"
 #include "../../csrc/trie/trie_cuda.cu"
+#include "../../csrc/trie/trie_view.h"
 #include "faults.cuh"
 
 using namespace raddpo;
 
 namespace {
-
-TrieView view_of(const std::uint8_t* data, const std::int64_t* h) {
-  const auto sequence = [&](int word) {
-    return DegreeSequence{reinterpret_cast<const std::uint64_t*>(data + h[word]),
-                          reinterpret_cast<const std::uint32_t*>(data + h[word + 1]),
-                          reinterpret_cast<const std::uint32_t*>(data + h[word + 2])};
-  };
-  TrieView t{};
-  t.children = sequence(kChildBits);
-  t.items = sequence(kItemBits);
-  t.symbols = data + h[kSymbols];
-  t.tokens = reinterpret_cast<const std::int32_t*>(data + h[kTokens]);
-  t.codes = reinterpret_cast<const std::int32_t*>(data + h[kCodes]);
-  std::copy(h + kFirstNode, h + kFirstNode + kMaxLevels + 2, t.first_node);
-  std::copy(h + kNumSymbols, h + kNumSymbols + kMaxLevels, t.num_symbols);
-  std::copy(h + kTable, h + kTable + kMaxLevels, t.table);
-  std::copy(h + kFirstToken, h + kFirstToken + kMaxLevels, t.first_token);
-  t.levels = static_cast<std::int32_t>(h[kLevels]);
-  t.sid_levels = static_cast<std::int32_t>(h[kSidLevels]);
-  t.wide = static_cast<std::int32_t>(h[kWide]);
-  return t;
-}
 
 // `tensors` and `numbers` in the operator's order, its outputs last.
 template <typename T>
@@ -106,12 +85,12 @@ EXPORT void set_order(unsigned threads, unsigned blocks) {
 EXPORT const char* last_error() { return cuda_on_cpu::block.error.c_str(); }
 
 // `sizes`: logit type, batch, width, vocab, stride_batch, stride_beam, beam_width, normalize, level.
-EXPORT int beam_step(const std::uint8_t* trie, const std::int64_t* header, const std::int64_t* sizes,
-                     const void* logits, const float* scores, const std::int64_t* nodes, const float* lse,
-                     double length_penalty, float* out_scores, std::int64_t* out_tokens, std::int64_t* out_parents,
-                     std::int64_t* out_nodes) {
+EXPORT int beam_step(const std::uint8_t* trie, const std::int64_t* header, const std::uint8_t* live,
+                     const std::int64_t* sizes, const void* logits, const float* scores, const std::int64_t* nodes,
+                     const float* lse, double length_penalty, float* out_scores, std::int64_t* out_tokens,
+                     std::int64_t* out_parents, std::int64_t* out_nodes) {
   BeamStepArgs a{};
-  a.trie = view_of(trie, header);
+  a.trie = view_of(trie, header, live);
   a.logits = logits;
   a.logit_type = static_cast<LogitType>(sizes[0]);
   a.batch = sizes[1];
@@ -138,11 +117,11 @@ EXPORT int beam_step(const std::uint8_t* trie, const std::int64_t* header, const
 }
 
 // `sizes`: type, rows, size, vocab, stride_hidden, stride_weight, level, columns; `numbers`: scale, softcap.
-EXPORT int child_logits(const std::uint8_t* trie, const std::int64_t* header, const std::int64_t* sizes,
-                        const double* numbers, const void* hidden, const void* weight, const void* bias,
-                        const float* scores, const std::int64_t* nodes, float* out) {
+EXPORT int child_logits(const std::uint8_t* trie, const std::int64_t* header, const std::uint8_t* live,
+                        const std::int64_t* sizes, const double* numbers, const void* hidden, const void* weight,
+                        const void* bias, const float* scores, const std::int64_t* nodes, float* out) {
   ChildLogitsArgs a{};
-  a.trie = view_of(trie, header);
+  a.trie = view_of(trie, header, live);
   a.hidden = hidden;
   a.weight = weight;
   a.bias = bias;
@@ -174,19 +153,27 @@ EXPORT int session_loss_backward(bool is_double, const std::int64_t* sizes, void
   return (is_double ? run_session_loss_backward<double> : run_session_loss_backward<float>)(sizes, tensors, sft_weight);
 }
 
-EXPORT int trie_walk(const std::uint8_t* trie, const std::int64_t* header, const std::int64_t* tokens,
-                     std::int64_t rows, std::int64_t columns, std::int64_t* nodes) {
-  return cuda::trie_walk({view_of(trie, header), tokens, rows, columns, nodes}, nullptr);
+EXPORT int trie_walk(const std::uint8_t* trie, const std::int64_t* header, const std::uint8_t* live,
+                     const std::int64_t* tokens, std::int64_t rows, std::int64_t columns, std::int64_t* nodes) {
+  return cuda::trie_walk({view_of(trie, header, live), tokens, rows, columns, nodes}, nullptr);
 }
 
-EXPORT int trie_paths(const std::uint8_t* trie, const std::int64_t* header, const std::int64_t* nodes,
-                      std::int64_t count, std::int64_t* codes, std::int64_t* depths) {
-  return cuda::trie_paths({view_of(trie, header), nodes, count, codes, depths}, nullptr);
+EXPORT int trie_paths(const std::uint8_t* trie, const std::int64_t* header, const std::uint8_t* live,
+                      const std::int64_t* nodes, std::int64_t count, std::int64_t* codes, std::int64_t* depths) {
+  return cuda::trie_paths({view_of(trie, header, live), nodes, count, codes, depths}, nullptr);
 }
 
-EXPORT int trie_ranges(const std::uint8_t* trie, const std::int64_t* header, const std::int64_t* nodes,
-                       std::int64_t count, bool items, std::int64_t* first, std::int64_t* number) {
-  return cuda::trie_ranges({view_of(trie, header), nodes, count, items, first, number}, nullptr);
+EXPORT int trie_select(const std::uint8_t* trie, const std::int64_t* header, const std::uint8_t* live,
+                       const std::int64_t* places, std::int64_t count, bool items, std::int64_t* numbers) {
+  const TrieView t = view_of(trie, header, live);
+  return cuda::trie_select(
+      {items ? t.live_items : t.live_nodes, header[items ? kNumItems : kNumNodes], places, count, numbers}, nullptr);
+}
+
+EXPORT int trie_ranges(const std::uint8_t* trie, const std::int64_t* header, const std::uint8_t* live,
+                       const std::int64_t* nodes, std::int64_t count, bool items, std::int64_t* first,
+                       std::int64_t* number) {
+  return cuda::trie_ranges({view_of(trie, header, live), nodes, count, items, first, number}, nullptr);
 }
 
 // Runs one of the kernels of faults.cuh on values [64]; out [64].

@@ -92,8 +92,7 @@ class Shim:
         tokens, parents, nodes = (torch.full(shape, 777) for _ in range(3))
         self.call(
             "beam_step",
-            index.data,
-            index.header,
+            *index.block,
             torch.tensor([*sizes, _NORMALIZE.index(normalize), level]),
             logits,
             state.scores.contiguous(),
@@ -123,8 +122,7 @@ class Shim:
         out = torch.full((len(hidden), columns), 777.0)
         self.call(
             "child_logits",
-            index.data,
-            index.header,
+            *index.block,
             torch.tensor([*sizes, level, columns]),
             torch.tensor([scale, softcap], dtype=torch.float64),
             hidden,
@@ -143,18 +141,23 @@ class Shim:
 
     def trie_walk(self, tokens: Tensor, index: rx.TrieIndex) -> Tensor:
         nodes = torch.full((tokens.shape[0], tokens.shape[1] + 1), 777)
-        self.call("trie_walk", index.data, index.header, tokens, *tokens.shape, nodes)
+        self.call("trie_walk", *index.block, tokens, *tokens.shape, nodes)
         return nodes
 
     def trie_paths(self, nodes: Tensor, index: rx.TrieIndex) -> tuple[Tensor, Tensor]:
         codes, depths = torch.full((len(nodes), index.sid_levels), 777), torch.full((len(nodes),), 777)
-        self.call("trie_paths", index.data, index.header, nodes, len(nodes), codes, depths)
+        self.call("trie_paths", *index.block, nodes, len(nodes), codes, depths)
         return codes, depths
 
     def trie_ranges(self, nodes: Tensor, index: rx.TrieIndex, items: bool) -> tuple[Tensor, Tensor]:
         first, number = torch.full((len(nodes),), 777), torch.full((len(nodes),), 777)
-        self.call("trie_ranges", index.data, index.header, nodes, len(nodes), int(items), first, number)
+        self.call("trie_ranges", *index.block, nodes, len(nodes), int(items), first, number)
         return first, number
+
+    def trie_select(self, places: Tensor, index: rx.TrieIndex, items: bool) -> Tensor:
+        numbers = torch.full((len(places),), 777)
+        self.call("trie_select", *index.block, places, len(places), int(items), numbers)
+        return numbers
 
     def session_loss(self, logps: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         """The operator's own arguments and outputs."""

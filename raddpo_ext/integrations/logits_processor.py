@@ -87,10 +87,10 @@ class TrieLogitsProcessor:
 
     def _allowed(self, nodes: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens that may follow each node, as pairs (row, token), and which rows have none, bool."""
-        first, count = torch.ops.raddpo.trie_children(nodes, self.index.data, self.index.header)
+        first, count = torch.ops.raddpo.trie_children(nodes, *self.index.block)
         row = torch.repeat_interleave(count)
         before = first - (count.cumsum(0) - count)
-        children = torch.arange(len(row), device=row.device) + before[row]
+        children = self.index.nodes_at(torch.arange(len(row), device=row.device) + before[row])
         return row, self._tokens(children, level), count == 0
 
     def _tokens(self, children: Tensor, level: int) -> Tensor:

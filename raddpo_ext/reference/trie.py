@@ -78,10 +78,10 @@ class TrieIndex:
 
     @classmethod
     def of(cls, index: TrieIndex | fused.TrieIndex) -> TrieIndex:
-        """``index`` itself, or the plain copy of a fused one."""
+        """``index`` itself, or the plain copy of a fused one: of what is left, whose nodes it numbers without gaps."""
         if isinstance(index, TrieIndex):
             return index
-        nodes = torch.arange(index.num_nodes, device=index.device)
+        nodes = torch.arange(index.node_bound, device=index.device)
         codes, depths = index.paths(nodes)
         leaves = torch.repeat_interleave(nodes, index.item_ranges(nodes)[1])
         eos = index.vocab is not None and index.vocab.eos is not None

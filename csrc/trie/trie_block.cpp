@@ -1,0 +1,155 @@
+#include "trie_block.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <utility>
+
+#include "../common/huge_pages.h"
+
+namespace raddpo {
+namespace {
+
+constexpr int kSections = kCodes - kSymbols + 1;
+
+void copy_words(const std::int64_t* header, int word, std::array<std::int64_t, kMaxLevels>& out) {
+  std::copy(header + word, header + word + kMaxLevels, out.begin());
+}
+
+}  // namespace
+
+TrieShape TrieShape::of(const std::uint8_t* block) {
+  const auto* h = reinterpret_cast<const std::int64_t*>(block);
+  TrieShape s;
+  s.items = h[kNumItems];
+  s.sids = h[kNumSids];
+  s.nodes = h[kNumNodes];
+  std::copy(h + kFirstNode, h + kFirstNode + kMaxLevels + 2, s.first_node.begin());
+  s.levels = h[kLevels];
+  s.sid_levels = h[kSidLevels];
+  s.eos = h[kEos];
+  s.wide_items = h[kItemBytes] == 8;
+  s.has_vocab = h[kHasVocab];
+  copy_words(h, kNumSymbols, s.num_symbols);
+  copy_words(h, kTable, s.table);
+  copy_words(h, kFirstToken, s.first_token);
+  copy_words(h, kSizes, s.sizes);
+  copy_words(h, kMaxToken, s.max_token);
+  for (int l = 0; l < kMaxLevels; ++l)
+    if (s.table[l] >= 0 && s.num_symbols[l]) s.table_size = std::max(s.table_size, s.table[l] + s.num_symbols[l]);
+  return s;
+}
+
+void TrieShape::set_largest_symbol(int level, std::int64_t symbol) {
+  num_symbols[level] = sizes[level] = symbol + 1;
+  max_token[level] = symbol;
+}
+
+bool TrieShape::wide() const { return *std::max_element(num_symbols.begin(), num_symbols.end()) > 65536; }
+
+TrieBlock::TrieBlock(const TrieShape& s) {
+  if (2 * s.nodes >= std::int64_t(UINT32_MAX))
+    refuse("sids give a trie of ", s.nodes, " nodes, more than ", UINT32_MAX / 2);
+  std::array<std::int64_t, kSections + 1> offset{};
+  std::array<std::int64_t, kSections> bytes{};
+  std::int64_t size = kHeaderWords * 8;
+  const auto place = [&](int word, std::int64_t count) {
+    offset[word - kSymbols] = size;
+    bytes[word - kSymbols] = count;
+    size += (count + 63) / 64 * 64;
+  };
+  const auto place_bits = [&](int bits, std::int64_t count) {
+    const std::int64_t blocks = (count + kBlockBits - 1) / kBlockBits;
+    place(bits, blocks * kBlockBits / 8);
+    place(bits + 1, blocks * 4);
+    place(bits + 2, ((s.nodes - 1) / kHintZeros + 2) * 4);
+  };
+  place(kSymbols, s.nodes * (s.wide() ? 4 : 2));
+  place_bits(kChildBits, 2 * s.nodes - 1);
+  place_bits(kItemBits, s.nodes + s.items);
+  place(kItems, s.items * (s.wide_items ? 8 : 4));
+  place(kTokens, s.table_size * 4);
+  place(kCodes, s.table_size * 4);
+  offset[kSections] = size;
+
+  auto* memory = static_cast<std::uint8_t*>(std::aligned_alloc(64, size));
+  if (!memory) throw std::bad_alloc();
+  advise_huge_pages(memory, size);
+  bytes_ = {decltype(bytes_.data)(memory), size};
+  std::memset(memory, 0, kHeaderWords * 8);
+  for (int section = 0; section < kSections; ++section) {  // bits, their ranks and hints, and the gaps behind others
+    const bool bits = section >= kChildBits - kSymbols && section <= kItemHints - kSymbols;
+    const std::int64_t begin = offset[section] + (bits ? 0 : bytes[section]);
+    std::memset(memory + begin, 0, offset[section + 1] - begin);
+  }
+
+  std::uint64_t* h = header();
+  std::memcpy(h, "RADTRIE", 8);
+  h[kVersion] = kFormatVersion;
+  h[kBytes] = size;
+  h[kNumItems] = s.items;
+  h[kNumSids] = s.sids;
+  h[kNumNodes] = s.nodes;
+  h[kLevels] = s.levels;
+  h[kSidLevels] = s.sid_levels;
+  h[kWide] = s.wide();
+  h[kItemBytes] = s.wide_items ? 8 : 4;
+  h[kEos] = s.eos;
+  h[kHasVocab] = s.has_vocab;
+  std::copy(offset.begin(), offset.end() - 1, h + kSymbols);
+  std::copy(s.first_node.begin(), s.first_node.end(), h + kFirstNode);
+  std::copy(s.num_symbols.begin(), s.num_symbols.end(), h + kNumSymbols);
+  std::copy(s.table.begin(), s.table.end(), h + kTable);
+  std::copy(s.first_token.begin(), s.first_token.end(), h + kFirstToken);
+  std::copy(s.sizes.begin(), s.sizes.end(), h + kSizes);
+  std::copy(s.max_token.begin(), s.max_token.end(), h + kMaxToken);
+}
+
+TrieBytes TrieBlock::finish() {
+  const auto nodes = static_cast<std::int64_t>(header()[kNumNodes]);
+  index_bits(kChildBits, 2 * nodes - 1);
+  index_bits(kItemBits, nodes + static_cast<std::int64_t>(header()[kNumItems]));
+  header()[kChecksum] = trie_checksum(bytes_.data.get(), bytes_.size);
+  return std::move(bytes_);
+}
+
+// Ranks and hints of a degree sequence of `count` bits, a zero a node.
+void TrieBlock::index_bits(HeaderWord word, std::int64_t count) const {
+  const auto* bits = section<std::uint64_t>(word);
+  auto* ranks = section<std::uint32_t>(static_cast<HeaderWord>(word + 1));
+  auto* hints = section<std::uint32_t>(static_cast<HeaderWord>(word + 2));
+  const std::int64_t blocks = (count + kBlockBits - 1) / kBlockBits;
+  const auto nodes = static_cast<std::int64_t>(header()[kNumNodes]);
+  std::uint32_t zeros = 0;
+  std::int64_t hint = 0;
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    ranks[block] = zeros;
+    for (int i = 0; i < kBlockBits / 64; ++i) zeros += 64 - __builtin_popcountll(bits[block * (kBlockBits / 64) + i]);
+    for (; hint * kHintZeros < std::min<std::int64_t>(zeros, nodes); ++hint)
+      hints[hint] = static_cast<std::uint32_t>(block);
+  }
+  hints[hint] = static_cast<std::uint32_t>(blocks - 1);
+}
+
+std::uint64_t trie_checksum(const std::uint8_t* data, std::int64_t size) {
+  constexpr int kLanes = 8;  // independent chains keep the multipliers busy
+  constexpr std::uint64_t kMultiplier = 0x9e3779b97f4a7c15;
+  std::uint64_t lane[kLanes];
+  for (int k = 0; k < kLanes; ++k) lane[k] = kMultiplier * (k + 1);
+  for (std::int64_t at = 0; at < size; at += 8 * kLanes)
+    for (int k = 0; k < kLanes; ++k) {
+      std::uint64_t word = 0;
+      const std::int64_t from = at + 8 * k;
+      if (from + 8 <= size && from != 8 * kChecksum) std::memcpy(&word, data + from, 8);
+      lane[k] = (lane[k] ^ word) * kMultiplier;
+      lane[k] ^= lane[k] >> 29;
+    }
+  std::uint64_t sum = size;
+  for (std::uint64_t value : lane) {
+    sum = (sum ^ value) * kMultiplier;
+    sum ^= sum >> 32;
+  }
+  return sum;
+}
+
+}  // namespace raddpo

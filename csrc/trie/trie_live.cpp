@@ -1,0 +1,192 @@
+// One pass over the item ids finds which are left, one over the bits of the degree sequences which nodes are.
+#include "trie_live.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "../common/buffer.h"
+#include "../common/isa.h"
+#include "../common/radix_sort.h"
+
+namespace raddpo {
+namespace {
+
+constexpr std::int64_t kBitsPerItem = 16;  // a set of ids is bits while that takes no more than the items do
+
+struct Items {
+  const void* ids;
+  std::int64_t size;
+  bool wide;
+
+  explicit Items(const std::uint8_t* trie) {
+    const auto* h = reinterpret_cast<const std::int64_t*>(trie);
+    ids = trie + h[kItems];
+    size = h[kNumItems];
+    wide = h[kItemBytes] == 8;
+  }
+  std::int64_t words() const { return (size + 63) / 64; }
+  std::int64_t operator[](std::int64_t i) const {
+    return wide ? static_cast<const std::int64_t*>(ids)[i] : static_cast<const std::int32_t*>(ids)[i];
+  }
+
+  // Where the set has ids: bits; matches are counted among the live.
+  Matched match(const IdSet& set, const std::uint64_t* live, int threads, std::uint64_t* out) const {
+    std::vector<Matched> parts(threads);
+    parallel_shares(threads, words(), [&](int t, std::int64_t begin, std::int64_t end) {
+      parts[t] = RADDPO_CALL_ISA(match_items, ids, wide, size, live, set, begin, end, out);
+    });
+    Matched all{0, -1};
+    for (const Matched& part : parts) all = {all.count + part.count, std::max(all.beyond, part.beyond)};
+    return all;
+  }
+};
+
+// Owns what an IdSet points to.
+struct IdSetMemory {
+  Buffer<std::uint64_t> bits;
+  Buffer<std::int64_t> slots;
+  IdSet set{};
+  std::int64_t count = 0;  // distinct ids
+
+  explicit IdSetMemory(const bool* mask, std::int64_t size) : bits((size + 63) / 64) {
+    for (std::int64_t first = 0; first < size; first += 64) {
+      std::uint64_t word = 0;
+      for (int i = 0; i < 64 && first + i < size; ++i) word |= std::uint64_t(mask[first + i]) << i;
+      bits[first / 64] = word;
+    }
+    set = {bits.get(), static_cast<std::uint64_t>(size), nullptr, 0};
+  }
+
+  IdSetMemory(const std::int64_t* ids, std::int64_t size, std::int64_t items) {
+    const std::int64_t limit = size ? *std::max_element(ids, ids + size) + 1 : 1;
+    if (limit <= kBitsPerItem * std::max<std::int64_t>(items, 4096)) {
+      bits = Buffer<std::uint64_t>((limit + 63) / 64);
+      std::fill_n(bits.get(), (limit + 63) / 64, 0);
+      set = {bits.get(), static_cast<std::uint64_t>(limit), nullptr, 0};
+      for (std::int64_t i = 0; i < size; ++i) {
+        std::uint64_t& word = bits[ids[i] / 64];
+        const std::uint64_t bit = std::uint64_t(1) << (ids[i] % 64);
+        count += !(word & bit);
+        word |= bit;
+      }
+      return;
+    }
+    std::int64_t capacity = 64;
+    while (capacity < 2 * size) capacity *= 2;
+    slots = Buffer<std::int64_t>(capacity);
+    std::fill_n(slots.get(), capacity, -1);
+    set = {nullptr, 0, slots.get(), static_cast<std::uint64_t>(capacity - 1)};
+    for (std::int64_t i = 0; i < size; ++i) {
+      std::uint64_t slot = slot_of(ids[i]);
+      while (slots[slot & set.mask] >= 0 && slots[slot & set.mask] != ids[i]) ++slot;
+      count += slots[slot & set.mask] < 0;
+      slots[slot & set.mask] = ids[i];
+    }
+  }
+};
+
+// The first of `ids` that is, or is not, among the items with a bit in `matched`; -1: none.
+std::int64_t first_of(const Items& items, const std::uint64_t* matched, const std::int64_t* ids, std::int64_t count,
+                      bool known) {
+  std::vector<std::int64_t> found;
+  for (std::int64_t i = 0; i < items.size; ++i)
+    if (matched[i / 64] >> (i % 64) & 1) found.push_back(items[i]);
+  std::sort(found.begin(), found.end());
+  for (std::int64_t i = 0; i < count; ++i)
+    if (std::binary_search(found.begin(), found.end(), ids[i]) == known) return ids[i];
+  return -1;
+}
+
+void fill_ranks(const std::uint64_t* bits, std::int64_t blocks, std::uint32_t* ranks) {
+  std::uint32_t zeros = 0;
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    ranks[block] = zeros;
+    for (int i = 0; i < kBlockBits / 64; ++i) zeros += 64 - __builtin_popcountll(bits[block * (kBlockBits / 64) + i]);
+  }
+}
+
+}  // namespace
+
+TrieLive trie_live(const TrieLiveInput& in) {
+  const auto* header = reinterpret_cast<const std::int64_t*>(in.trie);
+  const TrieView old = view_of(in.trie, header, in.live);
+  const Items items(in.trie);
+  const std::int64_t nodes = num_nodes_of(old), words = items.words();
+  const LiveLayout at(nodes, items.size);
+  auto* memory = static_cast<std::uint8_t*>(std::aligned_alloc(64, (at.bytes + 63) / 64 * 64));
+  if (!memory) throw std::bad_alloc();
+  TrieLive out{{decltype(TrieBytes::data)(memory), at.bytes}, 0, 0, 0, 0};
+  std::memset(memory, 0, at.bytes);
+  auto* node_bits = reinterpret_cast<std::uint64_t*>(memory);
+  auto* item_bits = reinterpret_cast<std::uint64_t*>(memory + at.item_bits);
+
+  const IdSetMemory ids = in.mask ? IdSetMemory(in.mask, in.mask_size) : IdSetMemory(in.ids, in.count, items.size);
+  const Matched matched = items.match(ids.set, old.live_items.bits, in.threads, item_bits);
+  if (in.mask && matched.beyond >= 0)
+    refuse("item_mask has ", in.mask_size, " entries, but the index holds item ", matched.beyond);
+  const bool keep = in.mask || in.keep;
+  if (!keep && matched.count != ids.count) {
+    for (std::int64_t w = 0; w < words; ++w) item_bits[w] &= old.live_items.bits ? old.live_items.bits[w] : ~0ull;
+    refuse("item_ids hold ", first_of(items, item_bits, in.ids, in.count, false), ", which is no item of the index");
+  }
+  for (std::int64_t w = 0; w < words; ++w) {
+    const std::uint64_t valid = items.size - w * 64 < 64 ? (std::uint64_t(1) << (items.size - w * 64)) - 1 : ~0ull;
+    item_bits[w] = (keep ? item_bits[w] : ~item_bits[w]) & (old.live_items.bits ? old.live_items.bits[w] : valid);
+  }
+  out.sids = RADDPO_CALL_ISA(mark_nodes, old, item_bits, items.size, node_bits);
+  fill_ranks(node_bits, LiveLayout::blocks_of(nodes), reinterpret_cast<std::uint32_t*>(memory + at.node_ranks));
+  fill_ranks(item_bits, LiveLayout::blocks_of(items.size), reinterpret_cast<std::uint32_t*>(memory + at.item_ranks));
+  const TrieView left = view_of(in.trie, header, memory);
+  out.items = live_before(left.live_items, items.size);
+  out.nodes = live_before(left.live_nodes, nodes);
+  out.deepest = out.nodes - live_before(left.live_nodes, left.first_node[left.levels]);
+  return out;
+}
+
+std::int64_t first_known(const std::uint8_t* trie, const std::int64_t* ids, std::int64_t count, int threads) {
+  const Items items(trie);
+  const IdSetMemory set(ids, count, items.size);
+  const Buffer<std::uint64_t> matched(items.words());
+  if (!items.match(set.set, nullptr, threads, matched.get()).count) return -1;
+  return first_of(items, matched.get(), ids, count, true);
+}
+
+TrieBytes trie_compact(const std::uint8_t* trie, const std::uint8_t* live, std::int64_t sids) {
+  const TrieView t = view_of(trie, reinterpret_cast<const std::int64_t*>(trie), live);
+  const Items items(trie);
+  TrieShape shape = TrieShape::of(trie);
+  const std::int64_t nodes = shape.nodes;
+  shape.items = live_before(t.live_items, items.size);
+  shape.nodes = live_before(t.live_nodes, nodes);
+  shape.levels = 0;
+  for (int d = 0; d < kMaxLevels + 2; ++d) {
+    shape.first_node[d] = live_before(t.live_nodes, t.first_node[d]);
+    if (d && shape.first_node[d] > shape.first_node[d - 1]) shape.levels = d - 1;
+  }
+  for (int l = 0; !shape.has_vocab && l < shape.sid_levels; ++l) {
+    std::int64_t largest = 0;
+    for (std::int64_t node = t.first_node[l + 1]; node < t.first_node[l + 2]; ++node)
+      if (is_live(t.live_nodes, node)) largest = std::max(largest, symbol_of(t, node));
+    shape.set_largest_symbol(l, largest);
+  }
+  if (shape.wide_items) {
+    std::int64_t largest = 0;
+    for (std::int64_t i = 0; i < items.size; ++i)
+      if (is_live(t.live_items, i)) largest = std::max(largest, items[i]);
+    shape.wide_items = largest > INT32_MAX;
+  }
+  shape.sids = sids;
+  TrieBlock out(shape);
+  RADDPO_CALL_ISA(compact_values, t.live_nodes, nodes, t.symbols, t.wide ? 4 : 2, out.section<std::uint8_t>(kSymbols),
+                  shape.wide() ? 4 : 2);
+  RADDPO_CALL_ISA(compact_values, t.live_items, items.size, items.ids, items.wide ? 8 : 4,
+                  out.section<std::uint8_t>(kItems), shape.wide_items ? 8 : 4);
+  RADDPO_CALL_ISA(compact_bits, t, items.size, out.section<std::uint64_t>(kChildBits),
+                  out.section<std::uint64_t>(kItemBits));
+  std::memcpy(out.section<std::int32_t>(kTokens), t.tokens, shape.table_size * 4);
+  std::memcpy(out.section<std::int32_t>(kCodes), t.codes, shape.table_size * 4);
+  return out.finish();
+}
+
+}  // namespace raddpo

@@ -1,0 +1,7 @@
+#include <cstdint>
+
+#include "../common/math.h"
+#include "trie_live.h"
+
+#define RADDPO_KERNELS "../trie/trie_live_cpu.inl"
+#include "../common/foreach_isa.h"

@@ -1,0 +1,123 @@
+// 64 nodes or items at a time. All sequences are in node order, so that every pass reads and writes from front to back.
+#include "bit_stream.h"
+
+namespace raddpo::RADDPO_ISA {
+namespace {
+
+RADDPO_HD bool has_id(const IdSet& set, std::int64_t id) {
+  if (set.bits) {
+    const auto at = static_cast<std::uint64_t>(id);
+    return at < set.limit && (set.bits[at / 64] >> (at % 64) & 1);
+  }
+  for (std::uint64_t slot = slot_of(id);; ++slot) {
+    const std::int64_t found = set.slots[slot & set.mask];
+    if (found == id) return true;
+    if (found < 0) return false;
+  }
+}
+
+template <typename Item>
+RADDPO_HD Matched match(const Item* items, std::int64_t size, const std::uint64_t* live, const IdSet& set,
+                        std::int64_t begin, std::int64_t end, std::uint64_t* out) {
+  Matched matched{0, -1};
+  const std::int64_t limit = set.bits ? static_cast<std::int64_t>(set.limit) : INT64_MAX;
+  for (std::int64_t word = begin; word < end; ++word) {
+    const std::int64_t first = word * 64;
+    const int n = size - first < 64 ? static_cast<int>(size - first) : 64;
+    const std::uint64_t valid = live ? live[word] : low_bits(n);
+    std::uint64_t bits = 0;
+    for (int i = 0; i < n; ++i) bits |= std::uint64_t(has_id(set, items[first + i])) << i;
+    Item largest = -1;
+    for (int i = 0; i < n; ++i) largest = items[first + i] > largest ? items[first + i] : largest;
+    for (int i = 0; largest >= limit && i < n; ++i)
+      if (items[first + i] >= limit && valid >> i & 1) matched.beyond = items[first + i];
+    out[word] = bits;
+    matched.count += popcount(bits & valid);
+  }
+  return matched;
+}
+
+// Bits [begin, end) of a degree sequence: the next bits of `in` say which of its ones are left; appends a bit for each
+// zero, whether any of the ones before it is. Adding the bits of a run of ones to the run carries into its zero if
+// there are any, and no further.
+RADDPO_HD std::int64_t fold(const std::uint64_t* bits, std::int64_t begin, std::int64_t end, BitReader in,
+                            BitAppender out) {
+  BitReader sequence{bits, begin};
+  std::uint64_t carry = 0;
+  std::int64_t ones = 0;
+  while (sequence.at < end) {
+    const int n = end - sequence.at < 64 ? static_cast<int>(end - sequence.at) : 64;
+    const std::uint64_t run = sequence.next(n), zeros = ~run & low_bits(n);
+    const std::uint64_t sum = run + spread(in.next(popcount(run)), run), total = sum + carry;
+    const std::uint64_t found = gather(total, zeros);
+    carry = n < 64 ? total >> n : sum < run || total < sum;
+    out.put(found, popcount(zeros));
+    ones += popcount(found);
+  }
+  return ones;
+}
+
+// The ones and zeros of a degree sequence that the bits of `ones` and `zeros` keep.
+RADDPO_HD void filter(const std::uint64_t* bits, std::int64_t size, BitReader ones, BitReader zeros,
+                      std::uint64_t* to) {
+  BitReader sequence{bits, 0};
+  BitAppender out{to, 0};
+  while (sequence.at < size) {
+    const int n = size - sequence.at < 64 ? static_cast<int>(size - sequence.at) : 64;
+    const std::uint64_t run = sequence.next(n), gaps = ~run & low_bits(n);
+    const std::uint64_t kept = spread(ones.next(popcount(run)), run) | spread(zeros.next(popcount(gaps)), gaps);
+    out.put(gather(run, kept), popcount(kept));
+  }
+}
+
+template <typename From, typename To>
+RADDPO_HD void compact(const LiveBits& live, std::int64_t size, const From* from, To* to) {
+  for (std::int64_t first = 0; first < size; first += 64) {
+    std::uint64_t bits = live.bits[first / 64];
+    if (bits == ~std::uint64_t(0)) {
+      for (int i = 0; i < 64; ++i) *to++ = static_cast<To>(from[first + i]);
+    } else {
+      for (; bits; bits &= bits - 1) *to++ = static_cast<To>(from[first + count_trailing_zeros(bits)]);
+    }
+  }
+}
+
+}  // namespace
+
+Matched match_items(const void* items, bool wide, std::int64_t size, const std::uint64_t* live, const IdSet& set,
+                    std::int64_t begin, std::int64_t end, std::uint64_t* out) {
+  return wide ? match(static_cast<const std::int64_t*>(items), size, live, set, begin, end, out)
+              : match(static_cast<const std::int32_t*>(items), size, live, set, begin, end, out);
+}
+
+// Sets the bits of the nodes (of zeros) with any item left under them, and the root's; returns the number of SIDs left.
+std::int64_t mark_nodes(const TrieView& t, const std::uint64_t* items, std::int64_t num_items, std::uint64_t* nodes) {
+  const std::int64_t sids = fold(t.items.bits, 0, num_nodes_of(t) + num_items, {items, 0}, {nodes, 0});
+  for (int depth = t.levels - 1; depth >= 0; --depth) {
+    const std::int64_t* first = t.first_node + depth;
+    fold(t.children.bits, first[1] - 1 + first[0], first[2] - 1 + first[1], {nodes, first[1]}, {nodes, first[0]});
+  }
+  nodes[0] |= 1;
+  return sids;
+}
+
+void compact_bits(const TrieView& t, std::int64_t num_items, std::uint64_t* children, std::uint64_t* items) {
+  const std::int64_t nodes = num_nodes_of(t);
+  filter(t.children.bits, 2 * nodes - 1, {t.live_nodes.bits, 1}, {t.live_nodes.bits, 0}, children);
+  filter(t.items.bits, nodes + num_items, {t.live_items.bits, 0}, {t.live_nodes.bits, 0}, items);
+}
+
+void compact_values(const LiveBits& live, std::int64_t size, const void* from, int bytes, void* to, int to_bytes) {
+  if (bytes == 8 && to_bytes == 8)
+    compact(live, size, static_cast<const std::int64_t*>(from), static_cast<std::int64_t*>(to));
+  else if (bytes == 8)
+    compact(live, size, static_cast<const std::int64_t*>(from), static_cast<std::int32_t*>(to));
+  else if (bytes == 4 && to_bytes == 4)
+    compact(live, size, static_cast<const std::uint32_t*>(from), static_cast<std::uint32_t*>(to));
+  else if (bytes == 4)
+    compact(live, size, static_cast<const std::uint32_t*>(from), static_cast<std::uint16_t*>(to));
+  else
+    compact(live, size, static_cast<const std::uint16_t*>(from), static_cast<std::uint16_t*>(to));
+}
+
+}  // namespace raddpo::RADDPO_ISA
