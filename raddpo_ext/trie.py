@@ -50,7 +50,7 @@ class TrieIndex:
         self.live: Tensor | None = None  # uint8, beside the data: which nodes and items are left; None: all
         self._host = data if data.device.type == "cpu" else None  # the block on the CPU, where changes are worked out
         self._node_tokens: Tensor | None = None
-        self._items: Tensor | None = None
+        self._left_items: Tensor | None = None
         self.num_items = self._word("num_items")
         self.num_sids = self._word("num_sids")
         self.num_nodes = self._word("num_nodes")
@@ -149,7 +149,7 @@ class TrieIndex:
         """The same index on another device. What :meth:`restrict`, :meth:`discard` and :meth:`add` need of it stays on
         the CPU as well."""
         live = None if self.live is None else self.live.to(device)
-        return self._but(data=self.data.to(device), live=live, _node_tokens=None, _items=None)
+        return self._but(data=self.data.to(device), live=live, _node_tokens=None, _left_items=None)
 
     def restrict(self, item_mask: Any) -> TrieIndex:
         """The index of the allowed items alone, for a request's filter; ``restrict(a).restrict(b)`` allows those of both.
@@ -228,7 +228,7 @@ class TrieIndex:
             fixed_length=deepest == sids,
             _host=self._host,
             _node_tokens=None,
-            _items=None,
+            _left_items=None,
         )
 
     def _but(self, **changes: Any) -> TrieIndex:
@@ -398,10 +398,10 @@ class TrieIndex:
         """Every item id, leaf by leaf, int32 or int64 ``[num_items]``; of a restricted index made on first use."""
         if self.live is None:
             return self._all_items()
-        if self._items is None:
+        if self._left_items is None:
             places = torch.arange(self.num_items, device=self.device)
-            self._items = self._all_items()[torch.ops.raddpo.trie_select(places, *self.block, True)]
-        return self._items
+            self._left_items = self._all_items()[torch.ops.raddpo.trie_select(places, *self.block, True)]
+        return self._left_items
 
     def _all_items(self) -> Tensor:
         """Those of the block."""

@@ -49,7 +49,7 @@ struct Step {
     }
   }
 
-  RADDPO_HD float normalizer(const typename D::T* row, int level, const Symbol* symbols, std::int64_t count) const {
+  RADDPO_HD float normalizer(const typename D::T* row, int level, Range children) const {
     RowSum s;
     if (a.normalize == Normalize::vocab) {
       add_row<D>(s, row, a.vocab);
@@ -59,24 +59,23 @@ struct Step {
       add_gathered(s, row, t.tokens + t.table[level], t.num_symbols[level]);
     } else {
       std::int32_t columns[kChunk];
-      for (std::int64_t begin = 0; begin < count; begin += kChunk) {
-        const std::int64_t size = count - begin < kChunk ? count - begin : kChunk;
-        columns_of(level, symbols + begin, size, columns);
-        add_gathered(s, row, columns, size);
+      for (LiveChunks<Symbol, kChunk> chunk(t, children); chunk.next();) {
+        columns_of(level, chunk.symbols, chunk.size, columns);
+        add_gathered(s, row, columns, chunk.size);
       }
     }
     return log_sum_exp(s);
   }
 
   RADDPO_HD void expand(const typename D::T* row, std::int32_t beam, float score, int level, Range children,
-                        const Symbol* symbols, const float* given_lse) {
-    const float lse = given_lse ? *given_lse : normalizer(row, level, symbols, children.count);
+                        const float* given_lse) {
+    const float lse = given_lse ? *given_lse : normalizer(row, level, children);
     const float factor = a.length_factor[level + 1];
     std::int32_t columns[kChunk];
     float scores[kChunk];
-    for (std::int64_t begin = 0; begin < children.count; begin += kChunk) {
-      const int size = static_cast<int>(children.count - begin < kChunk ? children.count - begin : kChunk);
-      columns_of(level, symbols + begin, size, columns);
+    for (LiveChunks<Symbol, kChunk> chunk(t, children); chunk.next();) {
+      const int size = chunk.size;
+      columns_of(level, chunk.symbols, size, columns);
       float most = -INFINITY;
 #pragma omp simd reduction(max : most)
       for (int i = 0; i < size; ++i) {
@@ -94,8 +93,7 @@ struct Step {
       for (int h = 0; h < num_hits; ++h) {
         const int i = hits[h];
         const float key = scores[i] / factor;
-        if (key > best.threshold)
-          push({key, scores[i], beam, token_of(t, level, symbols[begin + i]), children.first + begin + i});
+        if (key > best.threshold) push({key, scores[i], beam, token_of(t, level, chunk.symbols[i]), chunk.node(i)});
       }
     }
   }
@@ -113,12 +111,13 @@ struct Step {
     for (int i = 0; i < count; ++i) {
       Beam& b = beams[i];
       b = {a.nodes[first + i], a.scores[first + i], 0, {0, 0}};
-      if (!(b.score > -INFINITY) || b.node < 0 || b.node >= t.first_node[t.levels + 1]) {
+      if (!(b.score > -INFINITY) || !is_node(t, b.node)) {
         b.score = -INFINITY;
         continue;
       }
       b.level = depth_of(t, b.node);
       b.children = children_of(t, b.node);
+      if (t.live_nodes.bits) __builtin_prefetch(t.live_nodes.bits + b.children.first / 64);
       const auto* symbols = static_cast<const Symbol*>(t.symbols) + b.children.first;
       for (std::int64_t at = 0; at < b.children.count && at < kChunk; at += 64 / sizeof(Symbol))
         __builtin_prefetch(symbols + at);
@@ -141,7 +140,6 @@ struct Step {
           push({bound, b.score, slot, -1, b.node});
         else if (has_columns(a, b.level))
           expand(logits + slot * a.stride_beam, slot, b.score, b.level, b.children,
-                 static_cast<const Symbol*>(t.symbols) + b.children.first,
                  a.lse ? a.lse + query * a.width + slot : nullptr);
       }
     }

@@ -5,6 +5,7 @@ namespace {
 
 constexpr int kPiece = 1024;  // features
 constexpr int kRows = 4;
+constexpr int kChildren = 512;  // at a time
 
 // A piece of the state, its words' lanes apart.
 template <typename D>
@@ -54,9 +55,8 @@ RADDPO_HD float dot(const Piece<D>& piece, const typename D::T* row) {
 }
 
 template <typename D, typename Symbol>
-RADDPO_HD void extend(const ChildLogitsArgs& a, std::int64_t row, Range children) {
+RADDPO_HD void extend(const ChildLogitsArgs& a, std::int64_t row, const Symbol* symbols, std::int64_t count) {
   using T = typename D::T;
-  const auto* symbols = static_cast<const Symbol*>(a.trie.symbols) + children.first;
   const int level = static_cast<int>(a.level);
   const T* hidden = static_cast<const T*>(a.hidden) + row * a.stride_hidden;
   const T* weight = static_cast<const T*>(a.weight);
@@ -65,7 +65,7 @@ RADDPO_HD void extend(const ChildLogitsArgs& a, std::int64_t row, Range children
   const auto row_of = [&](std::int64_t i) {
     return static_cast<std::int64_t>(token_of(a.trie, level, symbols[i])) * a.stride_weight;
   };
-  for (std::int64_t i = 0; i < children.count; ++i)
+  for (std::int64_t i = 0; i < count; ++i)
     out[symbols[i]] = bias ? D::load(bias + token_of(a.trie, level, symbols[i])) : 0.f;
   for (std::int64_t first = 0; first < a.size; first += kPiece) {
     const std::int64_t size = a.size - first < kPiece ? a.size - first : kPiece;
@@ -75,7 +75,7 @@ RADDPO_HD void extend(const ChildLogitsArgs& a, std::int64_t row, Range children
     const std::int64_t last = first + size - 1;
     const float last_feature = odd ? D::load(hidden + last) : 0.f;
     std::int64_t i = 0;
-    for (; i + kRows <= children.count; i += kRows) {
+    for (; i + kRows <= count; i += kRows) {
       const T* rows[kRows];
       float sums[kRows];
       for (int k = 0; k < kRows; ++k) rows[k] = weight + row_of(i + k) + first;
@@ -83,24 +83,29 @@ RADDPO_HD void extend(const ChildLogitsArgs& a, std::int64_t row, Range children
       for (int k = 0; k < kRows; ++k)
         out[symbols[i + k]] += sums[k] + (odd ? last_feature * D::load(rows[k] + size - 1) : 0.f);
     }
-    for (; i < children.count; ++i) {
+    for (; i < count; ++i) {
       const T* one = weight + row_of(i) + first;
       out[symbols[i]] += dot<D>(piece, one) + (odd ? last_feature * D::load(one + size - 1) : 0.f);
     }
   }
   if (a.scale != 1.f || a.softcap != 0.f)
-    for (std::int64_t i = 0; i < children.count; ++i) out[symbols[i]] = logit_of(a, out[symbols[i]]);
+    for (std::int64_t i = 0; i < count; ++i) out[symbols[i]] = logit_of(a, out[symbols[i]]);
+}
+
+template <typename D, typename Symbol>
+RADDPO_HD void extend(const ChildLogitsArgs& a, std::int64_t row) {
+  for (LiveChunks<Symbol, kChildren> chunk(a.trie, children_of(a.trie, a.nodes[row])); chunk.next();)
+    extend<D>(a, row, chunk.symbols, chunk.size);
 }
 
 template <typename D>
 RADDPO_HD void run(const ChildLogitsArgs& a, std::int64_t begin, std::int64_t end) {
   for (std::int64_t row = begin; row < end; ++row) {
     if (!is_extended(a, row)) continue;
-    const Range children = children_of(a.trie, a.nodes[row]);
     if (a.trie.wide)
-      extend<D, std::uint32_t>(a, row, children);
+      extend<D, std::uint32_t>(a, row);
     else
-      extend<D, std::uint16_t>(a, row, children);
+      extend<D, std::uint16_t>(a, row);
   }
 }
 
