@@ -201,8 +201,6 @@ class TrieIndex:
         if item_ids is None:
             first = int(self.items.max()) + 1 if self.num_items else 0
             item_ids = np.arange(first, first + len(codes))
-        elif not len(codes) == len(_item_ids(item_ids, "item_ids")) == 0:
-            item_ids = _item_ids(item_ids, "item_ids")
         if not len(codes):
             return self
         added = TrieIndex.build(codes, item_ids=item_ids, lengths=lengths, vocab=self.vocab)
@@ -506,6 +504,8 @@ def _level_symbols(vocab: SIDVocab | None, columns: int) -> list[tuple[Any, ...]
 
 def _item_ids(value: Any, name: str, least: int | None = None) -> np.ndarray:
     """int64 ``[N]``."""
+    if isinstance(value, Sequence) and not len(value):  # no type to tell
+        return np.empty(0, np.int64)
     given = _check.integer_array(value, name, 1)
     ids = given.astype(np.int64)
     if given.dtype == np.uint64:

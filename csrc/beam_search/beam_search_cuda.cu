@@ -82,8 +82,9 @@ __device__ __forceinline__ LogSumExp share_of_row(const BeamStepArgs& a, const t
   const unsigned begin = static_cast<unsigned>(split * chunk < size ? split * chunk : size);
   const unsigned end = static_cast<unsigned>(begin + chunk < size ? begin + chunk : size);
   if (a.normalize == Normalize::trie)
-    return share_of_tokens<D>(row, begin, end, thread, kReaders,
-                              [&](unsigned i) { return column_of(a, level, symbol_of(t, children.first + i)); });
+    return share_of_tokens<D>(row, begin, end, thread, kReaders, [&](unsigned i) {
+      return column_of(a, level, symbol_of(t, node_at(t, children.first + i)));
+    });
   if (a.normalize == Normalize::level && !in_sequence(a, level))
     return share_of_tokens<D>(row, begin, end, thread, kReaders, [&](unsigned i) { return token_of(t, level, i); });
   const std::int64_t first = a.normalize == Normalize::level ? first_column(a, level) : 0;
@@ -101,15 +102,19 @@ __global__ void __launch_bounds__(kReaders + 32, 8)
   const int split = static_cast<int>(blockIdx.x % w.splits);
   const float score = a.scores[at];
   const std::int64_t node = a.nodes[at];
-  const bool live = score > -INFINITY && node >= 0 && node < t.first_node[t.levels + 1];
+  const bool live = score > -INFINITY && is_node(t, node);
   const int level = live ? depth_of(t, node) : 0;
   const bool reads = threadIdx.x < kReaders, looks_up = !reads && split == 0;
   const bool inner = live && level < t.levels;
-  Range children{0, 0};
-  if (inner && (looks_up || (a.normalize == Normalize::trie && !a.lse))) children = warp_children_of(t, node);
+  Range children{0, 0};  // places among the nodes that are left
+  bool finished = !inner;
+  if (inner && (looks_up || (a.normalize == Normalize::trie && !a.lse))) {
+    children = warp_children_of(t, node);
+    finished = children.count == 0;
+    children = live_of(t.live_nodes, children);
+  }
   if (looks_up && lane_id() == 0) {
     if (at % a.width == 0) w.done[at / a.width] = 0;
-    const bool finished = children.count == 0;
     const std::int64_t count = finished ? live : has_columns(a, level) ? children.count : 0;
     w.beams[at] = {static_cast<std::uint32_t>(finished ? node : children.first), static_cast<std::uint32_t>(count),
                    finished ? -1 - level : level, score};

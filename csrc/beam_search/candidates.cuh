@@ -9,7 +9,7 @@ namespace raddpo::cuda {
 
 // What the ranking of candidates needs of a beam.
 struct alignas(16) Beam {
-  std::uint32_t first;  // node (of fewer than 2^31): the first child, or the finished beam itself
+  std::uint32_t first;  // the first child's place among the nodes left (fewer than 2^31), or the finished beam's node
   std::uint32_t count;  // candidates: children, 1 for a finished beam, 0 for an empty slot
   std::int32_t level;   // of the children; of a finished beam -1 - its depth
   float score;
@@ -87,6 +87,11 @@ __device__ __forceinline__ Candidates<n> evaluate(const BeamStepArgs& a, const T
   for (int i = 0; i < n; ++i) {
     c.beam[i] = tile.beam_of(candidate[i]);
     c.node[i] = tile.first[c.beam[i]] + static_cast<std::int64_t>(candidate[i] - tile.begin[c.beam[i]]);
+  }
+  if (t.live_nodes.bits) {
+#pragma unroll
+    for (int i = 0; i < n; ++i)
+      if (tile.level[c.beam[i]] >= 0) c.node[i] = node_at(t, c.node[i]);
   }
   if (t.wide) {
 #pragma unroll

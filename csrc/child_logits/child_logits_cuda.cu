@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kChildThreads)
   const std::int64_t row = blockIdx.x / blocks;
   if (!is_extended(a, row)) return;
   const int level = static_cast<int>(a.level), stride = blocks * (kChildThreads / 32);
-  const Range children = warp_children_of(a.trie, a.nodes[row]);
+  const Range children = live_of(a.trie.live_nodes, warp_children_of(a.trie, a.nodes[row]));
   const auto* hidden = static_cast<const T*>(a.hidden) + row * a.stride_hidden;
   const auto* bias = static_cast<const T*>(a.bias);
   const bool aligned = reinterpret_cast<std::uintptr_t>(a.weight) % 16 == 0 && a.stride_weight % kPack<D> == 0;
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kChildThreads)
     __syncthreads();
     for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x % blocks) * (kChildThreads / 32) + warp_id();
          i < children.count; i += stride) {
-      const std::int64_t symbol = symbol_of(a.trie, children.first + i);
+      const std::int64_t symbol = symbol_of(a.trie, node_at(a.trie, children.first + i));
       const std::int64_t token = token_of(a.trie, level, symbol);
       const T* weight = static_cast<const T*>(a.weight) + token * a.stride_weight + first;
       const float sum =

@@ -84,6 +84,11 @@ RADDPO_HD std::int64_t nth_live(const LiveBits& s, std::int64_t count, std::int6
   return s.bits ? select_one(s, count / kBlockBits, i) : i;
 }
 
+// The node at a place among those that are left.
+RADDPO_HD std::int64_t node_at(const TrieView& t, std::int64_t place) {
+  return nth_live(t.live_nodes, num_nodes_of(t), place);
+}
+
 RADDPO_HD bool is_node(const TrieView& t, std::int64_t node) {
   return node >= 0 && node < num_nodes_of(t) && is_live(t.live_nodes, node);
 }

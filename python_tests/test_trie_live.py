@@ -1,0 +1,277 @@
+"""TrieIndex.restrict, discard and add: the index is that of the items that are left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from agreement import ToyModel, assert_search_agrees, assert_states_equal
+from beam_cases import NORMALIZE, exact_logits, generator_of, state_of, wide_index
+from cuda_on_cpu.shim import Shim
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from live_cases import assert_holds, part_of, tokens_of
+from strategies import Catalogue, catalogues
+
+import raddpo_ext as rx
+from raddpo_ext import _C, reference
+
+
+def changed(index: rx.TrieIndex, catalogue: Catalogue, rows: list[int], data: st.DataObject) -> tuple[rx.TrieIndex, list[int]]:
+    """The index after one change, and the rows that it then holds."""
+    items = np.array(catalogue.items(), np.int64)
+    change = data.draw(st.sampled_from(["mask", "ids", "discard", "add"]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    share = data.draw(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))
+    some = np.flatnonzero(rng.random(len(items)) < share)
+    kept = [row for row in rows if row in some]
+    if change == "mask" and items.max() < 2**20:
+        mask = np.zeros(items.max() + data.draw(st.sampled_from([1, 70])), bool)
+        mask[items[some]] = True
+        return index.restrict(torch.from_numpy(mask) if share < 0.5 else mask), kept
+    if change in ("mask", "ids"):
+        return index.restrict(np.concatenate([items[some], items[some][:2], [10**6, 2**50]])), kept
+    if change == "discard":
+        return index.discard(items[kept]), [row for row in rows if row not in some]
+    new = [row for row in some.tolist() if row not in rows]
+    part = part_of(catalogue, new)
+    return index.add(part.sids, item_ids=part.item_ids, lengths=part.lengths), rows + new
+
+
+@settings(max_examples=50)
+@given(catalogues(), st.integers(0, 10**6), st.data())
+def test_equals_a_new_index(isa: str, catalogue: Catalogue, seed: int, data: st.DataObject) -> None:
+    rows = np.flatnonzero(np.random.default_rng(seed).random(len(catalogue.sids)) < 0.7).tolist() or [0]
+    index = rx.TrieIndex.build(**part_of(catalogue, rows).arguments())
+    for _ in range(data.draw(st.integers(1, 3))):
+        index, rows = changed(index, catalogue, rows, data)
+    assert_holds(index, catalogue, rows, seed)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("count", [511, 512, 513, 20000])
+def test_many_nodes(isa: str, threads: int, wide: bool, count: int) -> None:
+    """Ranks over many blocks of bits, runs of ones over many words, 32-bit symbols and 64-bit item ids that go again."""
+    rng = np.random.default_rng(count)
+    sids = np.stack([rng.integers(0, 3, count), rng.permutation(count) * (70 if wide else 1)], 1)
+    sids[::7] = sids[0]
+    item_ids = rng.permutation(count) + (2**40 if wide else 0)
+    item_ids[: count // 2] -= 2**40 if wide else 0
+    catalogue = Catalogue(sids, None, item_ids, None, int(sids.max()) + 1)
+    index = rx.TrieIndex.build(**catalogue.arguments())
+    for share in (0.0, 0.001, 0.5, 0.999):
+        rows = np.flatnonzero(rng.random(count) < share)
+        left = index.restrict(item_ids[rows])
+        built = rx.TrieIndex.build(sids[rows], item_ids=item_ids[rows]) if len(rows) else None
+        assert left.num_nodes == (1 if built is None else built.num_nodes)
+        if built is not None:
+            assert left._compact().tobytes() == built.data.numpy().tobytes()
+            others = np.setdiff1d(np.arange(count), rows)
+            grown = left.add(sids[others], item_ids=item_ids[others])
+            order = np.concatenate([rows, others])
+            assert torch.equal(grown.data, rx.TrieIndex.build(sids[order], item_ids=item_ids[order]).data)
+            assert index.discard(item_ids[others])._compact().tobytes() == built.data.numpy().tobytes()
+    small = np.flatnonzero((sids[:, 1] < 65536) & (item_ids < 2**31))
+    left = index.restrict(item_ids[small])
+    built = rx.TrieIndex.build(sids[small], item_ids=item_ids[small])
+    assert left._compact().tobytes() == built.data.numpy().tobytes()
+
+
+@settings(max_examples=20)
+@given(catalogues(), st.sampled_from(NORMALIZE), st.integers(0, 2**32), st.data())
+def test_equals_brute_force(catalogue: Catalogue, normalize: str, seed: int, data: st.DataObject) -> None:
+    """An exhaustive search ranks exactly what is left, by probabilities among what is left under ``"trie"``."""
+    if normalize == "level" and catalogue.vocab is None:
+        normalize = "vocab"
+    index = rx.TrieIndex.build(**catalogue.arguments())
+    rows = np.flatnonzero(np.random.default_rng(seed).random(len(catalogue.sids)) < 0.4).tolist()
+    left = part_of(catalogue, rows)
+    model = ToyModel.random(index.levels, 2, catalogue.columns, torch.float32, seed)
+    got = rx.beam_search(
+        model, index.restrict(left.item_ids), batch_size=2, beam_width=5000, normalize=normalize, top_k=100
+    )
+    assert_search_agrees(got, left, model.brute_force(left, normalize, 0.0), 100)
+
+
+def test_by_hand() -> None:
+    """Leaving an item out raises the probability of its siblings under ``"trie"`` and under no other support."""
+    vocab = rx.SIDVocab([2, 2])
+    index = rx.TrieIndex.build([[0, 0], [0, 1], [1, 0]], item_ids=[7, 8, 9], vocab=vocab)
+    found = {}
+    for normalize in NORMALIZE:
+        got = rx.beam_search(
+            lambda tokens, parents, level: torch.zeros(*tokens.shape, 4),
+            index.discard([8]),
+            batch_size=1,
+            beam_width=3,
+            normalize=normalize,
+        )
+        assert got.items.tolist() == [[7, 9, -1]]
+        found[normalize] = got.scores[0, :2].exp().tolist()
+    assert found["vocab"] == pytest.approx([1 / 16] * 2)
+    assert found["level"] == pytest.approx([1 / 4] * 2)
+    assert found["trie"] == pytest.approx([1 / 2] * 2)
+
+
+def test_original_stays() -> None:
+    index = rx.TrieIndex.build([[0, 1], [1, 0]])
+    data = index.data.clone()
+    left = index.discard([0])
+    assert left.data is index.data
+    assert index.restrict(torch.tensor([True, True])).restrict([1]).items.tolist() == [1]
+    index.add([[5, 5]])
+    assert index.items.tolist() == [0, 1]
+    assert torch.equal(index.data, data)
+    assert index.live is None
+
+
+def test_default_item_ids() -> None:
+    sids = np.random.default_rng(0).integers(0, 9, (50, 3))
+    index = rx.TrieIndex.build(sids[:30])
+    assert torch.equal(index.add(sids[30:]).data, rx.TrieIndex.build(sids).data)
+    assert index.restrict([]).add(sids[:3]).items.sort().values.tolist() == [0, 1, 2]
+    assert index.add(np.zeros((0, 3), int)).items.tolist() == index.items.tolist()
+
+
+def test_save_and_to(tmp_path: Path) -> None:
+    sids = np.random.default_rng(0).integers(0, 9, (50, 3))
+    index = rx.TrieIndex.build(sids)
+    index.save(tmp_path / "all.trie")
+    left = rx.TrieIndex.load(tmp_path / "all.trie").discard(range(20)).to("cpu").restrict(range(40))
+    left.save(tmp_path / "left.trie")
+    built = rx.TrieIndex.build(sids[20:40], item_ids=range(20, 40))
+    assert torch.equal(rx.TrieIndex.load(tmp_path / "left.trie").data, built.data)
+    assert left.nbytes == index.nbytes + left.live.numel()
+    with pytest.raises(ValueError, match=r"none\.trie: an index without items cannot be saved"):
+        index.restrict([]).save(tmp_path / "none.trie")
+
+
+@pytest.mark.parametrize("normalize", NORMALIZE)
+def test_token_logps(normalize: str) -> None:
+    """The support of ``"trie"`` is what is left of the children; an item that is gone has probability 0."""
+    catalogue = Catalogue(np.random.default_rng(0).integers(0, 9, (40, 3)), None, None, rx.SIDVocab([9] * 3), 27)
+    index = rx.TrieIndex.build(**catalogue.arguments()).restrict(range(20))
+    built = rx.TrieIndex.build(**part_of(catalogue, list(range(20))).arguments())
+    targets = tokens_of(catalogue)[:, :3]
+    logits = torch.randn(40, 3, 27, requires_grad=True)
+    got, expected = (
+        rx.token_logps(logits, targets, vocab=index.vocab, index=trie, nodes=trie.nodes(targets), normalize=normalize)
+        for trie in (index, built)
+    )
+    assert got.tolist() == expected.tolist()
+    assert (got[20:].sum(1) > -torch.inf).any() == (normalize != "trie")
+
+
+def test_logits_processor() -> None:
+    catalogue = Catalogue(np.random.default_rng(0).integers(0, 9, (40, 3)), None, None, rx.SIDVocab([9] * 3, eos=27), 28)
+    index = rx.TrieIndex.build(**catalogue.arguments()).discard(range(30))
+    built = rx.TrieIndex.build(**part_of(catalogue, list(range(30, 40))).arguments())
+    tokens = tokens_of(catalogue)
+    for length in range(4):
+        scores = torch.randn(40, 28)
+        got, expected = (rx.TrieLogitsProcessor(trie, 0)(tokens[:, :length], scores) for trie in (index, built))
+        assert got.tolist() == expected.tolist()
+
+
+def test_nodes_that_are_gone() -> None:
+    """A beam at one offers nothing, as an empty slot."""
+    index = rx.TrieIndex.build([[0, 0], [0, 1], [1, 0]]).discard([2])
+    state = state_of(torch.zeros(1, 3), torch.tensor([[2, 5, 1]]))
+    got = rx.beam_step(torch.zeros(1, 3, 2), state, index, 4, check=True)
+    assert got.parents.tolist() == [[2, 2, 0, 0]]
+    assert got.nodes.tolist() == [[3, 4, -1, -1]]
+
+
+def test_compiles() -> None:
+    index = rx.TrieIndex.build(np.random.default_rng(0).integers(0, 9, (50, 3))).restrict(range(25))
+    state, logits = rx.BeamState.start(index, 2), torch.randn(2, 1, 9)
+    compiled = torch.compile(lambda x: rx.beam_step(x, state, index, 5).nodes, fullgraph=True, backend="aot_eager")
+    assert compiled(logits).tolist() == rx.beam_step(logits, state, index, 5).nodes.tolist()
+
+
+@pytest.mark.parametrize("items", [False, True])
+def test_opcheck(items: bool) -> None:
+    index = rx.TrieIndex.build([[0, 1], [1, 0], [1, 2]]).restrict([0, 2])
+    torch.library.opcheck(torch.ops.raddpo.trie_select, (torch.arange(-1, 5), *index.block, items))
+    assert torch.ops.raddpo.trie_select(torch.arange(-1, 3), *index.block, True).tolist() == [-1, 0, 2, -1]
+
+
+@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("beam_width", [1, 70, 1500, 9000])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 1.0])
+def test_cuda_kernels(shim: Shim, normalize: str, beam_width: int, share: float) -> None:
+    """Thousands of tied candidates, what is left of them and what is gone mixed, to the bit as on the CPU."""
+    index = wide_index()
+    left = index.restrict(np.flatnonzero(np.random.default_rng(0).random(index.num_items) < share))
+    nodes = torch.tensor([[0, 3, 1, 2000, 3, 6, 2, 4, -1, 5], [1, 1, 2, 2, 3, 3, 4, 4, 5, 2500]])
+    scores = torch.tensor([0.0, -0.5, -1.0, -0.5, 0.0]).repeat(2, 2)
+    logits = exact_logits((2, 10, 1601), torch.float32, 0)
+    if normalize != "vocab":
+        logits = torch.full_like(logits, -200)  # no rounding here either: all but one are 0
+        logits[..., ::50] = torch.randint(0, 4, logits[..., ::50].shape, generator=generator_of(1)) * 0.0
+    state = state_of(scores, nodes)
+    expected = rx.beam_step(logits, state, left, beam_width, normalize=normalize, length_penalty=1.0)
+    for order in ((0, 0), (2, 3)):
+        shim.set_order(*order)
+        got = shim.beam_step(logits, state, left, beam_width, normalize=normalize, length_penalty=1.0)
+        if normalize == "vocab":
+            assert_states_equal(got, expected)
+        else:
+            torch.testing.assert_close(got.scores, expected.scores, rtol=1e-5, atol=1e-5)
+    plain = reference.TrieIndex.of(left)
+    assert plain.num_nodes == left.num_nodes
+
+
+@given(catalogues(most_items=200), st.integers(0, 2**32))
+def test_cuda_lookups(shim: Shim, catalogue: Catalogue, seed: int) -> None:
+    index = rx.TrieIndex.build(**catalogue.arguments())
+    index = index.restrict(index.items[torch.rand(index.num_items, generator=generator_of(seed)) < 0.5])
+    nodes = torch.randint(-2, index.node_bound + 2, (300,), generator=generator_of(seed))
+    places = torch.randint(-2, index.num_nodes + 2, (300,), generator=generator_of(seed))
+    for got, expected in [
+        (shim.trie_paths(nodes, index), index.paths(nodes)),
+        (shim.trie_ranges(nodes, index, items=True), index.item_ranges(nodes)),
+        (shim.trie_ranges(nodes, index, items=False), index.child_ranges(nodes)),
+        ([shim.trie_select(places, index, items=False)], [index.nodes_at(places)]),
+        ([shim.trie_walk(tokens_of(catalogue), index)], [index._walk(tokens_of(catalogue))]),
+    ]:
+        for mine, theirs in zip(got, expected, strict=True):
+            assert mine.tolist() == theirs.tolist()
+
+
+BASE = rx.TrieIndex.build([[0, 1], [1, 0], [2, 2]], item_ids=[4, 5, 2**40])
+BAD = [
+    (lambda: BASE.discard([4, 6]), ValueError, "item_ids hold 6, which is no item of the index"),
+    (lambda: BASE.discard([-1]), ValueError, "item_ids hold -1, which is no item of the index"),
+    (lambda: BASE.discard([4]).discard([4]), ValueError, "item_ids hold 4, which is no item of the index"),
+    (lambda: BASE.discard([0.5]), TypeError, "item_ids must hold integers, got float64"),
+    (lambda: BASE.restrict([[4]]), ValueError, "item_mask must have 1 dimensions"),
+    (lambda: BASE.restrict([4, -2]), ValueError, r"item_mask\[1\] = -2 is negative"),
+    (lambda: BASE.restrict(torch.ones(2, 3).bool()), ValueError, "item_mask must have 1 dimensions"),
+    (lambda: BASE.restrict(torch.ones(6).bool()), ValueError, f"item_mask has 6 entries, but the index holds item {2**40}"),
+    (lambda: BASE.restrict([4, 5]).restrict(torch.ones(5).bool()), ValueError, "but the index holds item 5"),
+    (lambda: BASE.restrict(torch.ones(6)), TypeError, "item_mask must hold integers, got torch.float32"),
+    (lambda: BASE.restrict("all"), ValueError, "item_mask"),
+    (lambda: BASE.add([[1, 1]], item_ids=[5]), ValueError, "item_ids hold 5, which is an item of the index already"),
+    (lambda: BASE.add([[1, 1], [1, 2]], item_ids=[7, 7]), ValueError, "are both 7"),
+    (lambda: BASE.add([[1, 1]], item_ids=[-7]), ValueError, "is negative"),
+    (lambda: BASE.add([[1, 1]], item_ids=[6, 7]), ValueError, "item_ids must have one entry a row"),
+    (lambda: BASE.add([[1, 1, 1]]), ValueError, r"sids must have 2 columns, as the index has, got shape \(1, 3\)"),
+    (lambda: BASE.add([[1, -1]]), ValueError, r"sids\[0, 1\] = -1 is outside"),
+    (lambda: BASE.add([[2, 2]], lengths=[1], item_ids=[9]), ValueError, r"the SID of item 9, \(2\), is a proper prefix of"),
+    (lambda: rx.TrieIndex.build([[3, 0]], lengths=[1]).add([[3, 1]]), ValueError, r"the SID of item 0, \(3\), is a prop"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD)
+def test_bad_input(call: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()  # type: ignore[operator]
+
+
+def test_first_known() -> None:
+    index = rx.TrieIndex.build(np.arange(1000)[:, None], item_ids=np.arange(1000) * 2**30)
+    for ids, known in (([1, 2**30, 2], 2**30), ([1, 3], -1), (range(10**4, 10**4 + 3), -1)):
+        assert _C.trie_first_known(index.data.numpy(), np.array(ids), 2) == known
