@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from agreement import ToyModel, assert_search_agrees, assert_states_equal
-from beam_cases import NORMALIZE, exact_logits, generator_of, state_of, wide_index
+from beam_cases import DTYPES, NORMALIZE, exact_logits, generator_of, state_of, wide_index
 from cuda_on_cpu.shim import Shim
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from live_cases import assert_holds, part_of, tokens_of
 from strategies import Catalogue, catalogues
 
 import raddpo_ext as rx
-from raddpo_ext import _C, reference
+from raddpo_ext import _C
 
 
 def changed(index: rx.TrieIndex, catalogue: Catalogue, rows: list[int], data: st.DataObject) -> tuple[rx.TrieIndex, list[int]]:
@@ -161,7 +162,8 @@ def test_token_logps(normalize: str) -> None:
         for trie in (index, built)
     )
     assert got.tolist() == expected.tolist()
-    assert (got[20:].sum(1) > -torch.inf).any() == (normalize != "trie")
+    gone = ~index.contains(catalogue.sids)
+    assert (got[gone].sum(1) > -torch.inf).any() == (normalize != "trie")
 
 
 def test_logits_processor() -> None:
@@ -198,30 +200,65 @@ def test_opcheck(items: bool) -> None:
     assert torch.ops.raddpo.trie_select(torch.arange(-1, 3), *index.block, True).tolist() == [-1, 0, 2, -1]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normalize", NORMALIZE)
-@pytest.mark.parametrize("beam_width", [1, 70, 1500, 9000])
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 1.0])
-def test_cuda_kernels(shim: Shim, normalize: str, beam_width: int, share: float) -> None:
-    """Thousands of tied candidates, what is left of them and what is gone mixed, to the bit as on the CPU."""
+@pytest.mark.parametrize("share", [0.0005, 0.01, 0.5, 1.0])
+def test_cuda_kernels(shim: Shim, tmp_path: Path, dtype: torch.dtype, normalize: str, share: float) -> None:
+    """To the bit as in a new index, and as on the CPU where no sum is rounded: thousands of candidates, many tied."""
     index = wide_index()
     left = index.restrict(np.flatnonzero(np.random.default_rng(0).random(index.num_items) < share))
-    nodes = torch.tensor([[0, 3, 1, 2000, 3, 6, 2, 4, -1, 5], [1, 1, 2, 2, 3, 3, 4, 4, 5, 2500]])
+    left.save(tmp_path / "left.trie")
+    built = rx.TrieIndex.load(tmp_path / "left.trie")
+    nodes = torch.randint(-1, built.num_nodes, (2, 10), generator=generator_of(1))
+    nodes[:, :4] = torch.tensor([0, 1, 2, 1])
+    numbers = torch.where(nodes < 0, -1, left.nodes_at(nodes.clamp(min=0).flatten()).view_as(nodes))
     scores = torch.tensor([0.0, -0.5, -1.0, -0.5, 0.0]).repeat(2, 2)
-    logits = exact_logits((2, 10, 1601), torch.float32, 0)
-    if normalize != "vocab":
-        logits = torch.full_like(logits, -200)  # no rounding here either: all but one are 0
-        logits[..., ::50] = torch.randint(0, 4, logits[..., ::50].shape, generator=generator_of(1)) * 0.0
-    state = state_of(scores, nodes)
-    expected = rx.beam_step(logits, state, left, beam_width, normalize=normalize, length_penalty=1.0)
-    for order in ((0, 0), (2, 3)):
-        shim.set_order(*order)
-        got = shim.beam_step(logits, state, left, beam_width, normalize=normalize, length_penalty=1.0)
+    logits = exact_logits((2, 10, 1601), dtype, 0)
+    for beam_width in (1, 70, 1500, 9000):
+        options = {"normalize": normalize, "length_penalty": 1.0}
+        shim.set_order(2, 3)
+        got = shim.beam_step(logits, state_of(scores, numbers), left, beam_width, **options)
+        expected = shim.beam_step(logits, state_of(scores, nodes), built, beam_width, **options)
+        number_of = torch.cat([left.nodes_at(torch.arange(built.num_nodes)), torch.tensor([-1])])
+        assert_states_equal(got, dataclasses.replace(expected, nodes=number_of[expected.nodes]))
         if normalize == "vocab":
-            assert_states_equal(got, expected)
-        else:
-            torch.testing.assert_close(got.scores, expected.scores, rtol=1e-5, atol=1e-5)
-    plain = reference.TrieIndex.of(left)
-    assert plain.num_nodes == left.num_nodes
+            assert_states_equal(got, rx.beam_step(logits, state_of(scores, numbers), left, beam_width, **options))
+
+
+def test_cuda_kernels_where_nothing_is_left(shim: Shim) -> None:
+    """Nor of the nodes of beams that an index before the change gave."""
+    left, state = wide_index().restrict([]), state_of(torch.zeros(1, 3), torch.tensor([[0, 1, 4000]]))
+    got = shim.beam_step(torch.zeros(1, 3, 1600), state, left, 5)
+    assert got.nodes.tolist() == [[-1] * 5]
+    index = wide_index()
+    leaf = torch.tensor([[index.node_bound - 1]])
+    first, count = (int(x) for x in index.item_ranges(leaf))
+    left = index.discard(index.items[first : first + count])
+    state = state_of(torch.zeros(1, 2), torch.cat([leaf, torch.ones_like(leaf)], 1))
+    got = shim.beam_step(exact_logits((1, 2, 1601), torch.float32, 0), state, left, 5)
+    assert got.parents.tolist() == [[1] * 5]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cuda_child_logits(shim: Shim, dtype: torch.dtype) -> None:
+    index, generator = wide_index(), generator_of(0)
+    left = index.restrict(np.flatnonzero(np.random.default_rng(0).random(index.num_items) < 0.3))
+    state = state_of(torch.zeros(1, 6), torch.arange(1, 7)[None])
+    hidden = torch.randint(-1, 2, (6, 33), generator=generator).to(dtype)
+    weight = torch.randint(-1, 2, (1600, 33), generator=generator).to(dtype)
+    arguments = (hidden, weight, None, state)
+    got = shim.child_logits(*arguments, left, 1)
+    options = (*left.block, 1.0, 0.0, 1, left.num_symbols[1])
+    expected = torch.ops.raddpo.child_logits(hidden, weight, None, state.scores[0], state.nodes[0], *options)
+    for row, node in enumerate(state.nodes[0]):
+        first, count = (int(x) for x in left.child_ranges(node[None]))
+        tokens = left.node_tokens[first : first + count]
+        symbols = torch.searchsorted(left.level_tokens(1), tokens)
+        assert got[row, symbols].tolist() == expected[row, symbols].tolist()
+        assert got[row, symbols].tolist() == (weight[tokens].float() @ hidden[row].float()).tolist()
+        gone = torch.ones(got.shape[1]).bool()
+        gone[symbols] = False
+        assert (got[row, gone] == 777).all()  # not computed
 
 
 @given(catalogues(most_items=200), st.integers(0, 2**32))
@@ -253,7 +290,7 @@ BAD = [
     (lambda: BASE.restrict(torch.ones(6).bool()), ValueError, f"item_mask has 6 entries, but the index holds item {2**40}"),
     (lambda: BASE.restrict([4, 5]).restrict(torch.ones(5).bool()), ValueError, "but the index holds item 5"),
     (lambda: BASE.restrict(torch.ones(6)), TypeError, "item_mask must hold integers, got torch.float32"),
-    (lambda: BASE.restrict("all"), ValueError, "item_mask"),
+    (lambda: BASE.restrict("all"), TypeError, "item_mask must hold integers, got <U3"),
     (lambda: BASE.add([[1, 1]], item_ids=[5]), ValueError, "item_ids hold 5, which is an item of the index already"),
     (lambda: BASE.add([[1, 1], [1, 2]], item_ids=[7, 7]), ValueError, "are both 7"),
     (lambda: BASE.add([[1, 1]], item_ids=[-7]), ValueError, "is negative"),
