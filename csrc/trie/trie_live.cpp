@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "../common/buffer.h"
@@ -12,7 +13,8 @@
 namespace raddpo {
 namespace {
 
-constexpr std::int64_t kBitsPerItem = 16;  // a set of ids is bits while that takes no more than the items do
+constexpr std::int64_t kBitsPerItem = 16;      // a set of ids is bits while that takes no more than the items do
+constexpr std::int64_t kMostHashes = 1 << 22;  // whose bits stay in cache
 
 struct Items {
   const void* ids;
@@ -49,40 +51,57 @@ struct IdSetMemory {
   IdSet set{};
   std::int64_t count = 0;  // distinct ids
 
-  explicit IdSetMemory(const bool* mask, std::int64_t size) : bits((size + 63) / 64) {
-    for (std::int64_t first = 0; first < size; first += 64) {
-      std::uint64_t word = 0;
-      for (int i = 0; i < 64 && first + i < size; ++i) word |= std::uint64_t(mask[first + i]) << i;
-      bits[first / 64] = word;
-    }
-    set = {bits.get(), static_cast<std::uint64_t>(size), nullptr, 0};
+  explicit IdSetMemory(const bool* mask, std::int64_t size) {
+    use_bits(size);
+    RADDPO_CALL_ISA(pack_mask, mask, size, bits.get());
   }
 
   IdSetMemory(const std::int64_t* ids, std::int64_t size, std::int64_t items) {
     const std::int64_t limit = size ? *std::max_element(ids, ids + size) + 1 : 1;
     if (limit <= kBitsPerItem * std::max<std::int64_t>(items, 4096)) {
-      bits = Buffer<std::uint64_t>((limit + 63) / 64);
-      std::fill_n(bits.get(), (limit + 63) / 64, 0);
-      set = {bits.get(), static_cast<std::uint64_t>(limit), nullptr, 0};
-      for (std::int64_t i = 0; i < size; ++i) {
-        std::uint64_t& word = bits[ids[i] / 64];
-        const std::uint64_t bit = std::uint64_t(1) << (ids[i] % 64);
-        count += !(word & bit);
-        word |= bit;
-      }
-      return;
+      use_bits(limit);
+      for (std::int64_t i = 0; i < size; ++i) count += set_bit(ids[i]);
+    } else {
+      use_table(size);
+      for (std::int64_t i = 0; i < size; ++i) count += insert(ids[i]);
     }
+  }
+
+ private:
+  void use_bits(std::int64_t limit) {
+    clear(limit + 1);
+    set = {reinterpret_cast<const std::uint32_t*>(bits.get()), limit, nullptr, 0, 0};
+  }
+
+  void use_table(std::int64_t size) {
     std::int64_t capacity = 64;
     while (capacity < 2 * size) capacity *= 2;
     slots = Buffer<std::int64_t>(capacity);
     std::fill_n(slots.get(), capacity, -1);
-    set = {nullptr, 0, slots.get(), static_cast<std::uint64_t>(capacity - 1)};
-    for (std::int64_t i = 0; i < size; ++i) {
-      std::uint64_t slot = slot_of(ids[i]);
-      while (slots[slot & set.mask] >= 0 && slots[slot & set.mask] != ids[i]) ++slot;
-      count += slots[slot & set.mask] < 0;
-      slots[slot & set.mask] = ids[i];
-    }
+    const std::int64_t hashes = std::min<std::int64_t>(16 * capacity, kMostHashes);
+    clear(hashes);
+    set = {reinterpret_cast<const std::uint32_t*>(bits.get()), INT64_MAX, slots.get(),
+           static_cast<std::uint64_t>(hashes - 1), static_cast<std::uint64_t>(capacity - 1)};
+  }
+
+  void clear(std::int64_t size) {
+    bits = Buffer<std::uint64_t>((size + 63) / 64);
+    std::fill_n(bits.get(), (size + 63) / 64, 0);
+  }
+
+  // Whether it was not there.
+  bool set_bit(std::int64_t i) {
+    std::uint64_t& word = bits[i / 64];
+    const std::uint64_t bit = std::uint64_t(1) << (i % 64);
+    return !(std::exchange(word, word | bit) & bit);
+  }
+
+  bool insert(std::int64_t id) {
+    const std::uint64_t hash = slot_of(id);
+    set_bit(static_cast<std::int64_t>(hash & set.mask));
+    std::uint64_t slot = hash >> 32;
+    while (slots[slot & set.slot_mask] >= 0 && slots[slot & set.slot_mask] != id) ++slot;
+    return std::exchange(slots[slot & set.slot_mask], id) != id;
   }
 };
 
@@ -96,14 +115,6 @@ std::int64_t first_of(const Items& items, const std::uint64_t* matched, const st
   for (std::int64_t i = 0; i < count; ++i)
     if (std::binary_search(found.begin(), found.end(), ids[i]) == known) return ids[i];
   return -1;
-}
-
-void fill_ranks(const std::uint64_t* bits, std::int64_t blocks, std::uint32_t* ranks) {
-  std::uint32_t zeros = 0;
-  for (std::int64_t block = 0; block < blocks; ++block) {
-    ranks[block] = zeros;
-    for (int i = 0; i < kBlockBits / 64; ++i) zeros += 64 - __builtin_popcountll(bits[block * (kBlockBits / 64) + i]);
-  }
 }
 
 }  // namespace
@@ -135,8 +146,10 @@ TrieLive trie_live(const TrieLiveInput& in) {
     item_bits[w] = (keep ? item_bits[w] : ~item_bits[w]) & (old.live_items.bits ? old.live_items.bits[w] : valid);
   }
   out.sids = RADDPO_CALL_ISA(mark_nodes, old, item_bits, items.size, node_bits);
-  fill_ranks(node_bits, LiveLayout::blocks_of(nodes), reinterpret_cast<std::uint32_t*>(memory + at.node_ranks));
-  fill_ranks(item_bits, LiveLayout::blocks_of(items.size), reinterpret_cast<std::uint32_t*>(memory + at.item_ranks));
+  RADDPO_CALL_ISA(fill_ranks, node_bits, LiveLayout::blocks_of(nodes),
+                  reinterpret_cast<std::uint32_t*>(memory + at.node_ranks));
+  RADDPO_CALL_ISA(fill_ranks, item_bits, LiveLayout::blocks_of(items.size),
+                  reinterpret_cast<std::uint32_t*>(memory + at.item_ranks));
   const TrieView left = view_of(in.trie, header, memory);
   out.items = live_before(left.live_items, items.size);
   out.nodes = live_before(left.live_nodes, nodes);

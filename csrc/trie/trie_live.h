@@ -33,12 +33,13 @@ TrieBytes trie_compact(const std::uint8_t* trie, const std::uint8_t* live, std::
 
 // What is below is compiled once for each instruction set.
 
-// Item ids as bits from 0 to `limit`, or where ids are sparse as an open hash table of `mask + 1` slots.
+// Item ids: as bits from 0 to `limit`, whose own bit is 0; or where ids are sparse as an open hash table, and a bit for
+// each hash that occurs.
 struct IdSet {
-  const std::uint64_t* bits;
-  std::uint64_t limit;
-  const std::int64_t* slots;  // -1: empty
-  std::uint64_t mask;
+  const std::uint32_t* bits;
+  std::int64_t limit;         // INT64_MAX with a table
+  const std::int64_t* slots;  // -1: empty; null: no table
+  std::uint64_t mask, slot_mask;
 };
 RADDPO_HD std::uint64_t slot_of(std::int64_t id) {
   const std::uint64_t x = static_cast<std::uint64_t>(id) * 0x9e3779b97f4a7c15;
@@ -55,6 +56,8 @@ struct Matched {
   namespace isa {                                                                                                    \
   Matched match_items(const void* items, bool wide, std::int64_t size, const std::uint64_t* live, const IdSet& set,  \
                       std::int64_t begin, std::int64_t end, std::uint64_t* out);                                     \
+  void pack_mask(const bool* mask, std::int64_t size, std::uint64_t* bits);                                          \
+  void fill_ranks(const std::uint64_t* bits, std::int64_t blocks, std::uint32_t* ranks);                             \
   std::int64_t mark_nodes(const TrieView& t, const std::uint64_t* items, std::int64_t num_items,                     \
                           std::uint64_t* nodes);                                                                     \
   void compact_bits(const TrieView& t, std::int64_t num_items, std::uint64_t* children, std::uint64_t* items);       \

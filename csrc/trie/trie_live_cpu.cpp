@@ -1,4 +1,5 @@
 #include <cstdint>
+#include <cstring>
 
 #include "../common/math.h"
 #include "trie_live.h"

@@ -4,13 +4,23 @@
 namespace raddpo::RADDPO_ISA {
 namespace {
 
-RADDPO_HD bool has_id(const IdSet& set, std::int64_t id) {
-  if (set.bits) {
-    const auto at = static_cast<std::uint64_t>(id);
-    return at < set.limit && (set.bits[at / 64] >> (at % 64) & 1);
+// A bit for each of n bytes that are 0 or 1, at most 64.
+RADDPO_HD std::uint64_t pack(const std::uint8_t* bytes, int n) {
+  std::uint64_t bits = 0;
+  for (int i = 0; i + 8 <= n; i += 8) {
+    std::uint64_t eight;
+    std::memcpy(&eight, bytes + i, 8);
+    bits |= (eight * 0x0102040810204080 >> 56) << i;  // byte k times bit 56 - 7k: each lands in a bit of its own
   }
-  for (std::uint64_t slot = slot_of(id);; ++slot) {
-    const std::int64_t found = set.slots[slot & set.mask];
+  for (int i = n & ~7; i < n; ++i) bits |= std::uint64_t(bytes[i]) << i;
+  return bits;
+}
+
+RADDPO_HD bool has_id(const IdSet& set, std::int64_t id) {
+  const std::uint64_t hash = slot_of(id);
+  if (!(set.bits[(hash & set.mask) / 32] >> (hash & 31) & 1)) return false;  // which nearly all are not
+  for (std::uint64_t slot = hash >> 32;; ++slot) {
+    const std::int64_t found = set.slots[slot & set.slot_mask];
     if (found == id) return true;
     if (found < 0) return false;
   }
@@ -20,13 +30,23 @@ template <typename Item>
 RADDPO_HD Matched match(const Item* items, std::int64_t size, const std::uint64_t* live, const IdSet& set,
                         std::int64_t begin, std::int64_t end, std::uint64_t* out) {
   Matched matched{0, -1};
-  const std::int64_t limit = set.bits ? static_cast<std::int64_t>(set.limit) : INT64_MAX;
+  const std::int64_t limit = set.limit;
   for (std::int64_t word = begin; word < end; ++word) {
     const std::int64_t first = word * 64;
     const int n = size - first < 64 ? static_cast<int>(size - first) : 64;
     const std::uint64_t valid = live ? live[word] : low_bits(n);
     std::uint64_t bits = 0;
-    for (int i = 0; i < n; ++i) bits |= std::uint64_t(has_id(set, items[first + i])) << i;
+    if (set.slots) {
+      for (int i = 0; i < n; ++i) bits |= std::uint64_t(has_id(set, items[first + i])) << i;
+    } else {
+      std::uint8_t found[64];
+#pragma omp simd
+      for (int i = 0; i < n; ++i) {
+        const Item id = items[first + i] < limit ? items[first + i] : static_cast<Item>(limit);
+        found[i] = set.bits[id / 32] >> (id % 32) & 1;
+      }
+      bits = pack(found, n);
+    }
     Item largest = -1;
     for (int i = 0; i < n; ++i) largest = items[first + i] > largest ? items[first + i] : largest;
     for (int i = 0; largest >= limit && i < n; ++i)
@@ -88,6 +108,21 @@ Matched match_items(const void* items, bool wide, std::int64_t size, const std::
                     std::int64_t begin, std::int64_t end, std::uint64_t* out) {
   return wide ? match(static_cast<const std::int64_t*>(items), size, live, set, begin, end, out)
               : match(static_cast<const std::int32_t*>(items), size, live, set, begin, end, out);
+}
+
+void pack_mask(const bool* mask, std::int64_t size, std::uint64_t* bits) {
+  const auto* bytes = reinterpret_cast<const std::uint8_t*>(mask);
+  for (std::int64_t first = 0; first < size; first += 64)
+    bits[first / 64] = pack(bytes + first, size - first < 64 ? static_cast<int>(size - first) : 64);
+}
+
+// Zeros before each block.
+void fill_ranks(const std::uint64_t* bits, std::int64_t blocks, std::uint32_t* ranks) {
+  std::uint32_t zeros = 0;
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    ranks[block] = zeros;
+    for (int i = 0; i < kBlockBits / 64; ++i) zeros += 64 - popcount(bits[block * (kBlockBits / 64) + i]);
+  }
 }
 
 // Sets the bits of the nodes (of zeros) with any item left under them, and the root's; returns the number of SIDs left.
