@@ -270,7 +270,16 @@ def test_compiles_where_levels_differ_in_columns(columns: int) -> None:
 
 def test_every_operator_has_an_opcheck() -> None:
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("raddpo::")}
-    decoding = {"beam_step", "child_logits", "row_lse", "trie_walk", "trie_paths", "trie_items", "trie_children", "trie_select"}
+    decoding = {
+        "beam_step",
+        "child_logits",
+        "row_lse",
+        "trie_walk",
+        "trie_paths",
+        "trie_items",
+        "trie_children",
+        "trie_select",
+    }
     losses = {"token_logps", "token_logps_backward", "token_logps_backward_", "session_loss", "session_loss_backward"}
     assert names == decoding | losses | {"pack_sessions"}
 

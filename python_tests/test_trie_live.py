@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from agreement import ToyModel, assert_search_agrees, assert_states_equal
+from agreement import ToyModel, assert_scores_close, assert_search_agrees, assert_states_equal
 from beam_cases import DTYPES, NORMALIZE, exact_logits, generator_of, state_of, wide_index
 from cuda_on_cpu.shim import Shim
 from hypothesis import given, settings
@@ -17,10 +17,12 @@ from live_cases import assert_holds, part_of, tokens_of
 from strategies import Catalogue, catalogues
 
 import raddpo_ext as rx
-from raddpo_ext import _C
+from raddpo_ext import _C, reference
 
 
-def changed(index: rx.TrieIndex, catalogue: Catalogue, rows: list[int], data: st.DataObject) -> tuple[rx.TrieIndex, list[int]]:
+def changed(
+    index: rx.TrieIndex, catalogue: Catalogue, rows: list[int], data: st.DataObject
+) -> tuple[rx.TrieIndex, list[int]]:
     """The index after one change, and the rows that it then holds."""
     items = np.array(catalogue.items(), np.int64)
     change = data.draw(st.sampled_from(["mask", "ids", "discard", "add"]))
@@ -96,6 +98,28 @@ def test_equals_brute_force(catalogue: Catalogue, normalize: str, seed: int, dat
     assert_search_agrees(got, left, model.brute_force(left, normalize, 0.0), 100)
 
 
+@pytest.mark.parametrize("normalize", NORMALIZE)
+def test_reference(normalize: str) -> None:
+    """The plain index goes through the same changes."""
+    rng = np.random.default_rng(0)
+    sids, vocab = rng.integers(0, 6, (200, 3)), rx.SIDVocab([6] * 3, eos=18)
+    model = ToyModel.random(4, 2, 19, torch.float64, 0)
+    single = ToyModel(model.tables.float())
+    pairs = [(rx.TrieIndex.build(sids[:150], vocab=vocab), reference.TrieIndex.build(sids[:150], vocab=vocab))]
+    changes = [("restrict", (np.arange(200) % 3 > 0,)), ("discard", (np.arange(1, 100, 6),)), ("restrict", ([],))]
+    for name, arguments in changes:
+        pairs.append(tuple(getattr(trie, name)(*arguments) for trie in pairs[-1]))
+    pairs.append(tuple(trie.add(sids[150:], item_ids=range(150, 200), lengths=[2] * 50) for trie in pairs[1]))
+    for fused, plain in pairs:
+        options = {"batch_size": 2, "beam_width": 20, "normalize": normalize, "top_k": 25}
+        got, expected = rx.beam_search(single, fused, **options), reference.beam_search(model, plain, **options)
+        assert got.items.tolist() == expected.items.tolist()
+        assert_scores_close(got.scores, expected.scores, "beam_search")
+        assert reference.TrieIndex.of(fused).rows == sorted(plain.rows, key=lambda row: (len(row[0]), row[0]))
+    with pytest.raises(ValueError, match=r"got a restricted raddpo_ext\.TrieIndex"):
+        reference.beam_step(torch.zeros(1, 1, 19), rx.BeamState.start(pairs[1][0], 1), pairs[1][0], 1)
+
+
 def test_by_hand() -> None:
     """Leaving an item out raises the probability of its siblings under ``"trie"`` and under no other support."""
     vocab = rx.SIDVocab([2, 2])
@@ -167,7 +191,9 @@ def test_token_logps(normalize: str) -> None:
 
 
 def test_logits_processor() -> None:
-    catalogue = Catalogue(np.random.default_rng(0).integers(0, 9, (40, 3)), None, None, rx.SIDVocab([9] * 3, eos=27), 28)
+    catalogue = Catalogue(
+        np.random.default_rng(0).integers(0, 9, (40, 3)), None, None, rx.SIDVocab([9] * 3, eos=27), 28
+    )
     index = rx.TrieIndex.build(**catalogue.arguments()).discard(range(30))
     built = rx.TrieIndex.build(**part_of(catalogue, list(range(30, 40))).arguments())
     tokens = tokens_of(catalogue)
@@ -287,7 +313,11 @@ BAD = [
     (lambda: BASE.restrict([[4]]), ValueError, "item_mask must have 1 dimensions"),
     (lambda: BASE.restrict([4, -2]), ValueError, r"item_mask\[1\] = -2 is negative"),
     (lambda: BASE.restrict(torch.ones(2, 3).bool()), ValueError, "item_mask must have 1 dimensions"),
-    (lambda: BASE.restrict(torch.ones(6).bool()), ValueError, f"item_mask has 6 entries, but the index holds item {2**40}"),
+    (
+        lambda: BASE.restrict(torch.ones(6).bool()),
+        ValueError,
+        f"item_mask has 6 entries, but the index holds item {2**40}",
+    ),
     (lambda: BASE.restrict([4, 5]).restrict(torch.ones(5).bool()), ValueError, "but the index holds item 5"),
     (lambda: BASE.restrict(torch.ones(6)), TypeError, "item_mask must hold integers, got torch.float32"),
     (lambda: BASE.restrict("all"), TypeError, "item_mask must hold integers, got <U3"),
@@ -297,8 +327,16 @@ BAD = [
     (lambda: BASE.add([[1, 1]], item_ids=[6, 7]), ValueError, "item_ids must have one entry a row"),
     (lambda: BASE.add([[1, 1, 1]]), ValueError, r"sids must have 2 columns, as the index has, got shape \(1, 3\)"),
     (lambda: BASE.add([[1, -1]]), ValueError, r"sids\[0, 1\] = -1 is outside"),
-    (lambda: BASE.add([[2, 2]], lengths=[1], item_ids=[9]), ValueError, r"the SID of item 9, \(2\), is a proper prefix of"),
-    (lambda: rx.TrieIndex.build([[3, 0]], lengths=[1]).add([[3, 1]]), ValueError, r"the SID of item 0, \(3\), is a prop"),
+    (
+        lambda: BASE.add([[2, 2]], lengths=[1], item_ids=[9]),
+        ValueError,
+        r"the SID of item 9, \(2\), is a proper prefix of",
+    ),
+    (
+        lambda: rx.TrieIndex.build([[3, 0]], lengths=[1]).add([[3, 1]]),
+        ValueError,
+        r"the SID of item 0, \(3\), is a prop",
+    ),
 ]
 
 

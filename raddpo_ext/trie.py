@@ -48,6 +48,7 @@ class TrieIndex:
         self.data = data  # uint8, on the index's device
         self.header = header  # its first words as int64, on the CPU
         self.live: Tensor | None = None  # uint8, beside the data: which nodes and items are left; None: all
+        self.block: tuple[Tensor, Tensor, Tensor | None] = (data, header, None)  # as the operators take it
         self._host = data if data.device.type == "cpu" else None  # the block on the CPU, where changes are worked out
         self._node_tokens: Tensor | None = None
         self._left_items: Tensor | None = None
@@ -140,11 +141,6 @@ class TrieIndex:
     def device(self) -> torch.device:
         return self.data.device
 
-    @property
-    def block(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``(data, header, live)``, as the operators take it."""
-        return self.data, self.header, self.live
-
     def to(self, device: torch.device | str) -> TrieIndex:
         """The same index on another device. What :meth:`restrict`, :meth:`discard` and :meth:`add` need of it stays on
         the CPU as well."""
@@ -152,9 +148,10 @@ class TrieIndex:
         return self._but(data=self.data.to(device), live=live, _node_tokens=None, _left_items=None)
 
     def restrict(self, item_mask: Any) -> TrieIndex:
-        """The index of the allowed items alone, for a request's filter; ``restrict(a).restrict(b)`` allows those of both.
+        """The index of the allowed items alone, for a request's filter.
 
-        Shares the block; a search in it is exact under the filter. May be empty: a search then gives empty rows.
+        Shares the block; a search in it is exact under the filter. ``restrict(a).restrict(b)`` allows what both allow.
+        May be empty: a search then gives empty rows.
 
         Args:
             item_mask: bool ``[M]`` by item id, ``M`` above the largest id of the index; or the allowed ids, integers
@@ -232,6 +229,7 @@ class TrieIndex:
     def _but(self, **changes: Any) -> TrieIndex:
         index = copy.copy(self)
         vars(index).update(changes)
+        index.block = (index.data, index.header, index.live)
         return index
 
     def _host_data(self) -> Tensor:

@@ -6,6 +6,8 @@
 #include <utility>
 
 #include "../common/huge_pages.h"
+#include "../common/isa.h"
+#include "trie_live.h"
 
 namespace raddpo {
 namespace {
@@ -120,13 +122,11 @@ void TrieBlock::index_bits(HeaderWord word, std::int64_t count) const {
   auto* hints = section<std::uint32_t>(static_cast<HeaderWord>(word + 2));
   const std::int64_t blocks = (count + kBlockBits - 1) / kBlockBits;
   const auto nodes = static_cast<std::int64_t>(header()[kNumNodes]);
-  std::uint32_t zeros = 0;
+  RADDPO_CALL_ISA(fill_ranks, bits, blocks, ranks);
   std::int64_t hint = 0;
   for (std::int64_t block = 0; block < blocks; ++block) {
-    ranks[block] = zeros;
-    for (int i = 0; i < kBlockBits / 64; ++i) zeros += 64 - __builtin_popcountll(bits[block * (kBlockBits / 64) + i]);
-    for (; hint * kHintZeros < std::min<std::int64_t>(zeros, nodes); ++hint)
-      hints[hint] = static_cast<std::uint32_t>(block);
+    const std::int64_t zeros = block + 1 < blocks ? ranks[block + 1] : nodes;  // those past the end left out
+    for (; hint * kHintZeros < zeros; ++hint) hints[hint] = static_cast<std::uint32_t>(block);
   }
   hints[hint] = static_cast<std::uint32_t>(blocks - 1);
 }

@@ -29,7 +29,12 @@ def beam_step(
     normalize: str = "vocab",
     length_penalty: float = 0.0,
 ) -> BeamState:
-    """See :func:`raddpo_ext.beam_step`. Scores are float64 for float64 logits, else float32."""
+    """See :func:`raddpo_ext.beam_step`. Scores are float64 for float64 logits, else float32.
+
+    A restricted fused index is refused: its nodes' numbers have gaps, those of the plain copy have none.
+    """
+    if isinstance(index, fused.TrieIndex) and index.live is not None:
+        raise ValueError("index must be a reference.TrieIndex or unrestricted, got a restricted raddpo_ext.TrieIndex")
     trie = TrieIndex.of(index)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     scores = state.scores.to(logits.dtype)
@@ -66,9 +71,11 @@ def _step_query(
             lse = row_lse(logits[beam, _support(trie, normalize, length - 1, tokens)])
             child_scores = scores[beam] + (logits[beam, tokens] - lse).clamp(max=0)
             offered += [(token, beam, child) for token, child in zip(tokens, children, strict=True)]
-        else:
+        elif trie.node_items[node]:
             child_scores = scores[beam : beam + 1]
             offered.append((-1, beam, node))
+        else:  # the root of an empty catalogue
+            continue
         offered_scores.append(child_scores)
         offered_keys.append(child_scores / _length_factor(length, length_penalty, child_scores))
     score, key = torch.cat(offered_scores), torch.cat(offered_keys)

@@ -25,6 +25,7 @@ class TrieIndex:
         codes: the codes on the way to each node, -1 for ``eos``.
         child_nodes: the children of each node, in ascending token order.
         node_items: the items whose SID ends at each node, in input order.
+        rows: what it was made of: each item's path, codes and id.
     """
 
     def __init__(
@@ -36,7 +37,8 @@ class TrieIndex:
         vocab: SIDVocab | None,
         device: torch.device,
     ) -> None:
-        known = {
+        self.rows = list(zip(paths, codes, item_ids, strict=True))
+        known: dict[tuple[int, ...], tuple[int, ...]] = {(): ()} | {
             path[:depth]: sid[:depth] for path, sid in zip(paths, codes, strict=True) for depth in range(len(path) + 1)
         }
         self.prefixes = sorted(known, key=lambda prefix: (len(prefix), prefix))
@@ -54,7 +56,7 @@ class TrieIndex:
         self.vocab = vocab
         self.device = device
         self.sid_levels = sid_levels
-        self.levels = len(self.prefixes[-1])
+        self.levels = max(1, len(self.prefixes[-1]))
         self.num_items = len(paths)
         self.num_sids = sum(bool(items) for items in self.node_items)
         self.num_nodes = len(self.prefixes)
@@ -86,6 +88,25 @@ class TrieIndex:
         leaves = torch.repeat_interleave(nodes, index.item_ranges(nodes)[1])
         eos = index.vocab is not None and index.vocab.eos is not None
         return cls.build(codes[leaves], item_ids=index.items, lengths=depths[leaves] - int(eos), vocab=index.vocab)
+
+    def restrict(self, item_mask: Any) -> TrieIndex:
+        """See :meth:`raddpo_ext.TrieIndex.restrict`; built anew, so that nodes get new numbers."""
+        mask = torch.as_tensor(item_mask)
+        allowed = set((mask.nonzero()[:, 0] if mask.dtype == torch.bool else mask).tolist())
+        return self._of_rows([row for row in self.rows if row[2] in allowed])
+
+    def discard(self, item_ids: Any) -> TrieIndex:
+        """See :meth:`raddpo_ext.TrieIndex.discard`; built anew."""
+        gone = set(torch.as_tensor(item_ids).tolist())
+        return self._of_rows([row for row in self.rows if row[2] not in gone])
+
+    def add(self, sids: Any, *, item_ids: Any, lengths: Any = None) -> TrieIndex:
+        """See :meth:`raddpo_ext.TrieIndex.add`; built anew."""
+        return self._of_rows(self.rows + self.build(sids, item_ids=item_ids, lengths=lengths, vocab=self.vocab).rows)
+
+    def _of_rows(self, rows: list[tuple[tuple[int, ...], tuple[int, ...], int]]) -> TrieIndex:
+        paths, codes, items = zip(*rows, strict=True) if rows else ((), (), ())
+        return TrieIndex(paths, codes, items, self.sid_levels, self.vocab, self.device)
 
     def contains(self, sids: Any, lengths: Any = None) -> Tensor:
         """See :meth:`raddpo_ext.TrieIndex.contains`."""
