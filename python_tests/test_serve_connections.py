@@ -83,6 +83,11 @@ def test_a_long_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert heard.startswith(b"HTTP/1.1 400 ")
 
 
+def test_a_long_body_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = b"POST /retrieve HTTP/1.1\r\nhost: x\r\ncontent-length: 1048577\r\n\r\n"
+    assert exchange(tmp_path, monkeypatch, head, b"").startswith(b"HTTP/1.1 413 ")
+
+
 @pytest.mark.parametrize("length", [b"content-length: 99999999999", b"transfer-encoding: chunked"])
 def test_an_endless_body(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: bytes) -> None:
     """413 comes at once, and what is refused is not listened to for ever."""

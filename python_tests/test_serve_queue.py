@@ -83,6 +83,18 @@ def test_idle_workers_do_not_split_a_batch() -> None:
     run(main())
 
 
+def test_the_rest_of_a_full_batch_waits_for_others() -> None:
+    async def main() -> None:
+        batcher = Batcher(max_batch=3, max_wait=5.0, max_queue=10)
+        takers = [asyncio.create_task(batcher.take(60)) for _ in range(2)]
+        await asyncio.sleep(0)
+        submit(batcher, 1, 2, 3, 4)
+        asyncio.get_running_loop().call_later(4, submit, batcher, 5)
+        assert list(map(prompts, await asyncio.gather(*takers))) == [[1, 2, 3], [4, 5]]
+
+    run(main())
+
+
 def test_nothing_comes() -> None:
     async def main() -> None:
         assert await Batcher(8, 5.0, 10).take(7) == []
@@ -311,6 +323,16 @@ def test_back_off_of_workers_that_die_before_they_are_ready(tmp_path: Path) -> N
         await asyncio.sleep(1)
         assert pool.ready == 1
         assert workers.started[11] == 121.5  # at once, since the one before had been ready
+        await pool.stop()
+
+    run(main())
+
+
+def test_the_version_is_the_one_that_all_workers_have(tmp_path: Path) -> None:
+    async def main() -> None:
+        pool = make_pool(tmp_path, FakeWorkers(echo, lambda number: Hello(number + 1, LIMITS)), workers=3)
+        await pool.start()
+        assert pool.version == 1
         await pool.stop()
 
     run(main())
