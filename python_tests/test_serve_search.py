@@ -222,8 +222,6 @@ def _no_more_files(path: Path) -> rx.TrieIndex:
 
 
 def test_filters(folder: Path, tmp_path: Path) -> None:
-    if not hasattr(rx.TrieIndex, "restrict"):
-        pytest.skip("this TrieIndex has no restrict")
     search, index = make_search(folder, tmp_path), make_index(1)
     few, none = (1001, 1005, 1059, 2**40), (5,)
     queries = [
