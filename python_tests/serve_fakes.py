@@ -95,9 +95,6 @@ class _FakeWorker:
         except asyncio.TimeoutError:
             raise WorkerDied from None
 
-    def kill(self) -> None:
-        pass
-
     async def stop(self) -> None:
         self.workers.stopped += 1
 

@@ -89,8 +89,6 @@ class Pool:
                 failures = 0 if was_ready else failures + 1
                 unexpected = None if isinstance(error, WorkerDied) else error
                 _LOG.error("worker %d died%s", slot, "" if was_ready else " before it was ready", exc_info=unexpected)
-                if worker is not None:
-                    worker.kill()
             finally:
                 self.versions.pop(slot, None)
                 if worker is not None:

@@ -61,13 +61,9 @@ class WorkerProcess:
         try:
             answers: Answers = await asyncio.wait_for(self._receive(), timeout)
         except asyncio.TimeoutError:
-            self.kill()
+            self._kill()
             raise WorkerDied from None
         return answers
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
 
     async def stop(self) -> None:
         """Ends the process, with force if it does not go by itself, and waits for its end."""
@@ -75,8 +71,13 @@ class WorkerProcess:
         try:
             await asyncio.wait_for(self.process.wait(), _LAST_SECONDS)
         except asyncio.TimeoutError:
-            self.kill()
+            self._kill()
             await self.process.wait()
+
+    def _kill(self) -> None:
+        """For a process that does not go by itself; one that is gone already would be waited for twice."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
 
     def _send(self, message: Any) -> None:
         self._writer.write(pack(message))
