@@ -3,8 +3,8 @@
     python -m benchmarks.bench_trie_live            # writes benchmarks/results/trie-live-cpu.json
     python -m benchmarks.bench_trie_live --quick    # one million items, one process; prints only
 
-A fresh process builds the index and times each call on it, first the first call on the fresh index, then the median of
-the repeats; of several processes the median of their medians. A filtered search is the sum of its fused steps, one query
+A fresh process builds the index and times each call on it: the first call on the fresh index, then the median of the
+repeats; of several processes the median of their medians. A filtered search is the sum of its fused steps, one query
 and 50 beams, the logits (as many as a level has codes) given and the same for all shares.
 """
 
@@ -80,7 +80,6 @@ def measure(items: int, codes: int, levels: int, repeats: int) -> dict[str, Any]
     sparse = rx.TrieIndex.build(sids, item_ids=sparse_ids)
     note("discard_sparse_ids", lambda: sparse.discard(sparse_ids[some]))
     result["live_bytes_per_item"] = less.live.numel() / items
-    del sparse, sids
     logits = [torch.randn(1, BEAMS, codes, generator=torch.Generator().manual_seed(level)) for level in range(levels)]
     result["search_ms"] = {norm: search_ms(index, logits, norm, 20 * repeats) for norm in ("vocab", "trie")}
     result["filters"] = []

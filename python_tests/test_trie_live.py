@@ -56,7 +56,7 @@ def test_equals_a_new_index(isa: str, catalogue: Catalogue, seed: int, data: st.
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("count", [511, 512, 513, 20000])
 def test_many_nodes(isa: str, threads: int, wide: bool, count: int) -> None:
-    """Ranks over many blocks of bits, runs of ones over many words, 32-bit symbols and 64-bit item ids that go again."""
+    """Ranks over many blocks of bits, runs of ones over many words, 32-bit symbols and 64-bit ids that go again."""
     rng = np.random.default_rng(count)
     sids = np.stack([rng.integers(0, 3, count), rng.permutation(count) * (70 if wide else 1)], 1)
     sids[::7] = sids[0]

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from raddpo_ext import _C, _check
+from raddpo_ext import trie_ops as _trie_ops  # noqa: F401  their fake kernels
 from raddpo_ext._files import replacing
+from raddpo_ext.trie_input import item_ids_of, level_symbols
 from raddpo_ext.vocab import SIDVocab
 
 _WORD = _C.HEADER
@@ -115,7 +117,7 @@ class TrieIndex:
         ends = None if lengths is None else _check.lengths(lengths, rows, 1, columns).numpy()
         ids = None
         if item_ids is not None:
-            ids = _item_ids(item_ids, "item_ids")
+            ids = item_ids_of(item_ids, "item_ids")
             if len(ids) != rows:
                 raise ValueError(f"item_ids must have one entry a row of sids ({rows}), got {len(ids)}")
         data = torch.from_numpy(
@@ -123,7 +125,7 @@ class TrieIndex:
                 codes,
                 lengths=ends,
                 item_ids=ids,
-                levels=_level_symbols(vocab, columns),
+                levels=level_symbols(vocab, columns),
                 eos=-1 if eos is None else eos,
                 has_vocab=vocab is not None,
                 threads=torch.get_num_threads(),
@@ -163,7 +165,7 @@ class TrieIndex:
         """
         kind = item_mask.dtype if isinstance(item_mask, (Tensor, np.ndarray)) else None
         if kind not in (torch.bool, np.dtype(bool)):
-            return self._left(ids=_item_ids(item_mask, "item_mask", least=0), keep=True)
+            return self._left(ids=item_ids_of(item_mask, "item_mask", least=0), keep=True)
         mask = item_mask.detach().cpu().numpy() if isinstance(item_mask, Tensor) else item_mask
         if mask.ndim != 1:
             raise ValueError(f"item_mask must have 1 dimensions, got shape {mask.shape}")
@@ -176,7 +178,7 @@ class TrieIndex:
             ValueError: an id that the index lacks.
             TypeError: not integers.
         """
-        ids = _item_ids(item_ids, "item_ids")
+        ids = item_ids_of(item_ids, "item_ids")
         if len(ids) and ids.min() < 0:
             raise ValueError(f"item_ids hold {ids.min()}, which is no item of the index")
         return self._left(ids=ids, keep=False)
@@ -474,69 +476,5 @@ class TrieIndex:
         )
 
 
-def _level_symbols(vocab: SIDVocab | None, columns: int) -> list[tuple[Any, ...]]:
-    """For each level (size, first token, symbol of eos, symbol of each code, tokens, codes), as csrc/python.cpp takes
-    it: empty arrays where token = first token + code."""
-    empty = np.empty(0, np.int32)
-    if vocab is None:
-        return [(-1, 0, -1, empty, empty, empty)] * columns
-    levels: list[tuple[Any, ...]] = []
-    for level, ids in enumerate(vocab.token_ids):
-        size, first = len(ids), int(ids[0])
-        eos = vocab.eos if level > 0 else None
-        if eos is None and first >= 0 and torch.equal(ids, torch.arange(first, first + size)):
-            levels.append((size, first, -1, empty, empty, empty))
-            continue
-        codes = torch.cat([(ids >= 0).nonzero()[:, 0], torch.tensor([] if eos is None else [-1], dtype=torch.int64)])
-        tokens = torch.where(codes >= 0, ids[codes.clamp(min=0)], -1 if eos is None else eos)
-        order = tokens.argsort()
-        tokens, codes = tokens[order], codes[order]
-        symbols = torch.full((size,), -1)
-        symbols[codes[codes >= 0]] = (codes >= 0).nonzero()[:, 0]
-        eos_symbol = int((codes < 0).nonzero()[0, 0]) if eos is not None else -1
-        levels.append((size, 0, eos_symbol, symbols.int().numpy(), tokens.int().numpy(), codes.int().numpy()))
-    if vocab.eos is not None:
-        levels.append((0, 0, 0, empty, np.array([vocab.eos], np.int32), np.array([-1], np.int32)))
-    return levels
-
-
-def _item_ids(value: Any, name: str, least: int | None = None) -> np.ndarray:
-    """int64 ``[N]``."""
-    if isinstance(value, Sequence) and not len(value):  # no type to tell
-        return np.empty(0, np.int64)
-    given = _check.integer_array(value, name, 1)
-    ids = given.astype(np.int64)
-    if given.dtype == np.uint64:
-        _check.none(torch.from_numpy(ids < 0), lambda row: f"{name}[{row}] = {given[row]} exceeds 2**63 - 1")
-    if least is not None:
-        _check.none(torch.from_numpy(ids < least), lambda row: f"{name}[{row}] = {given[row]} is negative")
-    return ids
-
-
 def _header_of(data: Tensor) -> Tensor:
     return data[: _C.HEADER_WORDS * 8].view(torch.int64).clone()
-
-
-@torch.library.register_fake("raddpo::trie_walk")
-def _(tokens: Tensor, trie: Tensor, header: Tensor, live: Tensor | None) -> Tensor:
-    return tokens.new_empty((tokens.shape[0], tokens.shape[1] + 1))
-
-
-@torch.library.register_fake("raddpo::trie_paths")
-def _(nodes: Tensor, trie: Tensor, header: Tensor, live: Tensor | None, sid_levels: int) -> tuple[Tensor, Tensor]:
-    return nodes.new_empty((nodes.numel(), sid_levels)), nodes.new_empty(nodes.numel())
-
-
-@torch.library.register_fake("raddpo::trie_items")
-def _(nodes: Tensor, trie: Tensor, header: Tensor, live: Tensor | None) -> tuple[Tensor, Tensor]:
-    return nodes.new_empty(nodes.numel()), nodes.new_empty(nodes.numel())
-
-
-@torch.library.register_fake("raddpo::trie_children")
-def _(nodes: Tensor, trie: Tensor, header: Tensor, live: Tensor | None) -> tuple[Tensor, Tensor]:
-    return nodes.new_empty(nodes.numel()), nodes.new_empty(nodes.numel())
-
-
-@torch.library.register_fake("raddpo::trie_select")
-def _(places: Tensor, trie: Tensor, header: Tensor, live: Tensor | None, items: bool) -> Tensor:
-    return places.new_empty(places.numel())
