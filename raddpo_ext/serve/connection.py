@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 _HEAD_SECONDS = 10.0
@@ -22,6 +24,17 @@ class Connection(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._expect_request()
+
+    def send_400_response(self, msg: str) -> None:
+        """To what is no HTTP; in the form of every other error, where uvicorn's is plain text of no stated length."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # what follows a body that was refused
+            self.transport.close()
+            return
+        body = json.dumps({"error": {"code": "bad_request", "message": msg}}).encode()
+        headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
+        for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
