@@ -188,6 +188,7 @@ def test_tokens(tmp_path: Path) -> None:
             assert (await client.post("/retrieve", content=GOOD, headers=headers)).status_code == 200
             assert (await client.get("/metrics", headers=headers)).status_code == 200
         assert (await client.get("/healthz")).status_code == 200
+        assert (await client.get("/")).status_code == 200
 
     served(tmp_path, test, token="sesame")
 
