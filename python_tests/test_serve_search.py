@@ -115,6 +115,7 @@ def test_unknown_items_of_a_history(folder: Path, tmp_path: Path) -> None:
         assert (answers[0].status, answers[0].code) == (422, "bad_field")
         assert answers[0].message == f"history[1] must be an item of the catalogue, got {item}"
         assert answers[1].status == 200
+        assert search.answer([Query(history=[item])])[0].status == 422
 
 
 def test_text(folder: Path, tmp_path: Path) -> None:
@@ -251,11 +252,16 @@ def test_traces(folder: Path, tmp_path: Path, lengths: bool) -> None:
         sids = [[a, b] for a in range(4) for b in range(5)]
         index = rx.TrieIndex.build([*sids, [5, 0], [1, 0]], lengths=[2] * 20 + [1, 1], vocab=vocab)
     search = make_search(folder, tmp_path, index, beam_width=4)
-    traced, plain = search.answer([Query([3, 4], top_k=4, trace=True)])[0], search.answer([Query([3, 4], top_k=4)])[0]
+    trees = [trace(search, index, prompt) for prompt in range(3, 30)]
+    assert any(not beam["alive"] for levels in trees for beam in levels[0])
+
+
+def trace(search: Search, index: rx.TrieIndex, prompt: int) -> list[list[dict[str, Any]]]:
+    """The checked beam tree of one prompt."""
+    traced = search.answer([Query([prompt], top_k=4, trace=True)])[0]
     levels = body(traced)["beams"]
-    assert body(traced) == {**body(plain), "beams": levels}
+    assert body(traced) == {**body(search.answer([Query([prompt], top_k=4)])[0]), "beams": levels}
     assert len(levels) == index.levels == 3
-    assert lengths or not all(beam["alive"] for beam in levels[0])
     assert all(beam["alive"] for beam in levels[-1])
     for level, beams in enumerate(levels):
         assert 0 < len(beams) <= 4
@@ -271,3 +277,4 @@ def test_traces(folder: Path, tmp_path: Path, lengths: bool) -> None:
                 children = [child for child in levels[level + 1] if child["parent"] == slot]
                 assert beam["alive"] == any(child["alive"] for child in children)
     assert [beam["prefix"] for beam in levels[-1]][:1] == body(traced)["sids"][:1]
+    return levels
