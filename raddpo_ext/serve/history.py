@@ -36,11 +36,11 @@ def _positions(index: TrieIndex, items: list[int]) -> Tensor:
 
 
 def _leaves(index: TrieIndex, positions: Tensor) -> Tensor:
-    """The node that holds each position: the last whose items begin at or before it, by bisection."""
+    """The node that holds each position: the last whose items begin at or before it, by bisection of their places."""
     low = torch.zeros_like(positions)
     high = torch.full_like(positions, index.num_nodes)
     while bool((high - low > 1).any()):
         middle = (low + high) // 2
-        begins = index.item_ranges(middle)[0] <= positions
+        begins = index.item_ranges(index.nodes_at(middle))[0] <= positions
         low, high = torch.where(begins, middle, low), torch.where(begins, high, middle)
-    return low
+    return index.nodes_at(low)
