@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from raddpo_ext.integrations.base_model import base_model, decoder_start, forward_parameters, head_logits, head_scale
+
+
+def pad_left(prompts: Tensor, mask: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Prompts and mask with all padding on the left, as narrow as a multiple of ``multiple`` allows."""
+    longest = int(mask.sum(1).max())
+    columns = -(-longest // multiple) * multiple
+    order = mask.long().argsort(dim=1, stable=True)[:, -longest:]
+    padding = (columns - longest, 0)
+    return F.pad(prompts.gather(1, order), padding), F.pad(mask.gather(1, order), padding)
 
 
 class Decoder:
@@ -54,22 +66,26 @@ class Decoder:
 
 
 class PromptDecoder(Decoder):
-    """A decoder-only model that has read its prompts, padded on the left wherever their padding was."""
+    """A decoder-only model and its prompts, which are padded on the left."""
 
     def __init__(self, model: Any, head: dict[str, Any], prompts: Tensor, mask: Tensor) -> None:
         super().__init__(model, head)
+        self.prompts = prompts
+        self.mask = mask
         self.lengths = mask.sum(1)
-        order = mask.long().argsort(dim=1, stable=True)[:, -int(self.lengths.max()) :]
-        self.prompts = prompts.gather(1, order)
-        self.mask = mask.gather(1, order)
-        self.padded = not bool(self.mask.all())
+
+    @cached_property
+    def padded(self) -> bool:
+        return not bool(self.mask.all())
+
+    def prompt_mask(self) -> Any:
+        return self.mask.long() if self.padded else None
 
     def read_prompts(self) -> Tensor:
         """The states of the prompts' last tokens, ``[B, 1, H or V]``."""
         last = {"logits_to_keep": 1} if "logits_to_keep" in self.accepts else {}
-        mask = self.mask.long()
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        return self.forward(self.prompts, mask if self.padded else None, positions, **last)[:, -1:]
+        positions = (self.mask.long().cumsum(1) - 1).clamp(min=0)
+        return self.forward(self.prompts, self.prompt_mask(), positions, **last)[:, -1:]
 
 
 class SharedPrefixDecoder(PromptDecoder):
@@ -96,10 +112,10 @@ class SharedPrefixDecoder(PromptDecoder):
         self.sees = torch.cat([ancestors, itself], 2)
         positions = (self.lengths[:, None] + (level - 1)).expand(-1, width)
         # Finished and empty slots (-1) feed token 0; what it gives is ignored.
-        return self.forward(tokens.clamp(min=0), self._attention_mask(), positions)
+        return self.forward(tokens.clamp(min=0), self.attention_mask(self.sees), positions)
 
-    def _attention_mask(self) -> Any:
-        sees = self.sees
+    def attention_mask(self, sees: Tensor) -> Any:
+        """``sees [B, tokens, keys]`` as the model takes it."""
         if self.attention == "flex_attention":
             from torch.nn.attention.flex_attention import create_block_mask
 
@@ -184,7 +200,9 @@ class EncoderDecoder(Decoder):
         return states
 
 
-def verify(model: Any, head: dict[str, Any]) -> tuple[bool, bool]:
+def verify(
+    model: Any, head: dict[str, Any], shared: Callable[..., Decoder] = SharedPrefixDecoder
+) -> tuple[bool, bool]:
     """Whether a model's head may be run apart from it, and whether beams may share a prefix: both give its own logits.
 
     A few tokens run through the model in each way. Some models look past a mask or at no position ids, and some do more
@@ -214,7 +232,7 @@ def verify(model: Any, head: dict[str, Any]) -> tuple[bool, bool]:
     takes_mask = base.config._attn_implementation in ("eager", "sdpa", "flex_attention")
     if not takes_mask or "position_ids" not in forward_parameters(Decoder(model, head).inner):
         return bool(head), False
-    return bool(head), _is_close(logits_of(SharedPrefixDecoder(model, head, prompts, mask), head), expected, base)
+    return bool(head), _is_close(logits_of(shared(model, head, prompts, mask), head), expected, base)
 
 
 def _rows(parents: Tensor, width: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,14 @@ from raddpo_ext import _check
 from raddpo_ext.beam_search import BeamResult, beam_search
 from raddpo_ext.beam_step import BeamState
 from raddpo_ext.integrations.base_model import head_arguments, windows
-from raddpo_ext.integrations.decoders import Decoder, EncoderDecoder, ReorderedDecoder, SharedPrefixDecoder, verify
+from raddpo_ext.integrations.decoders import (
+    Decoder,
+    EncoderDecoder,
+    ReorderedDecoder,
+    SharedPrefixDecoder,
+    pad_left,
+    verify,
+)
 from raddpo_ext.trie import TrieIndex
 
 
@@ -37,6 +45,11 @@ class SIDRetriever:
         beam_width: beams a query: one width, or one for each of the ``index.levels`` steps.
         normalize, length_penalty: see :func:`raddpo_ext.beam_step`.
         shared_prefix: whether beams share their prompt's keys and values. Default: where the model allows.
+        cuda_graph: capture the whole search, prompt and all, in a CUDA graph and replay it. The first call with a batch
+            size, prompt length (rounded up to a multiple of 64) and ``top_k`` captures, which takes a few searches'
+            time; the last 16 such shapes are kept. A graph reads the model's weights where they were: change them in
+            place, and after any other change to the model assign ``index`` anew, which drops the graphs. Calls with
+            ``on_step`` are not captured.
 
     Attributes:
         index: the catalogue; may be replaced between calls.
@@ -55,10 +68,13 @@ class SIDRetriever:
         normalize: str = "vocab",
         length_penalty: float = 0.0,
         shared_prefix: bool | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         if not hasattr(model, "config"):
             raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
         _check.choice(normalize, "normalize", _check.NORMALIZE)
+        if cuda_graph and shared_prefix is False:
+            raise ValueError("cuda_graph = True needs beams that share their prompt, got shared_prefix = False")
         self.model = model
         self.beam_width = beam_width
         self.normalize = normalize
@@ -68,6 +84,11 @@ class SIDRetriever:
         self._vocab_size: int = config.vocab_size
         self._window: int | None = getattr(config, "max_position_embeddings", None)
         self._ways: tuple[bool, bool] | None = None  # whether the head runs apart, and a prefix can be shared
+        self._graphs: Any = None
+        if cuda_graph:
+            from raddpo_ext.integrations.graphed import SearchGraphs
+
+            self._graphs = SearchGraphs()
         self.index = index
 
     @property
@@ -83,6 +104,8 @@ class SIDRetriever:
                 f"index holds token id {max(index.max_tokens)}, which a model of vocab_size {self._vocab_size} lacks"
             )
         self._index = index
+        if self._graphs is not None:
+            self._graphs.clear()
 
     @torch.no_grad()
     def retrieve(
@@ -111,45 +134,77 @@ class SIDRetriever:
                 exceeds ``config.max_position_embeddings``, tensors on another device than the index, or a model in
                 training mode, whose dropout would make the result random.
             TypeError: not integers, or a model without a KV cache that can follow beams.
-            With ``shared_prefix=True`` ValueError for a model that cannot share a prompt of that length.
+            With ``shared_prefix=True`` or ``cuda_graph=True`` ValueError for a model or prompts that do not allow it.
         """
         if self.model.training:
             raise ValueError("model is in training mode, call model.eval() before retrieving")
-        mask = self._check_prompts(input_ids, attention_mask)
-        decoder = self._decoder(input_ids.long().masked_fill(~mask, 0), mask)
+        prompts, mask = self._check_prompts(input_ids, attention_mask)
+        options: dict[str, Any] = {"normalize": self.normalize, "length_penalty": self.length_penalty, "top_k": top_k}
+        if self._graphs is not None and on_step is None:
+            return self._replay(prompts, mask, options)
+        decoder = self._decoder(prompts, mask)
         return beam_search(
             decoder,
             self.index,
-            batch_size=len(input_ids),
+            batch_size=len(prompts),
             beam_width=self.beam_width,
-            normalize=self.normalize,
-            length_penalty=self.length_penalty,
-            top_k=top_k,
             on_step=on_step,
+            **options,
             **decoder.head,
         )
 
     def _decoder(self, prompts: Tensor, mask: Tensor) -> Decoder:
+        head, shares = self._find_ways(mask)
+        kind: Callable[..., Decoder] = SharedPrefixDecoder if shares else ReorderedDecoder
+        if self.model.config.is_encoder_decoder:
+            kind = EncoderDecoder
+        else:
+            prompts, mask = pad_left(prompts, mask)
+        device = self.model.device
+        return kind(self.model, head, prompts.to(device), mask.to(device))
+
+    def _replay(self, prompts: Tensor, mask: Tensor, options: dict[str, Any]) -> BeamResult:
+        from raddpo_ext.integrations.graphed import COLUMNS, CapturedDecoder, check_capturable
+
+        check_capturable(self.model)
+        head, _ = self._find_ways(mask)
+        prompts, mask = pad_left(prompts, mask, COLUMNS)
+        model, index, widths = self.model, self.index, _check.widths(self.beam_width, self.index.levels)
+
+        def search(prompts: Tensor, mask: Tensor) -> BeamResult:
+            decoder = CapturedDecoder(model, head, prompts, mask, sum(widths[:-1]))
+            return beam_search(decoder, index, batch_size=len(prompts), beam_width=widths, **options, **head)
+
+        key = (prompts.shape, index, *widths, *options.values())
+        return self._graphs.run(key, search, model, prompts, mask)
+
+    def _find_ways(self, mask: Tensor) -> tuple[dict[str, Any], bool]:
+        """The head's arguments, and whether beams share these prompts."""
         head = head_arguments(self.model)
         if self._ways is None:
-            self._ways = verify(self.model, head)
+            self._ways = verify(self.model, head, self._shared_decoder())
         fuses, shares = self._ways
-        head = head if fuses else {}
-        if self.model.config.is_encoder_decoder:
-            return EncoderDecoder(self.model, head, prompts, mask)
         # Beams that share a prompt see all of it, whatever slides over a beam of its own.
         tokens = int(mask.sum(1).max())
         shares = shares and all(tokens + self.index.levels - 1 <= window for window in windows(self.model).values())
-        if self.shared_prefix and not shares:
+        if not shares and (self.shared_prefix or self._graphs is not None):
+            name = "shared_prefix" if self.shared_prefix else "cuda_graph"
             raise ValueError(
-                f"shared_prefix = True, but {type(self.model).__name__} cannot share a prompt of {tokens} tokens: it "
-                "looks past a mask, or at a window of the last tokens"
+                f"{name} = True, but {type(self.model).__name__} cannot share a prompt of {tokens} tokens: it looks "
+                "past a mask, or at a window of the last tokens"
             )
-        shares = shares and self.shared_prefix is not False
-        return (SharedPrefixDecoder if shares else ReorderedDecoder)(self.model, head, prompts, mask)
+        return head if fuses else {}, shares and self.shared_prefix is not False
 
-    def _check_prompts(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """The mask of real tokens, bool ``[B, T]``."""
+    def _shared_decoder(self) -> Callable[..., Decoder]:
+        if self._graphs is None:
+            return SharedPrefixDecoder
+        from raddpo_ext.integrations.graphed import CapturedDecoder
+
+        return partial(CapturedDecoder, fed=4)
+
+    def _check_prompts(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The prompts, 0 where there is no token, and the mask of real tokens, bool ``[B, T]``: on the CPU, where
+        looking at their values costs no more than the copy."""
         if not isinstance(input_ids, Tensor):
             raise TypeError(f"input_ids must be an integer tensor, got {type(input_ids).__name__}")
         _check.integer_tensor(input_ids, "input_ids", 2)
@@ -166,6 +221,7 @@ class SIDRetriever:
             mask = torch.ones_like(input_ids, dtype=torch.bool)
         else:
             mask = _as_mask(attention_mask, input_ids)
+        input_ids, mask = input_ids.long().cpu(), mask.cpu()
         lengths = mask.sum(1)
         _check.none(lengths == 0, lambda row: f"attention_mask[{row}] leaves the prompt no token")
         outside = mask & ((input_ids < 0) | (input_ids >= self._vocab_size))
@@ -185,7 +241,7 @@ class SIDRetriever:
                     f"model's window of {self._window} (max_position_embeddings)"
                 ),
             )
-        return mask
+        return input_ids.masked_fill(~mask, 0), mask
 
 
 def _as_mask(attention_mask: Tensor, input_ids: Tensor) -> Tensor:

@@ -1,0 +1,151 @@
+"""Searches captured in a graph, played on the CPU (graph_tape): every input goes through the graph's own buffers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+
+from graph_tape import Tape, play_graphs
+from test_retriever import VOCAB, make_index, make_model, prompts
+
+import raddpo_ext as rx
+from raddpo_ext.integrations import graphed
+
+WIDTHS = [5, 20, 12]
+
+
+@pytest.fixture
+def tape(monkeypatch: pytest.MonkeyPatch) -> type[Tape]:
+    play_graphs(monkeypatch)
+    return Tape
+
+
+def calls() -> list[tuple[Tensor, Tensor]]:
+    """Batches of three prompts of other tokens and lengths."""
+    ids, mask = prompts()
+    other = (ids + 11) % 50
+    return [(ids, mask), (other, mask.flip(0)), (other, torch.ones_like(mask)), prompts("right")]
+
+
+def assert_same(got: rx.BeamResult, expected: rx.BeamResult) -> None:
+    assert got.items.tolist() == expected.items.tolist()
+    assert got.sids.tolist() == expected.sids.tolist()
+    torch.testing.assert_close(got.scores, expected.scores, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "options"),
+    [
+        ("qwen3", "sdpa", {}),
+        ("qwen3", "eager", {"normalize": "level", "length_penalty": 0.7}),
+        ("llama", "sdpa", {"normalize": "trie"}),
+        ("gpt2", "sdpa", {}),
+        ("opt", "eager", {}),
+    ],
+)
+def test_replays_equal_eager_searches(tape: type[Tape], name: str, attention: str, options: dict[str, Any]) -> None:
+    model, index = make_model(name), make_index(300)
+    model.set_attn_implementation(attention)
+    eager = rx.SIDRetriever(model, index, beam_width=WIDTHS, **options)
+    captured = rx.SIDRetriever(model, index, beam_width=WIDTHS, cuda_graph=True, **options)
+    results = [captured.retrieve(*call) for call in calls()]
+    for call, got in zip(calls(), results, strict=True):  # last, so that a result that a replay overwrote would show
+        assert_same(got, eager.retrieve(*call))
+    assert tape.replays == len(results)
+    assert len(captured._graphs._graphs) == 1
+
+
+def test_a_graph_for_each_shape(tape: type[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, index = make_model("qwen3"), make_index(300, eos=2, lengths=True)
+    eager = rx.SIDRetriever(model, index, beam_width=9)
+    captured = rx.SIDRetriever(model, index, beam_width=9, cuda_graph=True)
+    monkeypatch.setattr(graphed, "COLUMNS", 4)
+    monkeypatch.setattr(graphed, "MOST_GRAPHS", 2)
+    ids, mask = prompts()
+    shapes = [(ids, mask, None), (ids[:2], mask[:2], None), (ids[2:], mask[2:], None), (ids, mask, 7), (ids, mask, 7)]
+    for (ids, mask, top_k), graphs in zip(shapes, [1, 2, 2, 2, 2], strict=True):
+        assert_same(captured.retrieve(ids, mask, top_k), eager.retrieve(ids, mask, top_k))
+        assert len(captured._graphs._graphs) == graphs
+    assert [key[0] for key in captured._graphs._graphs] == [(1, 4), (3, 8)]
+
+
+def test_changes_between_calls(tape: type[Tape]) -> None:
+    """Of the catalogue, the settings, and the weights, in place and moved; in inference mode and out of it."""
+    model, index = make_model("qwen3"), make_index(300)
+    captured = rx.SIDRetriever(model, index, beam_width=6, cuda_graph=True)
+
+    def check(**options: Any) -> None:
+        eager = rx.SIDRetriever(model, captured.index, **{"beam_width": 6, **options})
+        assert_same(captured.retrieve(*prompts()), eager.retrieve(*prompts()))
+
+    with torch.inference_mode():
+        check()
+    check()
+    captured.index = make_index(40)
+    assert not captured._graphs._graphs
+    check()
+    captured.beam_width, captured.normalize = [3, 4, 5], "trie"
+    check(beam_width=[3, 4, 5], normalize="trie")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        weight.mul_(-1)
+    check(beam_width=[3, 4, 5], normalize="trie")
+    weight.data = -2 * weight.data
+    before = captured._graphs._graphs.copy()
+    check(beam_width=[3, 4, 5], normalize="trie")
+    assert [key for key, graph in captured._graphs._graphs.items() if before[key] is not graph]
+
+
+def test_on_step_is_not_captured(tape: type[Tape]) -> None:
+    states: list[rx.BeamState] = []
+    captured = rx.SIDRetriever(make_model("qwen3"), make_index(300), beam_width=6, cuda_graph=True)
+    got = captured.retrieve(*prompts(), on_step=lambda level, state: states.append(state))
+    assert len(states) == 3
+    assert tape.replays == 0
+    assert_same(captured.retrieve(*prompts()), got)
+
+
+def test_a_forward_that_waits_is_refused(tape: type[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("qwen3")
+    rotary = model.model.rotary_emb
+    forward = rotary.forward
+    monkeypatch.setattr(rotary, "forward", lambda x, ids: forward(x, ids) if int(ids.max()) < 999 else None)
+    captured = rx.SIDRetriever(model, make_index(20), beam_width=4, cuda_graph=True)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="cuda_graph = True, but a search with Qwen3ForCausalLM could not be"):
+            captured.retrieve(*prompts())
+    assert not captured._graphs._graphs
+
+
+def test_refusals(tape: type[Tape]) -> None:
+    index = make_index(20)
+
+    def refuse(model: Any, message: str) -> None:
+        with pytest.raises(ValueError, match="cuda_graph = True, but " + message):
+            rx.SIDRetriever(model, index, beam_width=4, cuda_graph=True).retrieve(*prompts())
+
+    refuse(make_model("t5"), "T5ForConditionalGeneration is an encoder-decoder")
+    refuse(make_model("mistral"), "MistralForCausalLM cannot share a prompt of 7 tokens")
+    refuse(torch.compile(make_model("qwen3"), backend="eager"), "the model is compiled")
+    flexible = make_model("qwen3")
+    flexible.set_attn_implementation("flex_attention")
+    refuse(flexible, "the model's attention is 'flex_attention'")
+    with torch.autocast("cpu", torch.bfloat16):
+        refuse(make_model("qwen3"), "autocast is on")
+    with pytest.raises(ValueError, match="cuda_graph = True needs beams that share their prompt"):
+        rx.SIDRetriever(make_model("qwen3"), index, beam_width=4, cuda_graph=True, shared_prefix=False)
+    captured = rx.SIDRetriever(make_model("qwen3"), index, beam_width=4, cuda_graph=True)
+    with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
+        captured.retrieve(*prompts(), top_k=0)
+    with pytest.raises(ValueError, match=r"input_ids\[0, 0\] = 120 is outside"):
+        captured.retrieve(torch.full((1, 3), VOCAB))
+
+
+def test_refused_on_the_cpu() -> None:
+    with pytest.raises(ValueError, match="cuda_graph = True, but the model is on cpu"):
+        rx.SIDRetriever(make_model("qwen3"), make_index(20), beam_width=4, cuda_graph=True).retrieve(*prompts())

@@ -1,0 +1,194 @@
+"""A retriever's search as one CUDA graph: a replay costs one launch, the search a thousand."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from raddpo_ext.beam_search import BeamResult
+from raddpo_ext.integrations.base_model import base_model
+from raddpo_ext.integrations.decoders import SharedPrefixDecoder
+
+COLUMNS = 64  # prompts are padded to a multiple, so that few lengths occur
+MOST_GRAPHS = 16  # of a retriever
+_DEVICE = "cuda"
+_WARM_UPS = 2  # runs before a capture: libraries set themselves up and choose their kernels
+_capturing = threading.Lock()  # torch allows one capture at a time
+
+
+def check_capturable(model: Any) -> None:
+    """Raises ValueError for a model whose search no graph can hold."""
+    base = base_model(model)
+    reason = None
+    if base.device.type != _DEVICE:
+        reason = f"the model is on {base.device}"
+    elif base.config.is_encoder_decoder:
+        reason = f"{type(base).__name__} is an encoder-decoder"
+    elif hasattr(model, "_orig_mod"):
+        reason = "the model is compiled, and may capture graphs of its own"
+    elif base.config._attn_implementation == "flex_attention":
+        reason = "the model's attention is 'flex_attention', which is compiled for each mask: use 'sdpa'"
+    elif torch.is_autocast_enabled(_DEVICE):
+        reason = "autocast is on, whose copies of the weights go with it: convert the model"
+    if reason is not None:
+        raise ValueError(f"cuda_graph = True, but {reason}")
+
+
+class BufferedCache(DynamicCache):
+    """Keys and values in buffers that have room for the beams: nothing is moved when tokens are added."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room  # tokens after the first ones
+        self.buffers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.used: dict[int, int] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        begin = self.get_seq_length(layer_idx)
+        end = begin + key_states.shape[2]
+        if begin == 0:
+            self.buffers[layer_idx] = tuple(  # type: ignore[assignment]
+                x.new_empty(*x.shape[:2], end + self.room, x.shape[3]) for x in (key_states, value_states)
+            )
+        keys, values = self.buffers[layer_idx]
+        keys[:, :, begin:end] = key_states
+        values[:, :, begin:end] = value_states
+        self.used[layer_idx] = end
+        return keys[:, :, :end], values[:, :, :end]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.used.get(layer_idx, 0)
+
+
+class CapturedDecoder(SharedPrefixDecoder):
+    """As its base, but no value on the GPU decides what is launched.
+
+    Args:
+        model, head, prompts, mask: see :class:`SharedPrefixDecoder`.
+        fed: how many beams' tokens a query will be fed in all.
+    """
+
+    def __init__(self, model: Any, head: dict[str, Any], prompts: Tensor, mask: Tensor, fed: int) -> None:
+        super().__init__(model, head, prompts, mask)
+        self.cache = BufferedCache(fed)
+
+    def prompt_mask(self) -> Any:
+        """Made here, as the model's own depends on whether there is padding."""
+        columns = self.mask.shape[1]
+        options: Any = {"dtype": torch.bool, "device": self.mask.device}
+        before = torch.ones(columns, columns, **options).tril()
+        # Padding sees itself: a softmax over nothing is NaN.
+        return self.attention_mask(before & self.mask[:, None] | torch.eye(columns, **options))
+
+
+class _Graph:
+    """A captured search over prompts of one shape."""
+
+    def __init__(
+        self,
+        search: Callable[[Tensor, Tensor], BeamResult],
+        model: Any,
+        prompts: Tensor,
+        mask: Tensor,
+        stream: Any,
+        pool: Any,
+    ) -> None:
+        # Their addresses are in the graph. They are kept alive, and looked at before every replay.
+        self._weights = [*model.parameters(), *model.buffers()]
+        self._addresses = self._current_addresses()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):  # brings the caller's stream back, also after a capture that fails
+            self._prompts, self._mask = (torch.empty_like(x, device=model.device).copy_(x) for x in (prompts, mask))
+            for _ in range(_WARM_UPS):
+                search(self._prompts, self._mask)
+            # Other threads may go on allocating memory meanwhile.
+            with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                self._result = search(self._prompts, self._mask)
+
+    def _current_addresses(self) -> list[int]:
+        return [weight.data_ptr() for weight in self._weights]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the weights are where they were."""
+        return self._addresses == self._current_addresses()
+
+    @property
+    def pool(self) -> Any:
+        return self._graph.pool()
+
+    def replay(self, prompts: Tensor, mask: Tensor) -> BeamResult:
+        self._prompts.copy_(prompts, non_blocking=True)
+        self._mask.copy_(mask, non_blocking=True)
+        self._graph.replay()
+        return BeamResult(*(part.clone() for part in self._result))
+
+
+class SearchGraphs:
+    """The graphs of one retriever: one for each shape of its calls, the least recently used dropped.
+
+    They share one pool of memory, so that together they need about what the largest one does; so replays follow one
+    another, whatever threads and streams they come from.
+    """
+
+    def __init__(self) -> None:
+        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self._lock = threading.Lock()
+        self._stream: Any = None
+        self._done: Any = None
+
+    def clear(self) -> None:
+        with self._lock:
+            self._graphs.clear()
+
+    def run(
+        self, key: Hashable, search: Callable[[Tensor, Tensor], BeamResult], model: Any, prompts: Tensor, mask: Tensor
+    ) -> BeamResult:
+        """``search(prompts, mask)``, captured at the first call with such a key.
+
+        Args:
+            key: whatever the search depends on beside its arguments' values.
+            search: must leave what it launches to shapes alone.
+            model: whose weights it reads.
+            prompts, mask: on the CPU, see :class:`CapturedDecoder`.
+        """
+        # What is captured must be usable whether or not later calls are in inference mode.
+        with self._lock, torch.inference_mode(False), torch.no_grad(), torch.cuda.device(model.device):
+            if self._stream is None:
+                self._stream, self._done = torch.cuda.Stream(), torch.cuda.Event()
+            current = torch.cuda.current_stream()
+            current.wait_event(self._done)  # a replay on another stream
+            graph = self._graphs.pop(key, None)
+            if graph is None or not graph.is_current:
+                del graph  # its memory is free for the new one
+                graph = self._capture(search, model, prompts, mask, current)
+            self._graphs[key] = graph
+            result = graph.replay(prompts, mask)
+            self._done.record()
+            return result
+
+    def _capture(
+        self, search: Callable[[Tensor, Tensor], BeamResult], model: Any, prompts: Tensor, mask: Tensor, current: Any
+    ) -> _Graph:
+        while len(self._graphs) >= MOST_GRAPHS:
+            self._graphs.popitem(last=False)
+        pool = next(iter(self._graphs.values())).pool if self._graphs else None
+        with _capturing:
+            self._stream.wait_stream(current)
+            try:
+                graph = _Graph(search, model, prompts, mask, self._stream, pool)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"cuda_graph = True, but a search with {type(model).__name__} could not be captured, by the error "
+                    "above; cuda_graph = False runs it"
+                ) from error
+            current.wait_stream(self._stream)
+        return graph
