@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("transformers")
 
@@ -15,6 +18,8 @@ from test_retriever import VOCAB, make_index, make_model, prompts
 
 import raddpo_ext as rx
 from raddpo_ext.integrations import graphed
+from raddpo_ext.integrations.base_model import head_arguments
+from raddpo_ext.integrations.graphed import CapturedDecoder
 
 WIDTHS = [5, 20, 12]
 
@@ -149,3 +154,40 @@ def test_refusals(tape: type[Tape]) -> None:
 def test_refused_on_the_cpu() -> None:
     with pytest.raises(ValueError, match="cuda_graph = True, but the model is on cpu"):
         rx.SIDRetriever(make_model("qwen3"), make_index(20), beam_width=4, cuda_graph=True).retrieve(*prompts())
+
+
+class NoCopies(TorchDispatchMode):
+    """An error for what a capture does not allow: a copy between the CPU and the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves([args, outputs]) if isinstance(x, Tensor)]
+        if "copy" in func.overloadpacket.__name__ and len({x.device for x in tensors}) > 1:
+            raise AssertionError(f"{func} between {[x.device for x in tensors]}")
+        return outputs
+
+
+@pytest.mark.parametrize("normalize", ["vocab", "level", "trie"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
+def test_no_value_is_needed(name: str, attention: str, normalize: str) -> None:
+    """The code that a GPU runs, on tensors without values: everything lies on one device, and nothing looks at it."""
+    model, index = make_model(name, torch.bfloat16).to("meta"), copy(make_index(300))
+    index.data = index.data.to("meta")
+    model.set_attn_implementation(attention)
+    ids, mask = (torch.zeros(3, 64, dtype=dtype, device="meta") for dtype in (torch.int64, torch.bool))
+    for top_k in (None, 7):
+        for head in (head_arguments(model), {}):
+            with NoCopies(), torch.no_grad():
+                got = rx.beam_search(
+                    CapturedDecoder(model, head, ids, mask, sum(WIDTHS[:-1])),
+                    index,
+                    batch_size=3,
+                    beam_width=WIDTHS,
+                    normalize=normalize,
+                    length_penalty=0.7,
+                    top_k=top_k,
+                    **head,
+                )
+            assert [tuple(part.shape) for part in got] == [(3, rows := top_k or 12), (3, rows, 3), (3, rows)]
+            assert {part.device.type for part in got} == {"meta"}
