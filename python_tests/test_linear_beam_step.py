@@ -138,6 +138,18 @@ def test_cuda_step_over_a_level(shim: Shim, normalize: str) -> None:
     assert none.nodes.tolist() == [[-1] * 4]  # the root is of another level
 
 
+@pytest.mark.parametrize("normalize", ["vocab", "trie"])
+def test_cuda_step_with_a_nan_among_the_sums(shim: Shim, normalize: str) -> None:
+    """A log-sum-exp that is NaN (of a logit that is +inf, say) ends its beam and no other."""
+    index = wide_index()
+    state = state_of(-torch.arange(6.0)[None], torch.arange(1, 7)[None])
+    logits = torch.zeros(1, 6, index.num_symbols[1])
+    lse = torch.tensor([[math.nan, 9.0, math.nan, 9.0, 9.0, math.nan]])
+    got = shim.beam_step(logits, state, index, 9000, normalize=normalize, lse=lse, level=1)
+    assert set(got.parents[got.nodes >= 0].tolist()) == {1, 3, 4}
+    assert not got.scores.isnan().any()
+
+
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cuda_child_logits(shim: Shim, dtype: torch.dtype, softcap: float) -> None:

@@ -122,7 +122,8 @@ __global__ void __launch_bounds__(kReaders + 32, 8)
   if (reads) {
     LogSumExp s{-INFINITY, 0.f};
     if (inner && a.lse) {
-      if (threadIdx.x == 0 && split == 0) s = {a.lse[at], 1.f};
+      const float lse = a.lse[at];
+      if (threadIdx.x == 0) s = {lse, lse == lse ? 1.f : lse};  // merge passes a NaN on in the sum
     } else if (inner && (a.normalize == Normalize::vocab || has_columns(a, level))) {
       const auto* row =
           static_cast<const typename D::T*>(a.logits) + at / a.width * a.stride_batch + at % a.width * a.stride_beam;

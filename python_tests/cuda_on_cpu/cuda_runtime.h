@@ -15,6 +15,7 @@
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define __forceinline__ inline __attribute__((always_inline))
 #if defined(__SANITIZE_ADDRESS__)
 #define __shared__ static
@@ -51,6 +52,9 @@ inline dim3 blockIdx, blockDim, gridDim;
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
 };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
