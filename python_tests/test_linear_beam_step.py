@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 import raddpo_ext as rx
 from raddpo_ext import reference
 
+module = sys.modules["raddpo_ext.linear_beam_step"]  # the package gives the function this name
 SIZES = [1, 5, 8, 33]  # features; products of such small integers are exact in every type
 
 
@@ -92,6 +94,31 @@ def test_many_children(isa: str, normalize: str, dtype: torch.dtype, temperature
     atol = 1e-4 if dtype == torch.float32 else 0.1  # the product rounds to the type of its factors
     torch.testing.assert_close(got.scores[0].double(), same, rtol=0, atol=atol)
     torch.testing.assert_close(got.scores.double(), expected.scores[:, :300], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZE)
+def test_logits_of_the_whole_level(normalize: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does where beams have many children gives the same step."""
+    index, generator = wide_index(), generator_of(1)
+    state = state_of(-torch.arange(6.0)[None], torch.arange(1, 7)[None])
+    hidden, weight = torch.randn(1, 6, 40, generator=generator), torch.randn(1600, 40, generator=generator)
+    options = {"bias": torch.randn(1600, generator=generator), "temperature": 2.0, "normalize": normalize}
+    expected = rx.linear_beam_step(hidden, weight, state, index, 300, **options)
+    monkeypatch.setattr(module, "_level_is_cheaper", lambda *_: True)
+    got = rx.linear_beam_step(hidden, weight, state, index, 300, **options)
+    assert got.nodes.tolist() == expected.nodes.tolist()
+    assert_scores_close(got.scores, expected.scores, "beam_step")
+
+
+def test_when_the_whole_level_is_cheaper() -> None:
+    """On a GPU: where the rows that many beams share are read once, but not for a single child each."""
+    prefixes = torch.cartesian_prod(torch.arange(64), torch.arange(64))
+    index = rx.TrieIndex.build(torch.cat([prefixes, torch.arange(4096)[:, None] % 512], 1))
+    assert index.mean_children == [64, 64, 1]
+    hidden = torch.empty(50, 8, device="meta")
+    assert [module._level_is_cheaper(hidden, index, level) for level in range(3)] == [True, True, False]
+    assert not module._level_is_cheaper(torch.empty(50, 8), index, 0)
+    assert not module._level_is_cheaper(torch.empty(4096, 8, device="meta"), index, 2)
 
 
 @settings(max_examples=40)

@@ -14,6 +14,7 @@ from raddpo_ext.trie import TrieIndex
 
 _WEIGHT_BYTES = 1 << 22  # of a tile's rows of the weight, on the CPU: in its cache, and enough to fill a product
 _LOGIT_BYTES = 1 << 28  # of a tile's logits, on CUDA
+_ROWS_A_READ = 128  # rows that a GPU multiplies by a row of the weight in the time that reading it takes, about
 
 
 def linear_beam_step(
@@ -35,8 +36,8 @@ def linear_beam_step(
 
     Under ``"level"`` only the level's rows of ``weight`` are multiplied, under ``"trie"`` only those of the live beams'
     children. ``"vocab"`` needs every row, for the log-sum-exp: it is summed up tile by tile while a tile's logits are
-    in cache, and none is kept. Children's logits are float32 but under ``"level"``, where they have the type of the
-    product.
+    in cache, and none is kept. Children's logits are float32, or of the product's type where all the level's are made:
+    under ``"level"``, and on a GPU whenever beams have so many children that this is cheaper.
 
     Args:
         hidden: ``[B, W, H]`` float32, bfloat16 or float16: the states that predict each beam's next token.
@@ -76,7 +77,7 @@ def linear_beam_step(
     rows = hidden.reshape(-1, hidden.shape[2])
     scores, nodes = state.scores.contiguous(), state.nodes.contiguous()
     lse = None
-    if normalize == "level":
+    if normalize == "level" or _level_is_cheaper(rows, index, level):
         chosen = index.level_tokens(level)
         logits = _mapped(F.linear(rows, weight[chosen], None if bias is None else bias[chosen]), scale, softcap)
     else:
@@ -92,8 +93,8 @@ def linear_beam_step(
             level,
             index.num_symbols[level],
         )
-        if normalize == "vocab":
-            lse = _vocab_lse(rows, weight, bias, scale, softcap)
+    if normalize == "vocab":
+        lse = _vocab_lse(rows, weight, bias, scale, softcap)
     return BeamState(
         *torch.ops.raddpo.beam_step(
             logits.view(*nodes.shape, -1),
@@ -107,6 +108,13 @@ def linear_beam_step(
             length_penalty,
         )
     )
+
+
+def _level_is_cheaper(hidden: Tensor, index: TrieIndex, level: int) -> bool:
+    """Whether a product with all the level's rows of the weight takes less time than to read those of each beam's
+    children. On a GPU one read serves many beams, until the matrix units are busy."""
+    work = index.num_symbols[level] * max(1, len(hidden) / _ROWS_A_READ)
+    return hidden.device.type != "cpu" and len(hidden) * index.mean_children[level] >= work
 
 
 def _vocab_lse(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:

@@ -69,6 +69,11 @@ class TrieIndex:
         self.max_tokens = [self._word("max_token", level) for level in range(self.levels)]
         #: Token ids of each level: its codes that have one, and the end-of-sequence token where it can follow.
         self.num_symbols = [self._word("num_symbols", level) for level in range(self.levels)]
+        #: Children that a prefix has on average, of each level.
+        first = [self._word("first_node", depth) for depth in range(self.levels + 2)]
+        self.mean_children = [
+            (first[d + 2] - first[d + 1]) / max(1, first[d + 1] - first[d]) for d in range(self.levels)
+        ]
         # Where each level's token ids begin in the block, or the first of them where they follow one another.
         tables = [self._word("table", level) for level in range(self.levels)]
         self._token_tables = [None if table < 0 else self._word("tokens") + 4 * table for table in tables]

@@ -48,7 +48,7 @@ __device__ __forceinline__ void add_share_of_dots(const float* state, const type
 }
 
 template <typename D>
-__global__ void __launch_bounds__(kChildThreads)
+__global__ void __launch_bounds__(kChildThreads, 2)
     child_logits_kernel(const __grid_constant__ ChildLogitsArgs a, int blocks) {
   using T = typename D::T;
   __shared__ __align__(16) float state[kFeatures];
