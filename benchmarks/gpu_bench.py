@@ -1,17 +1,16 @@
-"""beam_step and token_logps on a GPU: ``python -m benchmarks.gpu_bench``.
+"""beam_step, token_logps and whole searches on a GPU: ``python -m benchmarks.gpu_bench``.
 
 Each step of a search is captured in a CUDA graph over several sets of logits, together larger than the L2 cache, and
 the graph is replayed: a step's time is the median replay's over its number of steps. Beside it stands the floor, the
 bytes of logits read over the bandwidth of a large copy, and row_lse, which reads every row whole and does nothing else.
 ``warm`` is the time over one set of logits, which stay in the cache as they do right behind a model's last layer.
 token_logps is timed likewise, forward and backward, the gradient in storage of its own and in place; its floors are the
-bytes that each must read and write. The result is written after every step.
+bytes that each must read and write. Searches with a model: gpu_retriever. The result is written after every step.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,14 +23,12 @@ import torch
 from torch import Tensor
 
 import raddpo_ext as rx
-from benchmarks import catalogues
+from benchmarks import catalogues, gpu_retriever
 from benchmarks.gpu_report import gpu_environment, require_gpu
+from benchmarks.gpu_timing import STEPS, copy_bandwidth, graph_us, product_rate
 from benchmarks.report import RESULTS, markdown, write_json
 from raddpo_ext.row_lse import row_lse
 
-COPY_BYTES = 4 << 30
-REPLAYS = 30
-STEPS = 32  # at least, in a graph
 QWEN_VOCAB = 151_936
 
 
@@ -81,33 +78,6 @@ def index_of(items: int, codes: int, levels: int, vocab: int) -> rx.TrieIndex:
     return rx.TrieIndex.build(sids, vocab=tokens).to("cuda")
 
 
-def median_us(run: Callable[[], None], inner: int) -> float:
-    """Median time of a run, in microseconds, over ``inner``."""
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(REPLAYS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return 1e3 * statistics.median(times) / inner
-
-
-def graph_us(step: Callable[[Tensor], Any], sets: list[Tensor]) -> float:
-    """Time of a step in a graph that goes through the sets of logits in turn."""
-    step(sets[0])
-    torch.cuda.synchronize()
-    steps = max(STEPS, len(sets))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(steps):
-            step(sets[i % len(sets)])
-    return median_us(graph.replay, steps)
-
-
 def kernels_us(step: Callable[[Tensor], Any], sets: list[Tensor]) -> dict[str, float]:
     """Mean time of each kernel, by torch's profiler; empty where it sees none."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -120,13 +90,6 @@ def kernels_us(step: Callable[[Tensor], Any], sets: list[Tensor]) -> dict[str, f
             name = event.key.split("(anonymous namespace)::")[-1].split("(")[0]
             found[name] = round(event.device_time_total / event.count, 2)
     return found
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of a device-to-device copy."""
-    source = torch.randn(COPY_BYTES // 4, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * COPY_BYTES / (1e-6 * median_us(lambda: target.copy_(source), 1))
 
 
 def measure(case: Case, bandwidth: float, add: Callable[[dict[str, Any]], None]) -> None:
@@ -264,7 +227,7 @@ def table(steps: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu_bench.json", help="where the result goes")
-    parser.add_argument("--cases", default="", help="run only the cases whose name contains this")
+    parser.add_argument("--cases", default="", help="run only the cases whose name contains this; retriever: searches")
     parser.add_argument("--seconds", type=float, default=400, help="start no case after this long")
     arguments = parser.parse_args()
     require_gpu()
@@ -273,15 +236,18 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     steps: list[dict[str, Any]] = []
     token_logps: list[dict[str, Any]] = []
+    tables = ""
     result = {**gpu_environment("benchmarks.gpu_bench"), "copy_bytes_per_second": bandwidth}
-    result |= {"steps": steps, "token_logps": token_logps}
-    print(f"copy: {bandwidth / 1e12:.2f} TB/s", flush=True)
+    result |= {"product_flops_per_second": (rate := product_rate()), "steps": steps, "token_logps": token_logps}
+    print(f"copy: {bandwidth / 1e12:.2f} TB/s, bfloat16 product: {rate / 1e12:.0f} TFLOP/s", flush=True)
 
     def add(step: dict[str, Any]) -> None:
         steps.append(step)
         write_json(arguments.out, result)
         print(table(steps).splitlines()[-1], flush=True)
 
+    if "retriever" in arguments.cases or not arguments.cases:
+        tables = gpu_retriever.measure_all(bandwidth, rate, result, lambda: write_json(arguments.out, result))
     for logits_case in LOGITS_CASES:
         if arguments.cases in logits_case.name:
             token_logps.append(measure_token_logps(logits_case, bandwidth))
@@ -292,8 +258,7 @@ def main() -> None:
         if arguments.cases in case.name and time.perf_counter() - begin < arguments.seconds:
             measure(case, bandwidth, add)
             torch.cuda.empty_cache()
-    print(token_logps_table(token_logps))
-    print(table(steps))
+    print(token_logps_table(token_logps), table(steps), tables, sep="\n\n")
 
 
 if __name__ == "__main__":

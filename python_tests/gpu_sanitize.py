@@ -67,6 +67,32 @@ def drive() -> None:
     many = torch.randint(-1, index.num_nodes, (1, 600), generator=generator_of(1))
     check(exact_logits((1, 600, 1601), DTYPES[1], 3), state_of(torch.zeros(1, 600), many), 700)
     check(torch.full((1, 6, 1601), float("nan")), state_of(torch.zeros(1, 6), nodes), 4)
+    generator, level_symbols = generator_of(4), index.num_symbols[1]
+    scores, beams = torch.zeros(1, 6), torch.tensor([[1, 2, 0, index.num_nodes - 1, 5, -1]])
+    for dtype in DTYPES:
+        for size, shift in ((4099, 0), (4104, 1), (64, 0)):  # more than a piece; rows that are not aligned
+            hidden = torch.randn(6, size, generator=generator).to(dtype)
+            weight = torch.randn(1600, size + shift, generator=generator).to(dtype)
+            bias = torch.randn(1600, generator=generator).to(dtype)
+            states = []
+            for one, on in ((index, "cpu"), (on_device, "cuda")):
+                head = (hidden.to(on), weight.to(on)[:, shift:], bias.to(on))
+                at = (scores.view(-1).to(on), beams.view(-1).to(on), one.data, one.header)
+                logits = torch.ops.raddpo.child_logits(*head, *at, 0.1, 2.0, 1, level_symbols).view(1, 6, -1)
+                for normalize, sums in ((0, torch.full((1, 6), 9.0)), (2, None)):
+                    state = (scores.to(on), beams.to(on), one.data, one.header, None if sums is None else sums.to(on))
+                    states.append(torch.ops.raddpo.beam_step(logits, *state, 1, 70, normalize, 0.0)[0].cpu())
+            torch.testing.assert_close(states[2], states[0], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(states[3], states[1], rtol=1e-4, atol=1e-4)
+    for normalize in range(3):  # a level's columns, the log-sum-exp worked out
+        logits = torch.randn(1, 6, level_symbols, generator=generator)
+        expected, got = (
+            torch.ops.raddpo.beam_step(
+                logits.to(on), scores.to(on), beams.to(on), one.data, one.header, None, 1, 70, normalize, 0.0
+            )[0].cpu()
+            for one, on in ((index, "cpu"), (on_device, "cuda"))
+        )
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     for dtype in DTYPES:
         for columns in (1, 33, 5001):
             logits = torch.randn(3, columns, generator=generator_of(columns)).to(dtype)

@@ -185,6 +185,8 @@ class SearchGraphs:
             self._stream.wait_stream(current)
             try:
                 graph = _Graph(search, model, prompts, mask, self._stream, pool)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 raise RuntimeError(
                     f"cuda_graph = True, but a search with {type(model).__name__} could not be captured, by the error "
