@@ -200,9 +200,7 @@ class EncoderDecoder(Decoder):
         return states
 
 
-def verify(
-    model: Any, head: dict[str, Any], shared: Callable[..., Decoder] = SharedPrefixDecoder
-) -> tuple[bool, bool]:
+def verify(model: Any, head: dict[str, Any], shared: Callable[..., Decoder] = SharedPrefixDecoder) -> tuple[bool, bool]:
     """Whether a model's head may be run apart from it, and whether beams may share a prefix: both give its own logits.
 
     A few tokens run through the model in each way. Some models look past a mask or at no position ids, and some do more
