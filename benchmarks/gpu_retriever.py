@@ -186,7 +186,7 @@ def measure_step(model: Any, index: rx.TrieIndex, batch: int, width: int, level:
         for name, size in TILES.items():
             module._LOGIT_BYTES = size
             result[f"vocab, {name}"] = graph_us(partial(linear, normalize="vocab"), hidden, 4)
-        result["level"] = graph_us(partial(linear, normalize="level"), hidden)
+        result["level support"] = graph_us(partial(linear, normalize="level"), hidden)
         for name, chosen in (("children", False), ("level's product", True)):
             module._level_is_cheaper = lambda *_, chosen=chosen: chosen
             result[f"trie, {name}"] = graph_us(partial(linear, normalize="trie"), hidden)

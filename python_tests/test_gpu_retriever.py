@@ -77,7 +77,7 @@ def test_graph_of_half_precision() -> None:
 def test_graphs_of_several_shapes_and_catalogues() -> None:
     """They share their memory; replays in any order, and with another catalogue, give each its own result."""
     model, ids, mask = make_model("qwen3"), *prompts()
-    shapes = [(ids, mask, None), (ids[:1], mask[:1], 7), (ids.repeat(2, 10), mask.repeat(2, 10), None)]
+    shapes = [(ids, mask, None), (ids[:1], mask[:1], 7), (ids.repeat(2, 8), mask.repeat(2, 8), None)]
     first, second = make_index(300), make_index(40)
     expected = [
         [rx.SIDRetriever(model, index, beam_width=9).retrieve(*shape) for shape in shapes] for index in (first, second)
