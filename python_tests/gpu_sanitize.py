@@ -77,10 +77,10 @@ def drive() -> None:
             states = []
             for one, on in ((index, "cpu"), (on_device, "cuda")):
                 head = (hidden.to(on), weight.to(on)[:, shift:], bias.to(on))
-                at = (scores.view(-1).to(on), beams.view(-1).to(on), one.data, one.header)
+                at = (scores.view(-1).to(on), beams.view(-1).to(on), *one.block)
                 logits = torch.ops.raddpo.child_logits(*head, *at, 0.1, 2.0, 1, level_symbols).view(1, 6, -1)
                 for normalize, sums in ((0, torch.full((1, 6), 9.0)), (2, None)):
-                    state = (scores.to(on), beams.to(on), one.data, one.header, None if sums is None else sums.to(on))
+                    state = (scores.to(on), beams.to(on), *one.block, None if sums is None else sums.to(on))
                     states.append(torch.ops.raddpo.beam_step(logits, *state, 1, 70, normalize, 0.0)[0].cpu())
             torch.testing.assert_close(states[2], states[0], rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(states[3], states[1], rtol=1e-4, atol=1e-4)
@@ -88,7 +88,7 @@ def drive() -> None:
         logits = torch.randn(1, 6, level_symbols, generator=generator)
         expected, got = (
             torch.ops.raddpo.beam_step(
-                logits.to(on), scores.to(on), beams.to(on), one.data, one.header, None, 1, 70, normalize, 0.0
+                logits.to(on), scores.to(on), beams.to(on), *one.block, None, 1, 70, normalize, 0.0
             )[0].cpu()
             for one, on in ((index, "cpu"), (on_device, "cuda"))
         )

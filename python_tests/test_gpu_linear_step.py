@@ -106,7 +106,7 @@ def test_child_logits(dtype: torch.dtype, softcap: float) -> None:
         weight = (torch.randn(1600, size + offset, generator=generator) / 4).to(dtype)[:, offset:]
         bias = torch.randn(1600, generator=generator).to(dtype)
         torch.full((8, index.num_symbols[1]), 777.0, device="cuda")  # what the result's memory may hold before
-        tail = (index.to("cuda").data, index.header, 0.5, softcap, 1, index.num_symbols[1])
+        tail = (*index.to("cuda").block, 0.5, softcap, 1, index.num_symbols[1])
         got = torch.ops.raddpo.child_logits(
             hidden.cuda(), weight.cuda(), bias.cuda(), scores.cuda(), nodes.cuda(), *tail
         ).cpu()
@@ -134,7 +134,7 @@ def test_step_over_a_level(normalize: str, dtype: torch.dtype) -> None:
                 None if x is None else x.to(device) for x in (logits, state.scores, state.nodes, index.data, sums)
             ]
             got = torch.ops.raddpo.beam_step(
-                *tensors[:4], index.header, tensors[4], 1, 300, NORMALIZE.index(normalize), 0.5
+                *tensors[:4], index.header, None, tensors[4], 1, 300, NORMALIZE.index(normalize), 0.5
             )
             results.append(rx.BeamState(*(part.cpu() for part in got)))
         expected, got = results
@@ -195,4 +195,4 @@ def test_opcheck() -> None:
     state = rx.BeamState.start(index.to("cuda"), 3)
     hidden, weight, bias = (torch.randn(shape, device="cuda") for shape in ((3, 4), (6, 4), (6,)))
     heads = (hidden, weight, bias, state.scores.view(-1), state.nodes.view(-1))
-    torch.library.opcheck(torch.ops.raddpo.child_logits, (*heads, index.data.cuda(), index.header, 0.5, 2.0, 0, 2))
+    torch.library.opcheck(torch.ops.raddpo.child_logits, (*heads, *index.to("cuda").block, 0.5, 2.0, 0, 2))
