@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from pathlib import Path
 
@@ -80,7 +81,31 @@ def test_a_second_head_that_does_not_end(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_long_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heard = exchange(tmp_path, monkeypatch, b"GET /healthz HTTP/1.1\r\nx: " + b"y" * 50_000, b"")
+    head, _, body = heard.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert f"content-length: {len(body)}" in head.decode().lower()
+    assert json.loads(body)["error"]["code"] == "bad_request"
+
+
+def test_garbage_behind_a_refused_body(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = b"POST /retrieve HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    body = b"200000\r\n" + b" " * 0x200000 + b"\r\n"
+    heard = exchange(tmp_path, monkeypatch, head + body, b"no chunk\r\n", pause=0.5)
+    assert heard.startswith(b"HTTP/1.1 413 ")
+    assert not caplog.records  # asyncio's of an exception in data_received
+
+
+def test_garbage_together_with_a_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The head's own answer, 404, comes too late: the connection has had one."""
+    both = b"POST /nowhere HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nno chunk\r\n"
+    heard = exchange(tmp_path, monkeypatch, both, b"", pause=0.2)
     assert heard.startswith(b"HTTP/1.1 400 ")
+    assert heard.count(b"HTTP/1.1") == 1
+    assert not caplog.records
 
 
 def test_a_long_body_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,8 @@ class Connection(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # what follows a body that was refused
             self.transport.close()
             return
+        if self.cycle is not None:  # a head that came before: whatever its answer would be, it is dropped
+            self.cycle.disconnected = True
         body = json.dumps({"error": {"code": "bad_request", "message": msg}}).encode()
         headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
         for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
