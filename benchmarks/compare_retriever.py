@@ -10,8 +10,9 @@ has the constraint in Python as its users write it (``prefix_allowed_tokens_fn``
 ``reordered`` is SIDRetriever with a row of the KV cache a beam: ``shared_prefix=False``.
 
 Cases run in fresh processes, methods take turns in them. Before, all are checked to give the same scores to 1e-5
-relative and, but for items whose scores are that close, the same items. Times are medians over rounds, ratios medians of each round's. Bytes of the cache are what
-its tensors hold after the last step. The floor is arithmetic: operations of the matrix products that shared beams need.
+relative and, but for items whose scores are that close, the same items. Times are medians over rounds, ratios medians
+of each round's. Bytes of the cache are what its tensors hold after the last step. The floor is arithmetic: operations
+of the matrix products that shared beams need.
 
 ``head`` cases time one step alone, from hidden states: the product with the whole head and ``beam_step``, against
 ``linear_beam_step``. Their floor is the bare product with the rows that the softmax's support needs (with
