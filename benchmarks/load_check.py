@@ -39,7 +39,8 @@ class Expected:
 
 
 class Checker:
-    """Follows what is published, and counts answers by kind and status and what is wrong with them by its name.
+    """Follows what is published, and counts answers by kind and status (503 by its cause
+    too) and what is wrong with them by its name.
 
     Call :meth:`announce` before a version is published and :meth:`published` after: an answer must be of a version
     that was announced when it came, and not older than what was published when its request was sent.
@@ -70,12 +71,14 @@ class Checker:
 
     def answered(self, expected: Expected, oldest: int, reply: Reply) -> None:
         """``oldest`` is :attr:`newest` when the request was sent."""
-        self.counts[expected.kind, str(reply.status)] += 1
         try:
             body = json.loads(reply.body)
         except ValueError:
+            self.counts[expected.kind, str(reply.status)] += 1
             self._problem("no JSON", f"{expected.kind}: {reply.body[:80]!r}")
             return
+        cause = f" {body['error']['code']}" if reply.status == 503 and not [*_error_shape(body)] else ""
+        self.counts[expected.kind, f"{reply.status}{cause}"] += 1
         if reply.status in expected.statuses:
             wrong = _error_shape(body) if reply.status != 200 else self._answer(expected, oldest, body)
         elif reply.status in _OVERLOAD:

@@ -32,7 +32,7 @@ def checked(expected: Expected = EXPECTED, status: int = 200, **changes: Any) ->
     checker.published(3)
     body = RIGHT | changes if status == 200 else {"error": {"code": "x", "message": "y"}} | changes
     checker.answered(expected, 2, Reply(status, json.dumps(body).encode()))
-    assert checker.counts == {(expected.kind, str(status)): 1}
+    assert checker.counts == {(expected.kind, "503 x" if status == 503 else str(status)): 1}
     assert len(checker.examples) == sum(checker.problems.values())
     return dict(checker.problems)
 
