@@ -39,9 +39,13 @@ demo: build
 bench: build
 	$(PY) -m benchmarks.compare_beam_search
 	$(PY) -m benchmarks.bench_trie
+	$(PY) -m benchmarks.bench_trie_live
 	$(PY) -m benchmarks.compare_losses
 	$(PY) -m benchmarks.compare_packing
 	$(PY) -m benchmarks.compare_retriever
+	$(PY) -m benchmarks.compare_engines --data ../shared/data/instruments
+	$(PY) -m benchmarks.load
+	$(PY) -m benchmarks.load --mode soak
 
 # On a machine with an NVIDIA GPU, nvcc and a torch with CUDA: TORCH_CUDA_ARCH_LIST=9.0 make gpu-test PYTHON=python3
 gpu-test: build
