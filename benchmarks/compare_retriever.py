@@ -247,17 +247,16 @@ def summary(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
     found: dict[str, Any] = {"case": case.name, **asdict(case)}
     found["seconds"] = {name: median(times) for name, times in seconds.items()}
-    if case.prompt:
-        pairs = [
-            (f"{slow} {normalize}", f"shared {normalize}")
-            for normalize in ("vocab", "level")
-            for slow in ("reordered",)
-        ]
-        pairs += [("generate", f"shared {normalize}") for normalize in ("vocab", "level") if case.generate]
-        found |= {name: runs[0][name] for name in ("cache_bytes", "gflop")}
-    else:
-        for normalize in NORMALIZE:
+    pairs = []
+    for normalize in ("vocab", "level") if case.prompt else NORMALIZE:
+        if case.prompt:
+            pairs += [
+                (slow, f"shared {normalize}") for slow in ["generate"] * case.generate + [f"reordered {normalize}"]
+            ]
+        else:
             pairs += [(f"dense {normalize}", f"fused {normalize}"), (f"fused {normalize}", f"floor {normalize}")]
+    if case.prompt:
+        found |= {name: runs[0][name] for name in ("cache_bytes", "gflop")}
     found["ratios"] = {f"{slow} / {fast}": ratio(slow, fast) for slow, fast in pairs}
     return found
 
