@@ -18,7 +18,7 @@ from serve_fakes import FakeWorkers, echo, make_config
 from raddpo_ext.serve import connection
 from raddpo_ext.serve.app import Service
 from raddpo_ext.serve.protocol import Answers, Query
-from raddpo_ext.serve.server import make_server
+from raddpo_ext.serve.server import listen, make_server
 
 GOOD = b'POST /retrieve HTTP/1.1\r\nhost: x\r\ncontent-length: 20\r\n\r\n{"input_ids": [3,4]}'
 PATIENCE = 60.0  # seconds, for a busy machine
@@ -35,7 +35,7 @@ def exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *parts: bytes, pau
     async def main() -> bytes:
         service = Service(make_config(tmp_path, max_wait_ms=0), FakeWorkers(answer).start)
         await service.pool.start()
-        listener = socket.create_server(("127.0.0.1", 0))
+        listener = listen("127.0.0.1", 0)
         server = make_server(service)
         serving = asyncio.create_task(server.serve([listener]))
         reader, writer = await asyncio.open_connection(*listener.getsockname())
@@ -121,3 +121,15 @@ def test_an_endless_body(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length
     heard = exchange(tmp_path, monkeypatch, head, chunk)
     assert heard.startswith(b"HTTP/1.1 413 ")
     assert b"at most 1048576 bytes" in heard
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_answers_do_not_wait_for_acknowledgements(host: str) -> None:
+    try:
+        listener = listen(host, 0)
+    except OSError as error:
+        pytest.skip(f"no address {host} here: {error}")
+    with listener, socket.create_connection(listener.getsockname()[:2]):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
