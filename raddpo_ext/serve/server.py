@@ -45,8 +45,8 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that listens there."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, port), family=family, backlog=1024)
-    # Connections inherit it; asyncio sets it on none whose listener it did not make. Without it an answer's body, written
-    # after its head, waits up to 40 ms for the client to acknowledge that.
+    # Connections inherit it; asyncio sets it on none whose listener it did not make. Without it an answer's body, which
+    # is written after its head, waits up to 40 ms for the client to acknowledge that.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
