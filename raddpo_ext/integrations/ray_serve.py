@@ -108,8 +108,7 @@ class SIDRetrieverReplica:
             content = await self._respond(await read_body(request, self._config.max_body))
             status = 200
         except ServiceError as error:
-            content = json.dumps({"error": {"code": error.code, "message": error.message}}).encode()
-            status = error.status
+            content, status = error.body, error.status
         return Response(content, status, media_type="application/json")
 
     async def _respond(self, content: bytes) -> bytes:

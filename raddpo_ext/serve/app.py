@@ -63,7 +63,7 @@ class Service:
             if answer.status != 200:
                 raise ServiceError(answer.status, answer.code, answer.message)
             status = 200
-            return Response(answer.body, media_type="application/json")
+            return _json(answer.body, 200)
         except ServiceError as error:
             status = error.status
             raise
@@ -105,7 +105,7 @@ class Service:
         """200 while requests are answered; needs no token."""
         status = "shutting_down" if self.closing else "ok" if self.pool.ready else "no_worker"
         content = {"status": status, "catalogue_version": self.pool.version, "workers": self.pool.ready}
-        return _json(content, 200 if status == "ok" else 503)
+        return _json(json.dumps(content).encode(), 200 if status == "ok" else 503)
 
     async def metrics(self, request: Request) -> Response:
         self.check_token(request)
@@ -139,20 +139,19 @@ async def _disconnect(request: Request) -> None:
 
 async def _service_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)
-    content = {"error": {"code": error.code, "message": error.message}}
-    return _json(content, error.status, _HEADERS.get(error.status))
+    return _json(error.body, error.status, _HEADERS.get(error.status))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     """Starlette's own: no such path, or a method that the path does not have."""
     assert isinstance(error, HTTPException)
-    content = {"error": {"code": "not_found" if error.status_code == 404 else "bad_request", "message": error.detail}}
-    return _json(content, error.status_code, error.headers)
+    code = "not_found" if error.status_code == 404 else "bad_request"
+    return _json(ServiceError(error.status_code, code, error.detail).body, error.status_code, error.headers)
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
-    return _json({"error": {"code": "internal", "message": "internal error"}}, 500)
+    return _json(ServiceError(500, "internal", "internal error").body, 500)
 
 
-def _json(content: Any, status: int, headers: Any = None) -> Response:
-    return Response(json.dumps(content).encode(), status, headers, media_type="application/json")
+def _json(content: bytes, status: int, headers: Any = None) -> Response:
+    return Response(content, status, headers, media_type="application/json")

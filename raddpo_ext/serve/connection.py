@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from raddpo_ext.serve.protocol import ServiceError
 
 _HEAD_SECONDS = 10.0
 
@@ -32,7 +33,7 @@ class Connection(H11Protocol):
             return
         if self.cycle is not None:  # a head that came before: whatever its answer would be, it is dropped
             self.cycle.disconnected = True
-        body = json.dumps({"error": {"code": "bad_request", "message": msg}}).encode()
+        body = ServiceError(400, "bad_request", msg).body
         headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
         for event in (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event))

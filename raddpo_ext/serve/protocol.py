@@ -5,6 +5,7 @@ Both ends are this package on one machine, and nothing from a client is ever unp
 
 from __future__ import annotations
 
+import json
 import pickle
 import struct
 from dataclasses import dataclass
@@ -72,6 +73,11 @@ class ServiceError(Exception):
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
         self.status, self.code, self.message = status, code, message
+
+    @property
+    def body(self) -> bytes:
+        """What the client reads, JSON."""
+        return json.dumps({"error": {"code": self.code, "message": self.message}}).encode()
 
 
 def bad_field(name: str, problem: str) -> ServiceError:
