@@ -7,23 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from agreement import assert_scores_close, assert_states_equal, assert_step_agrees
+from agreement import assert_scores_close, assert_states_equal
 from beam_cases import (
     DTYPES,
     NORMALIZE,
     exact_logits,
     generator_of,
-    random_state,
     six_beams,
     state_of,
     wide_index,
-    without_dead_slots,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from on_gpu import NEEDS_GPU, moved, no_synchronisation
 from strategies import Catalogue, catalogues
-from test_linear_beam_step import SIZES, exact_head, module, one_level
+from test_linear_beam_step import assert_equals_reference, module
 from torch import Tensor
 
 import raddpo_ext as rx
@@ -53,21 +51,7 @@ def on_gpu(hidden: Tensor, weight: Tensor, state: rx.BeamState, index: rx.TrieIn
 def test_equals_reference(
     way: str, catalogue: Catalogue, seed: int, dtype: torch.dtype, penalty: float, data: st.DataObject
 ) -> None:
-    index = rx.TrieIndex.build(**catalogue.arguments())
-    batch, width = data.draw(st.sampled_from([(1, 1), (1, 7), (3, 4)]))
-    level = data.draw(st.integers(0, index.levels - 1))
-    state = one_level(without_dead_slots(random_state(index, batch, width, generator_of(seed)), index), index, level)
-    hidden, weight, bias = exact_head(catalogue, batch, width, data.draw(st.sampled_from(SIZES)), dtype, seed)
-    options: dict[str, Any] = {"bias": data.draw(st.sampled_from([None, bias])), "length_penalty": penalty}
-    options["normalize"] = data.draw(
-        st.sampled_from([name for name in NORMALIZE if catalogue.vocab or name != "level"])
-    )
-    options["level"] = data.draw(st.sampled_from([None, level]))
-    got = on_gpu(hidden, weight, state, index, data.draw(st.sampled_from([1, 2, 10, 1000])), **options)
-    used = None if options["bias"] is None else bias.double()
-    logits = torch.nn.functional.linear(hidden.double(), weight.double(), used)
-    plain = reference.TrieIndex.build(**catalogue.arguments())
-    assert_step_agrees(got, logits, state, plain, options["normalize"], penalty)
+    assert_equals_reference(on_gpu, catalogue, seed, dtype, penalty, data)
 
 
 @pytest.mark.parametrize("normalize", NORMALIZE)

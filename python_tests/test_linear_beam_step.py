@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -39,11 +40,15 @@ def exact_head(
     return hidden, weight, torch.randint(-2, 3, (catalogue.columns,), generator=generator).to(dtype)
 
 
-@settings(max_examples=60)
-@given(catalogues(), st.integers(0, 2**32), st.sampled_from(DTYPES), st.sampled_from([0.0, 1.0]), st.data())
-def test_equals_reference(
-    isa: str, threads: int, catalogue: Catalogue, seed: int, dtype: torch.dtype, penalty: float, data: st.DataObject
+def assert_equals_reference(
+    step: Callable[..., rx.BeamState],
+    catalogue: Catalogue,
+    seed: int,
+    dtype: torch.dtype,
+    penalty: float,
+    data: st.DataObject,
 ) -> None:
+    """One linear_beam_step from a random state of one level, against the float64 reference."""
     index = rx.TrieIndex.build(**catalogue.arguments())
     batch, width = data.draw(st.sampled_from([(1, 1), (1, 7), (3, 4)]))
     level = data.draw(st.integers(0, index.levels - 1))
@@ -53,7 +58,7 @@ def test_equals_reference(
     normalize = data.draw(st.sampled_from([name for name in NORMALIZE if catalogue.vocab or name != "level"]))
     beam_width = data.draw(st.sampled_from([1, 2, 10, 1000]))
     given_level = data.draw(st.sampled_from([None, level]))
-    got = rx.linear_beam_step(
+    got = step(
         hidden,
         weight,
         state,
@@ -67,6 +72,14 @@ def test_equals_reference(
     logits = torch.nn.functional.linear(hidden.double(), weight.double(), None if used_bias is None else bias.double())
     plain = reference.TrieIndex.build(**catalogue.arguments())
     assert_step_agrees(got, logits, state, plain, normalize, penalty)
+
+
+@settings(max_examples=60)
+@given(catalogues(), st.integers(0, 2**32), st.sampled_from(DTYPES), st.sampled_from([0.0, 1.0]), st.data())
+def test_equals_reference(
+    isa: str, threads: int, catalogue: Catalogue, seed: int, dtype: torch.dtype, penalty: float, data: st.DataObject
+) -> None:
+    assert_equals_reference(rx.linear_beam_step, catalogue, seed, dtype, penalty, data)
 
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
