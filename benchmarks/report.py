@@ -23,7 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 def environment(module: str) -> dict[str, Any]:
     """Machine, versions, commit and command of a run of ``python -m <module>``."""
     return {
-        "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", module, *map(_relative, sys.argv[1:])]),
         "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"),
         "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "kernel": platform.release()},
         "versions": {
@@ -67,6 +67,11 @@ def reset_peak_memory() -> None:
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _relative(argument: str) -> str:
+    """A path of this machine as it reads from the repository's root."""
+    return os.path.relpath(argument, ROOT) if os.path.isabs(argument) else argument
 
 
 def _static_commit() -> str:
