@@ -52,10 +52,9 @@ def beam_search(
 
     Args:
         step_fn: ``(tokens [B, W], parents [B, W], level) -> logits [B, W, V]``, or with ``weight`` hidden states
-            ``[B, W, H]``. At level 0 ``tokens`` is ``[B, 1]`` of
-            -1 and ``parents`` 0; later they are the last step's, ``parents`` the slots of the same query in the call
-            before, by which a KV cache is reordered. Tokens are -1 in finished and empty slots; their logits are
-            ignored. Called once a level, ``index.levels`` times.
+            ``[B, W, H]``. At level 0 ``tokens`` is ``[B, 1]`` of -1 and ``parents`` 0; later they are the last step's,
+            ``parents`` the slots of the same query in the call before, by which a KV cache is reordered. Tokens are -1
+            in finished and empty slots; their logits are ignored. Called once a level, ``index.levels`` times.
         index: the catalogue.
         batch_size: ``B``.
         beam_width: one width, or one for each call.
