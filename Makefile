@@ -55,6 +55,7 @@ gpu-sanitize: build
 	$(PY) -m python_tests.gpu_sanitize $(ARGS)
 
 gpu-bench: build
+	$(PY) -m benchmarks.gpu_kernels
 	$(PY) -m benchmarks.gpu_bench $(ARGS)
 
 lint: $(PACKAGES)

@@ -5,7 +5,8 @@ the graph is replayed: a step's time is the median replay's over its number of s
 bytes of logits read over the bandwidth of a large copy, and row_lse, which reads every row whole and does nothing else.
 ``warm`` is the time over one set of logits, which stay in the cache as they do right behind a model's last layer.
 token_logps is timed likewise, forward and backward, the gradient in storage of its own and in place; its floors are the
-bytes that each must read and write. Searches with a model: gpu_retriever. The result is written after every step.
+bytes that each must read and write. Searches with a model: gpu_retriever; whole losses beside TRL: gpu_losses.
+The result is written after every step.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 import raddpo_ext as rx
-from benchmarks import catalogues, gpu_retriever
+from benchmarks import catalogues, gpu_losses, gpu_retriever
 from benchmarks.gpu_report import gpu_environment, require_gpu
 from benchmarks.gpu_timing import STEPS, copy_bandwidth, graph_us, product_rate
 from benchmarks.report import RESULTS, markdown, write_json
@@ -227,7 +228,9 @@ def table(steps: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu_bench.json", help="where the result goes")
-    parser.add_argument("--cases", default="", help="run only the cases whose name contains this; retriever: searches")
+    parser.add_argument(
+        "--cases", default="", help="only the cases whose name contains this; retriever, losses: those parts"
+    )
     parser.add_argument("--seconds", type=float, default=400, help="start no case after this long")
     arguments = parser.parse_args()
     require_gpu()
@@ -236,29 +239,37 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     steps: list[dict[str, Any]] = []
     token_logps: list[dict[str, Any]] = []
-    tables = ""
+    tables: list[str] = []
     result = {**gpu_environment("benchmarks.gpu_bench"), "copy_bytes_per_second": bandwidth}
     result |= {"product_flops_per_second": (rate := product_rate()), "steps": steps, "token_logps": token_logps}
     print(f"copy: {bandwidth / 1e12:.2f} TB/s, bfloat16 product: {rate / 1e12:.0f} TFLOP/s", flush=True)
 
+    def write() -> None:
+        write_json(arguments.out, result)
+
+    def more() -> bool:
+        return time.perf_counter() - begin < arguments.seconds
+
     def add(step: dict[str, Any]) -> None:
         steps.append(step)
-        write_json(arguments.out, result)
+        write()
         print(table(steps).splitlines()[-1], flush=True)
 
     if "retriever" in arguments.cases or not arguments.cases:
-        tables = gpu_retriever.measure_all(bandwidth, rate, result, lambda: write_json(arguments.out, result))
+        tables.append(gpu_retriever.measure_all(bandwidth, rate, result, write))
     for logits_case in LOGITS_CASES:
         if arguments.cases in logits_case.name:
             token_logps.append(measure_token_logps(logits_case, bandwidth))
-            write_json(arguments.out, result)
+            write()
             print(token_logps_table(token_logps).splitlines()[-1], flush=True)
             torch.cuda.empty_cache()
     for case in CASES:
-        if arguments.cases in case.name and time.perf_counter() - begin < arguments.seconds:
+        if arguments.cases in case.name and more():
             measure(case, bandwidth, add)
             torch.cuda.empty_cache()
-    print(token_logps_table(token_logps), table(steps), tables, sep="\n\n")
+    if "losses" in arguments.cases or not arguments.cases:
+        tables.append(gpu_losses.measure_all(bandwidth, rate, result, write, more))
+    print(token_logps_table(token_logps), table(steps), *tables, sep="\n\n")
 
 
 if __name__ == "__main__":

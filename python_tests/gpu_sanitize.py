@@ -47,6 +47,16 @@ DRIVEN = "every kernel was driven"
 def drive() -> None:
     """Every kernel on small inputs; only copies besides, as the tools watch torch's kernels too."""
     index = wide_index()
+    for one in (index, index.restrict(index.items[::3])):
+        drive_steps(one)
+        drive_lookups(one)
+    drive_child_logits(index)
+    drive_token_logps()
+    drive_session_loss()
+    print(DRIVEN)
+
+
+def drive_steps(index: rx.TrieIndex) -> None:
     on_device = index.to("cuda")
 
     def check(logits: torch.Tensor, state: rx.BeamState, width: int, **options: Any) -> None:
@@ -58,15 +68,34 @@ def drive() -> None:
             for part in ("tokens", "parents", "nodes"):
                 assert getattr(got, part).tolist() == getattr(expected, part).tolist(), part
 
-    nodes = torch.tensor([[1, 2, 3, index.num_nodes - 1, 5, -1]])
+    left = index.nodes_at(torch.arange(index.num_nodes))
+    last = int(left[-1])
+    nodes = torch.cat([left[1:4], torch.tensor([last, int(left[5]), -1])])[None]
     for dtype in DTYPES:
         for normalize in NORMALIZE:
             check(exact_logits((1, 6, 1603), dtype, 0), state_of(torch.zeros(1, 6), nodes), 70, normalize=normalize)
     check(exact_logits((1, 6, 1603), DTYPES[0], 1), state_of(torch.zeros(1, 6), nodes), 1500)  # in global memory
     check(exact_logits((2, 4, 1601), DTYPES[1], 2), random_state(index, 2, 4, generator_of(0)), 30, length_penalty=1.0)
-    many = torch.randint(-1, index.num_nodes, (1, 600), generator=generator_of(1))
+    many = left[torch.randint(len(left), (1, 600), generator=generator_of(1))]
     check(exact_logits((1, 600, 1601), DTYPES[1], 3), state_of(torch.zeros(1, 600), many), 700)
     check(torch.full((1, 6, 1601), float("nan")), state_of(torch.zeros(1, 6), nodes), 4)
+
+
+def drive_lookups(index: rx.TrieIndex) -> None:
+    on_device = index.to("cuda")
+    some = torch.arange(-2, index.node_bound + 2, 37)
+    for lookup in (rx.TrieIndex.paths, rx.TrieIndex.item_ranges, rx.TrieIndex.child_ranges):
+        got, expected = lookup(on_device, some.to("cuda")), lookup(index, some)
+        assert [part.tolist() for part in got] == [part.tolist() for part in expected]
+    places = torch.arange(0, index.num_nodes, 41)
+    assert on_device.nodes_at(places.to("cuda")).tolist() == index.nodes_at(places).tolist()
+    tokens = torch.randint(0, 9, (40, 3), generator=generator_of(2))
+    walk = torch.ops.raddpo.trie_walk
+    assert walk(tokens.to("cuda"), *on_device.block).tolist() == index._walk(tokens).tolist()
+
+
+def drive_child_logits(index: rx.TrieIndex) -> None:
+    on_device = index.to("cuda")
     generator, level_symbols = generator_of(4), index.num_symbols[1]
     scores, beams = torch.zeros(1, 6), torch.tensor([[1, 2, 0, index.num_nodes - 1, 5, -1]])
     for dtype in DTYPES:
@@ -93,20 +122,13 @@ def drive() -> None:
             for one, on in ((index, "cpu"), (on_device, "cuda"))
         )
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def drive_token_logps() -> None:
     for dtype in DTYPES:
         for columns in (1, 33, 5001):
             logits = torch.randn(3, columns, generator=generator_of(columns)).to(dtype)
             torch.testing.assert_close(row_lse(logits.to("cuda")).cpu(), row_lse(logits), rtol=1e-5, atol=1e-5)
-    some = torch.arange(-2, index.num_nodes + 2, 37)
-    for lookup in (rx.TrieIndex.paths, rx.TrieIndex.item_ranges):
-        got, expected = lookup(on_device, some.to("cuda")), lookup(index, some)
-        assert [part.tolist() for part in got] == [part.tolist() for part in expected]
-    children = torch.ops.raddpo.trie_children
-    got, expected = children(some.to("cuda"), *on_device.block), children(some, *index.block)
-    assert [part.tolist() for part in got] == [part.tolist() for part in expected]
-    tokens = torch.randint(0, 9, (40, 3), generator=generator_of(2))
-    walk = torch.ops.raddpo.trie_walk
-    assert walk(tokens.to("cuda"), *on_device.block).tolist() == index._walk(tokens).tolist()
     for seed, (dtype, support, map_, cols) in enumerate(
         [(dtype, support, MAPS[0], 9001) for dtype in LOGIT_TYPES for support in SUPPORTS]
         + [(DTYPES[0], support, map_, 301) for support in SUPPORTS for map_ in MAPS[1:]]
@@ -120,7 +142,27 @@ def drive() -> None:
         assert_backward_close(torch.ops.raddpo.token_logps_backward(*arguments), call, grad, lse.cpu())
         torch.ops.raddpo.token_logps_backward_(*arguments[:7], None, *arguments[7:])
         assert_backward_close(moved.logits, call, grad, lse.cpu())
-    print(DRIVEN)
+
+
+def drive_session_loss() -> None:
+    counts = [(1, 3), (2, 5), (0, 2), (3, 0), (4, 200)]
+    sizes = torch.tensor([0, *(positives + negatives for positives, negatives in counts)])
+    rows = int(sizes.sum())
+    sessions = rx.SessionBatch(
+        tokens=torch.randint(1, 4, (rows, 4), generator=generator_of(5)),
+        lengths=torch.randint(0, 5, (rows,), generator=generator_of(6)),
+        offsets=sizes.cumsum(0),
+        num_positives=torch.tensor([positives for positives, _ in counts]),
+    )
+    logps = -3 * torch.rand(rows, 4, generator=generator_of(7))
+    for positives in ("winner", "each", "pooled"):
+        found = []
+        for on in ("cpu", "cuda"):
+            leaf = logps.to(on).requires_grad_()
+            result = rx.rad_dpo_loss(leaf, sessions.to(on), positives=positives, sft_weight=0.5)
+            result.loss.backward()
+            found.append([value.detach().cpu() for value in (*result, leaf.grad)])
+        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
 def sanitizer() -> str | None:

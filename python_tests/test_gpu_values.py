@@ -42,6 +42,15 @@ from raddpo_ext.row_lse import row_lse
 pytestmark = NEEDS_GPU
 
 
+@st.composite
+def indexed(draw: st.DrawFn, **options: int) -> tuple[Catalogue, rx.TrieIndex]:
+    """A catalogue and the index of its items, of every second one or of one."""
+    catalogue = draw(catalogues(**options))
+    index = rx.TrieIndex.build(**catalogue.arguments())
+    step = draw(st.sampled_from([1, 2, index.num_items]))
+    return catalogue, index if step == 1 else index.restrict(index.items[::step])
+
+
 def on_gpu(logits: Tensor, state: rx.BeamState, index: rx.TrieIndex, width: int, **options: object) -> rx.BeamState:
     """beam_step on the GPU, its arguments and result on the CPU."""
     got = rx.beam_step(logits.cuda(), moved(state, "cuda"), index.to("cuda"), width, **options)
@@ -144,9 +153,9 @@ def test_empty_batch() -> None:
 
 
 @settings(max_examples=30)
-@given(catalogues(), st.integers(0, 2**32), st.sampled_from([0.0, 1.0]), st.sampled_from([None, 1, 7]))
-def test_search(catalogue: Catalogue, seed: int, penalty: float, top_k: int | None) -> None:
-    index = rx.TrieIndex.build(**catalogue.arguments())
+@given(indexed(), st.integers(0, 2**32), st.sampled_from([0.0, 1.0]), st.sampled_from([None, 1, 7]))
+def test_search(indexed: tuple[Catalogue, rx.TrieIndex], seed: int, penalty: float, top_k: int | None) -> None:
+    catalogue, index = indexed
     results = []
     for device in ("cpu", "cuda"):
         model = ToyModel(exact_logits((index.levels, 2, 17, catalogue.columns + 1), torch.float32, seed))
@@ -166,18 +175,20 @@ def children_of(index: rx.TrieIndex, nodes: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.raddpo.trie_children(nodes, *index.block)
 
 
-@given(catalogues(most_items=300), st.integers(0, 2**32))
-def test_trie_lookups(catalogue: Catalogue, seed: int) -> None:
-    index = rx.TrieIndex.build(**catalogue.arguments())
+@given(indexed(most_items=300), st.integers(0, 2**32))
+def test_trie_lookups(indexed: tuple[Catalogue, rx.TrieIndex], seed: int) -> None:
+    catalogue, index = indexed
     on_device = index.to("cuda")
-    nodes = torch.randint(-2, index.num_nodes + 2, (300,), generator=generator_of(seed))
+    nodes = torch.randint(-2, index.node_bound + 2, (300,), generator=generator_of(seed))
     for method in (rx.TrieIndex.paths, rx.TrieIndex.item_ranges, children_of):
         for got, expected in zip(method(on_device, nodes.cuda()), method(index, nodes), strict=True):
             assert got.tolist() == expected.tolist()
     tokens = torch.randint(-1, catalogue.columns, (200, index.levels + 1), generator=generator_of(seed))
     tokens[:100, : len(catalogue.tokens()[0])] = torch.tensor(catalogue.tokens()[0])
     assert on_device.nodes(tokens).tolist() == index.nodes(tokens).tolist()
-    assert on_device.contains(catalogue.sids, catalogue.lengths).all()
+    expected = index.contains(catalogue.sids, catalogue.lengths)
+    assert on_device.contains(catalogue.sids, catalogue.lengths).tolist() == expected.tolist()
+    assert on_device.items.tolist() == index.items.tolist()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
