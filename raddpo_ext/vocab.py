@@ -72,7 +72,7 @@ class SIDVocab:
         lists += [end] if len(end) else []
         counts = torch.tensor([len(ids) for ids in lists])
         self._level_columns = torch.cat(lists).to(torch.int32), counts.cumsum(0) - counts, counts
-        #: Where each of those lists begins, its length, its first token, and whether its tokens are consecutive.
+        # Where each of those lists begins, its length, its first token, and whether its tokens are consecutive.
         self.level_runs = [
             (int(end) - len(ids), len(ids), int(ids[0]), int(ids[-1] - ids[0]) == len(ids) - 1)
             for ids, end in zip(lists, counts.cumsum(0), strict=True)

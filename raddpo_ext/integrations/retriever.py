@@ -132,9 +132,9 @@ class SIDRetriever:
         Raises:
             ValueError: a prompt without a token, a token id that the model lacks, a prompt that together with the SID
                 exceeds ``config.max_position_embeddings``, tensors on another device than the index, or a model in
-                training mode, whose dropout would make the result random.
+                training mode, whose dropout would make the result random; with ``shared_prefix=True`` or
+                ``cuda_graph=True`` also a model or prompts that do not allow it.
             TypeError: not integers, or a model without a KV cache that can follow beams.
-            With ``shared_prefix=True`` or ``cuda_graph=True`` ValueError for a model or prompts that do not allow it.
         """
         if self.model.training:
             raise ValueError("model is in training mode, call model.eval() before retrieving")

@@ -1,0 +1,29 @@
+"""What mkdocs does beyond its configuration: it shows pages of the repository's root, and formulas without scripts."""
+
+import html
+import re
+from pathlib import Path
+
+from latex2mathml.converter import convert
+
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+def on_page_markdown(markdown, page, config, **_):
+    """A page whose front matter names a ``source`` shows that file of the repository, with its links made to fit."""
+    if "source" not in page.meta:
+        return markdown
+    text = Path(config.config_file_path).with_name(page.meta["source"]).read_text(encoding="utf-8")
+    return text.replace("](docs/", "](")
+
+
+def on_page_content(content, **_):
+    """Formulas become MathML."""
+    return _FORMULA.sub(_mathml, content)
+
+
+def _mathml(found):
+    latex = html.unescape(found[2])
+    if found[1] == "span":
+        return convert(latex)
+    return convert(re.sub(r"\\(sum|prod|max|min)_", r"\\\1\\limits_", latex), display="block")
