@@ -39,7 +39,7 @@ class SIDRetriever:
     adapters) makes its logits itself.
 
     Args:
-        model: a model with a language modelling head, ``torch.compile``\\ d or not, of any size and float type up to 32
+        model: a model with a language modelling head, compiled or not, of any size and float type up to 32
             bits. It must be in evaluation mode when it retrieves; its mode is never changed.
         index: the catalogue, on the model's device. Its token ids are the model's.
         beam_width: beams a query: one width, or one for each of the ``index.levels`` steps.
