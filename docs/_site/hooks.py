@@ -6,6 +6,7 @@ from pathlib import Path
 
 from latex2mathml.converter import convert
 
+_FUNCTION = re.compile(r"<mi>(?:log|exp|tanh|max|min)</mi>(?!<mo stretchy|<mrow><mo stretchy)")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -23,7 +24,7 @@ def on_page_content(content, **_):
 
 
 def _mathml(found):
-    latex = html.unescape(found[2])
-    if found[1] == "span":
-        return convert(latex)
-    return convert(re.sub(r"\\(sum|prod|max|min)_", r"\\\1\\limits_", latex), display="block")
+    latex, display = html.unescape(found[2]), "inline"
+    if found[1] == "div":
+        latex, display = re.sub(r"\\(sum|prod|max|min)_", r"\\\1\\limits_", latex), "block"
+    return _FUNCTION.sub(r'\g<0><mspace width="0.17em"/>', convert(latex, display=display))
