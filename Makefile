@@ -16,7 +16,7 @@ endif
 SOURCES := setup.py $(shell find csrc -type f)
 BUILT := build/.built-$(shell $(if $(PYTHON),$(PYTHON),python3) -c 'import sys; print(sys.implementation.cache_tag)')
 
-.PHONY: build test demo bench gpu-test gpu-sanitize gpu-bench lint format clean
+.PHONY: build test demo bench gpu-test gpu-sanitize gpu-bench docs lint format clean
 build: $(BUILT)
 
 .venv/.installed: requirements.txt
@@ -57,6 +57,15 @@ gpu-sanitize: build
 gpu-bench: build
 	$(PY) -m benchmarks.gpu_kernels
 	$(PY) -m benchmarks.gpu_bench $(ARGS)
+
+# The site, into build/site. It is built from the sources' text: the extension need not be.
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet --strict
+
+.venv-docs/.installed: docs/requirements.txt
+	python3 -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	touch $@
 
 lint: $(PACKAGES)
 	$(PY) -m ruff check .
