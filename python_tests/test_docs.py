@@ -5,6 +5,7 @@ reported as skipped, and the page's other blocks run.
 """
 
 import importlib.util
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -67,7 +68,8 @@ def names() -> dict[str, object]:
 def test_blocks_run(page: Path, subtests: pytest.Subtests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = page.read_text()
     assert len(BLOCK.findall(text)) == len(re.findall(r"^```python\b", text, re.MULTILINE)), "a fence is not understood"
-    monkeypatch.chdir(tmp_path)  # blocks may write files
+    monkeypatch.chdir(tmp_path)  # blocks may write files,
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)  # and start the package's programs
     scope = names()
     for block in BLOCK.finditer(text):
         line = text.count("\n", 0, block.start(2))
