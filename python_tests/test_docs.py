@@ -1,7 +1,8 @@
 """Every Python block of the README and of docs/ runs, the blocks of a page one after another; every command exists.
 
 A block that needs a package beyond requirements.txt says so, ```python {requires=trl}: without that package it is
-reported as skipped, and the page's other blocks run.
+reported as skipped, and the page's other blocks run. A ```text right behind a block is what it prints; a ```console is
+a sample that depends on the machine.
 """
 
 import importlib.util
@@ -19,6 +20,7 @@ from raddpo_ext.__main__ import _parser
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python(?: \{requires=(\w+)\})?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PRINTED = re.compile(r"\n\n```text\n(.*?)```", re.DOTALL)
 FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)```", re.MULTILINE)
 PROGRAMS = "\n".join(path.read_text() for folder in ("benchmarks", "demo") for path in (ROOT / folder).glob("*.py"))
 
@@ -65,7 +67,13 @@ def names() -> dict[str, object]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=name_of)
-def test_blocks_run(page: Path, subtests: pytest.Subtests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_run(
+    page: Path,
+    subtests: pytest.Subtests,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     text = page.read_text()
     assert len(BLOCK.findall(text)) == len(re.findall(r"^```python\b", text, re.MULTILINE)), "a fence is not understood"
     monkeypatch.chdir(tmp_path)  # blocks may write files,
@@ -77,7 +85,10 @@ def test_blocks_run(page: Path, subtests: pytest.Subtests, tmp_path: Path, monke
             with subtests.test(f"line {line}"):
                 pytest.skip(f"{name_of(page)}, line {line}: needs {block[1]}")
             continue
+        capsys.readouterr()
         exec(compile("\n" * line + block[2], str(page), "exec"), scope)
+        printed = PRINTED.match(text, block.end())
+        assert printed is None or capsys.readouterr().out == printed[1]
 
 
 def commands(text: str) -> Iterator[list[str]]:
