@@ -1,7 +1,7 @@
 """Changing and filtering a catalogue of ten million items, two CPU threads, and one for the searches::
 
-    python -m benchmarks.bench_trie_live            # writes benchmarks/results/trie-live-cpu.json
-    python -m benchmarks.bench_trie_live --quick    # one million items, one process; prints only
+    python -m benchmarks.bench_trie_live
+    python -m benchmarks.bench_trie_live --quick    # one million items
 
 A fresh process builds the index and times each call on it: the first call on the fresh index, then the median of the
 repeats; of several processes the median of their medians. A filtered search is the sum of its fused steps, one query
@@ -10,9 +10,8 @@ and 50 beams, the logits (as many as a level has codes) given and the same for a
 
 import argparse
 import json
-import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import astuple, dataclass
 from statistics import median
 from typing import Any
 
@@ -21,6 +20,7 @@ import torch
 
 import raddpo_ext as rx
 from benchmarks import catalogues, report
+from benchmarks.timing import timed
 
 MODULE = "benchmarks.bench_trie_live"
 THREADS = 2
@@ -32,13 +32,20 @@ BEAMS = 50
 MOST_MS = {"discard": 50, "discard_sparse_ids": 50, "add": 500}
 
 
+@dataclass(frozen=True)
+class Case:
+    items: int
+    codes: int
+    levels: int
+
+    @property
+    def name(self) -> str:
+        return f"uniform {self.items // MILLION}M L{self.levels} V{self.codes}"
+
+
 def milliseconds(call: Callable[[], Any], repeats: int) -> tuple[float, float]:
     """Of the first call, and the median of those after it."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        call()
-        times.append(1e3 * (time.perf_counter() - start))
+    times = [1e3 * timed(call).wall for _ in range(repeats + 1)]
     return times[0], median(times[1:])
 
 
@@ -130,28 +137,24 @@ def tables(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, default=3, help="fresh processes a catalogue (3)")
+    parser = report.parser(MODULE, __doc__, processes=3)
     parser.add_argument("--repeats", type=int, default=5, help="calls after the first (5)")
-    parser.add_argument("--quick", action="store_true", help="one million items, one process; no file by default")
-    parser.add_argument("--out", type=Path, help="result file (benchmarks/results/trie-live-cpu.json)")
     parser.add_argument("--worker", type=int, nargs=3, help=argparse.SUPPRESS)  # measures these and prints JSON
     args = parser.parse_args()
     if args.worker:
         print(json.dumps(measure(*args.worker, args.repeats)))
         return
-    items = MILLION if args.quick else 10 * MILLION
+    cases = [Case(MILLION if args.quick else 10 * MILLION, codes, levels) for codes, levels in SHAPES]
     results = []
-    for codes, levels in SHAPES:
-        worker = ("--worker", str(items), str(codes), str(levels), "--repeats", str(args.repeats))
+    for case in (cases[i] for i in report.choose(parser, cases, args.cases)):
+        worker = ("--worker", *map(str, astuple(case)), "--repeats", str(args.repeats))
         runs = [report.run_fresh(MODULE, *worker) for _ in range(1 if args.quick else args.processes)]
-        results.append({"case": f"uniform {items // MILLION}M L{levels} V{codes}", **middle(runs)})
+        results.append({"case": case.name, **middle(runs)})
         print(json.dumps(results[-1]), flush=True)
     print(tables(results))
-    out = args.out or (None if args.quick else report.RESULTS / "trie-live-cpu.json")
-    if out:
+    if args.out:
         result = {**report.environment(MODULE), "processes": args.processes, "threads": THREADS}
-        report.write_json(out, result | {"markdown": tables(results).splitlines(), "results": results})
+        report.write_json(args.out, result | {"markdown": tables(results).splitlines(), "results": results})
 
 
 if __name__ == "__main__":

@@ -44,12 +44,15 @@ def clustered(items: int, codes: int, levels: int, seed: int = 0) -> np.ndarray:
     return sids
 
 
+def present(name: str) -> bool:
+    return (DATA / INDEX_FILES[name]).exists()
+
+
 def real(name: str) -> np.ndarray:
     """int32 ``[items, levels]`` codes of a real catalogue in the layout ``{"item": ["<a_12>", "<b_7>", ...]}``."""
-    path = DATA / INDEX_FILES[name]
-    if not path.exists():
+    if not present(name):
         raise Missing(f"the catalogue {name!r} is not at {INDEX_FILES[name]} under RADDPO_DATA")
-    sids = json.loads(path.read_text(encoding="utf-8")).values()
+    sids = json.loads((DATA / INDEX_FILES[name]).read_text(encoding="utf-8")).values()
     return np.array([[int(re.search(r"_(\d+)>$", token)[1]) for token in sid] for sid in sids], np.int32)
 
 

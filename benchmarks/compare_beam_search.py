@@ -1,13 +1,14 @@
 """The speed of one constrained beam search step, ours against the peers, on one CPU thread::
 
-    python -m benchmarks.compare_beam_search            # writes benchmarks/results/beam-search-cpu.json
-    python -m benchmarks.compare_beam_search --quick    # one process, short; prints only
+    python -m benchmarks.compare_beam_search
+    python -m benchmarks.compare_beam_search --quick --cases V2048
 
 Every case runs in fresh processes. Within a process all methods of a level are first checked to find the same scores;
 then they take turns, in bursts whose first call is not counted (it meets the caches as another method left them), on
 the same beams and the same logits, drawn beforehand and kept alive; the whole Python call is timed. A level's time is
 the median of its calls, a step's the mean over the levels of the search. Times and ratios are medians over the
-processes, the spread is their least and most.
+processes, the spread is their least and most. Memory is the process's peak during a call over what it held before, at
+the level where that is most.
 One level's logits are alive at a time: at V = 152k and 32 x 50 beams they are 1 GB. A method whose step takes more than
 half a second is timed in the first process only.
 """
@@ -16,7 +17,6 @@ import argparse
 import json
 import time
 from itertools import product
-from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
@@ -24,14 +24,15 @@ import torch
 
 from benchmarks import report
 from benchmarks.beam_search_cases import CASES, Case, Level, Search
-from benchmarks.beam_search_peers import FLOORS, METHODS, Step, check_same
+from benchmarks.beam_search_peers import FLOORS, METHODS, check_same
 from benchmarks.catalogues import Missing
+from benchmarks.timing import Cost, burst, measured, middle
 
 MODULE = "benchmarks.compare_beam_search"
 PEERS = [name for name in METHODS if name != "ours" and name not in FLOORS]
 BURST = 0.03  # seconds
 ROUNDS = 4
-SLOW = 5e8  # nanoseconds
+SLOW = 0.5  # seconds
 # What is asked for: a peer's time over ours at least, ours over the bare log-sum-exp at most.
 TARGETS = {
     ("uniform", 8): {"static": 6, "dict_trie": 8, "bare_lse": 1.8},
@@ -43,22 +44,10 @@ TARGETS = {
 }
 
 
-def burst(step: Step, seconds: float) -> list[int]:
-    """Nanoseconds of each call but the first; of the only one where one call takes that long."""
-    times, stop = [], time.perf_counter_ns() + seconds * 1e9
-    while True:
-        start = time.perf_counter_ns()
-        step()
-        end = time.perf_counter_ns()
-        times.append(end - start)
-        if end > stop:
-            return times[1:] or times
-
-
 def time_level(
     search: Search, level: Level, rounds: int, without: list[str], unavailable: dict[str, str]
-) -> dict[str, float]:
-    """Median nanoseconds a call of every method that is available."""
+) -> dict[str, tuple[float, float, int]]:
+    """Median seconds a call, the CPU's and the wall's, and peak bytes, of every method that is available."""
     steps = {}
     for name, prepare in METHODS.items():
         if name in without:
@@ -68,15 +57,16 @@ def time_level(
         except Missing as missing:
             unavailable[name] = str(missing)
     check_same(search, level, steps)  # also warms up
-    times: dict[str, list[int]] = {name: [] for name in steps}
+    peaks = {name: measured(step).peak_bytes for name, step in steps.items()}
+    costs: dict[str, list[Cost]] = {name: [] for name in steps}
     for _, (name, step) in product(range(rounds), steps.items()):
-        if sum(times[name]) < 2e9 * rounds * BURST:  # slow methods: fewer rounds
-            times[name] += burst(step, BURST)
-    return {name: median(values) for name, values in times.items()}
+        if sum(cost.wall for cost in costs[name]) < 2 * rounds * BURST:  # slow methods: fewer rounds
+            costs[name] += burst(step, BURST)
+    return {name: (*middle(costs[name]), peaks[name]) for name in steps}
 
 
 def run_case(case: Case, rounds: int, without: list[str]) -> dict[str, Any]:
-    """Nanoseconds by method and level."""
+    """What :func:`time_level` finds, by method and level."""
     torch.set_num_threads(1)
     try:
         search = Search(case)
@@ -95,16 +85,21 @@ def run_case(case: Case, rounds: int, without: list[str]) -> dict[str, Any]:
         "nodes": search.index.num_nodes,
         "index_bytes": search.index.nbytes,
         "logit_bytes": mean(logit_bytes),
-        "levels_ns": {name: [level[name] for level in by_level] for name in by_level[0]},
+        "levels": {name: [level[name] for level in by_level] for name in by_level[0]},
         "unavailable": unavailable,
     }
+
+
+def step_seconds(run: dict[str, Any]) -> dict[str, float]:
+    """Of one process: the mean over a search's steps."""
+    return {name: mean(wall for wall, _, _ in levels) for name, levels in run.get("levels", {}).items()}
 
 
 def summary(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """One case's result from its processes."""
     if "skipped" in runs[0]:
         return {"case": case.name, **runs[0]}
-    steps = [{name: mean(levels) for name, levels in run["levels_ns"].items()} for run in runs]
+    steps = [step_seconds(run) for run in runs]
     targets = TARGETS[case.catalogue, case.levels]
     ratios = {}
     for name in steps[0]:
@@ -115,16 +110,25 @@ def summary(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
         if name in targets:
             reached = median(values) <= targets[name] if name in FLOORS else median(values) >= targets[name]
             ratios[name] |= {"target": targets[name], "reached": reached}
-    levels = {name: [r["levels_ns"][name] for r in runs if name in r["levels_ns"]] for name in steps[0]}
+    levels = {name: [run["levels"][name] for run in runs if name in run["levels"]] for name in steps[0]}
+    step_ns = {name: 1e9 * median(s[name] for s in steps if name in s) for name in steps[0]}
     return {
         "case": case.name,
         **{key: runs[0][key] for key in ("items", "sids", "nodes", "index_bytes", "unavailable")},
-        "step_ns": {name: median(s[name] for s in steps if name in s) for name in steps[0]},
-        "level_ns": {name: [median(times) for times in zip(*runs, strict=True)] for name, runs in levels.items()},
-        "floor": {
-            "bytes": runs[0]["logit_bytes"],
-            **{f"{name}_ns": median(s[name] for s in steps) for name in FLOORS},
+        "step_ns": step_ns,
+        "level_ns": {
+            name: [1e9 * median(wall for wall, _, _ in level) for level in zip(*runs_of, strict=True)]
+            for name, runs_of in levels.items()
         },
+        "costs": {
+            name: {
+                "ms": step_ns[name] / 1e6,
+                "cpu_ms": 1e3 * median(mean(cpu for _, cpu, _ in run) for run in runs_of),
+                "peak_bytes": median(max(peak for _, _, peak in run) for run in runs_of),
+            }
+            for name, runs_of in levels.items()
+        },
+        "floor": {"bytes": runs[0]["logit_bytes"], **{f"{name}_ns": step_ns[name] for name in FLOORS}},
         "ratios": ratios,
     }
 
@@ -152,12 +156,12 @@ def table(results: list[dict[str, Any]]) -> str:
     return report.markdown(head, rows)
 
 
+def markdown(results: list[dict[str, Any]]) -> str:
+    return table(results) + "\n\n" + report.costs_markdown(results)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, default=5, help="fresh processes a case (5)")
-    parser.add_argument("--quick", action="store_true", help="one process and one round a case; no file by default")
-    parser.add_argument("--cases", default="", help="only cases whose name contains this")
-    parser.add_argument("--out", type=Path, help="result file (benchmarks/results/beam-search-cpu.json)")
+    parser = report.parser(MODULE, __doc__, processes=5)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # runs that case and prints JSON
     parser.add_argument(
         "--without", nargs="*", default=[], choices=list(METHODS), help=argparse.SUPPRESS
@@ -167,25 +171,21 @@ def main() -> None:
     if args.worker is not None:
         print(json.dumps(run_case(CASES[args.worker], rounds, args.without)))
         return
-    chosen = [i for i, case in enumerate(CASES) if args.cases in case.name]
-    if not chosen:
-        parser.error(f"--cases {args.cases!r} matches none of: {', '.join(case.name for case in CASES)}")
     processes = 1 if args.quick else args.processes
     quick = ["--quick"] if args.quick else []
     results = []
     started = time.monotonic()
-    for i in chosen:
+    for i in report.choose(parser, CASES, args.cases):
         worker = [MODULE, "--worker", str(i), *quick]
         runs = [report.run_fresh(*worker)]
-        slow = [name for name, times in runs[0].get("levels_ns", {}).items() if mean(times) > SLOW]
+        slow = [name for name, seconds in step_seconds(runs[0]).items() if seconds > SLOW]
         runs += [report.run_fresh(*worker, "--without", *slow) for _ in range(processes - 1)]
         results.append(summary(CASES[i], runs))
         print(f"{time.monotonic() - started:5.0f} s  {CASES[i].name}", flush=True)
-    print(table(results))
-    out = args.out or (None if args.quick else report.RESULTS / "beam-search-cpu.json")
-    if out:
+    print(markdown(results))
+    if args.out:
         result = {**report.environment(MODULE), "processes": processes, "rounds": rounds, "threads": 1}
-        report.write_json(out, result | {"markdown": table(results).splitlines(), "results": results})
+        report.write_json(args.out, result | {"markdown": markdown(results).splitlines(), "results": results})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The beam search of general engines on a catalogue, as plain torch, beside ours::
 
-    python -m benchmarks.compare_engines --data ../shared/data/instruments  # writes benchmarks/results/engines-cpu.json
-    python -m benchmarks.compare_engines --data ../shared/data/instruments --quick  # few cases; prints only
+    python -m benchmarks.compare_engines
+    python -m benchmarks.compare_engines --quick    # few cases
 
 What runs is the *algorithm* that docs/engines.md describes, written here, not the engines. A step asks for the ``2 W``
 likeliest tokens of each beam over the whole vocabulary. ``free`` keeps the best ``W`` of them all, and what is no item
@@ -22,7 +22,6 @@ import argparse
 import dataclasses
 import math
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,8 +30,9 @@ import torch
 from torch import Tensor
 
 import raddpo_ext as rx
-from benchmarks import alignment_sft, report
+from benchmarks import alignment_sft, catalogues, report
 from benchmarks.alignment_data import HISTORY, Data, load
+from benchmarks.timing import Cost, middle, timed
 from raddpo_ext.catalogue import Case
 from raddpo_ext.integrations.decoders import SharedPrefixDecoder
 
@@ -222,19 +222,19 @@ def _items_first(found: Found, paths: Paths) -> Tensor:
 @torch.no_grad()
 def times(model: Any, data: Data, paths: Paths, cases: list[Case], width: int) -> dict[str, Any]:
     """Milliseconds a query, and how many times ours: medians over the cases, the first of which is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in TIMED}
+    costs: dict[str, list[Cost]] = {name: [] for name in TIMED}
     for case in cases:
         prompts = _prompts(data, [case])
         for name, (search, ask) in TIMED.items():
-            begin = time.perf_counter()
-            search(ask(model, prompts), data, paths, 1, width)
-            seconds[name].append(time.perf_counter() - begin)
+            costs[name].append(timed(lambda f=search, ask=ask, of=prompts: f(ask(model, of), data, paths, 1, width)))
+    ours = [cost.wall for cost in costs["ours"][1:]]
     return {
         name: {
-            "ms": 1e3 * statistics.median(values[1:]),
-            "times_ours": statistics.median(a / b for a, b in zip(values[1:], seconds["ours"][1:], strict=True)),
+            "ms": 1e3 * middle(values[1:]).wall,
+            "cpu_ms": 1e3 * middle(values[1:]).cpu,
+            "times_ours": statistics.median(a.wall / b for a, b in zip(values[1:], ours, strict=True)),
         }
-        for name, values in seconds.items()
+        for name, values in costs.items()
     }
 
 
@@ -270,7 +270,7 @@ def tables(settings: list[dict[str, Any]]) -> dict[str, str]:
     def setting(one: dict[str, Any], width: int) -> list[str]:
         return [f"{one['epochs']} epoch{'s' * (one['epochs'] > 1)}, {one['share']:.0%} of the items", str(width)]
 
-    found, cost, timed = [], [], []
+    found, cost, times_rows = [], [], []
     for one in settings:
         for width, result in one["widths"].items():
             for name, row in result["searches"].items():
@@ -282,7 +282,8 @@ def tables(settings: list[dict[str, Any]]) -> dict[str, str]:
                     counts = [f"{row[key]:,.0f}" for key in ("requests", "logps_returned", "bytes_returned")]
                     cost.append([*setting(one, width), name, *counts])
             for name, row in result["times"].items():
-                timed.append([*setting(one, width), name, f"{row['ms']:.1f}", f"{row['times_ours']:.2f}x"])
+                ms = [f"{row['ms']:.1f}", f"{row['cpu_ms']:.1f}"]
+                times_rows.append([*setting(one, width), name, *ms, f"{row['times_ours']:.2f}x"])
     recalls = [f"recall@{k}" for k in CUTS]
     shares = "beams that lead to an item, % of W by level"
     counts = ["requests a query", "log-probs returned", "bytes"]
@@ -290,25 +291,28 @@ def tables(settings: list[dict[str, Any]]) -> dict[str, str]:
     return {
         "found": report.markdown([*head, shares, "no item", "fewer than 10", "same first 10 as ours", *recalls], found),
         "cost": report.markdown([*head, *counts], cost),
-        "times": report.markdown([*head, "ms a query", "ours = 1"], timed),
+        "times": report.markdown([*head, "ms a query", "CPU ms", "ours = 1"], times_rows),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description="Engines' beam search beside ours.")
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="a catalogue in LETTER's layout")
-    parser.add_argument("--quick", action="store_true", help="few cases; prints only")
+    parser.add_argument(
+        "--data", type=Path, default=catalogues.DATA / "instruments", help="a catalogue's folder, in LETTER's layout"
+    )
+    parser.add_argument("--quick", action="store_true", help="few cases")
+    parser.add_argument("--out", type=Path, help="write the result to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     data = load(options.data)
     results = [run_setting(data, *setting, most=200 if options.quick else 2000) for setting in SETTINGS]
     markdown = tables(results)
     print("\n\n".join(markdown.values()))
-    if not options.quick:
+    if options.out:
         head = {"threads": 1, "catalogue": data.name, "vocabulary": data.vocab_size}
         lines = {name: table.splitlines() for name, table in markdown.items()}
-        path = report.RESULTS / "engines-cpu.json"
-        report.write_json(path, {**report.environment(MODULE), **head, "settings": results, "markdown": lines})
+        result = {**report.environment(MODULE), **head, "settings": results, "markdown": lines}
+        report.write_json(options.out, result)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """The speed and memory of the losses, ours against plain torch and other libraries, on one CPU thread::
 
-    python -m benchmarks.compare_losses              # writes benchmarks/results/losses-cpu.json
-    python -m benchmarks.compare_losses --quick      # one process, short; prints only
-    python -m benchmarks.compare_losses --cases peers
+    python -m benchmarks.compare_losses
+    python -m benchmarks.compare_losses --quick --cases peers
 
 Every number is a forward and a backward pass. Cases run in fresh processes. Within one, all methods of a case are first
 checked to give the same values and gradients; then they take turns, in bursts whose first call is not counted, on the
@@ -24,14 +23,14 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import bench_session_loss, report, token_logps_cases
+from benchmarks import report, session_loss_peers, token_logps_cases
+from benchmarks.report import MIB
 from benchmarks.token_logps_cases import Case, Problem
 from benchmarks.token_logps_peers import PEERS, PLAIN, Step, methods
 from benchmarks.token_logps_timing import run_case
@@ -41,7 +40,6 @@ PACKAGES = ("trl", "liger_kernel", "verl", "transformers", "triton")
 ROUNDS = 4
 ONCE = ("compiled", "liger_compiled", "torch_lce_auto")  # methods of the first process only
 SLOW = 6.0  # seconds
-MIB = 2**20
 TITLES = {
     "logits": "`token_logps` from logits",
     "head": "`linear_token_logps` into `weight.grad`, against three bare GEMMs",
@@ -54,9 +52,9 @@ TITLES = {
 
 @dataclass(frozen=True)
 class SessionCase:
-    """A case of bench_session_loss among the others."""
+    """A case of session_loss_peers among the others."""
 
-    case: bench_session_loss.Case
+    case: session_loss_peers.Case
     section = group = "session"
     dtype = torch.float32
     huge_pages = beyond_budget = False
@@ -70,7 +68,7 @@ class SessionProblem:
     """Its batch; the gradient is returned, and needs no leaf."""
 
     def __init__(self, case: SessionCase) -> None:
-        self.case, self.batch = case, bench_session_loss.Batch(case.case)
+        self.case, self.batch = case, session_loss_peers.Batch(case.case)
         self.leaves: dict[str, Tensor] = {}
 
     def reset(self) -> None:
@@ -80,7 +78,7 @@ class SessionProblem:
 
 
 AnyCase = Case | SessionCase
-CASES: list[AnyCase] = [*token_logps_cases.CASES, *map(SessionCase, bench_session_loss.CASES)]
+CASES: list[AnyCase] = [*token_logps_cases.CASES, *map(SessionCase, session_loss_peers.CASES)]
 
 
 def problem_and_methods(case: AnyCase) -> tuple[Problem | SessionProblem, dict[str, Callable[[Any], Step]]]:
@@ -93,7 +91,7 @@ def problem_and_methods(case: AnyCase) -> tuple[Problem | SessionProblem, dict[s
         return step
 
     problem = SessionProblem(case)
-    against = {name: partial(called_once, method) for name, method in bench_session_loss.METHODS.items()}
+    against = {name: partial(called_once, method) for name, method in session_loss_peers.METHODS.items()}
     return problem, {**against, "bare_bytes": bare_bytes}
 
 
@@ -200,10 +198,13 @@ def summary(case: AnyCase, runs: list[dict[str, Any]]) -> dict[str, Any]:
     if case.beyond_budget:
         allowed = case.budget + case.output_bytes
         memory |= {"allowed_bytes": allowed, "reached": peaks["ours"] <= allowed}
+    ms = {name: 1e3 * median(s[name] for s in times if name in s) for name in times[0]}
+    cpu = {name: 1e3 * median(r["cpu_seconds"][name] for r in runs if name in r["cpu_seconds"]) for name in peaks}
     return {
         "case": case.name,
         "section": case.section,
-        "ms": {name: 1e3 * median(s[name] for s in times if name in s) for name in times[0]},
+        "ms": ms,
+        "costs": {n: {"ms": ms[n], "cpu_ms": cpu[n], "peak_bytes": peaks[n]} for n in peaks},
         "ratios": {ratio.name: ratio.of(times) for ratio in ratios(case)},
         "memory": memory,
         "unavailable": runs[0]["unavailable"],
@@ -247,7 +248,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
     for section, title in TITLES.items():
         chosen = [result for result in results if result["section"] == section]
         if chosen:
-            parts += [f"**{title}**\n", table(chosen) + "\n"]
+            parts += [f"**{title}**\n", table(chosen) + "\n", report.costs_markdown(chosen) + "\n"]
     return "\n".join(parts)
 
 
@@ -295,23 +296,16 @@ def packages() -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, default=3, help="fresh processes a case (3)")
-    parser.add_argument("--quick", action="store_true", help="one process and one round a case; no file by default")
-    parser.add_argument("--cases", default="", help="only cases whose name contains this")
-    parser.add_argument("--out", type=Path, help="result file (benchmarks/results/losses-cpu.json)")
+    parser = report.parser(MODULE, __doc__, processes=3)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=argparse.SUPPRESS)
     parser.add_argument("--worker", nargs="+", type=int, help=argparse.SUPPRESS)  # runs these cases and prints JSON
     parser.add_argument("--again", action="store_true", help=argparse.SUPPRESS)  # in a worker: not the first
     args = parser.parse_args()
-    if args.worker is not None:
+    if args.worker:
         print(json.dumps(work(args.worker, args.rounds, args.again)))
         return
-    chosen = [i for i, case in enumerate(CASES) if args.cases in case.name]
-    if not chosen:
-        parser.error(f"--cases {args.cases!r} matches none of: {', '.join(case.name for case in CASES)}")
+    chosen = report.choose(parser, CASES, args.cases)
     processes, rounds = (1, 1) if args.quick else (args.processes, args.rounds)
-    out = args.out or (None if args.quick else report.RESULTS / "losses-cpu.json")
     environment = {**report.environment(MODULE), "packages": packages(), "threads": 1}
     tables = ""
 
@@ -319,9 +313,9 @@ def main() -> None:
         """After every group, so that a run cut short leaves what it has."""
         nonlocal tables
         tables = markdown(results)
-        if out:
+        if args.out:
             settings = {"processes": processes, "rounds": rounds, "markdown": tables.splitlines()}
-            report.write_json(out, environment | settings | {"results": results})
+            report.write_json(args.out, environment | settings | {"results": results})
 
     measure(chosen, processes, rounds, save)
     print(tables)

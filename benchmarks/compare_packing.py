@@ -1,8 +1,7 @@
 """One row a session against one row a candidate: time and memory of a training step, on one CPU thread::
 
-    python -m benchmarks.compare_packing              # writes benchmarks/results/packing-cpu.json
-    python -m benchmarks.compare_packing --quick      # one process and one round a case; prints only
-    python -m benchmarks.compare_packing --cases V=152k
+    python -m benchmarks.compare_packing
+    python -m benchmarks.compare_packing --quick --cases V=152k
 
 A step is the forward and the backward pass of one session through a stock Qwen3 of transformers (hidden size 512, 4
 layers, 8 heads of 64, 2 of them for keys and values, intermediate size 1536, float32), the log-probs by
@@ -25,11 +24,10 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -41,6 +39,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import raddpo_ext as rx
 from benchmarks import catalogues, report
+from benchmarks.report import MIB
+from benchmarks.timing import measured, middle, take_turns, timed
 from raddpo_ext.integrations.transformers import SessionCollator
 
 MODULE = "benchmarks.compare_packing"
@@ -48,7 +48,6 @@ LEVELS, CODES = 4, 256
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 512, 1536, 4, 8, 2, 64
 LAYOUTS = ("replicated", "candidates", "trie")
 TOLERANCE = 1e-5  # of the loss, and of all gradients together, in the Euclidean norm
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -174,16 +173,14 @@ def work(case: Case, rounds: int) -> dict[str, Any]:
         expected = gradient if expected is None else expected
         error = max(float((value - loss).abs() / loss.abs()), float((gradient - expected).norm() / expected.norm()))
         assert error < TOLERANCE, f"{layout} differs by {error:.2g} in {case.name}"
-        result[layout] = {"activation_bytes": saved, "peak_bytes": peak, "error": error, "seconds": []}
+        result[layout] = {"activation_bytes": saved, "peak_bytes": peak, "error": error}
         result[layout] |= {"tokens": problem.tokens[layout], "head_rows": problem.head_rows[layout]}
         result[layout]["operations"] = problem.operations(layout)
     del gradient, expected
-    for _ in range(rounds):
-        for layout in LAYOUTS:
-            problem.clear()
-            start = time.perf_counter()
-            problem.step(layout)
-            result[layout]["seconds"].append(time.perf_counter() - start)
+    steps = {layout: partial(problem.step, layout) for layout in LAYOUTS}
+    for layout, costs in take_turns(steps, rounds, problem.clear).items():
+        result[layout]["seconds"] = [cost.wall for cost in costs]
+        result[layout]["cpu_seconds"] = middle(costs).cpu
     return result
 
 
@@ -201,11 +198,7 @@ def _memory(problem: Problem, step: Callable[[], Tensor]) -> tuple[int, int, Ten
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         value = step()
     problem.clear()
-    report.reset_peak_memory()
-    before = report.memory_status("VmRSS")
-    step()
-    peak = report.memory_status("VmHWM") - before
-    return sum(saved.values()), peak, value
+    return sum(saved.values()), measured(step).peak_bytes, value
 
 
 def collator() -> list[dict[str, Any]]:
@@ -222,12 +215,8 @@ def collator() -> list[dict[str, Any]]:
             for _ in range(64)
         ]
         collate = SessionCollator(layout=layout)
-        times = []
-        for _ in range(31):
-            start = time.perf_counter()
-            collate(rows)
-            times.append(time.perf_counter() - start)
-        found.append({"prompt": prompt, "layout": layout, "tokens_per_second": 64 * 16 * LEVELS / median(times)})
+        seconds = middle([timed(partial(collate, rows)) for _ in range(31)]).wall
+        found.append({"prompt": prompt, "layout": layout, "tokens_per_second": 64 * 16 * LEVELS / seconds})
     return found
 
 
@@ -240,6 +229,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         first = runs[0][layout]
         found[layout] = {
             "seconds": median(times[layout]),
+            "cpu_seconds": median(run[layout]["cpu_seconds"] for run in runs),
             "speed": median(ratios),
             "spread": [min(ratios), max(ratios)],
             "tokens": first["tokens"],
@@ -259,6 +249,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
         "tokens",
         "head rows",
         "ms",
+        "CPU ms",
         "times as fast",
         "spread",
         "GFLOP",
@@ -278,6 +269,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
                     f"{r['tokens']}",
                     f"{r['head_rows']}",
                     f"{1000 * r['seconds']:.0f}",
+                    f"{1000 * r['cpu_seconds']:.0f}",
                     f"{r['speed']:.2f}",
                     f"{low:.2f}-{high:.2f}",
                     f"{r['gflop']:.1f}",
@@ -290,11 +282,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, default=2, help="fresh processes a case (2)")
-    parser.add_argument("--quick", action="store_true", help="one process and one round a case; no file by default")
-    parser.add_argument("--cases", default="", help="only cases whose name contains this")
-    parser.add_argument("--out", type=Path, help="result file (benchmarks/results/packing-cpu.json)")
+    parser = report.parser(MODULE, __doc__, processes=2)
     parser.add_argument("--rounds", type=int, default=2, help=argparse.SUPPRESS)
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # a case, -1: the collator; JSON
     args = parser.parse_args()
@@ -302,14 +290,11 @@ def main() -> None:
         torch.set_num_threads(1)
         print(json.dumps(collator() if args.worker < 0 else work(CASES[args.worker], args.rounds)))
         return
-    chosen = [i for i, case in enumerate(CASES) if args.cases in case.name]
-    if not (catalogues.DATA / catalogues.INDEX_FILES["instruments"]).exists():
+    chosen = report.choose(parser, CASES, args.cases)
+    if not catalogues.present("instruments"):
         print(f"no instruments under {catalogues.DATA}: those cases are left out", file=sys.stderr)
         chosen = [i for i in chosen if CASES[i].source == "made"]
-    if not chosen:
-        parser.error(f"--cases {args.cases!r} matches none of: {', '.join(case.name for case in CASES)}")
     processes, rounds = (1, 1) if args.quick else (args.processes, args.rounds)
-    out = args.out or (None if args.quick else report.RESULTS / "packing-cpu.json")
     environment = {**report.environment(MODULE), "threads": 1, "processes": processes, "rounds": rounds}
     environment["collator"] = report.run_fresh(MODULE, "--worker", "-1")
     for line in environment["collator"]:
@@ -320,8 +305,8 @@ def main() -> None:
         runs = [report.run_fresh(MODULE, "--worker", str(i), "--rounds", str(rounds)) for _ in range(processes)]
         results.append({"case": CASES[i].name, "layouts": summary(runs)})
         print(markdown(results[-1:]), flush=True)
-        if out:
-            report.write_json(out, environment | {"markdown": markdown(results).splitlines(), "results": results})
+        if args.out:
+            report.write_json(args.out, environment | {"markdown": markdown(results).splitlines(), "results": results})
     print(markdown(results))
 
 

@@ -1,8 +1,7 @@
 """SIDRetriever against ``generate`` of transformers, whole retrievals on one CPU thread::
 
-    python -m benchmarks.compare_retriever              # writes benchmarks/results/retriever-cpu.json
-    python -m benchmarks.compare_retriever --quick      # the smallest case; prints only
-    python -m benchmarks.compare_retriever --cases head
+    python -m benchmarks.compare_retriever
+    python -m benchmarks.compare_retriever --quick --cases head
 
 The model is a stock Qwen3 of transformers with random weights (hidden size 512, 4 layers, 8 heads of 64, as many for
 keys and values, intermediate size 1536, V = 152k, float32), the catalogue the real ``industrial`` one. ``generate``
@@ -11,8 +10,8 @@ has the constraint in Python as its users write it (``prefix_allowed_tokens_fn``
 
 Cases run in fresh processes, methods take turns in them. Before, all are checked to give the same scores to 1e-5
 relative and, but for items whose scores are that close, the same items. Times are medians over rounds, ratios medians
-of each round's. Bytes of the cache are what its tensors hold after the last step. The floor is arithmetic: operations
-of the matrix products that shared beams need.
+of each round's. Bytes of the cache are what its tensors hold after the last step; memory is the process's peak during a
+call over what it held before. The floor is arithmetic: operations of the matrix products that shared beams need.
 
 ``head`` cases time one step alone, from hidden states: the product with the whole head and ``beam_step``, against
 ``linear_beam_step``. Their floor is the bare product with the rows that the softmax's support needs (with
@@ -24,10 +23,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -38,6 +35,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import raddpo_ext as rx
 from benchmarks import catalogues, report
+from benchmarks.report import MIB
+from benchmarks.timing import measured, middle, take_turns
 from raddpo_ext.integrations import decoders
 
 MODULE = "benchmarks.compare_retriever"
@@ -45,7 +44,6 @@ VOCAB, HIDDEN, INTERMEDIATE, LAYERS, HEADS, HEAD_DIM = 151_936, 512, 1536, 4, 8,
 CODES, FIRST = 256, 151_000  # of a level; token id of the first code
 NORMALIZE = ("vocab", "level", "trie")
 TOLERANCE = 1e-5  # relative
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -163,9 +161,9 @@ def retrieval(case: Case, rounds: int) -> dict[str, Any]:
         methods["generate"] = search.generate
         found = methods["shared vocab"]()
         agree(found.scores, found.sids, *search.generate())
-    seconds = timed(methods, rounds)
+    costs = methods_costs(methods, rounds)
     gflop = {normalize: search.operations(normalize) / 1e9 for normalize in ("vocab", "level")}
-    return {"seconds": seconds, "cache_bytes": held, "gflop": gflop}
+    return {**costs, "cache_bytes": held, "gflop": gflop}
 
 
 def agree(scores: Tensor, sids: Tensor, other_scores: Tensor, other_sids: Tensor) -> None:
@@ -224,17 +222,17 @@ def step(case: Case, rounds: int) -> dict[str, Any]:
         out = torch.empty(len(rows), len(needed), dtype=dtype)
         methods[f"dense {normalize}"], methods[f"fused {normalize}"] = dense, fused
         methods[f"floor {normalize}"] = lambda needed=needed, out=out: torch.mm(rows, needed.T, out=out)
-    return {"seconds": timed(methods, 5 * rounds)}
+    return methods_costs(methods, 5 * rounds)
 
 
-def timed(methods: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for _ in range(rounds):
-        for name, run in methods.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+def methods_costs(methods: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
+    peaks = {name: measured(run).peak_bytes for name, run in methods.items()}
+    costs = take_turns(methods, rounds)
+    return {
+        "seconds": {name: [cost.wall for cost in found] for name, found in costs.items()},
+        "cpu_seconds": {name: middle(found).cpu for name, found in costs.items()},
+        "peak_bytes": peaks,
+    }
 
 
 def summary(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -247,12 +245,19 @@ def summary(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
     found: dict[str, Any] = {"case": case.name, **asdict(case)}
     found["seconds"] = {name: median(times) for name, times in seconds.items()}
+    found["costs"] = {
+        name: {
+            "ms": 1e3 * middle_of,
+            "cpu_ms": 1e3 * median(run["cpu_seconds"][name] for run in runs),
+            "peak_bytes": median(run["peak_bytes"][name] for run in runs),
+        }
+        for name, middle_of in found["seconds"].items()
+    }
     pairs = []
     for normalize in ("vocab", "level") if case.prompt else NORMALIZE:
         if case.prompt:
-            pairs += [
-                (slow, f"shared {normalize}") for slow in ["generate"] * case.generate + [f"reordered {normalize}"]
-            ]
+            slower = ["generate"] * case.generate + [f"reordered {normalize}"]
+            pairs += [(slow, f"shared {normalize}") for slow in slower]
         else:
             pairs += [(f"dense {normalize}", f"fused {normalize}"), (f"fused {normalize}", f"floor {normalize}")]
     if case.prompt:
@@ -262,21 +267,12 @@ def summary(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """Two tables: whole retrievals, steps."""
+    """Tables of whole retrievals, and of steps."""
     tables = []
     searches = [result for result in results if result["prompt"]]
     if searches:
-        head = [
-            "case",
-            "normalize",
-            "ms",
-            "generate / ours",
-            "reordered / ours",
-            "cache MiB",
-            "reordered",
-            "GFLOP",
-            "GFLOP/s",
-        ]
+        head = ["case", "normalize", "ms", "generate / ours", "reordered / ours"]
+        head += ["cache MiB", "reordered", "GFLOP", "GFLOP/s"]
         rows = []
         for result in searches:
             for normalize in ("vocab", "level"):
@@ -295,7 +291,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
                         f"{result['gflop'][normalize] / seconds:.0f}",
                     ]
                 )
-        tables.append(report.markdown(head, rows))
+        tables += [report.markdown(head, rows), report.costs_markdown(searches)]
     steps = [result for result in results if not result["prompt"]]
     if steps:
         rows = [
@@ -310,6 +306,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
             for normalize in NORMALIZE
         ]
         tables.append(report.markdown(["case", "normalize", "ms", "dense step / ours", "ours / bare product"], rows))
+        tables.append(report.costs_markdown(steps))
     return "\n\n".join(tables)
 
 
@@ -321,33 +318,26 @@ def times(result: dict[str, Any], name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, default=2, help="fresh processes a case (2)")
+    parser = report.parser(MODULE, __doc__, processes=2)
     parser.add_argument("--rounds", type=int, default=3, help="rounds a process (3)")
-    parser.add_argument("--quick", action="store_true", help="one process and one round of the smallest case")
-    parser.add_argument("--cases", default="", help="only cases whose name contains this")
-    parser.add_argument("--out", type=Path, help="result file (benchmarks/results/retriever-cpu.json)")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # a case; JSON
     args = parser.parse_args()
     if args.worker is not None:
         torch.set_num_threads(1)
         print(json.dumps(work(CASES[args.worker], args.rounds)))
         return
-    if not (catalogues.DATA / catalogues.INDEX_FILES["industrial"]).exists():
+    if not catalogues.present("industrial"):
         raise SystemExit(f"no industrial catalogue under {catalogues.DATA}; RADDPO_DATA names the folder")
-    chosen = [i for i, case in enumerate(CASES) if args.cases in case.name][slice(1, 2) if args.quick else slice(None)]
-    if not chosen:
-        parser.error(f"--cases {args.cases!r} matches none of: {', '.join(case.name for case in CASES)}")
+    chosen = report.choose(parser, CASES, args.cases)[slice(1, 2) if args.quick else slice(None)]
     processes, rounds = (1, 1) if args.quick else (args.processes, args.rounds)
-    out = args.out or (None if args.quick else report.RESULTS / "retriever-cpu.json")
     environment = {**report.environment(MODULE), "threads": 1, "processes": processes, "rounds": rounds}
     results: list[dict[str, Any]] = []
     for i in chosen:
         runs = [report.run_fresh(MODULE, "--worker", str(i), "--rounds", str(rounds)) for _ in range(processes)]
         results.append(summary(CASES[i], runs))
         print(markdown(results[-1:]), flush=True)
-        if out:
-            report.write_json(out, environment | {"markdown": markdown(results).splitlines(), "results": results})
+        if args.out:
+            report.write_json(args.out, environment | {"markdown": markdown(results).splitlines(), "results": results})
     print(markdown(results))
 
 

@@ -1,8 +1,8 @@
 """The service (``python -m raddpo_ext serve``) under load, on the loopback, CPU::
 
-    python -m benchmarks.load                       # speed; writes benchmarks/results/load-cpu.json, about 8 minutes
-    python -m benchmarks.load --mode soak           # faults for 30 minutes; writes load-soak-cpu.json
-    python -m benchmarks.load --mode soak --quick   # for one minute; prints only
+    python -m benchmarks.load                       # speed, about 8 minutes
+    python -m benchmarks.load --mode soak           # faults for 30 minutes
+    python -m benchmarks.load --mode soak --quick   # for one minute
 
 The model is a random Qwen3, float32: ``small`` (hidden size 64, 2 layers, V = 1k), with which the service is what takes
 time, or ``large`` (512, 4 layers, V = 32k), with which the model is. The catalogue is the real ``industrial`` one, or a
@@ -142,12 +142,10 @@ def main() -> int:
     parser.add_argument("--cases", default="", help="speed: only services whose name contains this")
     parser.add_argument("--minutes", type=float, default=30.0, help="soak: how long (30)")
     parser.add_argument("--load", type=float, default=0.4, help="soak: rate, as a share of the capacity (0.4)")
-    parser.add_argument("--quick", action="store_true", help="one minute, or a second a rate; writes no file")
-    parser.add_argument("--out", type=Path, help="result file (benchmarks/results/load-cpu.json, load-soak-cpu.json)")
+    parser.add_argument("--quick", action="store_true", help="one minute, or a second a rate")
+    parser.add_argument("--out", type=Path, help="write the result to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.out is None and not args.quick:
-        args.out = report.RESULTS / ("load-cpu.json" if args.mode == "speed" else "load-soak-cpu.json")
     with tempfile.TemporaryDirectory(prefix="load-") as folder:
         run = speed if args.mode == "speed" else soak
         return run(args, Path(folder), report.environment(MODULE))

@@ -1,5 +1,8 @@
 """What every benchmark result carries, and how it is written."""
 
+from __future__ import annotations
+
+import argparse
 import ctypes
 import importlib.util
 import json
@@ -7,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +22,33 @@ from benchmarks.catalogues import ROOT
 from raddpo_ext._files import replacing
 
 RESULTS = ROOT / "benchmarks" / "results"
+MIB = 2**20
+
+
+def parser(module: str, text: str, processes: int) -> argparse.ArgumentParser:
+    """The options that the benchmarks of the suite have in common."""
+    made = argparse.ArgumentParser(prog=f"python -m {module}", description=text.splitlines()[0])
+    made.add_argument("--processes", type=int, default=processes, help=f"fresh processes a case ({processes})")
+    made.add_argument("--quick", action="store_true", help="as short as it can be, to see that it works")
+    made.add_argument("--cases", default="", help="only cases whose name contains this")
+    made.add_argument("--out", type=Path, help="write the result to this file")
+    return made
+
+
+def choose(options: argparse.ArgumentParser, cases: Sequence[Any], wanted: str) -> list[int]:
+    """Numbers of the cases whose name contains what is wanted."""
+    chosen = [i for i, case in enumerate(cases) if wanted in case.name]
+    if not chosen:
+        options.error(f"--cases {wanted!r} matches none of: {', '.join(case.name for case in cases)}")
+    return chosen
 
 
 def environment(module: str) -> dict[str, Any]:
     """Machine, versions, commit and command of a run of ``python -m <module>``."""
     return {
         "command": " ".join(["python", "-m", module, *map(_relative, sys.argv[1:])]),
-        "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"),
-        "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "kernel": platform.release()},
+        "commit": commit(),
+        "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "kernel": platform.release()},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -35,6 +58,14 @@ def environment(module: str) -> dict[str, Any]:
             "static_decoding": _static_commit(),
         },
     }
+
+
+def commit() -> str:
+    """The commit that is measured; ``-dirty`` if anything but results and documents differs from it."""
+    head = output("git", "rev-parse", "--short=12", "HEAD")
+    measured = ("--", ".", ":!benchmarks/results", ":!docs", ":!*.md")
+    changed = output("git", "status", "--porcelain", "--untracked-files=no", *measured)
+    return head + "-dirty" * (changed not in ("", "unknown"))
 
 
 def run_fresh(module: str, *arguments: str) -> Any:
@@ -69,6 +100,22 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def costs_markdown(results: list[dict[str, Any]]) -> str:
+    """A table of the results' ``costs``: ``{method: {"ms", "cpu_ms", "peak_bytes"}}``."""
+    results = [result for result in results if "costs" in result]
+    if not results:
+        return ""
+    names = list(dict.fromkeys(name for result in results for name in result["costs"]))
+
+    def cell(cost: dict[str, float] | None) -> str:
+        if cost is None:
+            return "-"
+        return f"{cost['ms']:.4g} / {cost['cpu_ms']:.4g} / {cost['peak_bytes'] / MIB:.3g}"
+
+    rows = [[result["case"], *(cell(result["costs"].get(name)) for name in names)] for result in results]
+    return markdown(["ms / CPU ms / MiB at the peak", *names], rows)
+
+
 def _relative(argument: str) -> str:
     """A path of this machine as it reads from the repository's root."""
     return os.path.relpath(argument, ROOT) if os.path.isabs(argument) else argument
@@ -78,18 +125,18 @@ def _static_commit() -> str:
     spec = importlib.util.find_spec("static_decoding")
     if spec is None or spec.origin is None:
         return "not installed"
-    return _output("git", "-C", str(Path(spec.origin).parent), "rev-parse", "--short=12", "HEAD")
+    return output("git", "-C", str(Path(spec.origin).parent), "rev-parse", "--short=12", "HEAD")
 
 
-def _output(*command: str) -> str:
+def output(*command: str) -> str:
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-def _cpu_model() -> str:
-    for line in _output("lscpu").splitlines():
+def cpu_model() -> str:
+    for line in output("lscpu").splitlines():
         if line.startswith("Model name:"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()

@@ -7,18 +7,16 @@ which returns a value, or a value and a gradient.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import report
 from benchmarks.catalogues import Missing
+from benchmarks.timing import Cost, Measured, burst, measured, middle
 from benchmarks.token_logps_cases import Case, Problem
 from benchmarks.token_logps_peers import FLOORS, Method, Step
 
@@ -34,7 +32,7 @@ class Checked:
     """The methods that can be had, each called once."""
 
     steps: dict[str, Step] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
+    costs: dict[str, Cost] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
 
@@ -49,7 +47,10 @@ def check(problem: Problem, methods: Mapping[str, Method]) -> Checked:
         except Missing as missing:
             checked.unavailable[name] = str(missing)
             continue
-        results, checked.seconds[name], checked.peak_bytes[name] = _first_call(problem, step)
+        problem.clear()
+        first = measured(step)
+        results = _results(problem, first)
+        checked.costs[name], checked.peak_bytes[name] = first.cost, first.peak_bytes
         checked.steps[name] = step
         if not expected:
             expected = {what: value.clone() for what, value in results.items()}
@@ -59,16 +60,11 @@ def check(problem: Problem, methods: Mapping[str, Method]) -> Checked:
     return checked
 
 
-def _first_call(problem: Problem, step: Step) -> tuple[dict[str, Tensor], float, int]:
-    """Value and gradients, seconds, and the peak of the process's memory over what it held before."""
-    problem.clear()
-    report.reset_peak_memory()
-    before, start = report.memory_status("VmRSS"), time.perf_counter()
-    returned = step()
-    seconds, peak = time.perf_counter() - start, report.memory_status("VmHWM") - before
-    values = (returned,) if isinstance(returned, Tensor) else returned
+def _results(problem: Problem, first: Measured) -> dict[str, Tensor]:
+    """Value and gradients."""
+    values = (first.value,) if isinstance(first.value, Tensor) else first.value
     results = {what: value.detach() for what, value in zip(("value", "gradient"), values, strict=False)}
-    return results | {f"gradient of {name}": leaf.grad for name, leaf in problem.leaves.items()}, seconds, peak
+    return results | {f"gradient of {name}": leaf.grad for name, leaf in problem.leaves.items()}
 
 
 def _check_same(case: Case, name: str, results: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -78,23 +74,17 @@ def _check_same(case: Case, name: str, results: dict[str, Tensor], expected: dic
 
 
 def run_case(problem: Problem, methods: Mapping[str, Method], rounds: int) -> dict[str, Any]:
-    """Median seconds a call and peak bytes by method."""
+    """Median seconds a call, the wall's and the CPU's, and peak bytes by method."""
     checked = check(problem, methods)
-    times = {name: [seconds] if seconds > LONG else [] for name, seconds in checked.seconds.items()}
+    costs = {name: [cost] if cost.wall > LONG else [] for name, cost in checked.costs.items()}
     for _, (name, step) in product(range(rounds), checked.steps.items()):
-        if sum(times[name]) < ENOUGH:
-            times[name] += _burst(problem, step)
+        if sum(cost.wall for cost in costs[name]) < ENOUGH:
+            costs[name] += burst(step, BURST, problem.reset)
     problem.clear()
-    seconds = {name: median(values) for name, values in times.items()}
-    return {"seconds": seconds, "peak_bytes": checked.peak_bytes, "unavailable": checked.unavailable}
-
-
-def _burst(problem: Problem, step: Step) -> list[float]:
-    """Seconds of each call but the first; of the only one where one call takes that long."""
-    times: list[float] = []
-    while sum(times) < BURST:
-        problem.reset()
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    return times[1:] or times
+    found = {name: middle(values) for name, values in costs.items()}
+    return {
+        "seconds": {name: cost.wall for name, cost in found.items()},
+        "cpu_seconds": {name: cost.cpu for name, cost in found.items()},
+        "peak_bytes": checked.peak_bytes,
+        "unavailable": checked.unavailable,
+    }

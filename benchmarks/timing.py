@@ -1,0 +1,73 @@
+"""What a call costs on the CPU: wall time, CPU time and memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any, NamedTuple
+
+from benchmarks import report
+
+Call = Callable[[], Any]
+
+
+class Cost(NamedTuple):
+    """Seconds of a call, or medians of several calls' seconds."""
+
+    wall: float
+    cpu: float  # of all threads of this process
+
+
+class Measured(NamedTuple):
+    """A call's value, its cost, and the peak of the process's memory over what it held before."""
+
+    value: Any
+    cost: Cost
+    peak_bytes: int
+
+
+def timed(call: Call) -> Cost:
+    cpu, wall = time.process_time(), time.perf_counter()
+    call()
+    wall = time.perf_counter() - wall
+    return Cost(wall, time.process_time() - cpu)
+
+
+def burst(call: Call, seconds: float, before: Call = lambda: None) -> list[Cost]:
+    """Of each call but the first, which meets the caches as another method left them; of the only one where one call
+    takes so many seconds. ``before`` runs before each call, untimed."""
+    costs, total = [], 0.0
+    while total < seconds:
+        before()
+        costs.append(timed(call))
+        total += costs[-1].wall
+    return costs[1:] or costs
+
+
+def take_turns(calls: Mapping[str, Call], rounds: int, before: Call = lambda: None) -> dict[str, list[Cost]]:
+    """Each method's cost in each round."""
+    costs: dict[str, list[Cost]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            before()
+            costs[name].append(timed(call))
+    return costs
+
+
+def middle(costs: list[Cost]) -> Cost:
+    return Cost(*map(median, zip(*costs, strict=True)))
+
+
+def measured(call: Call) -> Measured:
+    """One call after unused memory was given back, so that its peak is its own."""
+    value = None
+
+    def keep() -> None:
+        nonlocal value
+        value = call()
+
+    report.reset_peak_memory()
+    held = report.memory_status("VmRSS")
+    cost = timed(keep)
+    return Measured(value, cost, report.memory_status("VmHWM") - held)
