@@ -1,21 +1,26 @@
 """Building, loading and searching the trie index on two CPU threads: speed and memory::
 
-    python -m benchmarks.bench_trie            # writes benchmarks/results/trie-cpu.json
-    python -m benchmarks.bench_trie --huge     # 100M SIDs of 4 levels; writes benchmarks/results/trie-huge-cpu.json
-    python -m benchmarks.bench_trie --quick    # one million only, one process; prints only
+    python -m benchmarks.bench_trie
+    python -m benchmarks.bench_trie --quick --cases 1M
 
-Each catalogue is drawn once into a file, 1 % of its rows copies of others (SIDs that collide); fresh processes then
-read it, note the memory they hold, and build. Extra memory is the peak of the first build, the index itself included,
-above that note. The build's time is the median of its repeats, whole Python call, validation included, input in memory;
-of several processes the median of their medians.
+Each catalogue is drawn once into a file, 1 % of its rows copies of others (SIDs that collide); fresh processes, one a
+method and turn, then read it, note the memory they hold, and build. Extra memory is the peak of the first build, the
+index itself included, above that note. The build's time is the median of its repeats, whole Python call, validation
+included, input in memory; of several processes the median of their medians.
+
+Peers build once a process, on one thread. Each is given its input as it wants it, untimed: ``static``
+(``static_decoding``) distinct, sorted SIDs; ``numpy_sort``, no index, SIDs packed into words; ``marisa``
+(``marisa_trie.BinaryTrie``: distinct keys, no items) the bytes that its keys are cut from while it builds, two a code,
+and its lookups are a Python loop over keys. A peer that needs more memory than the machine has is stopped there.
 """
 
 import argparse
 import json
+import resource
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,12 +30,17 @@ import torch
 
 import raddpo_ext as rx
 from benchmarks import catalogues, report
+from benchmarks.catalogues import Missing
+from benchmarks.report import markdown
+from benchmarks.timing import Cost, measured, middle, timed
 
 MODULE = "benchmarks.bench_trie"
 THREADS = 2
 MILLION = 1_000_000
 COLLIDING = 0.01
 LOOKUPS = 200_000
+REPEATS = 3
+SPARED = 2**30  # bytes of the free memory that no process takes
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ CASES = [
     for codes, levels in ((8192, 3), (2048, 8))
     for kind in ("uniform", "clustered")
 ]
-HUGE = Case("uniform", 100 * MILLION, 8192, 4, "uint16")
+CASES.append(Case("uniform", 100 * MILLION, 8192, 4, "uint16"))
 # SIDs a second at least by number of levels; bytes an item at most.
 LEAST_SPEED = {3: 12e6, 8: 6e6}
 MOST_BYTES = {3: 12, 8: 24}
@@ -71,170 +81,229 @@ def draw(case: Case, path: Path) -> None:
     np.save(path, sids)
 
 
-def seconds(call: Callable[[], Any], repeats: int) -> float:
-    """Median of `repeats` calls."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return median(times)
+def repeated(call: Callable[[], Any], repeats: int = REPEATS) -> Cost:
+    """Medians."""
+    return middle([timed(call) for _ in range(repeats)])
 
 
-def measure(sids_file: Path, repeats: int, baselines: bool) -> dict[str, float]:
-    """One process's numbers."""
+def ours(sids: np.ndarray) -> dict[str, Any]:
     torch.set_num_threads(THREADS)
-    sids = np.load(sids_file)
     items = len(sids)
-    held = report.memory_status("VmRSS")
-    start = time.perf_counter()
-    index = rx.TrieIndex.build(sids)
-    first = time.perf_counter() - start
-    peak = report.memory_status("VmHWM")  # not getrusage's, which a process inherits from its parent
+    first = measured(lambda: rx.TrieIndex.build(sids))
+    peak, index = report.memory_status("VmHWM"), first.value
+    repeats = REPEATS if items <= 10 * MILLION else 1
+    build = repeated(lambda: rx.TrieIndex.build(sids), repeats)
+    item_ids = np.random.default_rng(2).permutation(items)
+    some = sids[np.random.default_rng(3).integers(items, size=LOOKUPS)]
+    assert bool(index.contains(some).all())
     result = {
-        "first_build_s": first,
-        "extra_bytes_per_item": (peak - held) / items,
+        "first_build_s": first.cost.wall,
+        "build_s": build.wall,
+        "build_cpu_s": build.cpu,
+        "build_with_item_ids_s": repeated(lambda: rx.TrieIndex.build(sids, item_ids=item_ids), repeats).wall,
+        "extra_bytes_per_item": first.peak_bytes / items,
         "peak_bytes": peak,
         "index_bytes_per_item": index.nbytes / items,
         "nodes": index.num_nodes,
         "sids": index.num_sids,
+        "lookups_per_s": LOOKUPS / repeated(lambda: index.lookup(some)).wall,
     }
-    if not repeats:
-        return result
-    result["build_s"] = seconds(lambda: rx.TrieIndex.build(sids), repeats)
-    item_ids = np.random.default_rng(2).permutation(items)
-    result["build_with_item_ids_s"] = seconds(lambda: rx.TrieIndex.build(sids, item_ids=item_ids), repeats)
-    some = sids[np.random.default_rng(3).integers(items, size=LOOKUPS)]
-    assert bool(index.contains(some).all())
-    result["lookups_per_s"] = LOOKUPS / seconds(lambda: index.lookup(some), repeats)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "index.bin"
-        result["save_s"] = seconds(lambda: index.save(path), repeats)
-        result["load_s"] = seconds(lambda: rx.TrieIndex.load(path), repeats)
-    if baselines:
-        result |= measure_baselines(sids, repeats)
+        result["save_s"] = repeated(lambda: index.save(path), repeats).wall
+        result["load_s"] = repeated(lambda: rx.TrieIndex.load(path), repeats).wall
     return result
 
 
-def measure_baselines(sids: np.ndarray, repeats: int) -> dict[str, float]:
-    """numpy's sort alone, of SIDs packed beforehand, and STATIC's builder, which wants distinct, sorted SIDs. Both run
-    on one thread."""
-    codes = int(sids.max()) + 1
-    width = (codes - 1).bit_length()
+def _words(sids: np.ndarray) -> list[np.ndarray]:
+    """Each SID's codes packed into as few integers as hold them."""
+    width = int(sids.max()).bit_length()
     most = 63 // width  # levels in a word
     words = []
     for begin in range(0, sids.shape[1], most):
         word = np.zeros(len(sids), np.int64)
         for column in sids[:, begin : begin + most].T:
-            word = word << width | column
+            word <<= width
+            word |= column
         words.append(word)
-    order = np.lexsort(words[::-1])
-    ours = {
-        "numpy_sort_s": seconds(lambda: np.argsort(words[0]) if len(words) == 1 else np.lexsort(words[::-1]), repeats)
-    }
+    return words
+
+
+def numpy_sort(sids: np.ndarray) -> dict[str, Any]:
+    words = _words(sids)
+    sort = partial(np.argsort, words[0]) if len(words) == 1 else partial(np.lexsort, words[::-1])
+    return peer(sort, len(sids))
+
+
+def static(sids: np.ndarray) -> dict[str, Any]:
     try:
         from static_decoding.csr_utils import build_static_index
     except ImportError:
-        return ours
-    distinct = sids[order]
-    distinct = distinct[np.r_[True, (distinct[1:] != distinct[:-1]).any(1)]]
-    start = time.perf_counter()
-    arrays = build_static_index(distinct, codes, dense_lookup_layers=2)
-    static_s = time.perf_counter() - start
-    stored = sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))
-    return ours | {"static_build_s": static_s, "static_bytes_per_item": stored / len(sids)}
+        raise Missing("the module static_decoding (STATIC) is not importable") from None
+    codes = int(sids.max()) + 1
+    sids = sids[np.lexsort(_words(sids)[::-1])]
+    distinct = sids[np.r_[True, (sids[1:] != sids[:-1]).any(1)]]
+    items = len(sids)
+    del sids
+    stored = lambda arrays: sum(array.nbytes for array in arrays if isinstance(array, np.ndarray))  # noqa: E731
+    return peer(lambda: build_static_index(distinct, codes, dense_lookup_layers=2), items, stored)
 
 
-def run_case(case: Case, processes: int, repeats: int, baselines: bool) -> dict[str, Any]:
+def marisa(sids: np.ndarray) -> dict[str, Any]:
+    try:
+        import marisa_trie
+    except ImportError:
+        raise Missing("the package marisa-trie is not installed") from None
+    size = 2 * sids.shape[1]
+    keys = sids.astype(">u2").tobytes()
+    cut = lambda row: keys[row * size : (row + 1) * size]  # noqa: E731
+    tries = []
+
+    def build() -> Any:
+        tries.append(marisa_trie.BinaryTrie(map(cut, range(len(sids)))))
+        return tries[0]
+
+    result = peer(build, len(sids), lambda trie: len(trie.tobytes()))
+    some = [cut(int(row)) for row in np.random.default_rng(3).integers(len(sids), size=LOOKUPS)]
+    return result | {"lookups_per_s": LOOKUPS / repeated(lambda: [tries[0][key] for key in some]).wall}
+
+
+def peer(build: Callable[[], Any], items: int, stored: Callable[[Any], int] = lambda _: 0) -> dict[str, Any]:
+    """Of one build on one thread."""
+    built = measured(build)
+    return {
+        "build_s": built.cost.wall,
+        "build_cpu_s": built.cost.cpu,
+        "extra_bytes_per_item": built.peak_bytes / items,
+        "peak_bytes": report.memory_status("VmHWM"),
+        "index_bytes_per_item": stored(built.value) / items,
+    }
+
+
+METHODS = {"ours": ours, "numpy_sort": numpy_sort, "static": static, "marisa": marisa}
+
+
+def work(method: str, sids_file: Path, most_bytes: int) -> dict[str, Any]:
+    """One process's numbers, or why there are none."""
+    resource.setrlimit(resource.RLIMIT_DATA, (most_bytes, most_bytes))
+    try:
+        return METHODS[method](np.load(sids_file))
+    except Missing as missing:
+        return {"unavailable": str(missing)}
+
+
+def run_method(name: str, path: Path) -> dict[str, Any]:
+    """A peer that runs out of memory ends as it does, with MemoryError or without."""
+    free = report.available_memory() - SPARED
+    try:
+        return report.run_fresh(MODULE, "--worker", name, str(path), str(free))
+    except SystemExit:
+        if name == "ours":
+            raise
+        return {"unavailable": f"failed with {free / 1e9:.1f} GB to itself"}
+
+
+def run_case(case: Case, processes: int) -> dict[str, Any]:
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sids.npy"
         draw(case, path)
-        options = ["--worker", str(path), "--repeats", str(repeats)] + ["--baselines"] * baselines
-        runs = [report.run_fresh(MODULE, *options) for _ in range(processes)]
-    middle = {key: median(run[key] for run in runs) for key in runs[0]}
-    build_s = middle.get("build_s", middle["first_build_s"])
-    result = {"case": case.name, "dtype": case.dtype, **middle, "sids_per_s": case.items / build_s}
-    builds = [run.get("build_s", run["first_build_s"]) for run in runs]
-    return result | {"sids_per_s_spread": [case.items / max(builds), case.items / min(builds)]}
+        for _ in range(processes if case.items <= 10 * MILLION else 1):
+            for name, done in runs.items():
+                if not (done and "unavailable" in done[0]):
+                    done.append(run_method(name, path))
+    found = {
+        name: done[0] if "unavailable" in done[0] else {key: median(run[key] for run in done) for key in done[0]}
+        for name, done in runs.items()
+    }
+    own = found.pop("ours")
+    builds = [run["build_s"] for run in runs["ours"]]
+    return {
+        "case": case.name,
+        "items": case.items,
+        "codes": case.codes,
+        "levels": case.levels,
+        "dtype": case.dtype,
+        **own,
+        "sids_per_s": case.items / own["build_s"],
+        "sids_per_s_spread": [case.items / max(builds), case.items / min(builds)],
+        "peers": found,
+    }
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    head = [
-        "catalogue",
-        "build, s",
-        "M SIDs/s (spread)",
-        "with item ids",
-        "numpy sort",
-        "STATIC",
-        "bytes an item",
-        "STATIC's",
-    ]
+    """Ours; an exclamation mark where a target is missed."""
+    head = ["catalogue", "build, s", "CPU, s", "M SIDs/s (spread)", "with item ids", "bytes an item"]
     head += ["extra bytes an item at the peak", "peak, GB", "M lookups/s", "save, ms", "load, ms"]
-
-    def cell(result: dict[str, Any], key: str, scale: float, digits: int = 1) -> str:
-        return f"{result[key] * scale:.{digits}f}" if key in result else "-"
-
-    def speed(result: dict[str, Any], items: int, key: str) -> str:
-        return f"{items / result[key] / 1e6:.1f}" if key in result else "-"
-
     rows = []
-    for result in results:
-        case = next(case for case in (*CASES, HUGE) if case.name == result["case"])
-        least, most = (value / 1e6 for value in result["sids_per_s_spread"])
-        slow = result["sids_per_s"] < LEAST_SPEED.get(case.levels, 0)
-        big = result["index_bytes_per_item"] > MOST_BYTES.get(case.levels, 1e9)
-        hungry = result["extra_bytes_per_item"] > MOST_EXTRA_BYTES
+    for r in results:
+        least, most = (value / 1e6 for value in r["sids_per_s_spread"])
+        slow = r["sids_per_s"] < LEAST_SPEED.get(r["levels"], 0)
+        big = r["index_bytes_per_item"] > MOST_BYTES.get(r["levels"], 1e9)
+        hungry = r["extra_bytes_per_item"] > MOST_EXTRA_BYTES
         marks = [" **!**" if missed else "" for missed in (slow, big, hungry)]
         rows.append(
             [
-                result["case"],
-                f"{case.items / result['sids_per_s']:.3f}",
-                f"{result['sids_per_s'] / 1e6:.1f} ({least:.1f}-{most:.1f}){marks[0]}",
-                speed(result, case.items, "build_with_item_ids_s"),
-                speed(result, case.items, "numpy_sort_s"),
-                speed(result, case.items, "static_build_s"),
-                cell(result, "index_bytes_per_item", 1) + marks[1],
-                cell(result, "static_bytes_per_item", 1, 0),
-                cell(result, "extra_bytes_per_item", 1) + marks[2],
-                cell(result, "peak_bytes", 1e-9, 2),
-                cell(result, "lookups_per_s", 1e-6, 2),
-                cell(result, "save_s", 1e3),
-                cell(result, "load_s", 1e3),
+                r["case"],
+                f"{r['build_s']:.3f}",
+                f"{r['build_cpu_s']:.3f}",
+                f"{r['sids_per_s'] / 1e6:.1f} ({least:.1f}-{most:.1f}){marks[0]}",
+                f"{r['items'] / r['build_with_item_ids_s'] / 1e6:.1f}",
+                f"{r['index_bytes_per_item']:.1f}{marks[1]}",
+                f"{r['extra_bytes_per_item']:.1f}{marks[2]}",
+                f"{r['peak_bytes'] / 1e9:.2f}",
+                f"{r['lookups_per_s'] / 1e6:.2f}",
+                f"{r['save_s'] * 1e3:.1f}",
+                f"{r['load_s'] * 1e3:.1f}",
             ]
         )
-    return report.markdown(head, rows)
+    return markdown(head, rows)
+
+
+def peer_table(results: list[dict[str, Any]]) -> str:
+    head = ["catalogue", "peer", "build, s", "CPU, s", "times ours", "bytes an item", "times ours"]
+    head += ["extra bytes an item at the peak", "M lookups/s"]
+    rows = []
+    for r in results:
+        for name, found in r["peers"].items():
+            if "unavailable" in found:
+                rows.append([r["case"], name, found["unavailable"], *[""] * (len(head) - 3)])
+                continue
+            stored, lookups = found["index_bytes_per_item"], found.get("lookups_per_s")
+            rows.append(
+                [
+                    r["case"],
+                    name,
+                    f"{found['build_s']:.3f}",
+                    f"{found['build_cpu_s']:.3f}",
+                    f"{found['build_s'] / r['build_s']:.2f}x",
+                    f"{stored:.1f}" if stored else "-",
+                    f"{stored / r['index_bytes_per_item']:.2f}x" if stored else "-",
+                    f"{found['extra_bytes_per_item']:.1f}",
+                    f"{lookups / 1e6:.2f}" if lookups else "-",
+                ]
+            )
+    return markdown(head, rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, default=3, help="fresh processes a catalogue (3)")
-    parser.add_argument(
-        "--quick", action="store_true", help="the catalogues of one million, one process; no file by default"
-    )
-    parser.add_argument("--huge", action="store_true", help="only 100M SIDs of 4 levels, one build a process")
-    parser.add_argument(
-        "--out", type=Path, help="result file (benchmarks/results/trie-cpu.json, or trie-huge-cpu.json)"
-    )
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # measures that file and prints JSON
-    parser.add_argument("--repeats", type=int, default=3, help=argparse.SUPPRESS)
-    parser.add_argument("--baselines", action="store_true", help=argparse.SUPPRESS)
+    parser = report.parser(MODULE, __doc__, processes=2)
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)  # a method, a file, most bytes; prints JSON
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(measure(args.worker, args.repeats, args.baselines)))
+        method, file, most_bytes = args.worker
+        print(json.dumps(work(method, Path(file), int(most_bytes))))
         return
-    cases = [HUGE] if args.huge else [case for case in CASES if not args.quick or case.items == MILLION]
-    processes = 1 if args.quick else args.processes
-    results = []
-    for case in cases:
-        repeats = 0 if args.huge else 3
-        results.append(run_case(case, processes, repeats, baselines=case.items == MILLION))
+    environment = {**report.environment(MODULE), "processes": args.processes, "threads": THREADS}
+    results: list[dict[str, Any]] = []
+    text = ""
+    for i in report.choose(parser, CASES, args.cases):
+        results.append(run_case(CASES[i], 1 if args.quick else args.processes))
         print(json.dumps(results[-1]), flush=True)
-    print(table(results))
-    name = "trie-huge-cpu.json" if args.huge else "trie-cpu.json"
-    out = args.out or (None if args.quick else report.RESULTS / name)
-    if out:
-        result = {**report.environment(MODULE), "processes": processes, "threads": THREADS}
-        report.write_json(out, result | {"markdown": table(results).splitlines(), "results": results})
+        text = table(results) + "\n\n" + peer_table(results)
+        if args.out:
+            report.write_json(args.out, environment | {"markdown": text.splitlines(), "results": results})
+    print(text)
 
 
 if __name__ == "__main__":

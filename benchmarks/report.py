@@ -89,6 +89,12 @@ def memory_status(field: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
+def available_memory() -> int:
+    """Bytes that new processes can have."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+
+
 def reset_peak_memory() -> None:
     """Gives unused memory back and sets the peak to what is held."""
     ctypes.CDLL(None).malloc_trim(0)
