@@ -5,12 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from raddpo_ext._files import replacing
+from benchmarks.figures import save
 
 GROUPS = {"winner": "winners", "positives": "further positives", "negatives": "negatives"}
 CURVES = ("sft_all_positives", "dpo", "s_dpo", "simpo", "rad_dpo", "rad_dpo_margins", "rad_dpo_no_tlgd")
@@ -19,10 +16,10 @@ CURVES = ("sft_all_positives", "dpo", "s_dpo", "simpo", "rad_dpo", "rad_dpo_marg
 def draw(summary: dict[str, Any], folder: Path) -> None:
     """``alignment-ndcg.png``, ``alignment-squeezing.png`` and ``alignment-false-negatives.png``."""
     folder.mkdir(parents=True, exist_ok=True)
-    _save(_differences(summary["rows"]), folder / "alignment-ndcg.png")
-    _save(_squeezing(summary), folder / "alignment-squeezing.png")
+    save(_differences(summary["rows"]), folder / "alignment-ndcg.png")
+    save(_squeezing(summary), folder / "alignment-squeezing.png")
     if summary["false_negatives"]:
-        _save(_false_negatives(summary["false_negatives"]), folder / "alignment-false-negatives.png")
+        save(_false_negatives(summary["false_negatives"]), folder / "alignment-false-negatives.png")
 
 
 def _differences(rows: dict[str, Any]) -> plt.Figure:
@@ -86,9 +83,3 @@ def _false_negatives(lines: list[dict[str, Any]]) -> plt.Figure:
     axes.legend(loc="upper center", ncols=2)
     axes.margins(y=0.2)
     return figure
-
-
-def _save(figure: plt.Figure, path: Path) -> None:
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
-    plt.close(figure)

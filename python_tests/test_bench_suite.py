@@ -1,0 +1,244 @@
+"""The suite runs its members, keeps what it has, and writes the page that stands in docs/."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import bench_trie, catalogues, figures, report, suite, suite_page, timing
+from benchmarks.catalogues import Missing
+from benchmarks.suite import MEMBERS, Member
+
+NAMES = [member.name for member in MEMBERS]
+WORKING = """
+import json, sys, time
+sum(range(3_000_000))
+held = bytearray(64 << 20)
+out = sys.argv[sys.argv.index("--out") + 1]
+open({ran!r}, "a").write("{name} ")
+machine = dict(cpu="abacus", cores=2)
+json.dump(dict(results=[], machine=machine, commit={commit!r}, command="of its own"), open(out, "w"))
+"""
+
+
+def git(folder: Path, *command: str) -> str:
+    options = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+    return subprocess.run(["git", *options, *command], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository of its own, and modules first, second and third, which note that they ran."""
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "code").write_text("1")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "x")
+    commit = git(tmp_path, "rev-parse", "HEAD").strip()
+    for name in ("first", "second", "third"):
+        text = WORKING.format(name=name, ran=str(tmp_path / "ran"), commit=commit)
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    return tmp_path
+
+
+STUBS = [Member(name, (name,), 1) for name in ("first", "second", "third")]
+
+
+def ran(lab: Path) -> list[str]:
+    """What ran since this was asked."""
+    found = (lab / "ran").read_text().split() if (lab / "ran").exists() else []
+    (lab / "ran").write_text("")
+    return found
+
+
+def test_collects_and_measures(lab: Path) -> None:
+    path = lab / "results.json"
+    assert suite.run_all(STUBS, [], path) == []
+    results = json.loads(path.read_text())
+    assert list(results) == ["first", "second", "third"]
+    assert results["second"]["command"] == "python -m second"
+    took = results["second"]["measured"]
+    assert took["wall_s"] > 0
+    assert 0 < took["cpu_s"] < 60
+    assert 64 << 20 < took["peak_bytes"] < 64 << 30
+
+
+def test_goes_on_where_it_was(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, run = lab / "results.json", suite.run
+
+    def stopped(member: Member, quick: bool = False) -> dict:
+        if member.name == "second":
+            raise KeyboardInterrupt
+        return run(member, quick)
+
+    monkeypatch.setattr(suite, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        suite.run_all(STUBS, [], path)
+    monkeypatch.setattr(suite, "run", run)
+    assert ran(lab) == ["first"]
+    assert suite.run_all(STUBS, [], path) == []
+    assert ran(lab) == ["second", "third"]
+    suite.run_all(STUBS, [], path)
+    assert ran(lab) == []
+    (lab / "notes").write_text("no source")
+    suite.run_all(STUBS, [], path)
+    assert ran(lab) == []
+    (lab / "csrc" / "code").write_text("2")
+    suite.run_all(STUBS, [], path)
+    assert ran(lab) == ["first", "second", "third"]
+
+
+def test_only_what_is_named(lab: Path) -> None:
+    path = lab / "results.json"
+    suite.run_all(STUBS, [], path)
+    before = json.loads(path.read_text())
+    before["second/part"] = before["third/part"] = {"commit": "x"}
+    path.write_text(json.dumps(before))
+    ran(lab)
+    suite.run_all(STUBS, ["second"], path)
+    after = json.loads(path.read_text())
+    assert ran(lab) == ["second"]
+    assert list(after) == ["first", "second", "third", "third/part"]
+    assert after["first"] == before["first"]
+    assert after["second"]["measured"] != before["second"]["measured"]
+
+
+@pytest.mark.parametrize("body", ["raise SystemExit(3)", "pass"])
+def test_failure_keeps_the_others(lab: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    path = lab / "machine.json"
+    suite.run_all(STUBS, [], path)
+    before = json.loads(path.read_text())
+    (lab / "second.py").write_text(body)
+    written = []
+    monkeypatch.setattr(suite, "MEMBERS", STUBS)
+    monkeypatch.setattr(report, "RESULTS", lab)
+    monkeypatch.setattr(suite_page, "write", lambda results, *_: written.append(results))
+    monkeypatch.setattr(sys, "argv", ["suite", "--machine", "machine", "--only", "second", "third"])
+    ran(lab)
+    assert suite.main() == 1
+    assert ran(lab) == ["third"]
+    after = json.loads(path.read_text())
+    assert written == [after]
+    assert after["second"] == before["second"]
+    assert after["third"]["measured"] != before["third"]["measured"]
+    monkeypatch.setattr(sys, "argv", ["suite", "--machine", "machine", "--report"])
+    assert suite.main() == 0
+    assert ran(lab) == []
+
+
+def test_skips_without_data(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = lab / "results.json"
+    monkeypatch.setattr(catalogues, "DATA", lab / "nowhere")
+    members = [Member("first", ("first",), 1, data=("industrial",)), STUBS[1]]
+    assert suite.run_all(members, [], path) == []
+    results = json.loads(path.read_text())
+    assert "industrial" in results["first"]["skipped"]
+    assert "skipped" not in results["second"]
+    path.write_text(json.dumps({"first": {"results": [], "commit": "old"}}))
+    suite.run_all(members, ["first"], path)
+    assert json.loads(path.read_text()) == {"first": {"results": [], "commit": "old"}}
+
+
+def committed() -> tuple[str, Path, dict]:
+    page = suite_page.PAGE.read_text()
+    path = report.ROOT / re.search(r"`(benchmarks/results/[\w-]+\.json)`", page)[1]
+    return page, path, json.loads(path.read_text())
+
+
+def test_page_is_that_of_the_results() -> None:
+    page, path, results = committed()
+    assert suite_page.render(page, results, path, NAMES) == page, "write it: python -m benchmarks.suite --report"
+
+
+def test_page_changes_with_the_results_only_between_markers() -> None:
+    page, path, results = committed()
+    results["packing"]["markdown"] = ["| another | table |"]
+    changed = suite_page.render(page, results, path, NAMES)
+    begin, end = page.index("<!-- begin packing -->"), page.index("<!-- end packing -->")
+    assert changed[:begin] == page[:begin]
+    assert changed.endswith(page[end:])
+    assert "| another | table |" in changed
+    assert suite_page.render(changed, results, path, NAMES) == changed
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("<!-- begin summary -->", ""),
+        ("<!-- end summary -->", ""),
+        ("<!-- begin summary -->", "<!-- begin sumary -->"),
+        ("<!-- end summary -->", "<!-- end summary -->\n<!-- begin more -->\n<!-- end more -->"),
+        ("<!-- end summary -->", "<!-- end summary -->\n<!-- begin summary -->\n<!-- end summary -->"),
+    ],
+)
+def test_markers_are_checked(old: str, new: str) -> None:
+    page, path, results = committed()
+    with pytest.raises(ValueError, match=r"sum|more"):
+        suite_page.render(page.replace(old, new), results, path, NAMES)
+
+
+def test_losses_are_as_plain_as_wins() -> None:
+    def row(case: str, ratio: float) -> dict:
+        return {"case": case, "ratios": {"static": {"median": ratio}}, "floor": {"bytes": 1, "read_ns": 1}}
+
+    won = {"beam-search": {"results": [row("a", 3.0), row("b", 2.0)]}}
+    assert "| decoding step | STATIC | 2.5x | 2x to 3x | 2 | no |" in suite_page.summary(won)
+    lost = {"beam-search": {"results": [row("a", 3.0), row("b", 0.5), row("c", 0.25)]}}
+    assert "| **0.5x** | 0.25x to 3x | 3 | **in 2 of 3**, at worst 0.25x: c |" in suite_page.summary(lost)
+
+
+def test_parts_stand_for_their_member() -> None:
+    results = {"losses": {"results": [{"case": "a", "ms": 1}, {"case": "b", "ms": 2}]}}
+    results["losses/again"] = {"results": [{"case": "b", "ms": 3}]}
+    assert {case: row["ms"] for case, row in figures.cases(results, "losses").items()} == {"a": 1, "b": 3}
+
+
+def test_every_chart_has_its_floor() -> None:
+    _, _, results = committed()
+    drawn = 0
+    for chart in figures.CHARTS.values():
+        for *_, rows in chart(results).values():
+            drawn += len(rows)
+            for _, values, floor in rows:
+                assert math.isfinite(floor)
+                assert floor > 0
+                assert values["ours"] > 0
+    assert drawn > 30
+
+
+def test_index_peers(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    sids = rng.integers(50, size=(2000, 3), dtype=np.int32)
+    words = bench_trie._words(sids)
+    np.testing.assert_array_equal(np.lexsort(words[::-1]), np.lexsort(sids.T[::-1]))
+    long = rng.integers(2048, size=(2000, 8), dtype=np.int32)
+    np.testing.assert_array_equal(np.lexsort(bench_trie._words(long)[::-1]), np.lexsort(long.T[::-1]))
+    for method in bench_trie.METHODS.values():
+        try:
+            found = method(sids)
+        except Missing:
+            continue
+        assert found["build_s"] > 0
+        assert found["extra_bytes_per_item"] >= 0
+
+
+def test_a_call_is_measured() -> None:
+    first = timing.measured(lambda: np.ones(8 << 20))
+    assert len(first.value) == 8 << 20
+    assert 64 << 20 <= first.peak_bytes < 80 << 20
+    waiting = timing.timed(lambda: time.sleep(0.05))
+    assert waiting.cpu < 0.05 <= waiting.wall
+    calls: list[str] = []
+    costs = timing.burst(lambda: (calls.append("call"), time.sleep(0.01)), 0.035, before=lambda: calls.append("before"))
+    assert calls == ["before", "call"] * (len(costs) + 1)
+    assert len(timing.burst(lambda: time.sleep(0.01), 0.005)) == 1
+    turns = timing.take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+    assert calls[-4:] == ["a", "b", "a", "b"]
+    assert [len(found) for found in turns.values()] == [2, 2]
