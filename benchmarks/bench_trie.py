@@ -294,11 +294,12 @@ def main() -> None:
         method, file, most_bytes = args.worker
         print(json.dumps(work(method, Path(file), int(most_bytes))))
         return
-    environment = {**report.environment(MODULE), "processes": args.processes, "threads": THREADS}
+    processes = 1 if args.quick else args.processes
+    environment = {**report.environment(MODULE), "processes": processes, "threads": THREADS}
     results: list[dict[str, Any]] = []
     text = ""
     for i in report.choose(parser, CASES, args.cases):
-        results.append(run_case(CASES[i], 1 if args.quick else args.processes))
+        results.append(run_case(CASES[i], processes))
         print(json.dumps(results[-1]), flush=True)
         text = table(results) + "\n\n" + peer_table(results)
         if args.out:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from math import log2
+from math import e, log2, nan, prod
 from pathlib import Path
 from typing import Any
 
@@ -77,23 +77,21 @@ def cases(results: Results, name: str) -> dict[str, dict[str, Any]]:
     found = {}
     for key, result in results.items():
         if key.split("/")[0] == name:
-            found |= {row["case"]: row for row in result.get("results", ()) if "skipped" not in row}
+            found |= {row["case"]: row for row in result.get("results", ()) if "case" in row and "skipped" not in row}
     return found
 
 
 def rates(results: Results) -> tuple[float, float]:
     """Bytes a second of a bare read of the most logits, and operations a second of the fastest three bare float32
-    products, one thread; infinite where they were not measured."""
-    reads = [row["floor"] for row in cases(results, "beam-search").values()]
-    most = max(reads, key=lambda floor: floor["bytes"], default=None)
-    operations = [float("-inf")]
+    products, one thread; nan where they were not measured."""
+    floors = [row["floor"] for row in cases(results, "beam-search").values()]
+    reads = {floor["bytes"]: 1e9 * floor["bytes"] / floor["read_ns"] for floor in floors}
+    products = []
     for case, row in cases(results, "losses").items():
         shape = re.match(r"head (\d+)x(\d+) H(\d+) float32", case)
         if shape:
-            rows, vocab, hidden = map(int, shape.groups())
-            operations.append(6 * rows * vocab * hidden / (row["ms"]["bare_gemms"] / 1e3))
-    best = max(operations)
-    return (1e9 * most["bytes"] / most["read_ns"] if most else float("inf")), (best if best > 0 else float("inf"))
+            products.append(6e3 * prod(map(int, shape.groups())) / row["ms"]["bare_gemms"])
+    return reads[max(reads)] if reads else nan, max(products, default=nan)
 
 
 # Charts.
@@ -177,13 +175,13 @@ def trie_chart(results: Results) -> Panels:
         moved = row["items"] * (code_bytes * row["levels"] + row["index_bytes_per_item"])
         builds.append((case, {name: found["build_s"] for name, found in methods.items()}, moved / bytes_a_second))
         stored = {name: found["index_bytes_per_item"] for name, found in methods.items()}
-        smallest = row["levels"] * log2(row["codes"]) / 8
-        sizes.append((case, {name: value for name, value in stored.items() if value}, smallest))
+        bits = row["levels"] * log2(row["codes"]) - log2(row["sids"] / e)  # of a set of so many SIDs among all, a SID
+        sizes.append((case, {name: value for name, value in stored.items() if value}, bits / 8))
     if not builds:
         return {}
     return {
         "Building the index": ("seconds", "SIDs read, index written", builds),
-        "Its size": ("bytes an item", "the SIDs, a code in as many bits as it needs", sizes),
+        "Its size": ("bytes an item", "the bits that tell one set of SIDs from another", sizes),
     }
 
 

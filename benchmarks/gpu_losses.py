@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 import raddpo_ext as rx
-from benchmarks.bench_session_loss import Batch
-from benchmarks.bench_session_loss import Case as SessionCase
 from benchmarks.catalogues import Missing
 from benchmarks.gpu_timing import graph_us, median_us
 from benchmarks.report import markdown
+from benchmarks.session_loss_peers import Batch
+from benchmarks.session_loss_peers import Case as SessionCase
 from benchmarks.token_logps_cases import CANDIDATES, Case, Problem
 from benchmarks.token_logps_peers import (
     EXPRESSIONS,

@@ -195,6 +195,16 @@ def test_losses_are_as_plain_as_wins() -> None:
     assert "| **0.5x** | 0.25x to 3x | 3 | **in 2 of 3**, at worst 0.25x: c |" in suite_page.summary(lost)
 
 
+def test_a_page_of_less_is_written_too() -> None:
+    page, path, results = committed()
+    for name in results:
+        text = suite_page.render(page, {name: results[name]}, path, NAMES)
+        assert results[name]["command"] in text
+        assert "Not measured yet" in text
+        assert not re.search(r"\b(nan|inf)x", text)
+    assert "Not measured yet" in suite_page.render(page, {}, path, NAMES)
+
+
 def test_parts_stand_for_their_member() -> None:
     results = {"losses": {"results": [{"case": "a", "ms": 1}, {"case": "b", "ms": 2}]}}
     results["losses/again"] = {"results": [{"case": "b", "ms": 3}]}
