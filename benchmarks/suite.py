@@ -160,8 +160,10 @@ def main() -> int:
     args = parser.parse_args()
     folder = ROOT / ".benchmarks" if args.quick else report.RESULTS
     path = folder / f"{args.machine}.json"
+    if args.report and not path.exists():
+        parser.error(f"there is no {path}; --machine names another machine's results")
     failures = [] if args.report else run_all(MEMBERS, args.only, path, args.quick)
-    if not args.quick:
+    if path.exists() and not args.quick:
         suite_page.write(load(path), path, names)
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)

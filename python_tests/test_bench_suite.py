@@ -131,6 +131,11 @@ def test_failure_keeps_the_others(lab: Path, monkeypatch: pytest.MonkeyPatch, bo
     monkeypatch.setattr(sys, "argv", ["suite", "--machine", "machine", "--report"])
     assert suite.main() == 0
     assert ran(lab) == []
+    assert len(written) == 2
+    monkeypatch.setattr(sys, "argv", ["suite", "--machine", "another", "--report"])
+    with pytest.raises(SystemExit):
+        suite.main()
+    assert len(written) == 2
 
 
 def test_skips_without_data(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
