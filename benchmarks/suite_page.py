@@ -234,7 +234,8 @@ def _origin(result: dict[str, Any], again: bool) -> str:
         took = result["measured"]
         facts.append(f"{took['wall_s'] / 60:.0f} minutes, {took['cpu_s'] / 60:.0f} of CPU")
         facts.append(f"{took['peak_bytes'] / 2**30:.1f} GiB at the peak")
-    return f"{'Measured apart: ' * again}`{result['command']}` ({', '.join(facts)})."
+    command = f"Measured apart: *{result['command']}*" if again else f"`{result['command']}`"  # a part may be history
+    return f"{command} ({', '.join(facts)})."
 
 
 def _details(title: str, text: str) -> str:
