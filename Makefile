@@ -36,16 +36,9 @@ test: build
 demo: build
 	$(PY) -m demo $(if $(DATA),--data $(DATA)) $(ARGS)
 
+# Hours; it says how many at the start, and stopped it goes on where it was. ARGS="--only trie" measures one part again.
 bench: build
-	$(PY) -m benchmarks.compare_beam_search
-	$(PY) -m benchmarks.bench_trie
-	$(PY) -m benchmarks.bench_trie_live
-	$(PY) -m benchmarks.compare_losses
-	$(PY) -m benchmarks.compare_packing
-	$(PY) -m benchmarks.compare_retriever
-	$(PY) -m benchmarks.compare_engines --data ../shared/data/instruments
-	$(PY) -m benchmarks.load
-	$(PY) -m benchmarks.load --mode soak
+	$(PY) -m benchmarks.suite $(ARGS)
 
 # On a machine with an NVIDIA GPU, nvcc and a torch with CUDA: TORCH_CUDA_ARCH_LIST=9.0 make gpu-test PYTHON=python3
 gpu-test: build

@@ -1,0 +1,40 @@
+"""``token_logps`` forward and backward, ours and plain torch, under pytest-benchmark::
+
+    python -m pytest benchmarks/bench_token_logps.py --benchmark-only
+
+Every method is first checked to give our values and gradients. One thread.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from benchmarks.token_logps_cases import CASES, Case, Problem
+from benchmarks.token_logps_peers import methods
+from benchmarks.token_logps_timing import check
+
+CHOSEN = [case for case in CASES if case.section == "logits" and not case.huge_pages]
+NAMES = list(dict.fromkeys(name for case in CHOSEN for name in methods(case)))
+
+
+@pytest.fixture(scope="module", params=CHOSEN, ids=lambda case: case.name.replace(" ", "-"))
+def problem(request: pytest.FixtureRequest) -> Iterator[Problem]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Problem(request.param)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_token_logps(benchmark, problem: Problem, method: str) -> None:
+    case: Case = problem.case
+    benchmark.group = case.name
+    available = methods(case)
+    if method not in available:
+        pytest.skip(f"{method} is not for {case.dtype}")
+    checked = check(problem, {"ours": available["ours"], method: available[method]})
+    if method in checked.unavailable:
+        pytest.skip(checked.unavailable[method])
+    benchmark.pedantic(checked.steps[method], setup=problem.reset, rounds=10)
+    benchmark.extra_info["bytes"] = 3 * case.logit_bytes  # read twice, written once
