@@ -9,6 +9,7 @@
 #include "common/huge_pages.h"
 #include "common/isa.h"
 #include "trie/trie_build.h"
+#include "trie/trie_check.h"
 #include "trie/trie_live.h"
 #include "trie/trie_merge.h"
 
@@ -120,32 +121,10 @@ PYBIND11_MODULE(_C, m) {
   using namespace raddpo;
   m.attr("HEADER_WORDS") = kHeaderWords;
   m.attr("MAX_LEVELS") = kMaxLevels;
+  m.attr("MAX_CODES") = kMaxCodes;
   m.attr("FORMAT_VERSION") = kFormatVersion;
   py::dict words;
-  const std::pair<const char*, int> named[] = {{"magic", kMagic},
-                                               {"version", kVersion},
-                                               {"bytes", kBytes},
-                                               {"checksum", kChecksum},
-                                               {"num_items", kNumItems},
-                                               {"num_sids", kNumSids},
-                                               {"num_nodes", kNumNodes},
-                                               {"levels", kLevels},
-                                               {"sid_levels", kSidLevels},
-                                               {"wide", kWide},
-                                               {"item_bytes", kItemBytes},
-                                               {"eos", kEos},
-                                               {"has_vocab", kHasVocab},
-                                               {"symbols", kSymbols},
-                                               {"items", kItems},
-                                               {"tokens", kTokens},
-                                               {"codes", kCodes},
-                                               {"first_node", kFirstNode},
-                                               {"num_symbols", kNumSymbols},
-                                               {"table", kTable},
-                                               {"first_token", kFirstToken},
-                                               {"sizes", kSizes},
-                                               {"max_token", kMaxToken}};
-  for (const auto& [key, word] : named) words[key] = word;
+  for (const HeaderName& header : kHeaderNames) words[header.name] = header.word;
   m.attr("HEADER") = words;
   m.def("trie_build", &build, py::arg("sids"), py::arg("lengths"), py::arg("item_ids"), py::arg("levels"),
         py::arg("eos"), py::arg("has_vocab"), py::arg("threads"), py::arg("progress"));
@@ -154,6 +133,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("trie_compact", &compact, py::arg("trie"), py::arg("live"), py::arg("sids"));
   m.def("trie_merge", &merge_tries, py::arg("trie"), py::arg("added"));
   m.def("trie_first_known", &first_known_id, py::arg("trie"), py::arg("ids"), py::arg("threads"));
+  m.def(
+      "trie_check",
+      [](const py::buffer& b, int threads) {
+        const py::buffer_info info = b.request();
+        const py::gil_scoped_release no_gil;
+        trie_check(static_cast<const std::uint8_t*>(info.ptr), info.size * info.itemsize, threads);
+      },
+      py::arg("data"), py::arg("threads"));
   m.def("trie_checksum", [](const py::buffer& b) {
     const py::buffer_info info = b.request();
     const py::gil_scoped_release no_gil;

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raddpo_ext import _check
+from raddpo_ext import _C, _check
 
 _TOKEN_CODE = re.compile(r"_(\d+)>$")
 
@@ -23,7 +23,7 @@ class SIDVocab:
     ``offset + sizes[0] + .. + sizes[l - 1] + c``. ``offsets`` places each level by itself, ``token_ids`` every code.
 
     Args:
-        sizes: number of codes ``K_l`` of each level.
+        sizes: number of codes ``K_l`` of each level, at most 2**24 together.
         offsets: token id of code 0 of each level.
         offset: token id of code 0 of level 0; the other levels follow. Not with ``offsets`` or ``token_ids``.
         eos: token id that ends every SID, or None. It must not be a code's token.
@@ -47,6 +47,8 @@ class SIDVocab:
         self.sizes = tuple(_check.integer(size, f"sizes[{i}]", 1) for i, size in enumerate(sizes))
         if not self.sizes:
             raise ValueError("sizes must name at least one level, got ()")
+        if sum(self.sizes) > _C.MAX_CODES:
+            raise ValueError(f"sizes must be at most {_C.MAX_CODES} codes together, got {sum(self.sizes)}")
         if sum((offsets is not None, token_ids is not None, offset != 0)) > 1:
             raise ValueError("offsets, offset and token_ids exclude one another; give one")
         if token_ids is not None:

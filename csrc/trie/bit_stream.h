@@ -1,4 +1,4 @@
-// Reading, appending, spreading and gathering bits in order. Part of a per-instruction-set region.
+// Reading, appending, packing, spreading and gathering bits in order. Part of a per-instruction-set region.
 namespace raddpo::RADDPO_ISA {
 namespace {
 
@@ -24,6 +24,18 @@ RADDPO_HD std::uint64_t gather(std::uint64_t x, std::uint64_t mask) {
   for (int to = 0; mask; mask &= mask - 1, ++to) out |= std::uint64_t((x & mask & -mask) != 0) << to;
   return out;
 #endif
+}
+
+// A bit for each of n bytes that are 0 or 1, at most 64.
+RADDPO_HD std::uint64_t pack(const std::uint8_t* bytes, int n) {
+  std::uint64_t bits = 0;
+  for (int i = 0; i + 8 <= n; i += 8) {
+    std::uint64_t eight;
+    std::memcpy(&eight, bytes + i, 8);
+    bits |= (eight * 0x0102040810204080 >> 56) << i;  // byte k times bit 56 - 7k: each lands in a bit of its own
+  }
+  for (int i = n & ~7; i < n; ++i) bits |= std::uint64_t(bytes[i]) << i;
+  return bits;
 }
 
 struct BitReader {

@@ -15,8 +15,9 @@ namespace raddpo {
 constexpr int kMaxLevels = 32;     // of a SID, its end-of-sequence token included
 constexpr int kHeaderWords = 512;  // 64-bit words before the first section
 constexpr int kFormatVersion = 1;
-constexpr int kBlockBits = 512;  // one rank for every 512 bits
-constexpr int kHintZeros = 512;  // one hint for every 512 zeros
+constexpr std::int64_t kMaxCodes = 1 << 24;  // of a vocab, its levels together
+constexpr int kBlockBits = 512;              // one rank for every 512 bits
+constexpr int kHintZeros = 512;              // one hint for every 512 zeros
 
 // Node i owns the bits between zero i - 1 and zero i. Bits past the last zero are never asked for.
 struct DegreeSequence {

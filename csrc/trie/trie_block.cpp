@@ -12,13 +12,18 @@
 namespace raddpo {
 namespace {
 
-constexpr int kSections = kCodes - kSymbols + 1;
-
 void copy_words(const std::int64_t* header, int word, std::array<std::int64_t, kMaxLevels>& out) {
   std::copy(header + word, header + word + kMaxLevels, out.begin());
 }
 
 }  // namespace
+
+std::string name_of_word(int word) {
+  for (const auto& [name, first, count] : kHeaderNames)
+    if (word >= first && word < first + count)
+      return count > 1 ? name + ("[" + std::to_string(word - first) + "]") : name;
+  return "header word " + std::to_string(word);
+}
 
 TrieShape TrieShape::of(const std::uint8_t* block) {
   const auto* h = reinterpret_cast<const std::int64_t*>(block);
@@ -49,14 +54,10 @@ void TrieShape::set_largest_symbol(int level, std::int64_t symbol) {
 
 bool TrieShape::wide() const { return *std::max_element(num_symbols.begin(), num_symbols.end()) > 65536; }
 
-TrieBlock::TrieBlock(const TrieShape& s) {
-  if (2 * s.nodes >= std::int64_t(UINT32_MAX))
-    refuse("sids give a trie of ", s.nodes, " nodes, more than ", UINT32_MAX / 2);
-  std::array<std::int64_t, kSections + 1> offset{};
-  std::array<std::int64_t, kSections> bytes{};
+TrieLayout::TrieLayout(const TrieShape& s) {
   std::int64_t size = kHeaderWords * 8;
   const auto place = [&](int word, std::int64_t count) {
-    offset[word - kSymbols] = size;
+    begin[word - kSymbols] = size;
     bytes[word - kSymbols] = count;
     size += (count + 63) / 64 * 64;
   };
@@ -72,23 +73,14 @@ TrieBlock::TrieBlock(const TrieShape& s) {
   place(kItems, s.items * (s.wide_items ? 8 : 4));
   place(kTokens, s.table_size * 4);
   place(kCodes, s.table_size * 4);
-  offset[kSections] = size;
+  begin.back() = size;
+}
 
-  auto* memory = static_cast<std::uint8_t*>(std::aligned_alloc(64, size));
-  if (!memory) throw std::bad_alloc();
-  advise_huge_pages(memory, size);
-  bytes_ = {decltype(bytes_.data)(memory), size};
-  std::memset(memory, 0, kHeaderWords * 8);
-  for (int section = 0; section < kSections; ++section) {  // bits, their ranks and hints, and the gaps behind others
-    const bool bits = section >= kChildBits - kSymbols && section <= kItemHints - kSymbols;
-    const std::int64_t begin = offset[section] + (bits ? 0 : bytes[section]);
-    std::memset(memory + begin, 0, offset[section + 1] - begin);
-  }
-
-  std::uint64_t* h = header();
+void write_header(const TrieShape& s, const TrieLayout& layout, std::uint64_t* h) {
+  std::memset(h, 0, kHeaderWords * 8);
   std::memcpy(h, "RADTRIE", 8);
   h[kVersion] = kFormatVersion;
-  h[kBytes] = size;
+  h[kBytes] = layout.size();
   h[kNumItems] = s.items;
   h[kNumSids] = s.sids;
   h[kNumNodes] = s.nodes;
@@ -98,13 +90,29 @@ TrieBlock::TrieBlock(const TrieShape& s) {
   h[kItemBytes] = s.wide_items ? 8 : 4;
   h[kEos] = s.eos;
   h[kHasVocab] = s.has_vocab;
-  std::copy(offset.begin(), offset.end() - 1, h + kSymbols);
+  std::copy(layout.begin.begin(), layout.begin.end() - 1, h + kSymbols);
   std::copy(s.first_node.begin(), s.first_node.end(), h + kFirstNode);
   std::copy(s.num_symbols.begin(), s.num_symbols.end(), h + kNumSymbols);
   std::copy(s.table.begin(), s.table.end(), h + kTable);
   std::copy(s.first_token.begin(), s.first_token.end(), h + kFirstToken);
   std::copy(s.sizes.begin(), s.sizes.end(), h + kSizes);
   std::copy(s.max_token.begin(), s.max_token.end(), h + kMaxToken);
+}
+
+TrieBlock::TrieBlock(const TrieShape& s) {
+  if (2 * s.nodes >= std::int64_t(UINT32_MAX))
+    refuse("sids give a trie of ", s.nodes, " nodes, more than ", UINT32_MAX / 2);
+  const TrieLayout layout(s);
+  auto* memory = static_cast<std::uint8_t*>(std::aligned_alloc(64, layout.size()));
+  if (!memory) throw std::bad_alloc();
+  advise_huge_pages(memory, layout.size());
+  bytes_ = {decltype(bytes_.data)(memory), layout.size()};
+  for (int i = 0; i < TrieLayout::kSections; ++i) {  // bits, their ranks and hints, and the gaps behind others
+    const bool bits = i >= kChildBits - kSymbols && i <= kItemHints - kSymbols;
+    const std::int64_t begin = layout.begin[i] + (bits ? 0 : layout.bytes[i]);
+    std::memset(memory + begin, 0, layout.begin[i + 1] - begin);
+  }
+  write_header(s, layout, header());
 }
 
 TrieBytes TrieBlock::finish() {

@@ -6,12 +6,51 @@
 #include <memory>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 
 #include "trie.h"
 
 namespace raddpo {
 
 using Depths = std::array<std::int64_t, kMaxLevels + 2>;
+
+// The header's words by name, and how many of them follow one another.
+struct HeaderName {
+  const char* name;
+  int word, count;
+};
+inline constexpr HeaderName kHeaderNames[] = {
+    {"magic", kMagic, 1},
+    {"version", kVersion, 1},
+    {"bytes", kBytes, 1},
+    {"checksum", kChecksum, 1},
+    {"num_items", kNumItems, 1},
+    {"num_sids", kNumSids, 1},
+    {"num_nodes", kNumNodes, 1},
+    {"levels", kLevels, 1},
+    {"sid_levels", kSidLevels, 1},
+    {"wide", kWide, 1},
+    {"item_bytes", kItemBytes, 1},
+    {"eos", kEos, 1},
+    {"has_vocab", kHasVocab, 1},
+    {"symbols", kSymbols, 1},
+    {"child_bits", kChildBits, 1},
+    {"child_ranks", kChildRanks, 1},
+    {"child_hints", kChildHints, 1},
+    {"item_bits", kItemBits, 1},
+    {"item_ranks", kItemRanks, 1},
+    {"item_hints", kItemHints, 1},
+    {"items", kItems, 1},
+    {"tokens", kTokens, 1},
+    {"codes", kCodes, 1},
+    {"first_node", kFirstNode, kMaxLevels + 2},
+    {"num_symbols", kNumSymbols, kMaxLevels},
+    {"table", kTable, kMaxLevels},
+    {"first_token", kFirstToken, kMaxLevels},
+    {"sizes", kSizes, kMaxLevels},
+    {"max_token", kMaxToken, kMaxLevels},
+};
+std::string name_of_word(int word);  // such as "levels" or "first_node[2]"
 
 struct FreeBytes {
   void operator()(std::uint8_t* p) const { std::free(p); }
@@ -36,6 +75,19 @@ struct TrieShape {
   void set_largest_symbol(int level, std::int64_t symbol);
   bool wide() const;
 };
+
+// Where the sections begin; the last entry is where the block ends. A section's bytes may be followed by zeros.
+struct TrieLayout {
+  static constexpr int kSections = kCodes - kSymbols + 1;
+  std::array<std::int64_t, kSections + 1> begin{};
+  std::array<std::int64_t, kSections> bytes{};
+
+  explicit TrieLayout(const TrieShape& shape);
+  std::int64_t size() const { return begin.back(); }
+};
+
+// All kHeaderWords words but the checksum, which is 0.
+void write_header(const TrieShape& shape, const TrieLayout& layout, std::uint64_t* header);
 
 class TrieBlock {
  public:

@@ -147,7 +147,7 @@ class Builder {
 
   void check_item_ids() {
     if (!in_.item_ids) {
-      wide_items_ = false;  // row numbers
+      wide_items_ = n_ - 1 > INT32_MAX;  // row numbers
       return;
     }
     std::int64_t most = 0;

@@ -4,18 +4,6 @@
 namespace raddpo::RADDPO_ISA {
 namespace {
 
-// A bit for each of n bytes that are 0 or 1, at most 64.
-RADDPO_HD std::uint64_t pack(const std::uint8_t* bytes, int n) {
-  std::uint64_t bits = 0;
-  for (int i = 0; i + 8 <= n; i += 8) {
-    std::uint64_t eight;
-    std::memcpy(&eight, bytes + i, 8);
-    bits |= (eight * 0x0102040810204080 >> 56) << i;  // byte k times bit 56 - 7k: each lands in a bit of its own
-  }
-  for (int i = n & ~7; i < n; ++i) bits |= std::uint64_t(bytes[i]) << i;
-  return bits;
-}
-
 RADDPO_HD bool has_id(const IdSet& set, std::int64_t id) {
   const std::uint64_t hash = slot_of(id);
   if (!(set.bits[(hash & set.mask) / 32] >> (hash & 31) & 1)) return false;  // which nearly all are not
