@@ -7,6 +7,7 @@ import hashlib
 import html
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -184,8 +185,14 @@ def _read_titles(folder: Path, row_of: dict[int, int], sids: np.ndarray) -> list
     titles = [f"item {item}, SID {' '.join(map(str, sids[row]))}" for item, row in row_of.items()]
     for path in folder.glob("*.item.json"):
         for item, fields in _read_json(path).items():
-            if item.isdecimal() and int(item) in row_of and isinstance(fields, dict) and fields.get("title"):
-                titles[row_of[int(item)]] = html.unescape(str(fields["title"]))
+            title = fields.get("title") if isinstance(fields, dict) else None
+            if not title or not isinstance(title, str) or not re.fullmatch("[0-9]{1,18}", item):
+                continue
+            if (row := row_of.get(int(item))) is not None:
+                try:
+                    titles[row] = html.unescape(title)
+                except ValueError as error:  # &#, then more digits than Python takes for a number
+                    raise ValueError(f"{path}: item {item!r}: {error}") from None
     return titles
 
 

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
-_TOKEN = re.compile(r"<([a-z])_([0-9]+)>")
+_TOKEN = re.compile(r"<([a-z])_([0-9]{1,10})>")
 _ARRAYS = ("sids", "lengths", "item_ids")
 
 
@@ -164,7 +164,10 @@ def _lengths(path: Path, sids: np.ndarray, lengths: np.ndarray | None) -> np.nda
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:  # JSON may nest just so deep that it can be read and not be shown
+        text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -265,9 +265,9 @@ class TrieIndex:
         """Maps a saved index into memory; processes that load the same file share its pages.
 
         The file may come from anywhere: what loads is what :meth:`build` and :meth:`save` write, to the byte. Every
-        header word, bit and symbol is checked, which takes about 0.1 s for 10 million 8-level SIDs. What is not: that item
-        ids are distinct where the largest is 16 times their number or more, and what somebody writes into the file
-        later (:meth:`save` never does, it makes a new one).
+        header word, bit and symbol is checked, which takes about 0.1 s for 10 million 8-level SIDs. What is not: that
+        item ids are distinct where the largest is 16 times their number or more, and what somebody writes into the
+        file later (:meth:`save` never does, it makes a new one).
 
         Raises:
             ValueError: the file is no index, of another version, truncated, altered or malformed; naming it and what

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from raddpo_ext import _C, _check
 
-_TOKEN_CODE = re.compile(r"_(\d+)>$")
+_TOKEN_CODE = re.compile(r"_([0-9]{1,10})>$")
 
 
 class SIDVocab:
@@ -47,8 +48,7 @@ class SIDVocab:
         self.sizes = tuple(_check.integer(size, f"sizes[{i}]", 1) for i, size in enumerate(sizes))
         if not self.sizes:
             raise ValueError("sizes must name at least one level, got ()")
-        if sum(self.sizes) > _C.MAX_CODES:
-            raise ValueError(f"sizes must be at most {_C.MAX_CODES} codes together, got {sum(self.sizes)}")
+        _check_sizes(self.sizes)
         if sum((offsets is not None, token_ids is not None, offset != 0)) > 1:
             raise ValueError("offsets, offset and token_ids exclude one another; give one")
         if token_ids is not None:
@@ -112,15 +112,22 @@ class SIDVocab:
             eos: as for the class.
 
         Raises:
-            ValueError: a token of the file is unknown to the tokenizer, or does not end in ``_<code>>``.
+            ValueError: the file is no such object, or a token of it is unknown to the tokenizer, or does not end in
+                ``_<code>>``.
         """
-        with open(index_json, encoding="utf-8") as file:
-            sids = json.load(file).values()
+        try:
+            sids = json.loads(Path(index_json).read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"index_json: {os.fspath(index_json)}: not valid JSON: {error}") from None
+        if not isinstance(sids, dict) or not all(isinstance(sid, list) for sid in sids.values()):
+            raise ValueError(
+                f'index_json: {os.fspath(index_json)}: expected an object {{"item": ["<a_12>", ...], ...}}'
+            )
         levels: list[dict[int, int]] = []
         unknown = getattr(tokenizer, "unk_token_id", None)
-        for sid in sids:
+        for sid in sids.values():
             for level, token in enumerate(sid):
-                match = _TOKEN_CODE.search(token)
+                match = _TOKEN_CODE.search(token) if isinstance(token, str) else None
                 if match is None:
                     raise ValueError(f"index_json: token {token!r} does not end in _<code>>")
                 if level == len(levels):
@@ -133,7 +140,10 @@ class SIDVocab:
                     raise ValueError(f"index_json: the tokenizer does not know token {token!r}")
                 levels[level][code] = token_id
         sizes = [max(codes) + 1 for codes in levels]
-        token_ids = [[codes.get(code, -1) for code in range(size)] for codes, size in zip(levels, sizes, strict=True)]
+        _check_sizes(sizes)
+        token_ids = [torch.full((size,), -1) for size in sizes]
+        for ids, codes in zip(token_ids, levels, strict=True):
+            ids[[*codes]] = torch.tensor([*codes.values()])
         return cls(sizes, eos=eos, token_ids=token_ids)
 
     @property
@@ -200,6 +210,11 @@ class SIDVocab:
 
     def __repr__(self) -> str:
         return f"SIDVocab(sizes={self.sizes}, eos={self.eos}, first tokens={[int(ids[0]) for ids in self.token_ids]})"
+
+
+def _check_sizes(sizes: Sequence[int]) -> None:
+    if sum(sizes) > _C.MAX_CODES:
+        raise ValueError(f"sizes must be at most {_C.MAX_CODES} codes together, got {sum(sizes)}")
 
 
 def _check_tokens(largest: int) -> None:

@@ -1,0 +1,122 @@
+"""Runs the targets one after the other and records what came of it: ``python -m fuzz --seconds 600 [target ...]``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from raddpo_ext._files import replacing
+
+FOLDER = Path(__file__).parent
+WORK = Path("build/fuzz")
+RESULTS = FOLDER / "results.json"
+#: The corpus of each target. The first is C++, fuzzed by libFuzzer, the others Python, by atheris.
+TARGETS = {
+    "index_check": "index",
+    "index_file": "index",
+    "sid_files": "sid_files",
+    "session_logs": "session_logs",
+    "catalogues": "catalogues",
+    "request_body": "request_body",
+}
+SOURCES = [f"trie/trie_{part}.cpp" for part in ("block", "build", "check", "check_cpu", "live", "live_cpu", "merge")]
+SOURCES += ["common/isa.cpp"]
+CXX_FLAGS = ["-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-pthread", "-Wno-unknown-pragmas"]
+CXX_FLAGS += ["-Wno-ignored-pragmas", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=undefined"]
+CXX_FLAGS += ["-mavx2", "-mbmi", "-mbmi2", "-mfma", "-mf16c", "-mpopcnt"]  # clang ignores GCC's pragma for these
+LIMITS = ["-max_len=16384", "-timeout=25", "-rss_limit_mb=4096", "-print_final_stats=1", "-verbosity=1"]
+LIMITS += [f"-dict={FOLDER / 'words.dict'}"]
+MOST_CRASHES = 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
+    parser.add_argument("targets", nargs="*", metavar="target", help=f"any of {', '.join(TARGETS)}; default all")
+    parser.add_argument("--seconds", type=int, default=600, help="for each target")
+    options = parser.parse_args()
+    if unknown := set(options.targets) - set(TARGETS):
+        parser.error(f"unknown target: {', '.join(sorted(unknown))}")
+    crashes = 0
+    for target in options.targets or TARGETS:
+        record = fuzz(target, options.seconds)
+        _record(target, record)
+        print(target, json.dumps(record))
+        crashes += len(record["crashes"])
+    sys.exit(crashes > 0)
+
+
+def fuzz(target: str, seconds: int) -> dict[str, Any]:
+    """Until the time is over; what crashes is put aside and the search goes on."""
+    command = _command(target)
+    kept, found, committed = WORK / target / "inputs", WORK / target / "crashes", FOLDER / "corpus" / TARGETS[target]
+    for folder in (kept, found):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    record: dict[str, Any] = {"engine": "libFuzzer" if target == "index_check" else "atheris"}
+    record |= {"inputs": len([*committed.iterdir()]), "executions": 0, "new_units": 0, "coverage": 0}
+    begin = time.monotonic()
+    while (left := seconds - (time.monotonic() - begin)) >= 1:
+        run = [
+            *command,
+            f"-max_total_time={left:.0f}",
+            *LIMITS,
+            f"-artifact_prefix={found}/",
+            str(kept),
+            str(committed),
+        ]
+        with open(WORK / target / "log", "w+") as log:
+            code = subprocess.run(run, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+            log.seek(0)
+            text = log.read()
+        for key, pattern in (
+            ("executions", r"stat::number_of_executed_units: (\d+)"),
+            ("new_units", r"units_added: +(\d+)"),
+        ):
+            record[key] += sum(map(int, re.findall(pattern, text)))
+        record["coverage"] = max([record["coverage"], *map(int, re.findall(r" cov: (\d+)", text))])
+        if code and not (any(found.iterdir()) and "stat::" in text):
+            sys.exit(f"{target} cannot run:\n{text[-2000:]}")
+        if code:
+            shutil.copy(WORK / target / "log", WORK / target / f"crash-{len([*found.iterdir()])}.log")
+        if len([*found.iterdir()]) >= MOST_CRASHES:
+            break
+    record["seconds"] = round(time.monotonic() - begin)
+    record["crashes"] = sorted(path.name for path in found.iterdir())
+    return record | {"date": time.strftime("%Y-%m-%d", time.gmtime()), "commit": _commit()}
+
+
+def _command(target: str) -> list[str]:
+    if target != "index_check":
+        return [sys.executable, "-m", "fuzz.target", target]
+    compiler = next(filter(shutil.which, (os.environ.get("CLANG", "clang++"), "clang++-19", "clang++")), None)
+    if compiler is None:
+        sys.exit("index_check needs clang++ with libFuzzer (Debian: clang-19 and libclang-rt-19-dev); CLANG names it")
+    WORK.mkdir(parents=True, exist_ok=True)
+    binary = WORK / "index_check.bin"
+    sources = [FOLDER / "index_check.cpp", *(FOLDER.parent / "csrc" / source for source in SOURCES)]
+    subprocess.run([compiler, *CXX_FLAGS, *map(str, sources), "-o", str(binary)], check=True)
+    return [str(binary), "-use_value_profile=1"]
+
+
+def _commit() -> str:
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return git.stdout.strip()
+
+
+def _record(target: str, record: dict[str, Any]) -> None:
+    """One record a target, the last; the others stay."""
+    results = json.loads(RESULTS.read_bytes()) if RESULTS.exists() else {}
+    with replacing(RESULTS) as file:
+        file.write(json.dumps(results | {target: record}, indent=1, sort_keys=True).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""One Python target under atheris: ``python -m fuzz.target NAME [options of libFuzzer] [folders of inputs]``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import atheris
+
+
+def main() -> None:
+    name = sys.argv.pop(1)
+    with atheris.instrument_imports(include=["raddpo_ext"]):
+        module = importlib.import_module(f"fuzz.{name}")
+    mutate = getattr(module, "mutate", None)
+    atheris.Setup(sys.argv, module.run, **({"custom_mutator": mutate} if mutate else {}))
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
