@@ -33,7 +33,7 @@ def run(data: bytes) -> None:
     ends = np.full(rows, columns) if table.lengths is None else table.lengths
     assert rows
     assert ends.shape == (rows,)
-    assert ((1 <= ends) & (ends <= columns)).all()
+    assert ((ends >= 1) & (ends <= columns)).all()
     assert table.item_ids is None or table.item_ids.shape == (rows,)
     for level, size in enumerate(table.sizes):
         column = table.sids[ends > level, level]
