@@ -1,0 +1,1 @@
+"""Deliberate faults in the kernels and their Python, and whether the tests of their op find them."""

@@ -1,0 +1,352 @@
+"""The faults: each replaces one text, which its file holds exactly once, and runs the tests of its op only."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+#: Test files of each op. CUDA kernels are run on the CPU, by python_tests/cuda_on_cpu.
+TESTS = {
+    "beam_search": ("test_beam_search", "test_beam_step"),
+    "beam_search, CUDA": ("test_cuda_on_cpu",),
+    "linear_beam_step": ("test_linear_beam_step",),
+    "trie, build": ("test_trie", "test_trie_file"),
+    "trie, live": ("test_trie_live",),
+    "trie, merge": ("test_trie_live",),
+    "token_logps": ("test_token_logps", "test_token_logps_autograd"),
+    "token_logps, CUDA": ("test_token_logps_cuda",),
+    "linear_token_logps": ("test_linear_token_logps", "test_linear_autograd", "test_linear_shared"),
+    "row_lse": ("test_row_lse",),
+    "session_loss": ("test_session_loss", "test_session_loss_exact", "test_session_loss_formulas"),
+    "session_loss, CUDA": ("test_session_loss_cuda",),
+    "similarity_weighting": ("test_similarity_weighting",),
+    "pack_sessions": ("test_pack_sessions",),
+    "retriever": ("test_retriever",),
+    "catalogue_store": ("test_catalogue_store",),
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """``old`` is replaced by ``new`` in ``file``: ``fault`` says in words what is then wrong."""
+
+    fault: str
+    op: str
+    file: str
+    old: str
+    new: str
+
+    @property
+    def tests(self) -> tuple[str, ...]:
+        return tuple(f"python_tests/{name}.py" for name in TESTS[self.op])
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256("\0".join((self.file, self.old, self.new, *self.tests)).encode()).hexdigest()[:16]
+
+    def applied_to(self, text: str) -> str:
+        """The file's text with the fault.
+
+        Raises:
+            ValueError: the text to be replaced is not there exactly once: the list is stale.
+        """
+        if text.count(self.old) != 1:
+            raise ValueError(f"'{self.fault}' is stale: its text is in {self.file} {text.count(self.old)} times, not 1")
+        return text.replace(self.old, self.new)
+
+
+MUTANTS = [
+    Mutant(
+        fault="among equal scores the higher parent comes first",
+        op="beam_search",
+        file="csrc/beam_search/beam_search.cpp",
+        old="[](const Candidate& a, const Candidate& b) { return a.key > b.key; }",
+        new="[](const Candidate& a, const Candidate& b) {\n"
+        "                     return a.key > b.key || (a.key == b.key && a.parent > b.parent);\n"
+        "                   }",
+    ),
+    Mutant(
+        fault="the candidates of the last thread's beams are lost",
+        op="beam_search",
+        file="csrc/beam_search/beam_search.cpp",
+        old="for (std::int64_t piece = 1; piece < pieces; ++piece)",
+        new="for (std::int64_t piece = 1; piece + 1 < pieces; ++piece)",
+    ),
+    Mutant(
+        fault="a child may score above its parent",
+        op="beam_search",
+        file="csrc/beam_search/beam_search_cpu.inl",
+        old="scores[i] = score + (logp > 0.f ? 0.f : logp);",
+        new="scores[i] = score + logp;",
+    ),
+    Mutant(
+        fault="of several items of one SID the last is skipped",
+        op="beam_search",
+        file="raddpo_ext/beam_search.py",
+        old="beam = torch.searchsorted(ends, rank, right=True)",
+        new="beam = torch.searchsorted(ends, rank + 1, right=True)",
+    ),
+    Mutant(
+        fault="no barrier before the warps' shares of a row are merged",
+        op="beam_search, CUDA",
+        file="csrc/beam_search/beam_search_cuda.cu",
+        old="  __syncthreads();\n  if (threadIdx.x == 0) {\n    LogSumExp s = parts[0];",
+        new="  if (threadIdx.x == 0) {\n    LogSumExp s = parts[0];",
+    ),
+    Mutant(
+        fault="no barrier between reading the keys and moving them to the front",
+        op="beam_search, CUDA",
+        file="csrc/beam_search/top_keys.cuh",
+        old="const Key key = i < used ? keys[i] : 0;\n      __syncthreads();",
+        new="const Key key = i < used ? keys[i] : 0;",
+    ),
+    Mutant(
+        fault="parents are counted from the first beam of their tile",
+        op="beam_search, CUDA",
+        file="csrc/beam_search/beam_search_cuda.cu",
+        old="a.out_parents[out + slot] = beam + c.beam[0];",
+        new="a.out_parents[out + slot] = c.beam[0];",
+    ),
+    Mutant(
+        fault="of an odd number of features the last but one is read twice",
+        op="linear_beam_step",
+        file="csrc/child_logits/child_logits_cpu.inl",
+        old="const std::int64_t last = first + size - 1;",
+        new="const std::int64_t last = first + size - 2;",
+    ),
+    Mutant(
+        fault="no barrier before the state's next piece overwrites the one before",
+        op="linear_beam_step",
+        file="csrc/child_logits/child_logits_cuda.cu",
+        old="    __syncthreads();  // every warp is done with the piece before\n",
+        new="",
+    ),
+    Mutant(
+        fault="the log-sum-exps of the tiles are added up in the type of the hidden states",
+        op="linear_beam_step",
+        file="raddpo_ext/linear_beam_step.py",
+        old="parts = hidden.new_empty((-(-vocab // step), rows), dtype=torch.float32)",
+        new="parts = hidden.new_empty((-(-vocab // step), rows))",
+    ),
+    Mutant(
+        fault="no room in a packed key for the symbol that says that a SID has ended",
+        op="trie, build",
+        file="csrc/trie/trie_build.cpp",
+        old="bits[l] = bit_width(num_symbols[l] - 1 + absent);",
+        new="bits[l] = bit_width(num_symbols[l] - 1);",
+    ),
+    Mutant(
+        fault="hints of the zeros' places name the block after the right one",
+        op="trie, build",
+        file="csrc/trie/trie_block.cpp",
+        old="hints[hint] = static_cast<std::uint32_t>(block);",
+        new="hints[hint] = static_cast<std::uint32_t>(block + 1);",
+    ),
+    Mutant(
+        fault="the largest item id may be there twice",
+        op="trie, build",
+        file="csrc/trie/trie_build.cpp",
+        old="for (std::int64_t i = 1; i < n_; ++i)\n      if (b.keys[i] == b.keys[i - 1])",
+        new="for (std::int64_t i = 1; i + 1 < n_; ++i)\n      if (b.keys[i] == b.keys[i - 1])",
+    ),
+    Mutant(
+        fault="the carry from one word of nodes to the next is lost",
+        op="trie, live",
+        file="csrc/trie/trie_live_cpu.inl",
+        old="carry = n < 64 ? total >> n : sum < run || total < sum;",
+        new="carry = n < 64 ? total >> n : sum < run;",
+    ),
+    Mutant(
+        fault="a second filter lets through what the first one took out",
+        op="trie, live",
+        file="csrc/trie/trie_live.cpp",
+        old="& (old.live_items.bits ? old.live_items.bits[w] : valid);",
+        new="& valid;",
+    ),
+    Mutant(
+        fault="the rank of what is left leaves out a block's first word",
+        op="trie, live",
+        file="csrc/trie/trie_math.h",
+        old="for (std::int64_t w = block * (kBlockBits / 64); w < word; ++w)",
+        new="for (std::int64_t w = block * (kBlockBits / 64) + 1; w < word; ++w)",
+    ),
+    Mutant(
+        fault="SIDs that both indexes hold are counted twice",
+        op="trie, merge",
+        file="csrc/trie/trie_merge.cpp",
+        old="fresh_sids_ += !place.found && count == 0;",
+        new="fresh_sids_ += count == 0;",
+    ),
+    Mutant(
+        fault="item ids of 64 bits are added to an index of 32 bits",
+        op="trie, merge",
+        file="csrc/trie/trie_merge.cpp",
+        old="    shape.wide_items |= added.wide_items;\n",
+        new="",
+    ),
+    Mutant(
+        fault="an ignore_index that is a token id is not ignored",
+        op="token_logps",
+        file="csrc/token_logps/token_logps_math.h",
+        old="if (token == a.ignore_index) return kIgnored;",
+        new="if (token == a.ignore_index && token < 0) return kIgnored;",
+    ),
+    Mutant(
+        fault="in place the target's logit is read after it is overwritten",
+        op="token_logps",
+        file="csrc/token_logps/token_logps_cpu.inl",
+        old="  const A z = here ? row.at(target) : A(0);  // read before it is overwritten in place\n"
+        "  write_softmax<D, map>(row, {begin, end - begin}, g, lse, y);\n",
+        new="  write_softmax<D, map>(row, {begin, end - begin}, g, lse, y);\n"
+        "  const A z = here ? row.at(target) : A(0);\n",
+    ),
+    Mutant(
+        fault="the softmax runs over the next level's tokens",
+        op="token_logps",
+        file="raddpo_ext/support.py",
+        old="known = torch.where(outside, 0, levels)",
+        new="known = torch.where(outside, 0, (levels + 1).clamp(max=num_levels - 1))",
+    ),
+    Mutant(
+        fault="no barrier before the warps' sums of a row are merged",
+        op="token_logps, CUDA",
+        file="csrc/token_logps/token_logps_cuda.cu",
+        old="    if (lane_id() == 0) parts[warp_id()] = sum;\n    __syncthreads();\n",
+        new="    if (lane_id() == 0) parts[warp_id()] = sum;\n",
+    ),
+    Mutant(
+        fault="the first block of a cluster does not wait for the others' sums",
+        op="token_logps, CUDA",
+        file="csrc/token_logps/token_logps_cuda.cu",
+        old="    if (rank > 0) return;\n    cluster_wait();\n",
+        new="    if (rank > 0) return;\n",
+    ),
+    Mutant(
+        fault="NaN where every logit of the tiles so far is -inf",
+        op="linear_token_logps",
+        file="raddpo_ext/linear_product.py",
+        old="shift = both.masked_fill(both == -torch.inf, 0.0)",
+        new="shift = both",
+    ),
+    Mutant(
+        fault="tiles of rows add up to the weight's gradient in bfloat16",
+        op="linear_token_logps",
+        file="raddpo_ext/linear_product.py",
+        old="piece = (logits.T @ hidden).to(gradients.sum_dtype)",
+        new="piece = logits.T @ hidden",
+    ),
+    Mutant(
+        fault="the first token after a level's last counts as one of the level",
+        op="linear_token_logps",
+        file="raddpo_ext/linear_parts.py",
+        old="outside = (local < 0) | (local >= width)",
+        new="outside = (local < 0) | (local > width)",
+    ),
+    Mutant(
+        fault="NaN where every logit so far is -inf",
+        op="row_lse",
+        file="csrc/common/log_sum_exp.inl",
+        old="const float shift = s.shift == -INFINITY ? 0.f : s.shift;",
+        new="const float shift = s.shift;",
+    ),
+    Mutant(
+        fault="the sum so far is not scaled to a new maximum",
+        op="row_lse",
+        file="csrc/common/log_sum_exp.inl",
+        old="    s.sum *= fast_exp(shift - most);\n",
+        new="",
+    ),
+    Mutant(
+        fault="the pair weights are left out of the log-sum-exp",
+        op="session_loss",
+        file="csrc/session_loss/session_loss_cpu.inl",
+        old="T x = sign * m.rewards[j] + fast_log(m.weights[j]);",
+        new="T x = sign * m.rewards[j];",
+    ),
+    Mutant(
+        fault="against a pool only the first positive's prefix is detached",
+        op="session_loss",
+        file="csrc/session_loss/session_loss_cpu.inl",
+        old="} else if (a.protect == Protect::positives || a.positives == Positives::pooled) {",
+        new="} else if (a.protect == Protect::positives) {",
+    ),
+    Mutant(
+        fault="negatives that are impossible are smoothed",
+        op="session_loss",
+        file="csrc/session_loss/session_loss_math.h",
+        old="const T slope = gap == -INFINITY ? T(0) : sigmoid - smoothing;",
+        new="const T slope = sigmoid - smoothing;",
+    ),
+    Mutant(
+        fault="no barrier before the gradient is divided by the number of positives",
+        op="session_loss, CUDA",
+        file="csrc/session_loss/session_loss_cuda.cu",
+        old="    __syncthreads();  // the gradient is complete\n    T* gradient",
+        new="    T* gradient",
+    ),
+    Mutant(
+        fault="sessions beyond a block's threads are lost from the totals",
+        op="session_loss, CUDA",
+        file="csrc/session_loss/session_loss_cuda.cu",
+        old="for (std::int64_t s = threadIdx.x; s < a.batch.sessions; s += kLossThreads) add(sums, w.sums[s]);",
+        new="if (threadIdx.x < a.batch.sessions) add(sums, w.sums[threadIdx.x]);",
+    ),
+    Mutant(
+        fault="quantiles are not interpolated",
+        op="similarity_weighting",
+        file="raddpo_ext/similarity_weighting.py",
+        old="low, high = ascending[below], ascending[math.ceil(rank)]",
+        new="low, high = ascending[below], ascending[below]",
+    ),
+    Mutant(
+        fault="similarities are appended in the reverse order of the ranks",
+        op="similarity_weighting",
+        file="raddpo_ext/similarity_weighting.py",
+        old="torch.cat(arrived)",
+        new="torch.cat(arrived[::-1])",
+    ),
+    Mutant(
+        fault="a candidate's tokens are seen by the next candidate's first token",
+        op="pack_sessions",
+        file="csrc/pack_sessions/pack_sessions.h",
+        old="out_.ends[row_ + path_.back()] = width();",
+        new="out_.ends[row_ + path_.back()] = width() + 1;",
+    ),
+    Mutant(
+        fault="the candidates of a session swap the states that predict them",
+        op="pack_sessions",
+        file="csrc/pack_sessions/pack_sessions.cpp",
+        old="predictors[i] = first + pack.predictors[i];",
+        new="predictors[i] = first + pack.predictors[(in.offsets[s] + in.offsets[s + 1] - 1 - c) * in.levels + "
+        "i % in.levels];",
+    ),
+    Mutant(
+        fault="beams see the ancestors of the slot that they are in, not of their parent's",
+        op="retriever",
+        file="raddpo_ext/integrations/decoders.py",
+        old="ancestors = self.sees.gather(1, parents[..., None].expand(-1, -1, self.sees.shape[2]))",
+        new="ancestors = self.sees[:, torch.arange(width, device=tokens.device) % self.sees.shape[1]]",
+    ),
+    Mutant(
+        fault="the cache does not follow the beams",
+        op="retriever",
+        file="raddpo_ext/integrations/decoders.py",
+        old="            self.cache.reorder_cache(rows)\n            self.mask = torch.cat(",
+        new="            if len(rows) != len(self.mask):\n                self.cache.reorder_cache(rows)\n"
+        "            self.mask = torch.cat(",
+    ),
+    Mutant(
+        fault="a version is published before its checksum is verified",
+        op="catalogue_store",
+        file="raddpo_ext/catalogue_store.py",
+        old="                TrieIndex.load(staged)\n",
+        new="",
+    ),
+    Mutant(
+        fault="a reader goes back to an older version",
+        op="catalogue_store",
+        file="raddpo_ext/catalogue_store.py",
+        old="if at_hand is not None and version <= at_hand.version:",
+        new="if at_hand is not None and version == at_hand.version:",
+    ),
+]
