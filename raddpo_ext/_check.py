@@ -16,15 +16,22 @@ NORMALIZE = ("vocab", "level", "trie")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def integer(value: Any, name: str, least: int | None = None) -> int:
-    """``value`` as an int, at least ``least``."""
+def integer(value: Any, name: str, least: int | None = None, most: int = 2**63 - 1) -> int:
+    """``value`` as an int, at least ``least`` and at most ``most``."""
     try:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {value!r}") from None
     if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least}, got {number}")
+    if number > most:
+        raise ValueError(f"{name} must be at most {most}, got {number}")
     return number
+
+
+def width(value: Any, name: str) -> int:
+    """``value`` as a number of beams or of results: kernels count them in 32 bits."""
+    return integer(value, name, 1, 2**31 - 1)
 
 
 def number(value: Any, name: str) -> float:
@@ -113,8 +120,8 @@ def widths(value: int | Sequence[int], levels: int) -> list[int]:
     if isinstance(value, Sequence):
         if len(value) != levels:
             raise ValueError(f"beam_width must have one entry a call ({levels}), got {list(value)}")
-        return [integer(width, f"beam_width[{i}]", 1) for i, width in enumerate(value)]
-    return [integer(value, "beam_width", 1)] * levels
+        return [width(entry, f"beam_width[{i}]") for i, entry in enumerate(value)]
+    return [width(value, "beam_width")] * levels
 
 
 def none(bad: Tensor, message: Callable[[int], str]) -> None:

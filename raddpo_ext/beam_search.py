@@ -70,7 +70,7 @@ def beam_search(
     """
     widths = _check.widths(beam_width, index.levels)
     if top_k is not None:
-        _check.integer(top_k, "top_k", 1)
+        _check.width(top_k, "top_k")
     if weight is None and (bias is not None or temperature != 1 or logit_softcap is not None):
         raise ValueError("bias, temperature and logit_softcap need weight: without it step_fn returns final logits")
     options: dict[str, Any] = {"normalize": normalize, "length_penalty": length_penalty, "check": check}

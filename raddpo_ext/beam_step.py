@@ -64,7 +64,7 @@ def beam_step(
             dimension are read in place.
         state: the beams before, ``[B, W]``.
         index: on the device of ``logits``.
-        beam_width: beams kept, at least 1; may exceed the catalogue.
+        beam_width: beams kept, from 1 to ``2**31 - 1``; may exceed the catalogue.
         normalize: support of the softmax. ``"vocab"``: all of ``V``. ``"level"``: the level's codes, and ``eos`` after
             the first level (needs an index with a vocab). ``"trie"``: the children only.
         length_penalty: finite exponent.
@@ -80,7 +80,7 @@ def beam_step(
         got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
         raise TypeError(f"logits must be a float32, bfloat16 or float16 tensor, got {got}")
     support = check_state(logits, "logits", state, index, normalize, length_penalty)
-    _check.integer(beam_width, "beam_width", 1)
+    _check.width(beam_width, "beam_width")
     if check:
         _check_values(logits, state, index)
     cheap = logits.device.type == "cpu" and not torch.compiler.is_compiling()  # a graph cannot depend on values

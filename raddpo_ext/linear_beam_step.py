@@ -58,7 +58,7 @@ def linear_beam_step(
     """
     _check_inputs(hidden, weight, bias)
     support = check_state(hidden, "hidden", state, index, normalize, length_penalty)
-    _check.integer(beam_width, "beam_width", 1)
+    _check.width(beam_width, "beam_width")
     scale, softcap = check_map(temperature, logit_softcap)
     if level is None:
         level = _level_of(state, index)

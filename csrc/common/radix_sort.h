@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <exception>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -11,13 +12,19 @@
 
 namespace raddpo {
 
-// Calls body(thread, begin, end) on equal shares of [0, size), one thread each.
+// Calls body(thread, begin, end) on equal shares of [0, size), one thread each; body must not throw.
 template <typename Body>
 void parallel_shares(int threads, std::int64_t size, const Body& body) {
+  const auto run = [&](int t) { body(t, size * t / threads, size * (t + 1) / threads); };
   std::vector<std::thread> others;
-  for (int t = 1; t < threads; ++t)
-    others.emplace_back([&, t] { body(t, size * t / threads, size * (t + 1) / threads); });
-  body(0, 0, size / threads);
+  others.reserve(threads);
+  int begun = 1;
+  try {
+    for (; begun < threads; ++begun) others.emplace_back(run, begun);
+  } catch (const std::exception&) {  // no more threads are to be had: the other shares are done here
+  }
+  run(0);
+  for (int t = begun; t < threads; ++t) run(t);
   for (std::thread& other : others) other.join();
 }
 

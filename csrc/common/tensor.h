@@ -11,6 +11,8 @@
 #include <array>
 #include <initializer_list>
 #include <optional>
+#include <stdexcept>
+#include <string>
 
 #include "logit_type.h"
 #ifdef RADDPO_WITH_CUDA
@@ -36,6 +38,13 @@ inline LogitType logit_type_of(const Tensor& t, const char* op) {
   }
 }
 
+// In the words by which accelerate tells that a smaller batch may fit.
+inline std::string no_memory_for(std::initializer_list<std::int64_t> sizes) {
+  std::string text;
+  for (const std::int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "raddpo_ext: out of memory. Tried to allocate a tensor of shape (" + text + ")";
+}
+
 // A contiguous tensor on the device of `like`. Straight from torch's C shim: torch::stable::new_empty looks its
 // operator up by name on every call, which is a tenth of a small beam step.
 inline Tensor new_empty(const Tensor& like, std::initializer_list<std::int64_t> sizes, ScalarType type) {
@@ -51,8 +60,10 @@ inline Tensor new_empty(const Tensor& like, std::initializer_list<std::int64_t> 
   std::int32_t device = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()), sizes.begin(),
-                                                  strides.data(), code, device, like.get_device_index(), &handle));
+  const auto dims = static_cast<std::int64_t>(sizes.size());
+  const int error =
+      aoti_torch_empty_strided(dims, sizes.begin(), strides.data(), code, device, like.get_device_index(), &handle);
+  if (error) throw std::runtime_error(no_memory_for(sizes));
   return Tensor(handle);
 }
 

@@ -55,7 +55,7 @@ Packed pack_sessions_cpu(const Tensor& prompts, const Tensor& prompt_begins, con
 
   std::int64_t width = 1;
   for (std::int64_t s = 0; s < in.sessions; ++s) width = std::max(width, pack.row_begins[s + 1] - pack.row_begins[s]);
-  width = (width + multiple_of - 1) / multiple_of * multiple_of;
+  width = ((width - 1) / multiple_of + 1) * multiple_of;
   const auto matrix = [&](std::int64_t rows, std::int64_t columns) {
     return new_empty(tokens, {rows, columns}, ScalarType::Long);
   };
