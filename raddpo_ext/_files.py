@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,15 +16,38 @@ from typing import BinaryIO
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes the place of ``path`` once it is written: a reader sees the old file or the whole new one.
 
-    It is on the disk before it has the name. If writing fails, nothing of it is left.
+    It is on the disk before it has the name. If writing fails, nothing of it is left, and an OSError names ``path``. A
+    writer that is killed leaves ``.<name>.<16 hex digits>`` beside it, which the next writer of ``path`` removes.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    _remove_abandoned(path)
+    temporary = None
     try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        while True:
+            temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+            with open(temporary, "xb") as file:
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(file, fcntl.LOCK_EX)  # tells that its writer lives
+                if not temporary.exists():
+                    continue  # another writer found it before it was locked
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, path)
+                return
+    except BaseException as error:
+        if temporary is not None:
+            with suppress(OSError):  # not there, or the folder may not be changed
+                temporary.unlink()
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
+            error.filename = str(path)
         raise
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes what killed writers of ``path`` left: files that no process has locked."""
+    name = re.compile(re.escape(f".{path.name}.") + "[0-9a-f]{16}")
+    with suppress(OSError):  # no such folder, or none that may be changed: the writing will tell
+        for entry in filter(name.fullmatch, os.listdir(path.parent)):
+            with suppress(OSError), open(path.with_name(entry), "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.with_name(entry).unlink()
