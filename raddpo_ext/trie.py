@@ -258,7 +258,7 @@ class TrieIndex:
             raise ValueError(f"{os.fspath(path)}: an index without items cannot be saved")
         data = self._compact()
         with replacing(Path(path)) as file:
-            data.tofile(file)
+            file.write(data.data)  # numpy's own tofile hides why it failed
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TrieIndex:
@@ -277,7 +277,11 @@ class TrieIndex:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             # A private mapping: writable as torch wants it, yet the file stays as it is and its pages stay shared.
-            content = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) if size else b""
+            try:
+                content = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) if size else b""
+            except OSError as error:
+                error.filename = os.fspath(path)
+                raise
         try:
             _C.trie_check(content, torch.get_num_threads())
         except ValueError as error:

@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
-#include <new>
 #include <utility>
 
+#include "../common/buffer.h"
 #include "../common/huge_pages.h"
 #include "../common/isa.h"
 #include "trie_live.h"

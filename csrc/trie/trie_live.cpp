@@ -126,7 +126,7 @@ TrieLive trie_live(const TrieLiveInput& in) {
   const std::int64_t nodes = num_nodes_of(old), words = items.words();
   const LiveLayout at(nodes, items.size);
   auto* memory = static_cast<std::uint8_t*>(std::aligned_alloc(64, (at.bytes + 63) / 64 * 64));
-  if (!memory) throw std::bad_alloc();
+  if (!memory) throw OutOfMemory(at.bytes);
   TrieLive out{{decltype(TrieBytes::data)(memory), at.bytes}, 0, 0, 0, 0};
   std::memset(memory, 0, at.bytes);
   auto* node_bits = reinterpret_cast<std::uint64_t*>(memory);
