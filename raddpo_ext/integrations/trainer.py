@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from raddpo_ext import _check
 from raddpo_ext._files import replacing
 from raddpo_ext.integrations.base_model import base_model, logits_map
+from raddpo_ext.integrations.checkpoints import CheckpointedTrainer
 from raddpo_ext.integrations.retriever import SIDRetriever
 from raddpo_ext.integrations.session_collator import SessionCollator
 from raddpo_ext.integrations.session_objective import METRICS, ROWS, SessionObjective
@@ -29,12 +31,13 @@ _logger = logging.get_logger(__name__)
 _WEIGHTING_FILE = "similarity_weighting.pt"
 
 
-class RADDPOTrainer(Trainer):
+class RADDPOTrainer(CheckpointedTrainer):
     """Trains a language model on sessions by RAD-DPO, with everything else as in ``transformers.Trainer``.
 
     The loss is that of the whole batch, over accumulated batches and ranks alike: however a batch is split, the same
     model comes out. It works with gradient accumulation, DDP and FSDP2, PEFT adapters, gradient checkpointing, autocast
-    and ``torch_compile``. A run that is resumed goes on as if it had never stopped, the similarity weighting included.
+    and ``torch_compile``. A run that is resumed goes on as if it had never stopped, the similarity weighting included;
+    ``resume_from_checkpoint=True`` passes over a checkpoint that was being written when the run was killed.
 
     Logged, as means over what came since the last time: ``loss`` and its parts ``preference`` and ``sft``; the rewards,
     margins, accuracies, weights and detached share of :class:`raddpo_ext.RADDPOOutput`; ``dropped_pairs``, the share of
@@ -239,8 +242,10 @@ class RADDPOTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.objective.similarity_weighting is not None and self.args.should_save:
+            state = io.BytesIO()  # torch.save would hide why a file cannot be written
+            torch.save(self.objective.similarity_weighting.state_dict(), state)
             with replacing(Path(output_dir, _WEIGHTING_FILE)) as file:
-                torch.save(self.objective.similarity_weighting.state_dict(), file)
+                file.write(state.getbuffer())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

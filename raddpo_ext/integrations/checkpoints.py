@@ -1,0 +1,51 @@
+"""Checkpoints of a run that are whole or passed over: one may be being written when its process is killed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
+
+_logger = logging.get_logger(__name__)
+
+
+class CheckpointedTrainer(Trainer):
+    """``transformers.Trainer``, which resumes from checkpoints only that were written to their end.
+
+    It writes a checkpoint's ``trainer_state.json`` after everything else, so that this file tells.
+    """
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """``resume_from_checkpoint=True`` takes the last checkpoint that is whole. Else as ``Trainer.train``."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(f"resume_from_checkpoint = True, but {self.args.output_dir} holds no whole checkpoint")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        checkpoint = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:  # an older one of this step, which is overwritten, is not whole meanwhile
+            (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:  # torch's and safetensors' own say neither where nor, often, why
+            raise RuntimeError(f"{checkpoint} could not be written: {error}; is the disk full?") from error
+
+
+def last_whole_checkpoint(folder: str) -> str | None:
+    """The ``checkpoint-<step>`` in a run's folder of the latest step that is whole, or None; warns of later ones."""
+    found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(folder).glob("checkpoint-*"))
+    for _, path in sorted(((int(match[1]), path) for match, path in found if match), reverse=True):
+        try:
+            json.loads((path / TRAINER_STATE_NAME).read_text())
+            return str(path)
+        except (OSError, ValueError) as error:
+            _logger.warning("%s was not written to its end and is passed over: %s", path, error)
+    return None
