@@ -104,7 +104,7 @@ TrieBlock::TrieBlock(const TrieShape& s) {
     refuse("sids give a trie of ", s.nodes, " nodes, more than ", UINT32_MAX / 2);
   const TrieLayout layout(s);
   auto* memory = static_cast<std::uint8_t*>(std::aligned_alloc(64, layout.size()));
-  if (!memory) throw std::bad_alloc();
+  if (!memory) throw OutOfMemory(layout.size());
   advise_huge_pages(memory, layout.size());
   bytes_ = {decltype(bytes_.data)(memory), layout.size()};
   for (int i = 0; i < TrieLayout::kSections; ++i) {  // bits, their ranks and hints, and the gaps behind others
