@@ -8,6 +8,7 @@ from setuptools import setup
 
 try:
     import pybind11
+    import torch
     import torch.utils.cpp_extension as torch_ext
 except ImportError as error:
     raise SystemExit(
@@ -15,12 +16,22 @@ except ImportError as error:
         "Install torch, pybind11 and ninja, then run: pip install --no-build-isolation ."
     ) from None
 
+if torch.__version__ < (2, 11):
+    raise SystemExit(f"raddpo_ext needs torch 2.11 or later, this is {torch.__version__}")
+
 CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 WITH_CUDA = os.environ.get("RADDPO_CUDA", "1") == "1" and (CUDA_HOME / "bin/nvcc").exists()
-OLDEST_TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11
+SANITIZE = os.environ.get("RADDPO_SANITIZE")  # as -fsanitize takes it: address,undefined or thread
 
 cxx = ["-O3", "-std=c++17", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-cxx += ["-fvisibility=hidden", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", OLDEST_TORCH]
+cxx += ["-fvisibility=hidden", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+cxx += ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # the stable ABI of 2.11, which later versions keep
+link = ["-Wl,--exclude-libs,ALL", "-Wl,--no-as-needed", "-ltorch"]
+if SANITIZE:
+    cxx += ["-O1", "-g1", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
+    link += [f"-fsanitize={SANITIZE}"]
+else:
+    link += ["-s"]
 nvcc = ["-O3", "-std=c++17", "--expt-relaxed-constexpr"]
 sources = glob("csrc/**/*.cpp", recursive=True)
 cuda = {}
@@ -39,7 +50,7 @@ setup(
             depends=glob("csrc/**/*.*", recursive=True),
             include_dirs=[pybind11.get_include()],
             extra_compile_args={"cxx": cxx, "nvcc": nvcc},
-            extra_link_args=["-s", "-Wl,--exclude-libs,ALL", "-Wl,--no-as-needed", "-ltorch"],
+            extra_link_args=link,
             **cuda,
         )
     ],

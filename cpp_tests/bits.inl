@@ -1,0 +1,18 @@
+// Bit streams as functions to call, once for each instruction set.
+#include "../csrc/trie/bit_stream.h"
+
+namespace raddpo::RADDPO_ISA {
+
+std::uint64_t spread_bits(std::uint64_t x, std::uint64_t mask) { return spread(x, mask); }
+std::uint64_t gather_bits(std::uint64_t x, std::uint64_t mask) { return gather(x, mask); }
+
+// Appends bits [begin, end) of `from`, then `ones` ones, at bit `at` of `to`; returns where that ends.
+std::int64_t append_bits(const std::uint64_t* from, std::int64_t begin, std::int64_t end, std::int64_t ones,
+                         std::uint64_t* to, std::int64_t at) {
+  BitAppender out{to, at};
+  out.copy(from, begin, end);
+  out.put_ones(ones);
+  return out.at;
+}
+
+}  // namespace raddpo::RADDPO_ISA
