@@ -16,7 +16,7 @@ endif
 SOURCES := setup.py $(shell find csrc -type f)
 BUILT := build/.built-$(shell $(if $(PYTHON),$(PYTHON),python3) -c 'import sys; print(sys.implementation.cache_tag)')
 
-.PHONY: build test demo bench gpu-test gpu-sanitize gpu-bench docs lint format clean
+.PHONY: build test demo bench sanitize fuzz mutants gpu-test gpu-sanitize gpu-bench docs lint format clean
 build: $(BUILT)
 
 .venv/.installed: requirements.txt
@@ -39,6 +39,10 @@ demo: build
 # Hours; it says how many at the start, and stopped it goes on where it was. ARGS="--only trie" measures one part again.
 bench: build
 	$(PY) -m benchmarks.suite $(ARGS)
+
+# C++ tests and operators under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; needs cmake.
+sanitize: build
+	$(PY) -m cpp_tests.sanitize $(ARGS)
 
 # On a machine with an NVIDIA GPU, nvcc and a torch with CUDA: TORCH_CUDA_ARCH_LIST=9.0 make gpu-test PYTHON=python3
 gpu-test: build
