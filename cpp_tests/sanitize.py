@@ -1,9 +1,9 @@
 """The C++ tests, and the Python tests of the operators, under sanitizers: ``python -m cpp_tests.sanitize``.
 
-AddressSanitizer and UndefinedBehaviorSanitizer watch the C++ tests and the extension under the operators' Python tests;
-ThreadSanitizer watches the C++ tests, and the extension under searches beside swaps of the catalogue. In Python only the
-extension is instrumented: torch's own threads (one of them here) and Python's are known by their locks alone. Needs g++,
-cmake and ninja. The result is written after every run.
+AddressSanitizer and UndefinedBehaviorSanitizer watch the C++ tests, and the extension under its operators' Python
+tests. ThreadSanitizer watches the C++ tests, and the extension under searches beside swaps of the catalogue. In Python
+only the extension is instrumented: of torch and Python the locks are seen, and one thread of torch's pool is used.
+Needs g++, cmake and ninja. The result is written after every run.
 """
 
 from __future__ import annotations
@@ -44,7 +44,12 @@ LIBRARIES = {"address,undefined": "libasan.so", "thread": "libtsan.so"}
 
 def call(command: list[str | Path], folder: Path = ROOT, **variables: str) -> tuple[int, str]:
     done = subprocess.run(
-        command, cwd=folder, env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=folder,
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     return done.returncode, done.stdout
 
@@ -79,7 +84,13 @@ def python_tests(sanitizer: str, tests: list[str]) -> Callable[[], tuple[int, st
     library = call(["g++", f"-print-file-name={LIBRARIES[sanitizer]}"])[1].strip()
     # From the package's folder, so that it is found before the one in the checkout.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml"]
-    variables = {**OPTIONS, "ASAN_OPTIONS": "detect_leaks=0", "LD_PRELOAD": library, "OMP_NUM_THREADS": "1", "CI": "true"}
+    variables = {
+        **OPTIONS,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "LD_PRELOAD": library,
+        "OMP_NUM_THREADS": "1",
+        "CI": "true",
+    }
     return lambda: call([*command, *(ROOT / "python_tests" / test for test in tests)], package, **variables)
 
 
@@ -109,7 +120,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only the runs with this in their name")
     arguments = parser.parse_args()
     runs: list[dict[str, Any]] = []
-    result = {**environment("cpp_tests.sanitize"), "compiler": call(["g++", "--version"])[1].split("\n")[0], "runs": runs}
+    result = {
+        **environment("cpp_tests.sanitize"),
+        "compiler": call(["g++", "--version"])[1].split("\n")[0],
+        "runs": runs,
+    }
     memory, threads = LIBRARIES
     for what, sanitizer, prepare in (
         ("C++ tests", memory, lambda: cpp_tests(memory)),
