@@ -1,4 +1,4 @@
-"""The command line: ``python -m raddpo_ext index build|info|lookup|publish`` and ``python -m raddpo_ext serve``."""
+"""The command line: ``python -m raddpo_ext index build|info|lookup|publish``, ``serve`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import NoReturn
 import torch
 
 from raddpo_ext import _C
+from raddpo_ext.bench.command import add_options as add_bench_options
+from raddpo_ext.bench.command import bench
 from raddpo_ext.catalogue_store import CatalogueStore
 from raddpo_ext.readers import SIDTable, read_sids
 from raddpo_ext.serve.options import add_options, config_of
@@ -122,7 +124,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m raddpo_ext", description="Generative retrieval with semantic IDs (SIDs).")
-    groups = parser.add_subparsers(metavar="index|serve", required=True)
+    groups = parser.add_subparsers(metavar="index|serve|bench", required=True)
     commands = groups.add_parser("index", help="build, inspect and publish an index").add_subparsers(
         metavar="build|info|lookup|publish", required=True
     )
@@ -153,6 +155,10 @@ def _parser() -> argparse.ArgumentParser:
     serve = groups.add_parser("serve", help="a retrieval service", description=text)
     serve.set_defaults(run=_serve)
     add_options(serve)
+    text = "Time the operators beside their peers on this machine, once they are found to agree; exit code 1 if not."
+    benchmark = groups.add_parser("bench", help="the core of the benchmarks", description=text)
+    benchmark.set_defaults(run=bench)
+    add_bench_options(benchmark)
     return parser
 
 

@@ -1,0 +1,116 @@
+"""``python -m raddpo_ext bench``: its options, what it runs, prints and writes."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raddpo_ext._check import integer
+from raddpo_ext._files import replacing
+from raddpo_ext.bench import report
+from raddpo_ext.bench.compare import Mismatch, Missing, measure
+from raddpo_ext.bench.suite import CORE, TINY, Prepare
+
+PROCESSES = 5  # without --quick
+ROUNDS, BURST = 5, 0.05  # of a process; seconds
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help=f"one process, about a minute (default: {PROCESSES})")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the operators (default cpu)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of the CPU (default 1)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file, too")
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # sizes that take no time
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Prints the table; exit code 1 where a method finds something else than ours.
+
+    Raises:
+        ValueError: an option cannot be followed here.
+    """
+    integer(options.threads, "--threads", 1)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU")
+    if options.json is not None and (options.json.is_dir() or not options.json.parent.is_dir()):
+        raise ValueError(f"--json {options.json}: {'is a directory' if options.json.is_dir() else 'no such directory'}")
+    begin = time.monotonic()
+    try:
+        results = run(options) if options.quick else run_fresh(options)
+    except Mismatch as mismatch:
+        print(f"raddpo_ext: {mismatch}", file=sys.stderr)
+        return 1
+    except subprocess.CalledProcessError as failed:  # which has said why
+        return failed.returncode
+    except NotImplementedError as error:  # an operator has no kernel there
+        raise ValueError(f"--device {options.device}: {str(error).splitlines()[0]}") from None
+    result = report.environment(torch.device(options.device), options.threads) | {
+        "processes": 1 if options.quick else PROCESSES,
+        "seconds": time.monotonic() - begin,
+        "markdown": report.table(results),
+        "results": results,
+    }
+    print(report.headline(result), "", *result["markdown"], sep="\n")
+    if options.json is not None:
+        with replacing(options.json) as file:
+            file.write((json.dumps(result, indent=1) + "\n").encode())
+    return 0
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The comparisons' results, in this process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    try:
+        device = torch.device(options.device)
+        return compare(TINY, device, 1, 0) if options.tiny else compare(CORE, device, ROUNDS, BURST)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def compare(suite: Mapping[str, Prepare], device: torch.device, rounds: int, burst: float) -> list[dict[str, Any]]:
+    """Each comparison's times by method, floors last, and what cannot run here; one line to stderr after each."""
+    results = []
+    begin = time.monotonic()
+    for name, prepare in suite.items():
+        result: dict[str, Any] = {"name": name, "note": "", "methods": {}, "floors": [], "unavailable": {}}
+        try:
+            comparison = prepare(device)
+            result |= {
+                "name": comparison.name,
+                "note": comparison.note,
+                "methods": measure(comparison, rounds, burst, device),
+                "floors": list(comparison.floors),
+                "unavailable": comparison.unavailable,
+            }
+            del comparison  # before the next is made: they are large
+        except Missing as missing:
+            result["unavailable"] = {name: str(missing)}
+        gc.collect()
+        results.append(result)
+        print(f"{time.monotonic() - begin:5.0f} s  {name}", file=sys.stderr, flush=True)
+    return results
+
+
+def run_fresh(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The comparisons' results from several new processes."""
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "raddpo_ext", "bench", "--quick", "--json", str(path)]
+        command += ["--device", options.device, "--threads", str(options.threads)] + ["--tiny"] * options.tiny
+        for process in range(PROCESSES):
+            print(f"process {process + 1} of {PROCESSES}", file=sys.stderr, flush=True)
+            subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+            runs.append(json.loads(path.read_text())["results"])
+    return report.merged(runs)

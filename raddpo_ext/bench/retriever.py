@@ -1,0 +1,94 @@
+"""A whole retrieval, beside ``generate`` of transformers with a constraint in Python."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raddpo_ext.bench.compare import Comparison, Missing
+from raddpo_ext.integrations.retriever import SIDRetriever
+from raddpo_ext.trie import TrieIndex
+from raddpo_ext.vocab import SIDVocab
+
+CODES, LEVELS, HEAD_DIM = 256, 3, 64
+TOLERANCE = 1e-4  # relative, of scores
+
+
+def comparison(
+    device: torch.device, *, items: int, vocab_size: int, hidden_size: int, layers: int, prompt: int, beam_width: int
+) -> Comparison:
+    """One prompt through a Qwen3 with random weights. The floor is the head's product with the states of every beam."""
+    try:
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+    except ImportError as error:
+        raise Missing(f"transformers cannot be imported: {error}") from None
+    torch.manual_seed(0)
+    heads = hidden_size // HEAD_DIM
+    model: Any = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            head_dim=HEAD_DIM,
+            tie_word_embeddings=True,
+        )
+    )
+    model = model.eval().to(device)
+    vocab = SIDVocab([CODES] * LEVELS, offset=vocab_size - LEVELS * CODES)
+    sids = torch.randint(CODES, (items, LEVELS))
+    retriever = SIDRetriever(model, TrieIndex.build(sids, vocab=vocab).to(device), beam_width=beam_width)
+    prompts = torch.randint(vocab_size - LEVELS * CODES, (1, prompt), device=device)
+    following: dict[tuple[int, ...], set[int]] = {}
+    for tokens in vocab.encode(sids).tolist():
+        for level, token in enumerate(tokens):
+            following.setdefault(tuple(tokens[:level]), set()).add(token)
+    allowed = {prefix: list(tokens) for prefix, tokens in following.items()}
+
+    def ours() -> tuple[Tensor, Tensor]:
+        found = retriever.retrieve(prompts)
+        return found.scores, vocab.encode(found.sids[0].cpu())[None]
+
+    def generate() -> tuple[Tensor, Tensor]:
+        found = model.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            prefix_allowed_tokens_fn=lambda _, row: allowed[tuple(row[prompt:].tolist())],
+            num_beams=beam_width,
+            num_return_sequences=beam_width,
+            max_new_tokens=LEVELS,
+            do_sample=False,
+            length_penalty=0.0,
+            pad_token_id=0,
+            eos_token_id=None,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        return found.sequences_scores[None], found.sequences[None, :, prompt:].cpu()
+
+    rows = torch.randn(1 + (LEVELS - 1) * beam_width, hidden_size, device=device)
+    logits = torch.empty(len(rows), vocab_size, device=device)
+    weight = model.lm_head.weight.detach()
+    return Comparison(
+        f"retrieval, Qwen3 of {layers} layers H={hidden_size} V={vocab_size}, prompt of {prompt}, W={beam_width}",
+        {"ours": torch.no_grad()(ours), "generate, prefix_allowed_tokens_fn": generate},
+        {"the head's products": lambda: torch.mm(rows, weight.T, out=logits)},
+        agree=agree,
+    )
+
+
+def agree(result: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    """Raises AssertionError unless scores are equal, best first, and so are the SIDs, but for SIDs of equal scores,
+    which may change places."""
+    (got, got_sids), (scores, sids) = result, expected
+    near = TOLERANCE * scores.abs()
+    off = (got - scores).abs()
+    assert bool((off <= near).all()), f"its scores are off by up to {float(off.max()):.2g}"
+    gaps = (scores[:, :-1] - scores[:, 1:]).cpu() > 2 * near[:, 1:].cpu()
+    edge = torch.zeros(len(gaps), 1, dtype=torch.bool)
+    alone = torch.cat([~edge, gaps], 1) & torch.cat([gaps, edge], 1)  # the last may have an equal one beyond the beam
+    assert bool((got_sids == sids)[alone].all()), "it finds other SIDs"

@@ -1,0 +1,59 @@
+"""A constrained search whose steps are timed one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raddpo_ext.beam_step import BeamState, beam_step
+from raddpo_ext.trie import TrieIndex
+
+
+@dataclass
+class Level:
+    """One step to be made: the beams after ``depth`` tokens and the logits of their rows ``[B, W, V]``."""
+
+    depth: int
+    logits: Tensor
+    state: BeamState
+
+    @property
+    def rows(self) -> Tensor:
+        return self.logits.view(-1, self.logits.shape[2])
+
+
+class Search:
+    """``batch_size`` queries of ``beam_width`` beams over an index inside a vocabulary; :meth:`levels` are its steps.
+
+    Tokens of one level follow one another.
+    """
+
+    def __init__(self, index: TrieIndex, vocab_size: int, batch_size: int, beam_width: int) -> None:
+        self.index, self.vocab_size, self.batch_size, self.beam_width = index, vocab_size, batch_size, beam_width
+        first = [0] * index.sid_levels if index.vocab is None else [int(ids[0]) for ids in index.vocab.token_ids]
+        self.first_tokens = torch.tensor(first, device=index.device)
+
+    def levels(self) -> Iterator[Level]:
+        """The steps of one search, each with fresh standard normal logits. One level's logits reach 1 GB, so that a
+        caller who drops each level before the next holds only one."""
+        state = BeamState.start(self.index, self.batch_size)
+        for depth in range(self.index.levels):
+            shape = (*state.nodes.shape, self.vocab_size)
+            logits = torch.randn(shape, generator=torch.Generator().manual_seed(depth)).to(self.index.device)
+            yield Level(depth, logits, state)
+            state = beam_step(logits, state, self.index, self.beam_width)
+
+    def tokens(self, nodes: Tensor) -> Tensor:
+        """Token ids on the way to each node, ``[..., levels]``, -1 beyond its depth."""
+        codes, _ = self.index.paths(nodes)
+        return torch.where(codes >= 0, codes + self.first_tokens, -1)
+
+    def children(self, level: Level) -> tuple[Tensor, Tensor]:
+        """Token ids and nodes of each beam's children, both ``[B, W, K]``, padded with -1 up to the most children."""
+        first, count = self.index.child_ranges(level.state.nodes)
+        column = torch.arange(int(count.max()), device=count.device)
+        nodes = torch.where(column < count[..., None], first[..., None] + column, -1)
+        return self.tokens(nodes)[..., level.depth], nodes

@@ -1,0 +1,50 @@
+"""Building the index of a catalogue."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from raddpo_ext.bench.compare import Comparison
+from raddpo_ext.trie import TrieIndex
+
+
+def comparison(device: torch.device, *, items: int, codes: int, levels: int) -> Comparison:
+    """Of uniform SIDs that fit a 63-bit word. It is built on the CPU whatever ``device`` is."""
+    sids = torch.randint(codes, (items, levels), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    words = np.zeros(items, np.int64)
+    for column in sids.numpy().T:
+        words = words * codes + column
+    copied = torch.empty_like(sids)
+
+    def nested_dicts() -> dict:
+        root: dict = {}
+        for sid in sids.tolist():
+            node = root
+            for code in sid:
+                node = node.setdefault(code, {})
+        return root
+
+    def agree(result: Any, index: TrieIndex) -> None:
+        if isinstance(result, np.ndarray):
+            found, expected = 1 + np.count_nonzero(np.diff(result)), index.num_sids
+        else:
+            nodes, found, expected = [result], 0, index.num_nodes
+            while nodes:
+                found += len(nodes)
+                nodes = [child for node in nodes for child in node.values()]
+        assert found == expected, f"it holds {found} SIDs or nodes, not {expected}"
+
+    return Comparison(
+        f"index build, {items:,} items V={codes} L={levels}",
+        {
+            "ours": lambda: TrieIndex.build(sids),
+            "np.sort of the SIDs, a word each": lambda: np.sort(words),
+            "nested dicts": nested_dicts,
+        },
+        {"copy of the SIDs": lambda: copied.copy_(sids)},
+        agree=agree,
+        note=f"{TrieIndex.build(sids).nbytes / items:.1f} bytes an item",
+    )
