@@ -17,23 +17,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import raddpo_ext as rx
 from benchmarks.beam_search_cases import Level, Search
 from benchmarks.catalogues import Missing
-from raddpo_ext.row_lse import row_lse
+from raddpo_ext.bench.beam_search_peers import (
+    Node,
+    agree,
+    bare_lse,
+    dict_trie,
+    dict_tries,
+    gather_lse,
+    hf_style,
+    ours,
+)
 
 Step = Callable[[], Any]
 # STATIC holds two dense vocab x vocab tables (5 bytes an entry) when its first two levels are dense, its default.
 MOST_DENSE_BYTES = 2**30
-
-
-def ours(search: Search, level: Level) -> Step:
-    return lambda: rx.beam_step(level.logits, level.state, search.index, search.case.beams).scores
-
-
-def bare_lse(search: Search, level: Level) -> Step:
-    """The floor of any step that normalises over the vocabulary: the rows' log-sum-exp and nothing else."""
-    return lambda: row_lse(level.rows)
 
 
 def read(search: Search, level: Level) -> Step:
@@ -119,71 +118,9 @@ def _static_states(search: Search, level: Level) -> Tensor:
     return torch.where(nodes >= 0, states, 0)
 
 
-def gather_lse(search: Search, level: Level) -> Step:
-    """Gather - logsumexp over a table of the beams' children. Looking the children up is not timed."""
-    logits, scores = level.logits, level.state.scores
-    tokens, nodes = search.children(level)
-    padding, columns = nodes < 0, tokens.clamp(min=0)
-
-    def step() -> tuple[Tensor, ...]:
-        logps = logits.gather(2, columns) - torch.logsumexp(logits, 2, keepdim=True)
-        totals = (scores[:, :, None] + logps).masked_fill_(padding, -math.inf).flatten(1)
-        best, at = totals.topk(min(search.case.beams, totals.shape[1]))
-        return best, at // tokens.shape[2], tokens.flatten(1).gather(1, at), nodes.flatten(1).gather(1, at)
-
-    return lambda: step()[0]
-
-
-Node = dict[int, "Node"]
-
-
-def _dict_trie(search: Search, level: Level) -> tuple[Node, list[Node]]:
-    """The trie down to the beams' children as nested dicts, and each beam's node in it. The rest of the catalogue is
-    left out: it is never visited, and without it the dicts stay in cache."""
-    tokens, _ = search.children(level)
-    paths = search.tokens(level.state.nodes).flatten(0, 1).tolist()
-    root: Node = {}
-    nodes: list[Node] = []
-    for path, children in zip(paths, tokens.flatten(0, 1).tolist(), strict=True):
-        node = root
-        for token in path[: level.depth]:
-            node = node.setdefault(token, {})
-        for token in children:
-            if token >= 0:
-                node.setdefault(token, {})
-        nodes.append(node)
-    return root, nodes
-
-
-def dict_trie(search: Search, level: Level) -> Step:
-    """Nested dicts that map a token to the child's dict; each beam carries its node and gathers its children."""
-    _, nodes = _dict_trie(search, level)
-    rows, scores = level.rows, level.state.scores
-    batch, width = scores.shape
-
-    def step() -> tuple[list[Tensor], list[list[Node]]]:
-        logps = torch.log_softmax(rows, -1)
-        best, next_nodes = [], []
-        for query in range(batch):
-            child_logps, tokens, parents, counts = [], [], [], []
-            for row in range(query * width, (query + 1) * width):
-                children = list(nodes[row])
-                child_logps.append(logps[row, children])
-                tokens += children
-                parents += [row] * len(children)
-                counts.append(len(children))
-            totals = torch.cat(child_logps).add_(scores[query].repeat_interleave(torch.tensor(counts)))
-            values, at = totals.topk(min(search.case.beams, len(tokens)))
-            best.append(values)
-            next_nodes.append([nodes[parents[i]][tokens[i]] for i in at.tolist()])
-        return best, next_nodes
-
-    return lambda: step()[0]
-
-
 def dict_trie_batched(search: Search, level: Level) -> Step:
     """The same dicts, all children of a query in one numpy gather: the fastest dict trie we know how to write."""
-    _, nodes = _dict_trie(search, level)
+    _, nodes = dict_tries(search, level)
     rows, scores = level.rows, level.state.scores.numpy()
     batch, width = scores.shape
 
@@ -205,34 +142,6 @@ def dict_trie_batched(search: Search, level: Level) -> Step:
     return lambda: step()[0]
 
 
-def hf_style(search: Search, level: Level) -> Step:
-    """What HF ``generate`` does with ``num_beams`` and ``prefix_allowed_tokens_fn``: a mask over the whole vocabulary,
-    filled from a Python callback a beam (here a walk down a dict trie), and 2 W candidates out of W V."""
-    root, _ = _dict_trie(search, level)
-    rows, scores = level.rows, level.state.scores
-    batch, width = scores.shape
-    live = (level.state.nodes >= 0).flatten().tolist()
-    prefixes = search.tokens(level.state.nodes).flatten(0, 1)[:, : level.depth].contiguous()
-
-    def allowed_tokens(batch_id: int, prefix: Tensor) -> list[int]:
-        node = root
-        for token in prefix.tolist():
-            node = node[token]
-        return list(node)
-
-    def step() -> tuple[Tensor, ...]:
-        logps = torch.log_softmax(rows, -1)
-        mask = torch.full_like(logps, -math.inf)
-        for row in range(batch * width):
-            if live[row]:
-                mask[row, allowed_tokens(row // width, prefixes[row])] = 0
-        totals = (logps + mask).view(batch, width, -1) + scores[:, :, None]
-        best, at = totals.flatten(1).topk(2 * search.case.beams)
-        return best, at // rows.shape[1], at % rows.shape[1]
-
-    return lambda: step()[0][:, : search.case.beams]
-
-
 METHODS: dict[str, Callable[[Search, Level], Step]] = {
     "ours": ours,
     "bare_lse": bare_lse,
@@ -252,11 +161,7 @@ def check_same(search: Search, level: Level, steps: dict[str, Step]) -> None:
     for name, step in steps.items():
         if name in FLOORS:
             continue
-        scores = step()
-        got = torch.full_like(expected, -math.inf)
-        for query in range(len(expected)):
-            got[query, : len(scores[query])] = scores[query]
-        assert torch.allclose(got, expected, rtol=1e-5, atol=1e-4), (
-            f"{name} differs from ours by up to {(got - expected).abs().nan_to_num(0).max():.2g} at depth "
-            f"{level.depth} of {search.case.name}"
-        )
+        try:
+            agree(step(), expected)
+        except AssertionError as error:
+            raise AssertionError(f"{name} at depth {level.depth} of {search.case.name}: {error}") from None
