@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from raddpo_ext.__main__ import main
-from raddpo_ext.bench import command, compare, report
+from raddpo_ext.bench import beam_search_peers, command, compare, report, retriever
 from raddpo_ext.bench.compare import Comparison, Mismatch, Missing, measure
 from raddpo_ext.bench.suite import CORE, TINY
 
@@ -115,6 +115,30 @@ def test_wrong_gradients_are_an_error():
             comparison.methods[method] = lambda wrong=wrong: wrong
             with pytest.raises(Mismatch, match=f"result {place}"):
                 measure(comparison, 1, 0)
+
+
+def test_retrieved_sids_must_be_the_same():
+    """But for those of equal scores, and the last, which may have an equal one beyond the beam."""
+    scores, sids = torch.tensor([[-1.0, -2, -3, -3.00001, -5]]), torch.arange(15).view(1, 5, 3)
+
+    def found(*order):
+        return scores, sids[:, list(order)]
+
+    for order in ((0, 1, 2, 3, 4), (0, 1, 3, 2, 4), (0, 1, 2, 3, 0)):
+        retriever.agree(found(*order), found(0, 1, 2, 3, 4))
+    for order in ((1, 0, 2, 3, 4), (0, 2, 1, 3, 4), (4, 1, 2, 3, 0)):
+        with pytest.raises(AssertionError, match="other SIDs"):
+            retriever.agree(found(*order), found(0, 1, 2, 3, 4))
+    with pytest.raises(AssertionError, match="scores are off"):
+        retriever.agree((scores + 0.01, sids), (scores, sids))
+
+
+def test_empty_slots_must_be_the_same():
+    expected = torch.tensor([[-1.0, -2.0, -math.inf]])
+    beam_search_peers.agree([torch.tensor([-1.0, -2.0])], expected)
+    for scores in ([-1.0], [-1.0, -2.0, -3.0], [-1.0, -2.1]):
+        with pytest.raises(AssertionError, match="off by"):
+            beam_search_peers.agree([torch.tensor(scores)], expected)
 
 
 def test_nan_is_no_agreement():

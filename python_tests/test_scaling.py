@@ -17,7 +17,7 @@ from raddpo_ext.bench.searches import Search
 
 DOCS = Path(__file__).parents[1] / "docs"
 COUNTS = {"items": [30, 300], "width": [1, 3], "vocabulary": [256, 300], "length": [2, 3], "sessions": [2, 4]}
-STEPS = {"items": 4, "width": 3, "vocabulary": 3}
+THREADS = []  # that each point had
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,8 @@ def points():
             patch.setattr(scaling, name, value)
         for name, value in {"CANDIDATES": 16, "PACKED": 8, "PROMPT": 3, "ROWS": {"rows": 2, "vocab_size": 9}}.items():
             patch.setattr(scaling, name, value)
-        threads = torch.get_num_threads()
+        threads, measure_all = torch.get_num_threads(), scaling.measure
+        patch.setattr(scaling, "measure", lambda *args: THREADS.append(torch.get_num_threads()) or measure_all(*args))
         made = []
         for family, (measure, _) in scaling.FAMILIES.items():
             made += measure(COUNTS.get(family, [1, 2]))
@@ -49,6 +50,8 @@ def test_points(points):
                 assert floor != next(iter(point["methods"]))
                 assert panel == "memory" or all(times["median"] > 0 for times in point["methods"].values())
     assert set(families["threads"]) >= {"index build", "token_logps", "linear_token_logps"}
+    panels = len(families["threads"])
+    assert THREADS[-2 * panels :] == [1] * panels + [2] * panels
     assert all("cpu" in times for p in families["threads"]["index build"] for times in p["methods"].values())
 
 
