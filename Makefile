@@ -44,6 +44,16 @@ bench: build
 sanitize: build
 	$(PY) -m cpp_tests.sanitize $(ARGS)
 
+# FUZZ_SECONDS for each target; needs clang++ with libFuzzer (Debian: clang-19, libclang-rt-19-dev).
+FUZZ_SECONDS ?= 600
+fuzz: build
+	$(PY) -m pip install --quiet --disable-pip-version-check -r fuzz/requirements.txt
+	$(PY) -m fuzz --seconds $(FUZZ_SECONDS) $(ARGS)
+
+# Whether the tests find deliberate faults in the kernels and their Python; stopped it goes on where it was.
+mutants: build
+	$(PY) -m mutants $(ARGS)
+
 # On a machine with an NVIDIA GPU, nvcc and a torch with CUDA: TORCH_CUDA_ARCH_LIST=9.0 make gpu-test PYTHON=python3
 gpu-test: build
 	$(PY) -m python_tests.gpu_suite $(ARGS)
