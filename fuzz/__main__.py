@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ CXX_FLAGS += ["-Wno-ignored-pragmas", "-fsanitize=fuzzer,address,undefined", "-f
 CXX_FLAGS += ["-mavx2", "-mbmi", "-mbmi2", "-mfma", "-mf16c", "-mpopcnt"]  # clang ignores GCC's pragma for these
 LIMITS = ["-max_len=16384", "-timeout=25", "-rss_limit_mb=4096", "-print_final_stats=1", "-verbosity=1"]
 LIMITS += [f"-dict={FOLDER / 'words.dict'}"]
+MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None  # save waits for the disk
 MOST_CRASHES = 20
 
 
@@ -72,8 +74,9 @@ def fuzz(target: str, seconds: int) -> dict[str, Any]:
             str(kept),
             str(committed),
         ]
-        with open(WORK / target / "log", "w+") as log:
-            code = subprocess.run(run, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        with open(WORK / target / "log", "w+") as log, tempfile.TemporaryDirectory(dir=MEMORY) as scratch:
+            environment = os.environ | {"TMPDIR": scratch}
+            code = subprocess.run(run, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False).returncode
             log.seek(0)
             text = log.read()
         for key, pattern in (

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-FOLDER = Path(tempfile.mkdtemp(prefix="raddpo-fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+FOLDER = Path(tempfile.mkdtemp(prefix="raddpo-fuzz-"))
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 
 
