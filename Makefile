@@ -44,11 +44,14 @@ bench: build
 sanitize: build
 	$(PY) -m cpp_tests.sanitize $(ARGS)
 
-# FUZZ_SECONDS for each target; needs clang++ with libFuzzer (Debian: clang-19, libclang-rt-19-dev).
+# Ten minutes a target: FUZZ_SECONDS=3600 make fuzz ARGS="sid_files index_file". Needs clang++ with libFuzzer.
 FUZZ_SECONDS ?= 600
-fuzz: build
-	$(PY) -m pip install --quiet --disable-pip-version-check -r fuzz/requirements.txt
+fuzz: build $(if $(PACKAGES),.venv/.fuzz)
 	$(PY) -m fuzz --seconds $(FUZZ_SECONDS) $(ARGS)
+
+.venv/.fuzz: fuzz/requirements.txt .venv/.installed
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r fuzz/requirements.txt
+	touch $@
 
 # Whether the tests find deliberate faults in the kernels and their Python; stopped it goes on where it was.
 mutants: build
