@@ -246,9 +246,9 @@ def test_times(monkeypatch):
     clock = Clock(monkeypatch)
     monkeypatch.setattr(compare, "ENOUGH", 7.0)
     ours = clock.spend(100, 40, 2, 4, 40, 6)
-    slow = clock.spend(100, 80)
+    slow = clock.spend(100, 50)
     found = measure(Comparison("x", {"ours": ours, "slow": slow}, {}, steps=2, agree=lambda *_: None), 2, 45)
-    assert found["slow"] == {"median": 40, "least": 40, "most": 40, "cpu": 80, "calls": 1}
+    assert found["slow"] == {"median": 25, "least": 25, "most": 25, "cpu": 50, "calls": 1}
     assert found["ours"] == {"median": 2.25, "least": 1.5, "most": 3, "cpu": 4.5, "calls": 3}
 
 

@@ -16,7 +16,7 @@ from benchmarks import report, scaling, scaling_page
 from raddpo_ext.bench.searches import Search
 
 DOCS = Path(__file__).parents[1] / "docs"
-COUNTS = {"items": [30, 300], "width": [1, 3], "vocabulary": [256, 300], "length": [2, 3], "sessions": [2, 4]}
+COUNTS = {"items": [30, 300], "width": [1, 3], "vocabulary": [256, 300], "length": [2, 3], "sessions": [4, 8]}
 THREADS = []  # that each point had
 
 
@@ -76,9 +76,9 @@ def test_memory(points, monkeypatch):
 def test_notes(points):
     families = scaling_page.families(points)
     pairs = [point["note"]["pairs"] for point in families["sessions"]["rad_dpo_loss, a quarter positives"]]
-    assert pairs == [8 * 1, 4 * 3]
+    assert pairs == [4 * 1 * 3, 2 * 2 * 6]
     packed = [point["note"]["positions, candidates"] for point in families["sessions"]["pack_sessions"]]
-    assert packed == [4 * (3 + 2 * 4), 2 * (3 + 4 * 4)]
+    assert packed == [2 * (3 + 4 * 4), 3 + 8 * 4]
 
 
 def test_step_takes_the_mean(monkeypatch):

@@ -15,7 +15,7 @@ from raddpo_ext.session import SessionBatch
 from raddpo_ext.session_loss import rad_dpo_loss
 
 BETA = 2.0
-CODES = 16  # of a level: few, so that candidates share prefixes
+CODES = 8  # of a level: few, so that candidates share prefixes
 
 
 class Problem:
