@@ -31,8 +31,8 @@ def from_logits(device: torch.device, *, rows: int, vocab_size: int, compiled: b
         return lambda: _differentiated(logps(logits, targets), upstream, logits)
 
     def compile_it() -> Run:
-        run = call(torch.compile(log_softmax))
         try:
+            run = call(torch.compile(log_softmax))
             run()
         except (RuntimeError, OSError) as error:
             raise Missing(f"torch.compile does not work here: {str(error).splitlines()[0]}") from None
