@@ -217,3 +217,12 @@ def test_opcheck(op: str) -> None:
     argument = torch.tensor([[0, 3, 9], [1, 1, 1]]) if op == "trie_walk" else torch.arange(-1, 5)
     sid_levels = (index.sid_levels,) if op == "trie_paths" else ()
     torch.library.opcheck(getattr(torch.ops.raddpo, op), (argument, *index.block, *sid_levels))
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_an_item_id_that_is_there_twice(place: int) -> None:
+    """The least, the largest or one between, in rows that do not follow one another."""
+    ids = [3, 2**40, 5, 1]
+    repeated = [*ids, ids[place]]
+    with pytest.raises(ValueError, match=rf"item_ids\[{place}\] and item_ids\[4\] are both {ids[place]}"):
+        rx.TrieIndex.build([[1], [2], [3], [4], [5]], item_ids=repeated)
