@@ -81,13 +81,27 @@ def python_tests(sanitizer: str, tests: list[str]) -> Callable[[], tuple[int, st
         RADDPO_CUDA="0",
         CXX="g++",
     )
-    library = call(["g++", f"-print-file-name={LIBRARIES[sanitizer]}"])[1].strip()
-    # From the package's folder, so that it is found before the one in the checkout.
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml"]
+    # libstdc++ too: a sanitizer looks up what it replaces as the process starts, and Python alone does not load that.
+    libraries = [
+        call(["g++", f"-print-file-name={name}"])[1].strip() for name in (LIBRARIES[sanitizer], "libstdc++.so.6")
+    ]
+    # From the package's folder, so that it is found before the one in the checkout; a sanitizer's report is no output
+    # of a test's, to be lost as it ends the process.
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--capture=sys",
+        "-c",
+        ROOT / "pyproject.toml",
+    ]
     variables = {
         **OPTIONS,
         "ASAN_OPTIONS": "detect_leaks=0",
-        "LD_PRELOAD": library,
+        "LD_PRELOAD": ":".join(libraries),
         "OMP_NUM_THREADS": "1",
         "CI": "true",
     }
