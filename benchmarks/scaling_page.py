@@ -1,9 +1,7 @@
-"""``docs/scaling.md`` and its figures from a result of :mod:`benchmarks.scaling`: the prose is the page's own, what
-stands between ``<!-- begin scaling-NAME -->`` and ``<!-- end scaling-NAME -->`` is written here."""
+"""``docs/scaling.md`` and its figures from a result of :mod:`benchmarks.scaling`."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks import report
+from benchmarks.page import details, fill
 from raddpo_ext._files import replacing
 
 Point = dict[str, Any]
@@ -169,16 +168,4 @@ def write(result: dict[str, Any], docs: Path) -> None:
 
 def _block(family: str, lines: list[str]) -> str:
     """The figure, and folded the tables."""
-    folded = ['<details markdown="1">', "<summary>All figures</summary>", "", *lines, "", "</details>"]
-    return "\n".join([f"![Cost over {AXES[family]}](figures/scaling-{family}.png)", "", *folded])
-
-
-def fill(page: str, blocks: dict[str, str]) -> str:
-    """The page with each block between its markers; ValueError unless it has exactly these, each once."""
-    marks = re.findall(r"<!-- (begin|end) ([\w-]+) -->", page)
-    if marks != [(which, name) for name in dict.fromkeys(name for _, name in marks) for which in ("begin", "end")]:
-        raise ValueError("every block needs one begin and one end marker, in this order")
-    if {name for _, name in marks} != set(blocks):
-        raise ValueError(f"markers without a block, or the reverse: {', '.join({n for _, n in marks} ^ set(blocks))}")
-    pattern = re.compile(r"<!-- begin ([\w-]+) -->.*?<!-- end \1 -->", re.DOTALL)
-    return pattern.sub(lambda m: f"<!-- begin {m[1]} -->\n\n{blocks[m[1]]}\n\n<!-- end {m[1]} -->", page)
+    return f"![Cost over {AXES[family]}](figures/scaling-{family}.png)\n\n{details('All figures', chr(10).join(lines))}"

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import catalogues, report, suite_page
+from benchmarks import catalogues, reliability_page, report, scaling_page, suite_page
 from benchmarks.catalogues import ROOT
 
 # The sources, but for results and what shows them.
@@ -158,7 +158,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--machine", default=machine_slug(), help="name of the results' file (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="as short as it can be, into .benchmarks/")
-    parser.add_argument("--report", action="store_true", help="measure nothing, write the page of the results")
+    parser.add_argument("--report", action="store_true", help="measure nothing, write the pages of the results")
     args = parser.parse_args()
     folder = ROOT / ".benchmarks" if args.quick else report.RESULTS
     path = folder / f"{args.machine}.json"
@@ -166,7 +166,11 @@ def main() -> int:
         parser.error(f"there is no {path}; --machine names another machine's results")
     failures = [] if args.report else run_all(MEMBERS, args.only, path, args.quick)
     if path.exists() and not args.quick:
-        suite_page.write(load(path), path, names)
+        results = load(path)
+        suite_page.write(results, path, names)
+        if "scaling" in results:
+            scaling_page.write(results["scaling"], ROOT / "docs")
+        reliability_page.write()
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     return 1 if failures else 0

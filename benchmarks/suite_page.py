@@ -1,10 +1,8 @@
-"""``docs/benchmarks.md`` from a machine's results: the prose is the page's own, what stands between ``<!-- begin NAME
--->`` and ``<!-- end NAME -->`` is written here."""
+"""``docs/benchmarks.md`` from a machine's results."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import isnan
 from pathlib import Path
 from statistics import median
@@ -12,6 +10,7 @@ from typing import Any
 
 from benchmarks.catalogues import ROOT
 from benchmarks.figures import CHARTS, Results, cases, dots, rates, save
+from benchmarks.page import details, fill
 from benchmarks.report import MIB, markdown
 from raddpo_ext._files import replacing
 
@@ -21,20 +20,13 @@ Ratios = dict[str, float]  # by case
 
 def render(page: str, results: Results, path: Path, members: Sequence[str]) -> str:
     """The page with what stands between its markers written anew; ValueError unless each block has its markers."""
-    blocks: dict[str, Callable[[], str]] = {
-        "machine": lambda: machine(results, path),
-        "summary": lambda: summary(results),
-        "floors": lambda: floors(results),
-        "missed": lambda: missed(results),
+    blocks = {
+        "machine": machine(results, path),
+        "summary": summary(results),
+        "floors": floors(results),
+        "missed": missed(results),
     }
-    blocks |= {name: lambda name=name: member(results, name) for name in members}
-    pattern = re.compile(r"<!-- begin ([\w-]+) -->\n(.*?)<!-- end \1 -->", re.DOTALL)
-    found = [match[1] for match in pattern.finditer(page)]
-    marks = re.findall(r"<!-- (?:begin|end) ([\w-]+) -->", page)
-    if sorted(found) != sorted(blocks) or sorted(marks) != sorted(2 * found):
-        wrong = sorted(set(blocks) ^ set(marks)) or sorted({name for name in marks if marks.count(name) != 2})
-        raise ValueError(f"{PAGE.name}: each block needs one begin and one end marker, look at {', '.join(wrong)}")
-    return pattern.sub(lambda m: f"<!-- begin {m[1]} -->\n\n{blocks[m[1]]()}\n\n<!-- end {m[1]} -->", page)
+    return fill(page, blocks | {name: member(results, name) for name in members})
 
 
 def write(results: Results, path: Path, members: Sequence[str]) -> None:
@@ -202,7 +194,7 @@ def missed(results: Results) -> str:
                     )
                     rows.append([name, case, "peak memory", peak, f"at most {allowed}"])
     table = markdown(["", "case", "ratio", "is", "asked"], rows)
-    return f"{len(rows)} of {asked} targets are missed." + ("\n\n" + _details("Which", table) if rows else "")
+    return f"{len(rows)} of {asked} targets are missed." + ("\n\n" + details("Which", table) if rows else "")
 
 
 def member(results: Results, name: str) -> str:
@@ -222,7 +214,7 @@ def member(results: Results, name: str) -> str:
         if isinstance(tables, dict):
             tables = [line for table in tables.values() for line in [*table, ""]]
         text.append(_origin(result, again=key != name))
-        text.append(_details("All figures", "\n".join(tables).strip()))
+        text.append(details("All figures", "\n".join(tables).strip()))
     return "\n\n".join(text)
 
 
@@ -236,7 +228,3 @@ def _origin(result: dict[str, Any], again: bool) -> str:
         facts.append(f"{took['peak_bytes'] / 2**30:.1f} GiB at the peak")
     command = f"Measured apart: *{result['command']}*" if again else f"`{result['command']}`"  # a part may be history
     return f"{command} ({', '.join(facts)})."
-
-
-def _details(title: str, text: str) -> str:
-    return f'<details markdown="1">\n<summary>{title}</summary>\n\n{text}\n\n</details>'

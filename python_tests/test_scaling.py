@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("matplotlib")
 import raddpo_ext as rx
 from benchmarks import report, scaling, scaling_page
+from benchmarks.page import fill
 from raddpo_ext.bench.searches import Search
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -193,4 +194,4 @@ def test_page(points, tmp_path):
 )
 def test_page_without_its_markers(page):
     with pytest.raises(ValueError, match="marker"):
-        scaling_page.fill(page, {"a": "1", "b": "2"})
+        fill(page, {"a": "1", "b": "2"})

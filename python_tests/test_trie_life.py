@@ -72,7 +72,7 @@ class IndexLife(RuleBasedStateMachine):
     def add(self, rows: list[tuple[int, SID]]) -> None:
         rows = self.shaped(rows)
         if any(item in self.model for item, _ in rows):
-            with pytest.raises(ValueError, match="which is an item of the index already|is a proper prefix of"):
+            with pytest.raises(ValueError, match=r"which is an item of the index already|is a proper prefix of"):
                 self.index.add(**arrays(rows, 3))
             rows = [row for row in rows if row[0] not in self.model]
         if self.clashes(rows):
