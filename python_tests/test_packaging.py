@@ -119,7 +119,7 @@ def test_readme_runs_from_the_wheel(python: Path, tmp_path: Path) -> None:
     assert Path(where.strip()).is_relative_to(python.parents[1])
     options = ("-q", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", "-k", "README")
     said = run(python, "-m", "pytest", *options, ROOT / "python_tests" / "test_docs.py", cwd=tmp_path)
-    assert "1 passed" in said
+    assert "passed" in said
 
 
 def test_command_line_runs_from_the_wheel(python: Path, tmp_path: Path) -> None:
