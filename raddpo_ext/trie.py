@@ -20,6 +20,7 @@ from raddpo_ext.trie_input import item_ids_of, level_symbols
 from raddpo_ext.vocab import SIDVocab
 
 _WORD = _C.HEADER
+_BYTES_A_THREAD = 2**20  # are checked in the time that a thread takes to start
 
 
 class Lookup(NamedTuple):
@@ -283,7 +284,7 @@ class TrieIndex:
                 error.filename = os.fspath(path)
                 raise
         try:
-            _C.trie_check(content, torch.get_num_threads())
+            _C.trie_check(content, min(torch.get_num_threads(), 1 + size // _BYTES_A_THREAD))
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from None
         data = torch.frombuffer(content, dtype=torch.uint8)
