@@ -71,6 +71,21 @@ def test_publish_and_read(store: rx.CatalogueStore, tmp_path: Path) -> None:
     assert rx.CatalogueStore(store.path).current().version == 2
 
 
+def test_the_newest_is_not_published_again(store: rx.CatalogueStore, tmp_path: Path) -> None:
+    both = rx.TrieIndex.build([[0, 1], [2, 3]])
+    for index, version in ((both, 1), (both, 1), (both.discard([0]), 2), (both, 3)):  # an older one is published
+        index.save(tmp_path / "one.trie")
+        for given in (index, tmp_path / "one.trie"):
+            assert store.publish(given, unless_newest=True) == version
+    assert names(store) == [".lock", "000002.trie", "000003.trie"]
+    changed = rx.TrieIndex.build([[0, 1], [2, 3]], item_ids=[0, 5])
+    assert changed.nbytes == both.nbytes
+    assert store.publish(changed, unless_newest=True) == 4
+    damage(store.path / "000004.trie")
+    assert store.publish(changed, unless_newest=True) == 5
+    assert store.publish(changed) == 6
+
+
 def test_only_the_newest_are_kept(store: rx.CatalogueStore) -> None:
     for number in range(1, 5):
         assert store.publish(catalogue(number)) == number

@@ -277,3 +277,17 @@ def test_publish_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFix
     for version in (1, 2):
         assert main(["index", "publish", str(tmp_path / "one.trie"), "--store", str(tmp_path / "store")]) == 0
         assert capsys.readouterr().out == f"{tmp_path / 'store'}: version {version}\n"
+
+
+def test_a_start_publishes_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service that is started again with the same file goes on with the version that it had."""
+    (tmp_path / "config.json").touch()
+    served: list[Any] = []
+    monkeypatch.setattr("raddpo_ext.serve.server.serve", served.append)
+    store = rx.CatalogueStore(tmp_path / "store")
+    for number, version in ((1, 1), (1, 1), (2, 2), (1, 3)):
+        make_index(number).save(tmp_path / "shop.trie")
+        options = ["--index", str(tmp_path / "shop.trie"), "--store", str(store.path)]
+        assert main(["serve", "--model", str(tmp_path), *options]) == 0
+        assert store.version == version
+    assert len(served) == 4

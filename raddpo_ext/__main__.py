@@ -111,7 +111,7 @@ def _serve(options: argparse.Namespace) -> int:
         raise ValueError(f"the service needs {error.name}: pip install raddpo_ext[serve]") from None
     config = config_of(options)
     if options.index is not None:
-        CatalogueStore(config.store).publish(options.index)
+        CatalogueStore(config.store).publish(options.index, unless_newest=True)
     serve(config)
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import filecmp
 import logging
 import os
 import re
@@ -59,13 +60,17 @@ class CatalogueStore:
         """The newest version on disk, 0 for an empty store."""
         return max(self._versions(), default=0)
 
-    def publish(self, index: TrieIndex | str | os.PathLike[str]) -> int:
+    def publish(self, index: TrieIndex | str | os.PathLike[str], *, unless_newest: bool = False) -> int:
         """Makes an index, or a file that :meth:`TrieIndex.save` wrote, the newest version.
 
         The copy in the store is on the disk and its checksum verified before it has its name.
 
+        Args:
+            index: the index, or its file.
+            unless_newest: change nothing where the newest version holds the same already, to the byte.
+
         Returns:
-            Its version: one more than the newest.
+            Its version: one more than the newest, or the newest where nothing was changed.
 
         Raises:
             ValueError: the file is no index, truncated or altered; nothing has changed.
@@ -79,7 +84,10 @@ class CatalogueStore:
             try:
                 index.save(staged)
                 TrieIndex.load(staged)
-                version = self.version + 1
+                version = self.version
+                if unless_newest and version and filecmp.cmp(staged, self._file(version), shallow=False):
+                    return version
+                version += 1
                 os.replace(staged, self._file(version))
             finally:
                 staged.unlink(missing_ok=True)

@@ -20,7 +20,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         )
 
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="a folder with a transformers model")
-    parser.add_argument("--index", type=Path, metavar="FILE", help="an index to publish to the store before serving")
+    text = "an index to publish before serving, unless the store's newest is the same"
+    parser.add_argument("--index", type=Path, metavar="FILE", help=text)
     add("store", "DIR", "the catalogue's versions, of which the newest is served", Path)
     add("host", "HOST", "address to listen on; others than loopback want a token", str)
     add("port", "PORT", "port to listen on, 0 for any free one")
