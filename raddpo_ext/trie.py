@@ -17,6 +17,7 @@ from raddpo_ext import _C, _check
 from raddpo_ext import trie_ops as _trie_ops  # noqa: F401  their fake kernels
 from raddpo_ext._files import replacing
 from raddpo_ext.trie_input import item_ids_of, level_symbols
+from raddpo_ext.trie_items import codes_of_items
 from raddpo_ext.vocab import SIDVocab
 
 _WORD = _C.HEADER
@@ -310,6 +311,21 @@ class TrieIndex:
         torch.cumsum(count, 0, out=offsets[1:])
         rows = torch.repeat_interleave(count)
         return Lookup(self.items_at(first[rows] + torch.arange(len(rows), device=self.device) - offsets[rows]), offsets)
+
+    def sids_of(self, item_ids: Any) -> Tensor:
+        """The SID of each item, :meth:`lookup` the other way round; one pass over the items, however many are asked.
+
+        Args:
+            item_ids: integers ``[K]``, in any order and more than once.
+
+        Returns:
+            int64 codes ``[K, sid_levels]``, -1 beyond a shorter SID's length; on the index's device.
+
+        Raises:
+            ValueError: an id that the index lacks, naming it.
+            TypeError: not integers.
+        """
+        return codes_of_items(self, torch.from_numpy(item_ids_of(item_ids, "item_ids")), "item_ids")
 
     def nodes(self, tokens: Tensor) -> Tensor:
         """The trie node before each token: int64 ``[C, L]`` for token ids ``[C, L]``, -1 once a prefix is off the trie.

@@ -16,11 +16,12 @@ from raddpo_ext.beam_search import BeamResult
 from raddpo_ext.beam_step import BeamState
 from raddpo_ext.catalogue_store import CatalogueStore
 from raddpo_ext.integrations.retriever import SIDRetriever
+from raddpo_ext.item_tokens import history_prompts
 from raddpo_ext.serve.config import ServeConfig
-from raddpo_ext.serve.history import history_tokens
 from raddpo_ext.serve.model import load_model, load_tokenizer
 from raddpo_ext.serve.protocol import Answer, Limits, Query, ServiceError, bad_field
 from raddpo_ext.trie import TrieIndex
+from raddpo_ext.trie_items import UnknownItem
 
 _FAILED = Answer(500, code="internal", message="the search failed")
 _LOG = logging.getLogger(__name__)
@@ -151,7 +152,11 @@ class Search:
             if len(items) > self.limits.longest_prompt:
                 raise bad_field("history", f"must have at most {self.limits.longest_prompt} items, got {len(items)}")
             bos = getattr(self.model.config.get_text_config(), "bos_token_id", None)
-            name, prompt = "history", ([] if bos is None else [bos]) + history_tokens(self.retriever.index, items)
+            try:
+                name, (prompt,) = "history", history_prompts(self.retriever.index, [items], bos_token_id=bos)
+            except UnknownItem as error:
+                problem = f"must be an item of the catalogue, got {error.item}"
+                raise bad_field(f"history[{error.position}]", problem) from None
         self.limits.check(prompt, name)
         return prompt
 
