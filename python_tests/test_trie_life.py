@@ -20,6 +20,7 @@ import raddpo_ext as rx
 
 SIZES = (3, 2, 4)
 TOKENS = 16
+MASK = 100  # entries of an item mask
 VOCABS = {
     "none": None,
     "consecutive": rx.SIDVocab(SIZES, offset=2),
@@ -44,12 +45,13 @@ def arrays(rows: list[tuple[int, SID]], columns: int) -> dict[str, np.ndarray]:
 
 
 class IndexLife(RuleBasedStateMachine):
-    @initialize(name=st.sampled_from([*VOCABS]), whole=st.booleans(), rows=ROWS)
-    def build(self, name: str, whole: bool, rows: list[tuple[int, SID]]) -> None:
+    @initialize(name=st.sampled_from([*VOCABS]), whole=st.booleans(), small=st.booleans(), rows=ROWS)
+    def build(self, name: str, whole: bool, small: bool, rows: list[tuple[int, SID]]) -> None:
         self.folder = Path(tempfile.mkdtemp())
         self.store = rx.CatalogueStore(self.folder / "store")
         self.vocab = VOCABS[name]
         self.whole = whole  # every SID has all its codes
+        self.small = small  # so have item ids, and a mask by item id can be had
         rows = self.shaped(rows)
         self.model: dict[int, SID] = {}
         while self.clashes(rows):
@@ -60,7 +62,8 @@ class IndexLife(RuleBasedStateMachine):
         self.model = dict(rows)
 
     def shaped(self, rows: list[tuple[int, SID]]) -> list[tuple[int, SID]]:
-        return [(item, sid + (0,) * (3 - len(sid)) if self.whole else sid) for item, sid in rows]
+        named = {item % MASK if self.small else item: sid for item, sid in rows}
+        return [(item, sid + (0,) * (3 - len(sid)) if self.whole else sid) for item, sid in named.items()]
 
     def clashes(self, rows: list[tuple[int, SID]]) -> bool:
         """Whether a SID would be a prefix of another, with nothing to tell them apart."""
@@ -97,9 +100,9 @@ class IndexLife(RuleBasedStateMachine):
     @rule(data=st.data(), strangers=st.lists(ITEM, max_size=2))
     def restrict(self, data: st.DataObject, strangers: list[int]) -> None:
         kept = {*data.draw(self.some()), *strangers}
-        if max(self.model, default=0) < 1000 and data.draw(st.booleans()):
-            mask = np.zeros(1000, bool)
-            mask[[item for item in kept if item < 1000]] = True
+        if self.small and data.draw(st.booleans()):
+            mask = np.zeros(MASK, bool)
+            mask[[item for item in kept if item < MASK]] = True
             self.index = self.index.restrict(mask)
         else:
             self.index = self.index.restrict([*kept])
