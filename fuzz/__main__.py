@@ -34,7 +34,8 @@ SOURCES += ["common/isa.cpp"]
 CXX_FLAGS = ["-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-pthread", "-Wno-unknown-pragmas"]
 CXX_FLAGS += ["-Wno-ignored-pragmas", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=undefined"]
 CXX_FLAGS += ["-mavx2", "-mbmi", "-mbmi2", "-mfma", "-mf16c", "-mpopcnt"]  # clang ignores GCC's pragma for these
-LIMITS = ["-max_len=16384", "-timeout=25", "-rss_limit_mb=4096", "-print_final_stats=1", "-verbosity=1"]
+LIMITS = ["-max_len=16384", "-rss_limit_mb=4096", "-print_final_stats=1"]
+LIMITS += ["-timeout=300", "-report_slow_units=300"]  # by the wall's clock, on a machine that may have other work
 LIMITS += [f"-dict={FOLDER / 'words.dict'}"]
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None  # save waits for the disk
 MOST_CRASHES = 20
