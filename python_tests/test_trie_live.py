@@ -350,3 +350,15 @@ def test_first_known() -> None:
     index = rx.TrieIndex.build(np.arange(1000)[:, None], item_ids=np.arange(1000) * 2**30)
     for ids, known in (([1, 2**30, 2], 2**30), ([1, 3], -1), (range(10**4, 10**4 + 3), -1)):
         assert _C.trie_first_known(index.data.numpy(), np.array(ids), 2) == known
+
+
+@pytest.mark.parametrize("first_ids", [0, 2**40])
+@pytest.mark.parametrize("added_ids", [100, 2**31 - 3, 2**31 - 2, 2**41])
+@pytest.mark.parametrize("codes", [(3, 5), (3, 70_000), (70_000, 3)])
+def test_ids_and_codes_of_other_widths_are_added(first_ids: int, added_ids: int, codes: tuple[int, int]) -> None:
+    """Ids of 32 bits and of 64, up to the last that fits 32, and symbols of 16 and of 32 bits, either way round."""
+    sids = np.array([[codes[0], 1], [0, 1], [codes[1], 1], [0, 2], [codes[1], 1]])
+    ids = np.array([0, 1, 0, 1, 2]) + np.array([first_ids, first_ids, *[added_ids] * 3])
+    grown = rx.TrieIndex.build(sids[:2], item_ids=ids[:2]).add(sids[2:], item_ids=ids[2:])
+    assert torch.equal(grown.data, rx.TrieIndex.build(sids, item_ids=ids).data)
+    assert grown.lookup(sids[2:3]).items.tolist() == [added_ids, added_ids + 2]
