@@ -1,8 +1,18 @@
 """Fused PyTorch operators for generative retrieval with semantic IDs (SIDs)."""
 
+from importlib.util import find_spec as _find_spec
+
 import torch  # noqa: F401  loaded first: the extension's libraries are torch's
 
-from raddpo_ext import _C  # noqa: F401  registers torch.ops.raddpo
+try:
+    from raddpo_ext import _C  # noqa: F401  registers torch.ops.raddpo
+except ImportError as error:
+    if _find_spec("raddpo_ext._C") is not None:
+        raise
+    raise ImportError(
+        f"{__path__[0]} holds sources without the compiled extension: run `make build` in this checkout, or start "
+        "Python in another folder if the package is installed"
+    ) from error
 from raddpo_ext import metrics as metrics
 from raddpo_ext import negatives as negatives
 from raddpo_ext import row_lse as _row_lse  # noqa: F401  its fake kernel
