@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import raddpo_ext as rx
+from raddpo_ext.integrations.session_collator import SessionCollator
 from raddpo_ext.session_log import read_sessions, write_sessions
 
 pytest.importorskip("datasets")
@@ -30,11 +31,13 @@ def write(path, rows):
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
         path.write_text("".join(f"{line}\n" for line in lines))
     else:
-        pq.write_table(pa.Table.from_pylist(rows), path)
+        columns = dict.fromkeys(name for row in rows for name in row)
+        pq.write_table(pa.Table.from_pylist([{**columns, **row} for row in rows]), path)
     return path
 
 
 sids = st.lists(st.lists(st.integers(0, 2**31 - 2), min_size=1, max_size=4), max_size=3)
+item_ids = st.lists(st.integers(0, 2**63 - 1), max_size=2)
 sessions = st.builds(
     lambda prompt, positives, negatives: {
         "prompt_ids": prompt,
@@ -57,6 +60,35 @@ def test_round_trip(tmp_path, suffix, rows):
     write_sessions(path, log)  # over itself
     assert read_sessions(path).to_list() == rows
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@given(rows=st.lists(st.tuples(sessions, st.none() | item_ids), min_size=1, max_size=6))
+def test_items(tmp_path, suffix, rows):
+    """They stay where a row has some; the other rows' are empty then."""
+    path = tmp_path / f"log.{suffix}"
+    write_sessions(path, [row if items is None else {**row, "items": items} for row, items in rows])
+    log = read_sessions(path)
+    if all(items is None for _, items in rows):
+        assert log.column_names == [*GOOD]
+    else:
+        assert log.to_list() == [{**row, "items": items or []} for row, items in rows]
+        write_sessions(path, log)
+        assert read_sessions(path).to_list() == log.to_list()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_items_that_begin_late(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr("raddpo_ext.session_log._CHUNK", 3)
+    path = tmp_path / f"log.{suffix}"
+    write_sessions(path, [*[GOOD] * 7, {**GOOD, "items": [1]}])
+    assert read_sessions(path, index=INDEX)["items"][:] == [[]] * 7 + [[1]]
+    collate = SessionCollator(embeddings=False)
+    assert collate(list(read_sessions(path)))["items"].tolist() == [[-1]] * 7 + [[1]]
+    write_sessions(path, [GOOD, {**GOOD, "items": [1, 2**40]}])
+    with pytest.raises(ValueError, match=r"(line 2|row 1): items holds 1099511627776, which is not in the index$"):
+        read_sessions(path, index=INDEX)
+    assert read_sessions(path, index=INDEX, on_error="skip").to_list() == [GOOD]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -86,6 +118,7 @@ BAD = {
     "no token id": ({**GOOD, "positives": [[10, -14]]}, r"positives\[0\] holds -14, which is no token id"),
     "empty prompt": ({**GOOD, "prompt_ids": []}, "prompt_ids is empty"),
     "empty candidate": ({**GOOD, "negatives": [[3], []]}, r"negatives\[1\] is empty"),
+    "no item id": ({**GOOD, "items": [3, -1]}, "items holds -1, which is no item id"),
     "both positive and negative": (
         {**GOOD, "positives": [[3], [10, 14]], "negatives": [[4], [10, 14]]},
         r"positives\[1\] and negatives\[1\] are both \[10, 14\]",
@@ -100,6 +133,8 @@ MORE_BAD = {
     ],
     r"negatives must be a list of lists of integers, got 3": [{**GOOD, "negatives": 3}],
     r"negatives\[1\] must be a list of integers, got 12": [{**GOOD, "negatives": [[3], 12]}],
+    "items must be a list of integers": [{**GOOD, "items": value} for value in (3, ["3"], [[3]], "12")],
+    "items holds 9223372036854775808, which is no item id": [{**GOOD, "items": [2**63]}],
     "prompt_ids holds 2147483647, which is no token id": [{**GOOD, "prompt_ids": [1, 2**31 - 1]}],
 }
 
@@ -110,8 +145,6 @@ MORE_BAD = {
 )
 def test_bad_row(tmp_path, caplog, suffix, reason):
     row, message = BAD[reason]
-    if suffix == "parquet":
-        row = {column: row.get(column) for column in GOOD}
     path = write(tmp_path / f"log.{suffix}", [GOOD, GOOD, row, GOOD, row])
     place = "line 3" if suffix == "jsonl" else "row 2"
     with pytest.raises(ValueError, match=f"^{path}: {place}: {message}$"):

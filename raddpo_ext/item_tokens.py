@@ -20,9 +20,9 @@ def history_prompts(
 ) -> list[list[int]]:
     """The prompts of people who had these items: ``bos_token_id``, then the SIDs' tokens one after another.
 
-    End tokens are left out. ``python -m raddpo_ext serve`` makes the prompt of a request's ``history`` by this function,
-    with ``model.config.bos_token_id``: a model trained on what it gives is asked in the same words. Make many prompts
-    in one call, which passes once over the index's items.
+    End tokens are left out. ``python -m raddpo_ext serve`` makes the prompt of a request's ``history`` by this
+    function, with ``model.config.bos_token_id``: a model trained on what it gives is asked in the same words. Make many
+    prompts in one call, which passes once over the index's items.
 
     Args:
         index: the catalogue.

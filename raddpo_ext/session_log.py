@@ -17,11 +17,14 @@ import torch
 from raddpo_ext import _check
 from raddpo_ext._files import replacing
 from raddpo_ext.trie import TrieIndex
+from raddpo_ext.trie_items import places_of
 from raddpo_ext.vocab import SIDVocab
 
 COLUMNS = ("prompt_ids", "positives", "negatives")
+ITEMS = "items"  # the one column that a log may lack
 _CHUNK = 8192  # sessions that are Python objects at one time
 _TOKENS = range(2**31 - 1)
+_ITEM_IDS = range(2**63)
 _SHOWN = 5  # bad rows that the log names for each reason
 
 _log = logging.getLogger(__name__)
@@ -45,8 +48,10 @@ def read_sessions(
     """Reads a session log into memory.
 
     A row holds ``prompt_ids``, a list of token ids, and ``positives`` (the winner first) and ``negatives``, lists of
-    SIDs: lists of token ids, with the end token if the vocab has one. ``.jsonl`` has one object a line, and lines of
-    white space are passed over; ``.parquet`` has these three columns. Other columns are left out.
+    SIDs: lists of token ids, with the end token if the vocab has one. It may also hold ``items``, the positives' item
+    ids, for the ``item_*`` metrics of :class:`RADDPOTrainer <raddpo_ext.integrations.transformers.RADDPOTrainer>`.
+    ``.jsonl`` has one object a line, and lines of white space are passed over; ``.parquet`` has these columns. Others
+    are left out.
 
     A session without positives or without negatives is kept: it adds nothing to the preference loss. The log
     (``logging``, this module's name) says how many there are, in one record together with what was skipped.
@@ -55,14 +60,15 @@ def read_sessions(
         path: a ``.jsonl`` or ``.parquet`` file.
         vocab: also refuse a candidate that is no SID of it: a token that its level lacks, and with ``eos`` a candidate
             that does not end there.
-        index: also refuse a candidate that no item of it has.
+        index: also refuse a candidate that no item of it has, and an item that it lacks.
         on_error: what to do with a row that is no session: ``"raise"`` ValueError for the first one, or ``"skip"`` and
             log, for each reason, how many there were and where. Reasons: invalid JSON, a missing column, not integers,
-            a number that is no token id, an empty prompt, an empty candidate, a SID both positive and negative, not of
-            the vocab, not in the index.
+            a number that is no token id or item id, an empty prompt, an empty candidate, a SID both positive and
+            negative, not of the vocab, not in the index.
 
     Returns:
-        ``datasets.Dataset`` of int64 lists in the columns :data:`COLUMNS`, in the file's order.
+        ``datasets.Dataset`` of int64 lists in the columns :data:`COLUMNS`, in the file's order. If any row has
+        ``items``, so have all, empty where there were none.
 
     Raises:
         ValueError: naming the file, and the line of jsonl (counted from 1) or the row of parquet (from 0). Also for a
@@ -87,8 +93,10 @@ def read_sessions(
                 raise ValueError(f"{path}: {kind} {place}: {error}")
             skipped[error.reason].append(place)
         counts["rows"] += len(chunk)
+        counts[ITEMS] += sum(ITEMS in session for session in sessions)
         for column in COLUMNS[1:]:
             counts[column] += sum(not session[column] for session in sessions)
+        sessions = [{ITEMS: [], **session} for session in sessions]
         tables.append(arrow.Table.from_pylist(sessions, schema=_schema(arrow)))
     reasons = "; ".join(
         f"{len(places)} {reason} ({kind} {', '.join(map(str, places[:_SHOWN]))}{', ...' * (len(places) > _SHOWN)})"
@@ -103,7 +111,8 @@ def read_sessions(
             *(path, num_skipped, counts["rows"], f": {reasons}" if reasons else ""),
             *(counts["positives"], counts["negatives"]),
         )
-    return datasets.Dataset(arrow.concat_tables(tables))
+    table = arrow.concat_tables(tables)
+    return datasets.Dataset(table if counts[ITEMS] else table.drop_columns([ITEMS]))
 
 
 def write_sessions(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) -> None:
@@ -112,8 +121,8 @@ def write_sessions(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]])
 
     Args:
         path: a ``.jsonl`` or ``.parquet`` file.
-        rows: mappings with the columns :data:`COLUMNS` as lists of ints, or a ``datasets.Dataset`` of them. Others of
-            their columns are left out.
+        rows: mappings with the columns :data:`COLUMNS` as lists of ints, and ``items`` where they have it, or a
+            ``datasets.Dataset`` of them. Others of their columns are left out.
 
     Raises:
         ValueError: a row that :func:`read_sessions` would refuse (named by its number from 0), or no row at all.
@@ -142,7 +151,8 @@ def _is_jsonl(path: Path) -> bool:
 
 def _schema(arrow: Any) -> Any:
     ids = arrow.list_(arrow.int64())
-    return arrow.schema(list(zip(COLUMNS, (ids, arrow.list_(ids), arrow.list_(ids)), strict=True)))
+    columns = zip((*COLUMNS, ITEMS), (ids, arrow.list_(ids), arrow.list_(ids), ids), strict=True)
+    return arrow.schema(list(columns))
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -162,7 +172,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for column in COLUMNS:
                 if column not in table.schema_arrow.names:
                     raise _BadRow("missing column", f"has no column {column!r}, only {table.schema_arrow.names}")
-            batches = table.iter_batches(_CHUNK, columns=list(COLUMNS))
+            columns = [*COLUMNS, *(name for name in table.schema_arrow.names if name == ITEMS)]
+            batches = table.iter_batches(_CHUNK, columns=columns)
             yield from enumerate(row for batch in batches for row in batch.to_pylist())
         except _BadRow as error:
             raise ValueError(f"{path}: {error}") from None
@@ -210,6 +221,11 @@ def _sort_out(
         for (place, name, sid), known in zip(named, _contained(index, [sid for *_, sid in named]), strict=True):
             if not known:
                 bad.setdefault(place, _BadRow("not in the index", f"{name} = {sid} is not in the index"))
+        owned = [(place, item) for place, session in sessions.items() for item in session.get(ITEMS, ())]
+        places = places_of(index, torch.tensor([item for _, item in owned], dtype=torch.int64)).tolist()
+        for (place, item), found in zip(owned, places, strict=True):
+            if found < 0:
+                bad.setdefault(place, _BadRow("not in the index", f"items holds {item}, which is not in the index"))
     return [session for place, session in sessions.items() if place not in bad], bad
 
 
@@ -234,6 +250,9 @@ def _session(row: Any, tokens: tuple[list[set[int]], int | None] | None) -> dict
         _check_ids(name, sid, "empty candidate")
         if tokens is not None:
             _check_tokens(name, sid, *tokens)
+    if row.get(ITEMS) is not None:
+        session[ITEMS] = row[ITEMS]
+        _check_ids(ITEMS, session[ITEMS], None, _ITEM_IDS, "item id")
     negatives = {tuple(sid): place for place, sid in enumerate(session["negatives"])}
     for place, sid in enumerate(session["positives"]):
         if tuple(sid) in negatives:
@@ -248,14 +267,15 @@ def _candidates(session: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield f"{column}[{place}]", sid
 
 
-def _check_ids(name: str, ids: Any, empty: str) -> None:
+def _check_ids(name: str, ids: Any, empty: str | None, possible: range = _TOKENS, kind: str = "token id") -> None:
+    """``empty``: the reason to refuse an empty list, None to take it."""
     if not isinstance(ids, list) or not set(map(type, ids)) <= {int}:
         raise _BadRow("not integers", f"{name} must be a list of integers, got {ids!r:.60}")
-    if not ids:
+    if not ids and empty is not None:
         raise _BadRow(empty, f"{name} is empty")
-    for token in (min(ids), max(ids)):
-        if token not in _TOKENS:
-            raise _BadRow("no token id", f"{name} holds {token}, which is no token id")
+    for number in (min(ids, default=0), max(ids, default=0)):
+        if number not in possible:
+            raise _BadRow(f"no {kind}", f"{name} holds {number}, which is no {kind}")
 
 
 def _check_tokens(name: str, sid: list[int], levels: list[set[int]], eos: int | None) -> None:
