@@ -59,7 +59,7 @@ MUTANTS = [
     Mutant(
         fault="among equal scores the higher parent comes first",
         op="beam_search",
-        file="csrc/beam_search/beam_search.cpp",
+        file="csrc/beam_search/best.cpp",
         old="[](const Candidate& a, const Candidate& b) { return a.key > b.key; }",
         new="[](const Candidate& a, const Candidate& b) {\n"
         "                     return a.key > b.key || (a.key == b.key && a.parent > b.parent);\n"
