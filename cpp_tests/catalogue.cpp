@@ -57,7 +57,7 @@ LevelSymbols symbols_of(const Catalogue& c, int level) {
   LevelSymbols s;
   s.size = static_cast<std::int64_t>(tokens.size());
   const bool with_eos = c.eos >= 0 && level > 0;
-  if (c.vocab == Vocab::contiguous && !with_eos) {
+  if (!with_eos && std::is_sorted(tokens.begin(), tokens.end())) {  // they follow one another
     s.first_token = tokens[0];
     return s;
   }

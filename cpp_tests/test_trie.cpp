@@ -5,6 +5,7 @@
 
 #include "catalogue.h"
 #include "check.h"
+#include "trie/trie_check.h"
 #include "trie/trie_live.h"
 #include "trie/trie_merge.h"
 #include "trie/trie_ops.h"
@@ -93,6 +94,7 @@ TEST(trie_build_matches_a_map) {
                 static_cast<std::uint64_t>(header_of(trie.data.get())[kChecksum]));
     CHECK_EQUAL(header_of(trie.data.get())[kNumSids], static_cast<std::int64_t>(c.by_tokens().size()));
     check_lookups(c, trie, nullptr);
+    trie_check(trie.data.get(), trie.size, 1 + seed % 3);
     for (int threads : {2, 3})
       for (int bytes : {1, 2, 4, 8})
         for (bool is_signed : {false, true}) CHECK(equal(c.build(threads, bytes, is_signed), trie));
