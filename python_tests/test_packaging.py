@@ -66,7 +66,8 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(folder, with_pip=False)
     interpreter = folder / "bin" / "python"
     (site,) = folder.glob("lib/python*/site-packages")
-    (site / "here.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    here = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    (site / "here.pth").write_text("\n".join(here) + "\n")
     options = ("--python", interpreter, "install", "--quiet", "--no-deps", "--no-index", "--disable-pip-version-check")
     run(sys.executable, "-m", "pip", *options, "--ignore-installed", wheel, cwd=folder)
     return interpreter
