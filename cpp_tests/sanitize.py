@@ -25,7 +25,8 @@ from benchmarks.report import environment, write_json
 
 BUILD = ROOT / "build" / "sanitize"
 OPERATORS = (
-    *("test_beam_step", "test_linear_beam_step", "test_trie", "test_trie_file", "test_trie_live", "test_row_lse"),
+    *("test_beam_step", "test_linear_beam_step", "test_row_lse"),
+    *("test_trie", "test_trie_check", "test_trie_file", "test_trie_life", "test_trie_live"),
     *("test_token_logps", "test_token_logps_autograd", "test_token_logps_errors", "test_pack_sessions"),
     *("test_session_loss", "test_session_loss_bad_input", "test_session_loss_exact", "test_session_loss_formulas"),
     "test_session_loss_op",
