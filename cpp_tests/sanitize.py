@@ -86,8 +86,8 @@ def python_tests(sanitizer: str, tests: list[str]) -> Callable[[], tuple[int, st
     libraries = [
         call(["g++", f"-print-file-name={name}"])[1].strip() for name in (LIBRARIES[sanitizer], "libstdc++.so.6")
     ]
-    # From the package's folder, so that it is found before the one in the checkout; a sanitizer's report is no output
-    # of a test's, to be lost as it ends the process.
+    # From the package's folder, so that it is found before the one in the checkout. A sanitizer's report, by which the
+    # process ends, must not be captured as output of a test.
     command = [
         sys.executable,
         "-m",
@@ -104,6 +104,7 @@ def python_tests(sanitizer: str, tests: list[str]) -> Callable[[], tuple[int, st
         "ASAN_OPTIONS": "detect_leaks=0",
         "LD_PRELOAD": ":".join(libraries),
         "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
         "CI": "true",
     }
     return lambda: call([*command, *(ROOT / "python_tests" / test for test in tests)], package, **variables)
