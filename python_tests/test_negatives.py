@@ -1,5 +1,6 @@
 """The samplers of negatives: what they may give, how often they give it, and from which state."""
 
+import re
 from collections import Counter
 from itertools import permutations
 
@@ -176,6 +177,24 @@ def test_beam_with_other_item_ids():
     chosen = sampler.sample([[1, 2], [3], [4]], [[2**40], [41, 40], []], 3, seeded())
     assert [set(row) for row in chosen.tolist()] == [{40, 0, -1}, {7, 0, -1}, {-1}]
     assert retriever.asked == [[3], [1, 2]]  # nothing for the prompt without positives
+
+
+def test_item_ids_for_row_numbers():
+    """An index with ids of its own cannot be mixed with samplers of rows, even where each id is a row as well."""
+    for ids in ([6, 5, 4, 3, 2, 1, 0], [0, 2, 4, 3, 1, 5, 6]):
+        samplers = [(BeamNegatives(Found(make_index(SIDS, item_ids=ids), [4, 3])), 2), (SiblingNegatives(SIDS), 1)]
+        message = (
+            f"samplers[0] gives item 4, which is {SIDS[ids.index(4)]} in its index, but that row of sids is [1, 0]"
+        )
+        with pytest.raises(ValueError, match=re.escape(message)):
+            sample_negatives(samplers, SIDS, [[1]], [[6]], seeded())
+    part = make_index([SIDS[4], SIDS[0]], item_ids=[4, 0])  # an index of fewer items is no mistake
+    mixed = sample_negatives([(BeamNegatives(Found(part, [0, 4])), 2)], SIDS, [[1]], [[6]], seeded())
+    assert set(mixed[0].tolist()) == {0, 4}
+    with pytest.raises(
+        ValueError, match=r"holds an item outside \[0, 7\): \[1001\]; items are row numbers of sids, not"
+    ):
+        SiblingNegatives(SIDS).sample([[1]], [[1001]], 1, seeded())
 
 
 def test_each_sampler_fills_up_beside_the_others():

@@ -1,7 +1,9 @@
 """Negatives for preference training: from the model's own beam search, from the winner's siblings, by popularity.
 
-Items are row numbers of a catalogue's ``sids``. Every sampler here keeps to :class:`NegativeSampler`, and
-:func:`sample_negatives` mixes them.
+Items are *row numbers* of a catalogue's ``sids``, in what goes in and in what comes out; where the catalogue has item
+ids, an item's is ``item_ids[row]``. :class:`BeamNegatives` alone speaks of the ids of its index: build that with row
+numbers, the default of ``TrieIndex.build``, to mix it with the others. Every sampler here keeps to
+:class:`NegativeSampler`, and :func:`sample_negatives` mixes them.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from raddpo_ext import _check
+from raddpo_ext.trie import TrieIndex
 
 MOST_WEIGHT = 2**53  # sums of counts are drawn from by way of a float64
 
@@ -30,12 +33,12 @@ class NegativeSampler(Protocol):
 
         Args:
             prompts: ``B`` sequences of token ids.
-            positives: ``B`` sequences of items, the winner first.
+            positives: ``B`` sequences of items, the winner first: row numbers of ``sids``, not item ids.
             count: negatives a prompt.
             generator: on the CPU. Its state alone decides on the draws.
 
         Returns:
-            int64 ``[B, count]`` on the CPU.
+            int64 ``[B, count]`` on the CPU: row numbers too.
 
         Raises:
             ValueError, TypeError: naming the argument and the value.
@@ -49,8 +52,9 @@ class BeamNegatives:
     The narrower the beam, the harder the negatives, and the more of them are items that the user takes later.
 
     Args:
-        retriever: a :class:`raddpo_ext.SIDRetriever` with a model in evaluation mode. The ids of its index are the
-            items; of items that share a SID it gives the first.
+        retriever: a :class:`raddpo_ext.SIDRetriever` with a model in evaluation mode. *The ids of its index are the
+            items*, in the positives and in the negatives: row numbers only if it was built with them. Of items that
+            share a SID it gives the first.
         batch_size: prompts searched at once.
     """
 
@@ -183,16 +187,19 @@ def sample_negatives(
 
     Args:
         samplers: each with the number of negatives that it gives a prompt.
-        sids: integer codes ``[N, L]``, -1 beyond a shorter SID's length.
+        sids: integer codes ``[N, L]``, -1 beyond a shorter SID's length; the same rows as the samplers'.
         prompts, positives, generator: see :meth:`NegativeSampler.sample`.
 
     Returns:
-        int64 ``[B, sum of the numbers]``, the samplers' columns side by side; -1 where a sampler had too few.
+        int64 ``[B, sum of the numbers]``, row numbers of ``sids``, the samplers' columns side by side; -1 where a
+        sampler had too few.
 
     Raises:
-        ValueError, TypeError: naming the argument and the value.
+        ValueError: naming the argument and the value; also where :class:`BeamNegatives` gives an item that has another
+            SID in its index than in ``sids``: the index's ids are no row numbers.
+        TypeError: naming the argument and the value.
     """
-    _, of_item = _distinct(sids)
+    distinct, of_item = _distinct(sids)
     items = _checked(prompts, positives, 0, generator)
     empty = items[:, :1] < 0
     taken = _numbers(of_item, items, "positives")
@@ -204,6 +211,8 @@ def sample_negatives(
         if chosen.shape != (len(items), count):
             raise ValueError(f"{name} must give shape {(len(items), count)}, got {tuple(chosen.shape)}")
         numbers = _numbers(of_item, chosen, name)
+        if isinstance(sampler, BeamNegatives):
+            _check_rows(sampler.retriever.index, chosen[chosen >= 0], distinct[numbers[chosen >= 0]], name)
         clash = (numbers[:, :, None] == taken[:, None]).any(2) | empty
         clash |= (numbers[:, :, None] == numbers[:, None]).tril(-1).any(2)
         columns.append(chosen.masked_fill(clash, -1))
@@ -275,8 +284,28 @@ def _distinct(sids: Any) -> tuple[Tensor, Tensor]:
 def _numbers(of_item: Tensor, items: Tensor, name: str) -> Tensor:
     """The number of each item's SID, -1 for -1."""
     outside = ((items < -1) | (items >= len(of_item))).any(1)
-    _check.none(outside, lambda row: f"{name}[{row}] holds an item outside [0, {len(of_item)}): {items[row].tolist()}")
+    _check.none(
+        outside,
+        lambda row: (
+            f"{name}[{row}] holds an item outside [0, {len(of_item)}): {items[row].tolist()}; items are row numbers of "
+            "sids, not item ids"
+        ),
+    )
     return torch.where(items >= 0, of_item[items.clamp(min=0)], -1)
+
+
+def _check_rows(index: TrieIndex, items: Tensor, codes: Tensor, name: str) -> None:
+    """Whether items ``[K]`` of an index have there the SIDs of the rows of these numbers, ``codes`` ``[K, L]``."""
+    theirs = index.sids_of(items).cpu()
+    columns = min(theirs.shape[1], codes.shape[1])
+    wrong = (theirs[:, :columns] != codes[:, :columns]).any(1)
+    _check.none(
+        wrong,
+        lambda place: (
+            f"{name} gives item {int(items[place])}, which is {theirs[place].tolist()} in its index, but that row of "
+            f"sids is {codes[place].tolist()}: build the index with row numbers as item ids"
+        ),
+    )
 
 
 def _checked(
