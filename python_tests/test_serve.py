@@ -252,7 +252,7 @@ def test_what_stops_the_start(tmp_path: Path, capfd: pytest.CaptureFixture[str],
         assert main(["serve", *(str(word) for option in options.items() for word in option)]) == 2
     out, err = capfd.readouterr()
     message = {
-        "store": "no version of a catalogue in this folder",
+        "store": "no version of a catalogue in this folder; name a file to publish with --index",
         "index": "not a TrieIndex file",
         "port": "Address already in use",
         "option": "max_batch must be at least 1, got 0",
@@ -260,6 +260,7 @@ def test_what_stops_the_start(tmp_path: Path, capfd: pytest.CaptureFixture[str],
     }[problem]
     last = err.splitlines()[-1]
     assert last.startswith("raddpo_ext: ")
+    assert "Traceback" not in err
     assert message in last
     assert out == ""
 
@@ -269,7 +270,7 @@ def test_without_the_extra(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     for name in ("raddpo_ext.serve.server", "raddpo_ext.serve.connection"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     assert main(["serve", "--model", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == "raddpo_ext: the service needs uvicorn: pip install raddpo_ext[serve]\n"
+    assert capsys.readouterr().err == "raddpo_ext: the service needs uvicorn: pip install 'raddpo_ext[serve]'\n"
 
 
 def test_publish_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,10 +108,13 @@ def _serve(options: argparse.Namespace) -> int:
     try:
         from raddpo_ext.serve.server import serve
     except ModuleNotFoundError as error:
-        raise ValueError(f"the service needs {error.name}: pip install raddpo_ext[serve]") from None
+        raise ValueError(f"the service needs {error.name}: pip install 'raddpo_ext[serve]'") from None
     config = config_of(options)
+    store = CatalogueStore(config.store)
     if options.index is not None:
-        CatalogueStore(config.store).publish(options.index, unless_newest=True)
+        store.publish(options.index, unless_newest=True)
+    elif not store.version:
+        raise ValueError(f"{store.path}: no version of a catalogue in this folder; name a file to publish with --index")
     serve(config)
     return 0
 
