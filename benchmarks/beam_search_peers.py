@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.beam_search_cases import Level, Search
-from benchmarks.catalogues import Missing
 from raddpo_ext.bench.beam_search_peers import (
     Node,
     agree,
@@ -29,6 +28,7 @@ from raddpo_ext.bench.beam_search_peers import (
     hf_style,
     ours,
 )
+from raddpo_ext.bench.compare import Missing
 
 Step = Callable[[], Any]
 # STATIC holds two dense vocab x vocab tables (5 bytes an entry) when its first two levels are dense, its default.

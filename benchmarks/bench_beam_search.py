@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.beam_search_cases import CASES, Case, Level, Search
 from benchmarks.beam_search_peers import METHODS, check_same
-from benchmarks.catalogues import Missing
+from raddpo_ext.bench.compare import Missing
 
 SECONDS = 0.5  # a method and case, at least 3 rounds
 Prepared = tuple[Search, list[Level]]

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks.catalogues import Missing
 from benchmarks.session_loss_peers import CASES, METHODS, Batch
+from raddpo_ext.bench.compare import Missing
 
 SECONDS = 0.5  # a method and case, at least 3 rounds
 

@@ -30,9 +30,9 @@ import torch
 
 import raddpo_ext as rx
 from benchmarks import catalogues, report
-from benchmarks.catalogues import Missing
 from benchmarks.report import markdown
 from benchmarks.timing import Cost, measured, middle, timed
+from raddpo_ext.bench.compare import Missing
 
 MODULE = "benchmarks.bench_trie"
 THREADS = 2

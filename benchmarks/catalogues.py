@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from raddpo_ext.bench.compare import Missing
+
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("RADDPO_DATA", ROOT.parent / "shared" / "data"))
 INDEX_FILES = {
@@ -18,10 +20,6 @@ INDEX_FILES = {
     "instruments": "instruments/Instruments.index.json",
 }
 ZIPF_EXPONENT = 1.05
-
-
-class Missing(Exception):
-    """Something that a benchmark needs is not on this machine; the message says what."""
 
 
 def uniform(items: int, codes: int, levels: int, seed: int = 0) -> np.ndarray:

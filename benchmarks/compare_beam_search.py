@@ -25,8 +25,8 @@ import torch
 from benchmarks import report
 from benchmarks.beam_search_cases import CASES, Case, Level, Search
 from benchmarks.beam_search_peers import FLOORS, METHODS, check_same
-from benchmarks.catalogues import Missing
 from benchmarks.timing import Cost, burst, measured, middle
+from raddpo_ext.bench.compare import Missing
 
 MODULE = "benchmarks.compare_beam_search"
 PEERS = [name for name in METHODS if name != "ours" and name not in FLOORS]

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 import raddpo_ext as rx
-from benchmarks.catalogues import Missing
 from benchmarks.gpu_timing import graph_us, median_us
 from benchmarks.report import markdown
 from benchmarks.session_loss_peers import Batch
@@ -33,6 +32,7 @@ from benchmarks.token_logps_peers import (
     plain,
 )
 from benchmarks.token_logps_timing import TOLERANCE
+from raddpo_ext.bench.compare import Missing
 
 VOCAB = 151_936
 BF16 = torch.bfloat16

@@ -19,6 +19,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import raddpo_ext as rx
 from benchmarks import catalogues
 from benchmarks.catalogues import ROOT
+from raddpo_ext.bench.compare import Missing
 
 CODES, FIRST, BOS = 256, 64, 1  # codes of a level, token id of the first one
 BEAMS = 20
@@ -76,7 +77,7 @@ def make_catalogues() -> tuple[str, dict[str, Catalogue]]:
     """What they are derived from, and two catalogues without a common item, whose rows have other SIDs."""
     try:
         source, sids = "industrial", catalogues.real("industrial")
-    except catalogues.Missing:
+    except Missing:
         source, sids = "synthetic", catalogues.clustered(3686, CODES, 3)
     ids = 2 * np.arange(len(sids))
     return source, {"even": _catalogue(ids, sids), "odd": _catalogue(ids + 1, CODES - 1 - sids)}

@@ -30,9 +30,9 @@ from torch.nn.functional import pad, softplus
 
 import raddpo_ext as rx
 from benchmarks import catalogues
-from benchmarks.catalogues import Missing
+from raddpo_ext.bench.compare import Missing
+from raddpo_ext.bench.session_loss import BETA, Padding
 
-BETA = 2.0
 ITEMS, CODES, NEIGHBOURS = 50_000, 256, 40  # of the catalogue; rows of it around the winner
 Loss = Callable[[Tensor], Tensor]
 Step = Callable[[], tuple[Tensor, Tensor]]
@@ -88,19 +88,6 @@ class Batch:
             return value, torch.autograd.grad(value, self.logps)[0]
 
         return step
-
-
-class Padding:
-    """Where the entries of ascending groups stand in a table ``[groups, most]``."""
-
-    def __init__(self, group: Tensor) -> None:
-        counts = torch.bincount(group)
-        self.shape = len(counts), int(counts.max())
-        self.slots = group * self.shape[1] + torch.arange(len(group)) - (counts.cumsum(0) - counts)[group]
-
-    def log_sum_exp(self, terms: Tensor) -> Tensor:
-        table = terms.new_full((self.shape[0] * self.shape[1],), -math.inf)
-        return table.index_copy(0, self.slots, terms).view(self.shape).logsumexp(1)
 
 
 class Layout:

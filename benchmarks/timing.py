@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any, NamedTuple
 
 from benchmarks import report
+from raddpo_ext.bench.compare import Cost, timed
 
 Call = Callable[[], Any]
-
-
-class Cost(NamedTuple):
-    """Seconds of a call, or medians of several calls' seconds."""
-
-    wall: float
-    cpu: float  # of all threads of this process
 
 
 class Measured(NamedTuple):
@@ -25,13 +18,6 @@ class Measured(NamedTuple):
     value: Any
     cost: Cost
     peak_bytes: int
-
-
-def timed(call: Call) -> Cost:
-    cpu, wall = time.process_time(), time.perf_counter()
-    call()
-    wall = time.perf_counter() - wall
-    return Cost(wall, time.process_time() - cpu)
 
 
 def burst(call: Call, seconds: float, before: Call = lambda: None) -> list[Cost]:

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import raddpo_ext as rx
-from benchmarks.catalogues import Missing
 from benchmarks.token_logps_cases import BETA, BUDGET, CANDIDATES, GAMMA, LEVELS, Case, Problem
+from raddpo_ext.bench.compare import Missing
 from raddpo_ext.row_lse import row_lse
 
 Step = Callable[[], Tensor]

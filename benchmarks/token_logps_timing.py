@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.catalogues import Missing
 from benchmarks.timing import Cost, Measured, burst, measured, middle
 from benchmarks.token_logps_cases import Case, Problem
 from benchmarks.token_logps_peers import FLOORS, Method, Step
+from raddpo_ext.bench.compare import Missing
 
 BURST = 0.05  # seconds
 ENOUGH = 0.3  # seconds of one method in one process

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from benchmarks import bench_trie, catalogues, figures, reliability_page, report, suite, suite_page, timing
-from benchmarks.catalogues import Missing
 from benchmarks.suite import MEMBERS, Member
+from raddpo_ext.bench.compare import Missing
 
 NAMES = [member.name for member in MEMBERS]
 WORKING = """

@@ -17,7 +17,7 @@ ENOUGH = 3.0  # seconds of one method in all its bursts
 
 
 class Cost(NamedTuple):
-    """Seconds of a call."""
+    """Seconds of a call, or medians of several calls' seconds."""
 
     wall: float
     cpu: float  # of all threads of this process
@@ -117,16 +117,16 @@ def _check_same(comparison: Comparison) -> None:
 
 def _burst(run: Run, seconds: float, device: torch.device | None) -> list[Cost]:
     """Of each call but the first; of the only one where one call takes that long."""
-    timed = _timed if device is None or device.type == "cpu" else _timed_on_gpu
-    costs = [timed(run)]
+    time_one = timed if device is None or device.type == "cpu" else _timed_on_gpu
+    costs = [time_one(run)]
     total = costs[0].wall
     while total < seconds:
-        costs.append(timed(run))
+        costs.append(time_one(run))
         total += costs[-1].wall
     return costs[1:] or costs
 
 
-def _timed(run: Run) -> Cost:
+def timed(run: Run) -> Cost:
     cpu, wall = time.process_time(), time.perf_counter()
     run()
     wall = time.perf_counter() - wall
