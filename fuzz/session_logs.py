@@ -62,10 +62,10 @@ def _parquet(recipe: bytes) -> bytes:
     """A sound file whose columns have the names, types and values that the recipe says."""
     numbers = [*recipe.ljust(8, b"\0")]
     rng, rows = np.random.default_rng(numbers), numbers[6] % 4
-    called = [("prompt_ids", "positives", "negatives", "other")[n % 4] for n in numbers[:3]]
+    called = [("prompt_ids", "positives", "negatives", "items", "other")[n % 5] for n in numbers[:4]]
     out = pa.BufferOutputStream()
     try:
-        columns = [_array(rng, _TYPES[n % len(_TYPES)], rows) for n in numbers[3:6]]
+        columns = [_array(rng, _TYPES[n % len(_TYPES)], rows) for n in numbers[3:7]]
         pq.write_table(pa.table(columns, names=called), out)
     except (pa.ArrowException, OverflowError):  # not all types have all values, nor does parquet have all types
         return recipe
