@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +29,6 @@ _TYPES = (
     pa.duration("s"),
     pa.decimal128(5, 2),
 )
-logging.getLogger("raddpo_ext.session_log").setLevel(logging.ERROR)
 
 
 def run(data: bytes) -> None:

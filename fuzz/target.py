@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 
 import atheris
@@ -10,6 +11,7 @@ import atheris
 
 def main() -> None:
     name = sys.argv.pop(1)
+    logging.disable()  # what is skipped of a session log is said in a warning
     with atheris.instrument_imports(include=["raddpo_ext"]):
         module = importlib.import_module(f"fuzz.{name}")
     mutate = getattr(module, "mutate", None)

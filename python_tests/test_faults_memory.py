@@ -102,10 +102,8 @@ def test_every_operation_says_that_memory_is_short(tmp_path: Path) -> None:
         for error in errors:
             assert re.search(r"memory|allocate|bad_alloc|^MemoryError: $", error), f"{name}: {error}"
             assert "API call failed" not in error
-    assert all(
-        error == f"OSError: [Errno 12] Cannot allocate memory: '{tmp_path}/shop.trie'"
-        for error in found["TrieIndex.load"]
-    )
+    assert f"OSError: [Errno 12] Cannot allocate memory: '{tmp_path}/shop.trie'" in found["TrieIndex.load"]
+    assert all(f"{tmp_path}/shop.trie" in error for error in found["TrieIndex.load"])
     assert [path.name for path in tmp_path.iterdir()] == ["shop.trie"]
     assert rx.TrieIndex.load(tmp_path / "shop.trie").num_items == 100_000
 

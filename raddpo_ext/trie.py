@@ -274,7 +274,8 @@ class TrieIndex:
         Raises:
             ValueError: the file is no index, of another version, truncated, altered or malformed; naming it and what
                 is wrong.
-            OSError: it cannot be opened.
+            OSError: it cannot be opened or mapped.
+            MemoryError: there is too little to check it.
         """
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -286,8 +287,8 @@ class TrieIndex:
                 raise
         try:
             _C.trie_check(content, min(torch.get_num_threads(), 1 + size // _BYTES_A_THREAD))
-        except ValueError as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from None
+        except (ValueError, MemoryError) as error:
+            raise type(error)(f"{os.fspath(path)}: {error}") from None
         data = torch.frombuffer(content, dtype=torch.uint8)
         return cls(data, _header_of(data))
 
