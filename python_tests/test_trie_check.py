@@ -153,8 +153,18 @@ TABLES = rx.TrieIndex.build(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: swap(f.section("tokens", np.int32), 0, 1), "the tokens of level 0 do not ascend from 0 up"),
-        (lambda f: f.section("tokens", np.int32).__setitem__(0, -1), "the tokens of level 0 do not ascend from 0 up"),
+        (
+            lambda f: swap(f.section("tokens", np.int32), 0, 1),
+            "the tokens of level 0 do not ascend from 0 to 2147483646",
+        ),
+        (
+            lambda f: f.section("tokens", np.int32).__setitem__(2, 2**31 - 1),
+            "the tokens of level 0 do not ascend from 0 to 2147483646",
+        ),
+        (
+            lambda f: f.section("tokens", np.int32).__setitem__(0, -1),
+            "the tokens of level 0 do not ascend from 0 to 2147483646",
+        ),
         (lambda f: f.section("tokens", np.int32).__setitem__(2, 11), r"max_token\[0\] is 9, not 11"),
         (lambda f: f.section("tokens", np.int32).__setitem__(0, 6), "codes of level 0 has 1 for token 6"),
         (lambda f: f.section("tokens", np.int32).__setitem__(3, 7), "codes of level 1 has -1 for token 7"),
@@ -182,6 +192,23 @@ def test_needless_table(tmp_path: Path) -> None:
     forgery = Forgery(rx.TrieIndex.build([[0], [1]], vocab=rx.SIDVocab([2], token_ids=[[4, 3]])))
     forgery.section("codes", np.int32)[:2] = [0, 1]
     forgery.refused(tmp_path / "shop.trie", r"malformed: table\[0\] is 0 for codes that need none")
+
+
+def test_needless_table_beside_eos(tmp_path: Path) -> None:
+    vocab = rx.SIDVocab([2, 2], token_ids=[[4, 3], [6, 7]], eos=9)
+    forgery = Forgery(rx.TrieIndex.build([[0, 0], [1, 1]], vocab=vocab))
+    forgery.section("codes", np.int32)[:2] = [0, 1]
+    forgery.refused(tmp_path / "shop.trie", r"malformed: table\[0\] is 0 for codes that need none")
+
+
+@pytest.mark.parametrize("eos", [None, 9])
+@pytest.mark.parametrize("levels", [31, 32])
+def test_deepest_index(tmp_path: Path, levels: int, eos: int | None) -> None:
+    codes = levels - (eos is not None)
+    index = rx.TrieIndex.build(np.eye(3, codes, dtype=int), vocab=rx.SIDVocab([2] * codes, [0] * codes, eos=eos))
+    index.save(tmp_path / "deep.trie")
+    assert index.levels == levels
+    assert rx.TrieIndex.load(tmp_path / "deep.trie").data.equal(index.data)
 
 
 def test_eos_among_consecutive_tokens(tmp_path: Path) -> None:

@@ -129,8 +129,8 @@ class Check {
       std::vector<bool> seen(size);
       bool ends = false, plain = count == size;
       for (std::int64_t i = 0; i < count; ++i) {
-        if (tokens[i] < 0 || (i && tokens[i] <= tokens[i - 1]))
-          refuse("malformed: the tokens of level ", l, " do not ascend from 0 up");
+        if (tokens[i] < 0 || tokens[i] > kLargestToken || (i && tokens[i] <= tokens[i - 1]))
+          refuse("malformed: the tokens of level ", l, " do not ascend from 0 to ", kLargestToken);
         const bool end = eos() && tokens[i] == h_[kEos];
         if (end ? codes[i] != -1 : codes[i] < 0 || codes[i] >= size || seen[codes[i]])
           refuse("malformed: codes of level ", l, " has ", codes[i], " for token ", tokens[i]);
@@ -139,7 +139,7 @@ class Check {
         plain &= codes[i] == i && tokens[i] - tokens[0] == i;
       }
       if (ends != holds_eos(l)) refuse("malformed: the tokens of level ", l, ends ? " hold" : " lack", " eos");
-      if (plain && !eos()) refuse("malformed: table[", l, "] is ", view_.table[l], " for codes that need none");
+      if (plain) refuse("malformed: table[", l, "] is ", view_.table[l], " for codes that need none");
       equal(kMaxToken + l, tokens[count - 1]);
     }
   }
@@ -175,7 +175,7 @@ class Check {
 
   // The last node of each depth closes the children that are the whole next depth.
   void depths() const {
-    for (int d = 0; d <= h_[kLevels]; ++d) {
+    for (int d = 0; d < h_[kLevels]; ++d) {  // the deepest nodes have what is left of the children: none
       const std::int64_t* first = view_.first_node + d;
       if (select_zero(view_.children, first[1] - 1) != first[1] + first[2] - 2)
         refuse("malformed: the children of the nodes of depth ", d, " are not the nodes of depth ", d + 1);

@@ -41,13 +41,13 @@ RADDPO_HD IdsFound range_of(const Id* ids, std::int64_t begin, std::int64_t end)
 
 }  // namespace
 
-// Whether the rank after each of these blocks counts the block's zeros.
+// Whether the rank after each of these blocks counts the block's zeros. Ranks that fall have wrapped.
 bool ranks_follow(const std::uint64_t* bits, std::int64_t begin, std::int64_t end, const std::uint32_t* ranks) {
   std::uint32_t wrong = 0;
   for (std::int64_t block = begin; block < end; ++block) {
     std::uint32_t zeros = kBlockBits;
     for (int i = 0; i < kBlockBits / 64; ++i) zeros -= popcount(bits[block * (kBlockBits / 64) + i]);
-    wrong |= (ranks[block + 1] - ranks[block]) ^ zeros;
+    wrong |= ((ranks[block + 1] - ranks[block]) ^ zeros) | (ranks[block + 1] < ranks[block]);
   }
   return !wrong;
 }
