@@ -16,7 +16,7 @@ except ImportError as error:
         "Install torch, pybind11 and ninja, then run: pip install --no-build-isolation ."
     ) from None
 
-if torch.__version__ < (2, 11):
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):  # pre-releases of 2.11 will do
     raise SystemExit(f"raddpo_ext needs torch 2.11 or later, this is {torch.__version__}")
 
 CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))

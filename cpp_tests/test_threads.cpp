@@ -116,6 +116,7 @@ TEST(threads_search_while_the_catalogue_changes) {
         while (!done) body();
       } catch (const std::exception& error) {
         errors[thread] = error.what();
+        done = true;
       }
     });
   };
@@ -156,7 +157,7 @@ TEST(threads_search_while_the_catalogue_changes) {
   Random random(2);
   std::string error;
   try {
-    for (int change = 1; change <= 200 || searches < 200; ++change) {
+    for (int change = 1; !done && (change <= 200 || searches < 200); ++change) {
       if (change % 3 == 0) set_isa(static_cast<Isa>(random.below(static_cast<int>(best_isa()) + 1)));
       published.set(changed(*published.get(), random, change % 3 == 0));
       if (change % 50 == 0) published.set(version_of(shared(all.build(2)), nullptr, all));

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,12 @@ def test_an_unknown_item_is_named(unknown: int) -> None:
         rx.item_tokens(INDEX, [unknown])
     with pytest.raises(ValueError, match=rf"^histories\[2\]\[1\] = {unknown} is no item of the index$"):
         rx.history_prompts(INDEX, [[7, 9], [], [2**40, unknown], [8]])
+
+
+def test_the_error_goes_from_one_process_to_another() -> None:
+    with pytest.raises(ValueError, match="no item") as raised:
+        rx.history_prompts(INDEX, [[7], [9, 8]])
+    assert repr(pickle.loads(pickle.dumps(raised.value))) == repr(raised.value)
 
 
 def test_an_item_that_is_discarded_is_unknown() -> None:

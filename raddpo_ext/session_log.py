@@ -177,6 +177,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield from enumerate(row for batch in batches for row in batch.to_pylist())
         except _BadRow as error:
             raise ValueError(f"{path}: {error}") from None
+        except MemoryError:
+            raise
         except Exception as error:  # pyarrow raises a dozen types for a damaged file or a strange column
             raise ValueError(f"{path}: damaged, or no parquet file: {' '.join(str(error).split())}") from None
 
@@ -222,7 +224,8 @@ def _sort_out(
             if not known:
                 bad.setdefault(place, _BadRow("not in the index", f"{name} = {sid} is not in the index"))
         owned = [(place, item) for place, session in sessions.items() for item in session.get(ITEMS, ())]
-        places = places_of(index, torch.tensor([item for _, item in owned], dtype=torch.int64)).tolist()
+        items = torch.tensor([item for _, item in owned], dtype=torch.int64)
+        places = places_of(index, items).tolist() if owned else []  # a pass over the whole index
         for (place, item), found in zip(owned, places, strict=True):
             if found < 0:
                 bad.setdefault(place, _BadRow("not in the index", f"items holds {item}, which is not in the index"))

@@ -16,7 +16,10 @@ class UnknownItem(ValueError):
 
     def __init__(self, name: str, item: int, position: int) -> None:
         super().__init__(f"{name} = {item} is no item of the index")
-        self.item, self.position = item, position
+        self.name, self.item, self.position = name, item, position
+
+    def __reduce__(self) -> tuple[type[UnknownItem], tuple[str, int, int]]:
+        return type(self), (self.name, self.item, self.position)  # from one process to another
 
 
 def codes_of_items(index: TrieIndex, ids: Tensor, name: str) -> Tensor:

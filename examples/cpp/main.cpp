@@ -31,7 +31,7 @@ struct Index {
   std::int64_t word(int i) const { return header.const_data_ptr<std::int64_t>()[i]; }
 };
 
-// Python's TrieIndex.load also verifies the checksum: check a file once, where it arrives.
+// Nothing in the file is checked here but these words: load only what Python's TrieIndex.load has accepted.
 Index load(const std::string& path) {
   const auto size = static_cast<std::int64_t>(std::filesystem::file_size(path));
   if (size < raddpo::kHeaderWords * 8) throw std::runtime_error(path + ": not an index");

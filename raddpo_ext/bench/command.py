@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,8 +51,10 @@ def bench(options: argparse.Namespace) -> int:
     except Mismatch as mismatch:
         print(f"raddpo_ext: {mismatch}", file=sys.stderr)
         return 1
-    except subprocess.CalledProcessError as failed:  # which has said why
-        return failed.returncode
+    except subprocess.CalledProcessError as failed:
+        if failed.returncode < 0:
+            raise ValueError(f"a process was ended by {signal.Signals(-failed.returncode).name}") from None
+        return failed.returncode  # it has said why
     except NotImplementedError as error:  # an operator has no kernel there
         raise ValueError(f"--device {options.device}: {str(error).splitlines()[0]}") from None
     result = report.environment(torch.device(options.device), options.threads) | {

@@ -54,7 +54,8 @@ def merged(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The comparisons of several processes: medians of their medians, and the least and most of these."""
     results = []
     for cases in zip(*runs, strict=True):
-        methods = {name: _together([case["methods"][name] for case in cases]) for name in cases[0]["methods"]}
+        in_all = [name for name in cases[0]["methods"] if all(name in case["methods"] for case in cases)]
+        methods = {name: _together([case["methods"][name] for case in cases]) for name in in_all}
         results.append(cases[0] | {"methods": methods})
     return results
 

@@ -29,6 +29,11 @@ class CheckpointedTrainer(Trainer):
                 raise ValueError(f"resume_from_checkpoint = True, but {self.args.output_dir} holds no whole checkpoint")
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Every rank's is there before rank 0 goes on to ``trainer_state.json``."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         checkpoint = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
         if self.args.should_save:  # an older one of this step, which is overwritten, is not whole meanwhile

@@ -50,7 +50,7 @@ class Search:
         """Takes the store's newest version, if this model can serve it; else goes on with the one at hand."""
         try:
             found = self.store.current()
-        except OSError:
+        except (OSError, MemoryError):
             _LOG.exception("the store cannot be read, still serving catalogue version %d", self.version)
             return
         if found.version in (self.version, self._refused):
