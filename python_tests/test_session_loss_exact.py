@@ -208,6 +208,17 @@ def test_minus_infinity(core: dict[str, Any], case: Case, chosen: dict[str, Any]
         assert_close(gradient, expected_gradient, 30)
 
 
+@CORE
+@DTYPE
+def test_impossible_negatives_are_not_smoothed(core: dict[str, Any], dtype: torch.dtype) -> None:
+    """Label smoothing has an infinite price for a session whose negatives are all impossible, but no gradient."""
+    case = case_of([W, P, N, M], 2, dtype)
+    case.logps[2:, 1] = -math.inf
+    result, gradient = run(rx.rad_dpo_loss, case, core | {"label_smoothing": 0.1}, (0, 1, 0))
+    assert result.preference == math.inf
+    assert gradient[case.sessions.mask()].unique().tolist() == [0.0]
+
+
 def test_an_infinite_term_of_weight_0_is_no_nan() -> None:
     case = case_of([W, P, N, M], 2)
     case.logps[1, 1] = -math.inf
