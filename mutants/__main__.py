@@ -1,8 +1,8 @@
 """Whether the tests find deliberate faults: ``python -m mutants``.
 
 The tree is copied to a temporary folder and built there; each fault of ``mutants/mutants.py`` is then put into it by
-itself, what has to be is built again, and the tests of its op run until the first that fails. The result is written
-after every fault, and a run of the same commit goes on where the last one stopped.
+itself, what has to be is built again, and the tests of its op run until the first that fails. What is known is written
+to build/ after every fault, so that a run of the same commit goes on where the last one stopped; the result at the end.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from benchmarks.report import environment, markdown, write_json
 from mutants.mutants import MUTANTS, Mutant
 
 RESULT = ROOT / "mutants" / "results.json"
+PROGRESS = ROOT / "build" / "mutants.json"
 LEAST_CAUGHT = 29 / 30
 ENVIRONMENT = {**os.environ, "CI": "true", "RADDPO_CUDA": "0", "HF_HUB_OFFLINE": "1"}  # CI: derandomised, not cut down
 
@@ -113,15 +114,15 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=RESULT, help="where the result goes")
+    parser.add_argument("--out", type=Path, default=RESULT, help="where the result of all faults goes")
     parser.add_argument("--only", default="", help="run only the faults whose op or description holds this text")
     arguments = parser.parse_args()
     chosen = [mutant for mutant in MUTANTS if arguments.only in f"{mutant.op}: {mutant.fault}"]
     for mutant in MUTANTS:
         mutant.applied_to((ROOT / mutant.file).read_text())  # a list that is stale is no use
     result = {**environment("mutants"), "unmutated": {}, "mutants": []}
-    if arguments.out.exists():
-        before = json.loads(arguments.out.read_text())
+    if PROGRESS.exists() and not result["commit"].endswith("-dirty"):
+        before = json.loads(PROGRESS.read_text())
         if before["commit"] == result["commit"]:
             result |= {name: before[name] for name in ("unmutated", "mutants")}
     digests = [mutant.digest for mutant in MUTANTS]
@@ -137,15 +138,17 @@ def main() -> None:
             if failed:
                 raise SystemExit(f"the tests fail without any fault: {how}")
             result["unmutated"][name] = round(seconds, 1)
-            write_json(arguments.out, result)
+            write_json(PROGRESS, result)
         for mutant in chosen:
             if mutant.digest not in records:
                 record = tree.run(mutant, result["unmutated"][" ".join(mutant.tests)])
                 records[mutant.digest] = record
                 result["mutants"] = [records[digest] for digest in digests if digest in records]
-                write_json(arguments.out, result)
+                write_json(PROGRESS, result)
                 print(f"{mutant.op}: {mutant.fault}: {record['by'] or 'SURVIVED'} ({record['seconds']} s)", flush=True)
     found = [records[mutant.digest] for mutant in chosen]
+    if len(found) == len(MUTANTS):
+        write_json(arguments.out, result)
     caught = sum(record["caught"] for record in found)
     print(f"{table(found)}\n\n{caught} of {len(found)} faults found")
     raise SystemExit(caught < LEAST_CAUGHT * len(found))
