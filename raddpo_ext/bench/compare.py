@@ -35,7 +35,13 @@ def agree(result: Any, expected: Any) -> None:
     """Raises AssertionError unless these tuples of tensors are equal within :data:`TOLERANCE`."""
     for place, (got, value) in enumerate(zip(result, expected, strict=True)):
         error = _norm(got - value) / max(_norm(value), 1e-30)
-        assert error <= TOLERANCE, f"its result {place} is off by {error:.2g}"
+        require(error <= TOLERANCE, f"its result {place} is off by {error:.2g}")
+
+
+def require(holds: bool, otherwise: str) -> None:
+    """An assertion that ``python -O`` keeps."""
+    if not holds:
+        raise AssertionError(otherwise)
 
 
 def _norm(values: Tensor) -> float:

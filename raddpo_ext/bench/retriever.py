@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raddpo_ext.bench.compare import Comparison, Missing
+from raddpo_ext.bench.compare import Comparison, Missing, require
 from raddpo_ext.integrations.retriever import SIDRetriever
 from raddpo_ext.trie import TrieIndex
 from raddpo_ext.vocab import SIDVocab
@@ -87,8 +87,8 @@ def agree(result: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> Non
     (got, got_sids), (scores, sids) = result, expected
     near = TOLERANCE * scores.abs()
     off = (got - scores).abs()
-    assert bool((off <= near).all()), f"its scores are off by up to {float(off.max()):.2g}"
+    require(bool((off <= near).all()), f"its scores are off by up to {float(off.max()):.2g}")
     gaps = (scores[:, :-1] - scores[:, 1:]).cpu() > 2 * near[:, 1:].cpu()
     edge = torch.zeros(len(gaps), 1, dtype=torch.bool)
     alone = torch.cat([~edge, gaps], 1) & torch.cat([gaps, edge], 1)  # the last may have an equal one beyond the beam
-    assert bool((got_sids == sids)[alone].all()), "it finds other SIDs"
+    require(bool((got_sids == sids)[alone].all()), "it finds other SIDs")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raddpo_ext.bench.compare import Comparison
+from raddpo_ext.bench.compare import Comparison, require
 from raddpo_ext.trie import TrieIndex
 
 
@@ -35,7 +35,7 @@ def comparison(device: torch.device, *, items: int, codes: int, levels: int) -> 
             while nodes:
                 found += len(nodes)
                 nodes = [child for node in nodes for child in node.values()]
-        assert found == expected, f"it holds {found} SIDs or nodes, not {expected}"
+        require(bool(found == expected), f"it holds {found} SIDs or nodes, not {expected}")
 
     return Comparison(
         f"index build, {items:,} items V={codes} L={levels}",
