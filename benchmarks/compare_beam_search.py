@@ -25,8 +25,8 @@ import torch
 from benchmarks import report
 from benchmarks.beam_search_cases import CASES, Case, Level, Search
 from benchmarks.beam_search_peers import FLOORS, METHODS, check_same
-from benchmarks.timing import Cost, burst, measured, middle
-from raddpo_ext.bench.compare import Missing
+from benchmarks.timing import measured, middle
+from raddpo_ext.bench.compare import Cost, Missing, burst_of
 
 MODULE = "benchmarks.compare_beam_search"
 PEERS = [name for name in METHODS if name != "ours" and name not in FLOORS]
@@ -61,7 +61,7 @@ def time_level(
     costs: dict[str, list[Cost]] = {name: [] for name in steps}
     for _, (name, step) in product(range(rounds), steps.items()):
         if sum(cost.wall for cost in costs[name]) < 2 * rounds * BURST:  # slow methods: fewer rounds
-            costs[name] += burst(step, BURST)
+            costs[name] += burst_of(step, BURST)
     return {name: (*middle(costs[name]), peaks[name]) for name in steps}
 
 

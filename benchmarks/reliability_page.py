@@ -18,9 +18,13 @@ NOT_YET = "Not run yet."
 def mutants(record: dict[str, Any]) -> str:
     found = record["mutants"]
     caught = [mutant for mutant in found if mutant["caught"]]
-    rows = [[m["op"], m["fault"], f"`{m['by']}`" if m["caught"] else "**survived**"] for m in found]
     text = f"**{len(caught)} of {len(found)} are found** ({_where(record)})."
-    return f"{text}\n\n{details('Each fault, and what finds it', markdown(['operator', 'fault', 'found by'], rows))}"
+    return f"{text}\n\n{details('Each fault, and what finds it', mutant_table(found))}"
+
+
+def mutant_table(found: list[dict[str, Any]]) -> str:
+    rows = [[m["op"], m["fault"], f"`{m['by']}`" if m["caught"] else "**survived**"] for m in found]
+    return markdown(["operator", "fault", "found by"], rows)
 
 
 def fuzz(record: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks import report
+from benchmarks.figures import save
 from benchmarks.page import details, fill
 from raddpo_ext._files import replacing
 
@@ -158,10 +159,7 @@ def write(result: dict[str, Any], docs: Path) -> None:
     text = fill(page.read_text(), {f"scaling-{name}": block for name, block in blocks.items()})
     (docs / "figures").mkdir(exist_ok=True)
     for family, panels in families(result["results"]).items():
-        figure = draw(family, panels)
-        with replacing(docs / "figures" / f"scaling-{family}.png") as file:
-            figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
-        plt.close(figure)
+        save(draw(family, panels), docs / "figures" / f"scaling-{family}.png")
     with replacing(page) as file:
         file.write(text.encode())
 

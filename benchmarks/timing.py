@@ -20,17 +20,6 @@ class Measured(NamedTuple):
     peak_bytes: int
 
 
-def burst(call: Call, seconds: float, before: Call = lambda: None) -> list[Cost]:
-    """Of each call but the first, which meets the caches as another method left them; of the only one where one call
-    takes so many seconds. ``before`` runs before each call, untimed."""
-    costs, total = [], 0.0
-    while total < seconds:
-        before()
-        costs.append(timed(call))
-        total += costs[-1].wall
-    return costs[1:] or costs
-
-
 def take_turns(calls: Mapping[str, Call], rounds: int, before: Call = lambda: None) -> dict[str, list[Cost]]:
     """Each method's cost in each round."""
     costs: dict[str, list[Cost]] = {name: [] for name in calls}

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Cost, Measured, burst, measured, middle
+from benchmarks.timing import Measured, measured, middle
 from benchmarks.token_logps_cases import Case, Problem
 from benchmarks.token_logps_peers import FLOORS, Method, Step
-from raddpo_ext.bench.compare import Missing
+from raddpo_ext.bench.compare import Cost, Missing, burst_of
 
 BURST = 0.05  # seconds
 ENOUGH = 0.3  # seconds of one method in one process
@@ -79,7 +79,7 @@ def run_case(problem: Problem, methods: Mapping[str, Method], rounds: int) -> di
     costs = {name: [cost] if cost.wall > LONG else [] for name, cost in checked.costs.items()}
     for _, (name, step) in product(range(rounds), checked.steps.items()):
         if sum(cost.wall for cost in costs[name]) < ENOUGH:
-            costs[name] += burst(step, BURST, problem.reset)
+            costs[name] += burst_of(step, BURST, problem.reset)
     problem.clear()
     found = {name: middle(values) for name, values in costs.items()}
     return {

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.catalogues import ROOT
-from benchmarks.report import environment, markdown, write_json
+from benchmarks.reliability_page import mutant_table
+from benchmarks.report import environment, write_json
 from mutants.mutants import MUTANTS, Mutant
 
 RESULT = ROOT / "mutants" / "results.json"
@@ -104,14 +105,6 @@ class Tree:
         self.built = True
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    rows = [
-        [record["op"], record["fault"], f"`{record['by']}`" if record["caught"] else "**survived**"]
-        for record in records
-    ]
-    return markdown(["op", "fault", "found by"], rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULT, help="where the result of all faults goes")
@@ -150,7 +143,7 @@ def main() -> None:
     if len(found) == len(MUTANTS):
         write_json(arguments.out, result)
     caught = sum(record["caught"] for record in found)
-    print(f"{table(found)}\n\n{caught} of {len(found)} faults found")
+    print(f"{mutant_table(found)}\n\n{caught} of {len(found)} faults found")
     raise SystemExit(caught < LEAST_CAUGHT * len(found))
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import bench_trie, catalogues, figures, reliability_page, report, suite, suite_page, timing
 from benchmarks.suite import MEMBERS, Member
-from raddpo_ext.bench.compare import Missing
+from raddpo_ext.bench.compare import Missing, burst_of
 
 NAMES = [member.name for member in MEMBERS]
 WORKING = """
@@ -258,9 +258,9 @@ def test_a_call_is_measured() -> None:
     waiting = timing.timed(lambda: time.sleep(0.05))
     assert 0 <= waiting.cpu < 0.05 <= waiting.wall
     calls: list[str] = []
-    costs = timing.burst(lambda: (calls.append("call"), time.sleep(0.01)), 0.035, before=lambda: calls.append("before"))
+    costs = burst_of(lambda: (calls.append("call"), time.sleep(0.01)), 0.035, before=lambda: calls.append("before"))
     assert calls == ["before", "call"] * (len(costs) + 1)
-    assert len(timing.burst(lambda: time.sleep(0.01), 0.005)) == 1
+    assert len(burst_of(lambda: time.sleep(0.01), 0.005)) == 1
     turns = timing.take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
     assert calls[-4:] == ["a", "b", "a", "b"]
     assert [len(found) for found in turns.values()] == [2, 2]

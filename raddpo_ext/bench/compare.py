@@ -95,11 +95,12 @@ def measure(
     """
     _check_same(comparison)
     runs = comparison.methods | comparison.floors
+    time_one = timed if device is None or device.type == "cpu" else _timed_on_gpu
     bursts: dict[str, list[list[Cost]]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             if sum(cost.wall for costs in bursts[name] for cost in costs) < ENOUGH:
-                bursts[name].append(_burst(run, burst, device))
+                bursts[name].append(burst_of(run, burst, time_one=time_one))
     return {name: _summary(found, comparison.steps) for name, found in bursts.items()}
 
 
@@ -121,13 +122,16 @@ def _check_same(comparison: Comparison) -> None:
             raise Mismatch(f"{comparison.name}: {name} differs from {first}: {error}") from None
 
 
-def _burst(run: Run, seconds: float, device: torch.device | None) -> list[Cost]:
-    """Of each call but the first; of the only one where one call takes that long."""
-    time_one = timed if device is None or device.type == "cpu" else _timed_on_gpu
-    costs = [time_one(run)]
-    total = costs[0].wall
-    while total < seconds:
-        costs.append(time_one(run))
+def burst_of(
+    run: Run, seconds: float, before: Run = lambda: None, time_one: Callable[[Run], Cost] | None = None
+) -> list[Cost]:
+    """Of each call but the first, which meets the caches as another method left them; of the only one where one call
+    takes so many seconds. ``before`` runs before each call, untimed; ``time_one`` times it (:func:`timed` by default)."""
+    costs: list[Cost] = []
+    total = 0.0
+    while not costs or total < seconds:
+        before()
+        costs.append((time_one or timed)(run))
         total += costs[-1].wall
     return costs[1:] or costs
 
