@@ -126,7 +126,7 @@ def burst_of(
     run: Run, seconds: float, before: Run = lambda: None, time_one: Callable[[Run], Cost] | None = None
 ) -> list[Cost]:
     """Of each call but the first, which meets the caches as another method left them; of the only one where one call
-    takes so many seconds. ``before`` runs before each call, untimed; ``time_one`` times it (:func:`timed` by default)."""
+    takes so many seconds. ``before`` runs before each call, untimed; ``time_one`` times it, else :func:`timed`."""
     costs: list[Cost] = []
     total = 0.0
     while not costs or total < seconds:
