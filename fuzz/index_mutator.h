@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../csrc/trie/trie_build.h"
+#include "../csrc/trie/trie_check.h"
 #include "../csrc/trie/trie_view.h"
 
 extern "C" std::size_t LLVMFuzzerMutate(std::uint8_t* data, std::size_t size, std::size_t most);
@@ -162,6 +163,7 @@ class Mutator {
     input.eos = eos ? 5 : -1;
     input.has_vocab = vocab;
     const raddpo::TrieBytes block = raddpo::trie_build(input);
+    raddpo::trie_check(block.data.get(), block.size, 1);  // ends the run where the builder's own is refused
     if (block.size > static_cast<std::int64_t>(most_)) return;
     std::memcpy(data_, block.data.get(), block.size);
     size_ = block.size;
