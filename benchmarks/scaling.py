@@ -2,7 +2,6 @@
 
     python -m benchmarks.scaling --out FILE      # 5 minutes, 5 GB
     python -m benchmarks.scaling --quick         # a minute, few points
-    python -m benchmarks.scaling --plot FILE     # measures nothing: docs/scaling.md and its figures from that result
 
 Every family of points runs in a fresh process, catalogues in one each, on one thread but for the family of threads. At
 a point ours and the floor take turns in bursts whose first call is not counted; a time is the median over the bursts of
@@ -240,17 +239,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few points, to see that it works")
     parser.add_argument("--out", type=Path, help="write the result to this file")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="docs/scaling.md and its figures from a result")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)  # a family and its places; prints JSON
     args = parser.parse_args()
     if args.worker:
         torch.set_num_threads(1)
         family, *counts = args.worker
         print(json.dumps(list(FAMILIES[family][0]([int(count) for count in counts]))))
-        return
-    if args.plot:
-        result = json.loads(args.plot.read_text())
-        scaling_page.write(result.get("scaling", result), catalogues.ROOT / "docs")  # of the suite, or by itself
         return
     points = run(args.quick)
     tables = scaling_page.markdown(points)

@@ -3,12 +3,13 @@ files or new ones but no parts, and a process that goes on."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,17 @@ def test_read_only_disk(small_disk: Callable[[int], Path]) -> None:
     assert rx.CatalogueStore(disk / "store").current().version == 1
     with pytest.raises(OSError, match=r"Read-only file system: '.*/other'"):
         rx.CatalogueStore(disk / "other").publish(rx.TrieIndex.build([[1, 2]]))
+
+
+def test_errors_of_the_rows_are_not_of_the_file(tmp_path: Path) -> None:
+    def rows() -> Iterator[dict[str, Any]]:
+        yield {"prompt_ids": [1], "positives": [[1, 2]], "negatives": []}
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+    with pytest.raises(ConnectionResetError) as error:
+        write_sessions(tmp_path / "sessions.jsonl", rows())
+    assert error.value.filename is None
+    assert names(tmp_path) == []
 
 
 def test_a_folder_that_takes_no_files() -> None:

@@ -142,3 +142,18 @@ def test_full_disk(small_disk: Callable[[int], Path], unbroken: tuple[Path, Any]
     assert last_whole_checkpoint(str(disk)) == str(disk / "checkpoint-3")
     subprocess.run(["mount", "-o", f"remount,size={size * 4}", str(disk)], check=True)
     assert_goes_on(disk, unbroken[1])
+
+
+def test_what_fails_after_a_checkpoint_is_not_called_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import Trainer
+
+    save = Trainer._save_checkpoint
+
+    def push(*arguments: Any) -> None:
+        save(*arguments)
+        raise ConnectionError("the hub")
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", push)
+    with pytest.raises(ConnectionError, match="the hub"):
+        run(seeded(qwen3), ROWS, output_dir=str(tmp_path), **OPTIONS)
+    assert last_whole_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-3")

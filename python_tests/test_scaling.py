@@ -137,7 +137,7 @@ def test_places(place, text):
 
 
 def test_command(points, tmp_path, monkeypatch, capsys):
-    """Points from workers into a file, and a page from that file, or from one of the suite."""
+    """Points from workers into a file."""
     asked = []
 
     def worker(module, flag, family, *counts):
@@ -153,13 +153,6 @@ def test_command(points, tmp_path, monkeypatch, capsys):
     assert list(result["markdown"]) == list(scaling.FAMILIES)
     out = capsys.readouterr().out
     assert all(line in out for lines in result["markdown"].values() for line in lines)
-    (tmp_path / "suite.json").write_text(json.dumps({"trie": {}, "scaling": result}))
-    plotted = []
-    monkeypatch.setattr(scaling_page, "write", lambda *arguments: plotted.append(arguments))
-    for source in ("result.json", "suite.json"):
-        monkeypatch.setattr("sys.argv", ["scaling", "--plot", str(tmp_path / source)])
-        scaling.main()
-    assert plotted == [(result, DOCS)] * 2
 
 
 def test_page(points, tmp_path):

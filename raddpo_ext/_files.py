@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 @contextmanager
@@ -38,9 +41,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         if temporary is not None:
             with suppress(OSError):  # not there, or the folder may not be changed
                 temporary.unlink()
-        if isinstance(error, OSError) and error.errno and error.filename in (None, str(temporary)):
+        if isinstance(error, OSError) and (error.filename == str(temporary) or _is_of_a_disk(error)):
             error.filename = str(path)
         raise
+
+
+def _is_of_a_disk(error: OSError) -> bool:
+    """Whether a write that names no file failed so; what else the caller meets while it writes is not about ours."""
+    return error.filename is None and error.errno in _OF_DISKS
 
 
 def _remove_abandoned(path: Path) -> None:
@@ -48,6 +56,6 @@ def _remove_abandoned(path: Path) -> None:
     name = re.compile(re.escape(f".{path.name}.") + "[0-9a-f]{16}")
     with suppress(OSError):  # no such folder, or none that may be changed: the writing will tell
         for entry in filter(name.fullmatch, os.listdir(path.parent)):
-            with suppress(OSError), open(path.with_name(entry), "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(OSError), open(path.with_name(entry), "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # on NFS only of a file that may be written
                 path.with_name(entry).unlink()

@@ -38,7 +38,8 @@ inline LogitType logit_type_of(const Tensor& t, const char* op) {
   }
 }
 
-// In the words by which accelerate tells that a smaller batch may fit.
+// In the words by which accelerate tells that a smaller batch may fit. torch's C shim does not hand over its reason,
+// but writes it to stderr.
 inline std::string no_memory_for(std::initializer_list<std::int64_t> sizes) {
   std::string text;
   for (const std::int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);

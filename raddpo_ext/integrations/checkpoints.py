@@ -41,6 +41,8 @@ class CheckpointedTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:  # torch's and safetensors' own say neither where nor, often, why
+            if _unreadable(checkpoint) is None:
+                raise  # it is whole: what failed came after it, such as the hub
             raise RuntimeError(f"{checkpoint} could not be written: {error}; is the disk full?") from error
 
 
@@ -48,9 +50,17 @@ def last_whole_checkpoint(folder: str) -> str | None:
     """The ``checkpoint-<step>`` in a run's folder of the latest step that is whole, or None; warns of later ones."""
     found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(folder).glob("checkpoint-*"))
     for _, path in sorted(((int(match[1]), path) for match, path in found if match), reverse=True):
-        try:
-            json.loads((path / TRAINER_STATE_NAME).read_text())
+        error = _unreadable(path)
+        if error is None:
             return str(path)
-        except (OSError, ValueError) as error:
-            _logger.warning("%s was not written to its end and is passed over: %s", path, error)
+        _logger.warning("%s was not written to its end and is passed over: %s", path, error)
+    return None
+
+
+def _unreadable(checkpoint: Path) -> Exception | None:
+    """Why the file that is written last cannot be read, or None where the checkpoint is whole."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError) as error:
+        return error
     return None
