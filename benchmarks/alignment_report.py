@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import alignment
+from benchmarks import alignment_grid as grid
 from benchmarks.alignment_cells import Cell, Lab
 from benchmarks.alignment_evaluate import KS
 from benchmarks.alignment_statistics import Difference, ndcg, over_seeds, paired_bootstrap, unpack
@@ -31,7 +31,7 @@ def write(lab: Lab) -> None:
 
 
 def summarise(lab: Lab) -> dict[str, Any]:
-    stages = list(alignment.stages(lab))
+    stages = list(grid.stages(lab))
     records = {cell.name: lab.run(cell) for stage in stages for cell in stage}
     cells = {cell.name: cell for stage in stages for cell in stage}
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
@@ -44,7 +44,7 @@ def summarise(lab: Lab) -> dict[str, Any]:
         "data": {"version": known_version(lab.folder), "users": len(lab.data.test), "items": len(lab.data.sids)},
         "scale": asdict(lab.scale),
         "rows": rows(clean, lab.scale.resamples),
-        "choices": {name: _readable(choice._asdict()) for name, choice in alignment.choices(lab).items()},
+        "choices": {name: _readable(choice._asdict()) for name, choice in grid.choices(lab).items()},
         "validation": validation(stages[3], records, lab.scale.resamples),
         "tuning": tuning(stages[2], records),
         "false_negatives": false_negatives(groups, lab.scale.resamples),
@@ -99,7 +99,7 @@ def metrics(ranks: np.ndarray) -> dict[str, float]:
 def validation(cells: list[Cell], records: dict[str, Any], resamples: int) -> dict[str, Any]:
     """The candidates for the defaults on all validation users, and their differences to the article's reading."""
     scores = {cell.args["method"]: ndcg(unpack(records[cell.name]["result"]["ranks"])) for cell in cells}
-    table = np.stack([scores[method] - scores[alignment.ARTICLE] for method in scores], 1)
+    table = np.stack([scores[method] - scores[grid.ARTICLE] for method in scores], 1)
     found = {}
     for cell, score, change in zip(cells, scores.values(), paired_bootstrap(table, resamples), strict=True):
         row = {"setting": cell.args["setting"], "ndcg@10": float(score.mean()), "to_article": change}
@@ -122,7 +122,7 @@ def false_negatives(groups: dict[tuple[str, float], list[dict[str, Any]]], resam
     users = {
         key: over_seeds([ndcg(unpack(record["result"]["ranks"])) for record in group]) for key, group in groups.items()
     }
-    with_it, without = alignment.NOISY
+    with_it, without = grid.NOISY
     found = []
     for share in sorted({share for _, share in groups}):
         if (with_it, share) not in users or (without, share) not in users:
@@ -174,9 +174,9 @@ def tables(summary: dict[str, Any]) -> list[str]:
     noise = [
         [
             f"{line['share']:.0%}",
-            *(f"{line[method]:.4f}"[1:] for method in alignment.NOISY),
+            *(f"{line[method]:.4f}"[1:] for method in grid.NOISY),
             _interval(line["rdrw"]),
-            *(_interval(line[f"{method}_to_sft"]) for method in alignment.NOISY),
+            *(_interval(line[f"{method}_to_sft"]) for method in grid.NOISY),
         ]
         for line in summary["false_negatives"]
     ]

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
-from benchmarks import alignment, alignment_cells, alignment_evaluate, alignment_sessions, alignment_sft
+from benchmarks import alignment, alignment_cells, alignment_evaluate, alignment_grid, alignment_sessions, alignment_sft
 from benchmarks.alignment_cells import Lab, Scale
 from benchmarks.alignment_data import Data, load, windows
 from benchmarks.alignment_sessions import Sessions
@@ -190,7 +190,7 @@ def test_supervised_training_resumes(data: Data, tmp_path: Path, monkeypatch: py
 
 
 def test_the_grid_writes_every_cell_and_a_report(lab: Lab) -> None:
-    names = {cell.name for stage in alignment.stages(lab) for cell in stage}
+    names = {cell.name for stage in alignment_grid.stages(lab) for cell in stage}
     assert {path.stem for path in lab.results.glob("*.json")} >= names
     assert {"test-sft-s0", "test-rad_dpo-s1", "test-rad_dpo_no_rdrw-s0-false0.1", "validate-rad_dpo"} <= names
     for name in names:
@@ -203,7 +203,7 @@ def test_cells_that_are_there_are_skipped(lab: Lab, monkeypatch: pytest.MonkeyPa
     again = Lab(lab.folder, lab.scale, lab.cache.parent)
     before = {path: path.stat().st_mtime_ns for path in lab.results.glob("*.json")}
     monkeypatch.setattr(alignment_cells, "write_json", None)  # a cell that is computed would be written
-    for stage in alignment.stages(again):
+    for stage in alignment_grid.stages(again):
         alignment.compute(again, stage, 1)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
@@ -216,7 +216,7 @@ def test_a_lost_cell_comes_back_the_same(lab: Lab) -> None:
         path.unlink()
     for path in lab.cache.glob("aligned-*.pt"):
         path.unlink()
-    for stage in alignment.stages(lab):
+    for stage in alignment_grid.stages(lab):
         alignment.compute(lab, [cell for cell in stage if cell.name in names], 1)
     after = [json.loads((lab.results / f"{name}.json").read_text())["result"] for name in names]
     for old, new in zip(before, after, strict=True):
@@ -226,7 +226,7 @@ def test_a_lost_cell_comes_back_the_same(lab: Lab) -> None:
 
 
 def test_a_worker_process_gives_the_same(lab: Lab) -> None:
-    cells = next(iter(alignment.stages(lab)))[:1]
+    cells = next(iter(alignment_grid.stages(lab)))[:1]
     before = [lab.run(cell)["result"]["losses"] for cell in cells]
     for path in [*lab.cache.glob("sft-*.pt"), *(lab.results / f"{cell.name}.json" for cell in cells)]:
         path.unlink()
@@ -235,7 +235,7 @@ def test_a_worker_process_gives_the_same(lab: Lab) -> None:
 
 
 def test_another_configuration_is_another_cell(lab: Lab) -> None:
-    cell = next(iter(alignment.stages(lab)))[0]
+    cell = next(iter(alignment_grid.stages(lab)))[0]
     wider = Lab(lab.folder, dataclasses.replace(lab.scale, epochs=1), lab.cache.parent)
     wider.results = lab.cache / "others"
     (lab.cache / "others").mkdir()
