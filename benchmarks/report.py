@@ -48,7 +48,7 @@ def environment(module: str) -> dict[str, Any]:
     return {
         "command": " ".join(["python", "-m", module, *map(_relative, sys.argv[1:])]),
         "commit": commit(),
-        "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "kernel": platform.release()},
+        "machine": {"cpu": cpu_model() + _family(), "cores": os.cpu_count(), "kernel": platform.release()},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -142,7 +142,15 @@ def output(*command: str) -> str:
 
 
 def cpu_model() -> str:
-    for line in output("lscpu").splitlines():
-        if line.startswith("Model name:"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return _lscpu().get("Model name") or platform.processor() or platform.machine()
+
+
+def _family() -> str:
+    """What tells one generation from the next where a virtual machine's host keeps the model's name for itself."""
+    found = _lscpu()
+    return f" family {found['CPU family']} model {found['Model']}" if {"CPU family", "Model"} <= found.keys() else ""
+
+
+def _lscpu() -> dict[str, str]:
+    pairs = (line.split(":", 1) for line in output("lscpu").splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}

@@ -219,7 +219,12 @@ def member(results: Results, name: str) -> str:
 
 
 def _origin(result: dict[str, Any], again: bool) -> str:
-    facts = [f"torch {result['versions']['torch']}", result["versions"]["isa"], f"commit {result['commit']}"]
+    facts = [
+        result["machine"]["cpu"],
+        f"torch {result['versions']['torch']}",
+        result["versions"]["isa"],
+        f"commit {result['commit']}",
+    ]
     if "processes" in result:
         facts.insert(0, f"{result['processes']} processes" if result["processes"] > 1 else "one process")
     if "measured" in result:
