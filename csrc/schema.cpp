@@ -12,6 +12,8 @@ STABLE_TORCH_LIBRARY(raddpo, m) {
   m.def(
       "child_logits(Tensor hidden, Tensor weight, Tensor? bias, Tensor scores, Tensor nodes, Tensor trie, Tensor "
       "header, Tensor? live, float scale, float softcap, int level, int columns) -> Tensor");
+  // For a block from elsewhere, in C++; on the CPU only. Python's TrieIndex.load calls the same check.
+  m.def("trie_check(Tensor trie, int threads) -> Tensor header");
   m.def("trie_walk(Tensor tokens, Tensor trie, Tensor header, Tensor? live) -> Tensor nodes");
   m.def(
       "trie_paths(Tensor nodes, Tensor trie, Tensor header, Tensor? live, int sid_levels) -> (Tensor codes, Tensor "

@@ -274,6 +274,7 @@ def test_every_operator_has_an_opcheck() -> None:
         "beam_step",
         "child_logits",
         "row_lse",
+        "trie_check",
         "trie_walk",
         "trie_paths",
         "trie_items",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -116,11 +117,22 @@ def test_the_example_finds_what_python_finds(
     assert scores.tolist() == [score for _, score in expected]
 
 
-@pytest.mark.parametrize(("damage", "message"), [("text", "not an index"), ("cut", "truncated or altered")])
-def test_the_example_refuses_other_files(example: Path, tmp_path: Path, damage: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: b"", "truncated: 0 bytes"),
+        (lambda content: b"no index\n" * 1000, "not a TrieIndex file"),
+        (lambda content: content[:-1], "truncated or altered"),
+        (lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:], "its checksum does not match"),
+    ],
+    ids=["empty", "text", "cut", "bit"],
+)
+def test_the_example_refuses_damaged_files(
+    example: Path, tmp_path: Path, damage: Callable[[bytes], bytes], message: str
+) -> None:
     path = tmp_path / "shop.trie"
     shops()["plain"].save(path)
-    path.write_bytes(b"no index\n" * 1000 if damage == "text" else path.read_bytes()[:-1])
+    path.write_bytes(damage(path.read_bytes()))
     done = subprocess.run([example, path], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert message in done.stderr

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_trie_file import HEADER_BYTES, SECTIONS, boundaries, make_index
 
 import raddpo_ext as rx
@@ -248,3 +249,26 @@ def test_number_of_threads_makes_no_difference() -> None:
             verdicts = {verdict(signed(content.tobytes()), threads) for threads in (1, 2, 3, 8)}
             assert len(verdicts) == 1
             assert bit is not None or verdicts == {"sound"}
+
+
+def test_the_operator_checks_likewise() -> None:
+    for index in (SMALL, INDEX, LARGE):
+        torch.library.opcheck(torch.ops.raddpo.trie_check, (index.data, 2))
+        assert torch.ops.raddpo.trie_check(index.data, 2).equal(index.header)
+        for bit in some_bits(index, 4, np.random.default_rng(2)):
+            content = index.data.numpy().copy()
+            content[bit // 8] ^= 1 << bit % 8
+            # Which exception it is depends on torch.
+            with pytest.raises((ValueError, RuntimeError), match=r"not a TrieIndex file|format version|altered"):
+                torch.ops.raddpo.trie_check(torch.from_numpy(content), 1)
+
+
+def test_the_operator_refuses_what_is_no_block() -> None:
+    data = INDEX.data
+    shifted = torch.cat([data.new_zeros(1), data])[1:]
+    for trie in (data.view(torch.int32), data[None], data.repeat_interleave(2)[::2], shifted):
+        with pytest.raises(RuntimeError, match="trie must be a contiguous vector of uint8, aligned to 8 bytes"):
+            torch.ops.raddpo.trie_check(trie, 1)
+    for threads in (0, -1, 2**32):
+        with pytest.raises(RuntimeError, match=rf"threads must be in \[1, 1024\], got {threads}"):
+            torch.ops.raddpo.trie_check(data, threads)

@@ -5,6 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from raddpo_ext import _C
+
+
+@torch.library.register_fake("raddpo::trie_check")
+def _(trie: Tensor, threads: int) -> Tensor:
+    return trie.new_empty(_C.HEADER_WORDS, dtype=torch.int64)
+
 
 @torch.library.register_fake("raddpo::trie_walk")
 def _(tokens: Tensor, trie: Tensor, header: Tensor, live: Tensor | None) -> Tensor:

@@ -1,6 +1,8 @@
 // The trie's lookups for torch: checks, allocation, threads and streams.
+#include <algorithm>
 #include <tuple>
 
+#include "trie_check.h"
 #include "trie_ops.h"
 #include "trie_tensor.h"
 
@@ -102,6 +104,18 @@ Select prepare_select(const Tensor& places, const Tensor& trie, const Tensor& he
        places.const_data_ptr<std::int64_t>(), places.numel(), numbers.mutable_data_ptr<std::int64_t>()}};
 }
 
+Tensor trie_check_cpu(const Tensor& trie, std::int64_t threads) {
+  const auto* words = static_cast<const std::int64_t*>(trie.const_data_ptr());
+  STD_TORCH_CHECK(trie.scalar_type() == ScalarType::Byte && trie.dim() == 1 && trie.is_contiguous() &&
+                      reinterpret_cast<std::uintptr_t>(words) % sizeof *words == 0,
+                  "trie_check: trie must be a contiguous vector of uint8, aligned to ", sizeof *words, " bytes");
+  STD_TORCH_CHECK(threads >= 1 && threads <= 1024, "trie_check: threads must be in [1, 1024], got ", threads);
+  trie_check(reinterpret_cast<const std::uint8_t*>(words), trie.numel(), static_cast<int>(threads));
+  Tensor header = new_empty(trie, {kHeaderWords}, ScalarType::Long);
+  std::copy_n(words, kHeaderWords, header.mutable_data_ptr<std::int64_t>());
+  return header;
+}
+
 Tensor trie_walk_cpu(const Tensor& tokens, const Tensor& trie, const Tensor& header, const OptionalTensor& live) {
   const Walk c = prepare_walk(tokens, trie, header, live);
   parallel_for(c.args.rows, kGrain, [&](std::int64_t begin, std::int64_t end) {
@@ -175,6 +189,7 @@ Tensor trie_select_cuda(const Tensor& places, const Tensor& trie, const Tensor& 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(raddpo, CPU, m) {
+  m.impl("trie_check", TORCH_BOX(&trie_check_cpu));
   m.impl("trie_walk", TORCH_BOX(&trie_walk_cpu));
   m.impl("trie_paths", TORCH_BOX(&trie_paths_cpu));
   m.impl("trie_items", TORCH_BOX(&trie_ranges_cpu<true>));

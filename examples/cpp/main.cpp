@@ -7,7 +7,6 @@
 #include <raddpo_ext/trie.h>
 
 #include <cstdio>
-#include <cstring>
 #include <exception>
 #include <filesystem>
 #include <optional>
@@ -31,17 +30,11 @@ struct Index {
   std::int64_t word(int i) const { return header.const_data_ptr<std::int64_t>()[i]; }
 };
 
-// Nothing in the file is checked here but these words: load only what Python's TrieIndex.load has accepted.
 Index load(const std::string& path) {
+  static const auto trie_check = find_op<Tensor(const Tensor&, std::int64_t)>("raddpo::trie_check");
   const auto size = static_cast<std::int64_t>(std::filesystem::file_size(path));
-  if (size < raddpo::kHeaderWords * 8) throw std::runtime_error(path + ": not an index");
-  Index index;
-  index.block = at::from_file(path, /*shared=*/false, size, at::kByte);
-  index.header = index.block.slice(0, 0, raddpo::kHeaderWords * 8).view(at::kLong).clone();
-  if (std::memcmp(index.header.const_data_ptr(), "RADTRIE", 8) != 0) throw std::runtime_error(path + ": not an index");
-  if (index.word(raddpo::kVersion) != raddpo::kFormatVersion) throw std::runtime_error(path + ": of another version");
-  if (index.word(raddpo::kBytes) != size) throw std::runtime_error(path + ": truncated or altered");
-  return index;
+  const Tensor block = size ? at::from_file(path, /*shared=*/false, size, at::kByte) : at::empty({0}, at::kByte);
+  return {block, trie_check.call(block, /*threads=*/1)};  // throws where the file is not a whole index
 }
 
 // Columns of the logits: one more than the largest token id.
