@@ -7,7 +7,7 @@ Every number is a forward and a backward pass. Cases run in fresh processes. Wit
 checked to give the same values and gradients; then they take turns, in bursts whose first call is not counted, on the
 same inputs. Before each call, untimed and alike for all, the last call's gradients are freed and logits that may have
 been overwritten are restored. Memory is the process's peak during the check's call over what it held before. Times and
-ratios are medians over the processes, the spread is their least and most. Calls of more than a second are timed in
+ratios are medians over the processes, the spread is their least and most. Calls of more than four seconds are timed in
 the check itself. Cases where ours takes more than six, and methods that must be compiled, run in the first process
 only.
 """

@@ -21,8 +21,9 @@ from benchmarks.token_logps_peers import FLOORS, Method, Step
 from raddpo_ext.bench.compare import Cost, Missing, burst_of
 
 BURST = 0.05  # seconds
-ENOUGH = 0.3  # seconds of one method in one process
-LONG = 1.0  # a call of so many seconds is timed in the check
+ENOUGH = 0.3  # seconds of one method in one process,
+LEAST = 3  # in so many calls at least
+LONG = 4.0  # a call of so many seconds is timed in the check only
 # Relative error of values and of each gradient, in the Euclidean norm.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-2}
 
@@ -76,10 +77,11 @@ def _check_same(case: Case, name: str, results: dict[str, Tensor], expected: dic
 def run_case(problem: Problem, methods: Mapping[str, Method], rounds: int) -> dict[str, Any]:
     """Median seconds a call, the wall's and the CPU's, and peak bytes by method."""
     checked = check(problem, methods)
-    costs = {name: [cost] if cost.wall > LONG else [] for name, cost in checked.costs.items()}
+    long = {name: [cost] for name, cost in checked.costs.items() if cost.wall > LONG}
+    costs: dict[str, list[Cost]] = {name: long.get(name, []) for name in checked.steps}
     for _, (name, step) in product(range(rounds), checked.steps.items()):
-        if sum(cost.wall for cost in costs[name]) < ENOUGH:
-            costs[name] += burst_of(step, BURST, problem.reset)
+        if name not in long and (len(costs[name]) < LEAST or sum(cost.wall for cost in costs[name]) < ENOUGH):
+            costs[name] += burst_of(step, BURST, problem.reset, calls=2)
     problem.clear()
     found = {name: middle(values) for name, values in costs.items()}
     return {

@@ -7,11 +7,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from test_bench import Clock
 
-from benchmarks import bench_trie, catalogues, figures, reliability_page, report, suite, suite_page, timing
+from benchmarks import (
+    bench_trie,
+    catalogues,
+    figures,
+    reliability_page,
+    report,
+    suite,
+    suite_page,
+    timing,
+    token_logps_timing,
+)
 from benchmarks.suite import MEMBERS, Member
 from raddpo_ext.bench.compare import Missing, burst_of
 
@@ -251,6 +265,21 @@ def test_index_peers(tmp_path: Path) -> None:
         assert found["extra_bytes_per_item"] >= 0
 
 
+def test_slow_losses_are_timed_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By three calls, each after one that does not count; those that are slower yet by the check's alone."""
+    clock = Clock(monkeypatch)
+
+    def method(*seconds: float) -> Any:
+        spend = clock.spend(*seconds)
+        return lambda problem: lambda: (spend(), torch.ones(1))[1]
+
+    case = SimpleNamespace(name="x", dtype=torch.float32)
+    problem: Any = SimpleNamespace(case=case, leaves={}, clear=lambda: None, reset=lambda: None)
+    methods = {"ours": method(3, 2, 1, 2, 1.5, 2, 1.25), "slow": method(5)}
+    found = token_logps_timing.run_case(problem, methods, rounds=4)
+    assert found["seconds"] == {"ours": 1.25, "slow": 5}
+
+
 def test_a_call_is_measured() -> None:
     first = timing.measured(lambda: np.ones(8 << 20))
     assert len(first.value) == 8 << 20
@@ -261,6 +290,7 @@ def test_a_call_is_measured() -> None:
     costs = burst_of(lambda: (calls.append("call"), time.sleep(0.01)), 0.035, before=lambda: calls.append("before"))
     assert calls == ["before", "call"] * (len(costs) + 1)
     assert len(burst_of(lambda: time.sleep(0.01), 0.005)) == 1
+    assert len(burst_of(lambda: time.sleep(0.01), 0.005, calls=3)) == 2
     turns = timing.take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
     assert calls[-4:] == ["a", "b", "a", "b"]
     assert [len(found) for found in turns.values()] == [2, 2]

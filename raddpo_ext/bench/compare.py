@@ -123,13 +123,18 @@ def _check_same(comparison: Comparison) -> None:
 
 
 def burst_of(
-    run: Run, seconds: float, before: Run = lambda: None, time_one: Callable[[Run], Cost] | None = None
+    run: Run,
+    seconds: float,
+    before: Run = lambda: None,
+    time_one: Callable[[Run], Cost] | None = None,
+    calls: int = 1,
 ) -> list[Cost]:
-    """Of each call but the first, which meets the caches as another method left them; of the only one where one call
-    takes so many seconds. ``before`` runs before each call, untimed; ``time_one`` times it, else :func:`timed`."""
+    """Of each call but the first, which meets caches and free memory as another method left them; of the only one where
+    one takes so many seconds. There are ``calls`` at least. ``before`` runs before each, untimed; ``time_one`` times
+    it, else :func:`timed`."""
     costs: list[Cost] = []
     total = 0.0
-    while not costs or total < seconds:
+    while len(costs) < calls or total < seconds:
         before()
         costs.append((time_one or timed)(run))
         total += costs[-1].wall
