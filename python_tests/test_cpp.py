@@ -135,4 +135,5 @@ def test_the_example_refuses_damaged_files(
     path.write_bytes(damage(path.read_bytes()))
     done = subprocess.run([example, path], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"{path}: ")
     assert message in done.stderr

@@ -34,7 +34,11 @@ Index load(const std::string& path) {
   static const auto trie_check = find_op<Tensor(const Tensor&, std::int64_t)>("raddpo::trie_check");
   const auto size = static_cast<std::int64_t>(std::filesystem::file_size(path));
   const Tensor block = size ? at::from_file(path, /*shared=*/false, size, at::kByte) : at::empty({0}, at::kByte);
-  return {block, trie_check.call(block, /*threads=*/1)};  // throws where the file is not a whole index
+  try {
+    return {block, trie_check.call(block, /*threads=*/1)};
+  } catch (const std::exception& error) {  // the file is not a whole index
+    throw std::runtime_error(path + ": " + error.what());
+  }
 }
 
 // Columns of the logits: one more than the largest token id.
