@@ -183,7 +183,7 @@ def assert_search_agrees(
     for query, score_of in enumerate(scores):
         rows = [
             (score, tuple(code for code in sid if code >= 0), item)
-            for score, sid, item in zip(*(column[query].tolist() for column in got), strict=True)
+            for item, score, sid in zip(*(column[query].tolist() for column in got), strict=True)
             if item >= 0
         ]
         offered = [item for items in items_of.values() for item in items] if top_k else list(items_of)

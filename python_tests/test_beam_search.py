@@ -117,6 +117,22 @@ def test_logits_may_differ_in_width_by_level() -> None:
     assert_scores_close(got.scores, torch.full((1, 2), -math.log(400)), "beam_search")
 
 
+def test_parts_come_in_one_order() -> None:
+    """Whoever unpacks a result gets what its names say, from the reference too."""
+    index = rx.TrieIndex.build([[0, 1], [1, 0]], item_ids=[70, 80])
+
+    def step_fn(tokens: Tensor, parents: Tensor, level: int) -> Tensor:
+        return torch.tensor([3.0, 1.0]).expand(*tokens.shape, 2)
+
+    for search in (rx.beam_search, reference.beam_search):
+        for top_k in (None, 2):
+            items, scores, sids = found = search(step_fn, index, batch_size=1, beam_width=2, top_k=top_k)
+            assert items is found.items
+            assert items.tolist() == [[70, 80]]
+            assert scores.dtype == torch.float32
+            assert sids.tolist() == [[[0, 1], [1, 0]]]
+
+
 def test_collisions_and_top_k() -> None:
     """One row a SID with its first item, or one row an item."""
     index = rx.TrieIndex.build([[1], [0], [1], [1]], item_ids=[8, 6, 4, 2])

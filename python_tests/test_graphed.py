@@ -189,5 +189,5 @@ def test_no_value_is_needed(name: str, attention: str, normalize: str) -> None:
                     top_k=top_k,
                     **head,
                 )
-            assert [tuple(part.shape) for part in got] == [(3, rows := top_k or 12), (3, rows, 3), (3, rows)]
+            assert [tuple(part.shape) for part in got] == [(3, rows := top_k or 12), (3, rows), (3, rows, 3)]
             assert {part.device.type for part in got} == {"meta"}

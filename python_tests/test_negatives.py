@@ -30,7 +30,7 @@ class Found:
 
     def retrieve(self, input_ids, attention_mask):
         self.asked += [row[mask].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)]
-        return rx.BeamResult(None, None, self.items.expand(len(input_ids), -1))
+        return rx.BeamResult(self.items.expand(len(input_ids), -1), None, None)
 
 
 def make_index(sids, **arguments):

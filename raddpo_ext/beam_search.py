@@ -18,15 +18,17 @@ from raddpo_ext.trie import TrieIndex
 class BeamResult(NamedTuple):
     """What :func:`beam_search` found, best first, ``R`` rows a query; an empty row has score ``-inf`` and item -1.
 
+    Take the parts by name: ``found.items``.
+
     Attributes:
+        items: int64 ``[B, R]``.
         scores: float32 ``[B, R]``, divided by ``length ** length_penalty``.
         sids: int64 ``[B, R, L]`` codes, padded with -1.
-        items: int64 ``[B, R]``.
     """
 
+    items: Tensor
     scores: Tensor
     sids: Tensor
-    items: Tensor
 
 
 def beam_search(
@@ -97,7 +99,7 @@ def _result(state: BeamState, index: TrieIndex, length_penalty: float, top_k: in
     first, count = index.item_ranges(state.nodes)
     if top_k is None:
         items = torch.where(count > 0, index.items_at(first), -1)
-        return BeamResult(scores, sids, items)
+        return BeamResult(items, scores, sids)
     # Item k of a query lies in the first beam whose items, added up, exceed k.
     ends = count.cumsum(1)
     rank = torch.arange(top_k, device=scores.device).expand(len(scores), top_k).contiguous()
@@ -107,6 +109,5 @@ def _result(state: BeamState, index: TrieIndex, length_penalty: float, top_k: in
     position = first.gather(1, beam) + rank - (ends - count).gather(1, beam)
     items = torch.where(found, index.items_at(torch.where(found, position, 0)), -1)
     sids = sids.gather(1, beam[..., None].expand(-1, -1, sids.shape[2]))
-    return BeamResult(
-        torch.where(found, scores.gather(1, beam), -math.inf), torch.where(found[..., None], sids, -1), items
-    )
+    scores = torch.where(found, scores.gather(1, beam), -math.inf)
+    return BeamResult(items, scores, torch.where(found[..., None], sids, -1))

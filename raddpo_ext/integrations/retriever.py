@@ -126,8 +126,8 @@ class SIDRetriever:
             on_step: see :func:`raddpo_ext.beam_search`.
 
         Returns:
-            :class:`raddpo_ext.BeamResult`: ``scores`` float32 ``[B, R]``, ``sids`` int64 ``[B, R, L]``, ``items`` int64
-            ``[B, R]``, best first; ``R`` is ``top_k``, or the last width.
+            :class:`raddpo_ext.BeamResult`: ``items`` int64 ``[B, R]``, ``scores`` float32 ``[B, R]``, ``sids`` int64
+            ``[B, R, L]``, best first; ``R`` is ``top_k``, or the last width.
 
         Raises:
             ValueError: a prompt without a token, a token id that the model lacks, a prompt that together with the SID

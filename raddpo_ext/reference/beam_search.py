@@ -133,9 +133,9 @@ def _rows(trie: TrieIndex, scores: Tensor, sids: Tensor, nodes: Tensor, top_k: i
     """One row a SID with its first item, or one row for each of its items and ``top_k`` rows in all."""
     rows = nodes.shape[1] if top_k is None else top_k
     out = BeamResult(
-        scores.new_full((len(nodes), rows), -math.inf),
-        sids.new_full((len(nodes), rows, trie.sid_levels), -1),
-        nodes.new_full((len(nodes), rows), -1),
+        items=nodes.new_full((len(nodes), rows), -1),
+        scores=scores.new_full((len(nodes), rows), -math.inf),
+        sids=sids.new_full((len(nodes), rows, trie.sid_levels), -1),
     )
     for query, beams in enumerate(nodes.tolist()):
         found = [
