@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import raddpo_ext as rx
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = """
 import sys
@@ -18,6 +20,31 @@ print([name for name in extras if name in sys.modules], [name for name in rx.__a
 
 def test_import() -> None:
     assert run(SCRIPT, ROOT).stdout == "[] []\n"
+
+
+def test_names() -> None:
+    """``dir`` shows the public names, each of which is there, and nothing else; a star import brings the same."""
+    scope: dict[str, object] = {}
+    exec("from raddpo_ext import *", scope)
+    assert dir(rx) == sorted(rx.__all__) == sorted(name for name in scope if name != "__builtins__")
+    assert all(getattr(rx, name) is value for name, value in scope.items() if name != "__builtins__")
+    assert not [name for name in dir(rx) if name.startswith("_")]
+
+
+def test_operators_are_registered_whichever_comes_first() -> None:
+    use = "print(torch.ops.raddpo.row_lse(torch.zeros(1, 4, device='meta')).shape)"
+    for imports in ("import raddpo_ext, torch", "import torch, raddpo_ext"):
+        assert run(f"{imports}; {use}", ROOT).stdout == "torch.Size([1])\n"
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    """``python -m raddpo_ext`` alone: another program that Python runs by ``-m`` finds everything loaded."""
+    start = "import sys; sys.argv, sys.orig_argv = ['-m', '--help'], ['python', '-m', {!r}, '--help']; "
+    start += "import raddpo_ext as rx; print('torch' in sys.modules, rx.__version__); "
+    later = "import raddpo_ext.beam_search; rx._load(); print(rx.beam_search.__name__, 'torch' in sys.modules)"
+    done = run(start.format("raddpo_ext") + later, ROOT)
+    assert done.stdout == f"False {rx.__version__}\nbeam_search True\n"
+    assert run(start.format("raddpo_ext.bench"), ROOT).stdout == f"True {rx.__version__}\n"
 
 
 def test_sources_that_are_not_compiled(tmp_path: Path) -> None:

@@ -1,68 +1,38 @@
-"""Fused PyTorch operators for generative retrieval with semantic IDs (SIDs)."""
+"""Fused PyTorch operators for generative retrieval with semantic IDs (SIDs).
 
+Importing the package registers ``torch.ops.raddpo`` and shows the names of ``raddpo_ext._public``. Only
+``python -m raddpo_ext`` starts without them, and so without torch, and loads them when a command runs.
+"""
+
+import sys as _sys
+from importlib import import_module as _import_module
 from importlib.util import find_spec as _find_spec
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-import torch  # noqa: F401  loaded first: the extension's libraries are torch's
-
-try:
-    from raddpo_ext import _C  # noqa: F401  registers torch.ops.raddpo
-except ImportError as error:
-    if _find_spec("raddpo_ext._C") is not None:
-        raise
-    raise ImportError(
-        f"{__path__[0]} holds sources without the compiled extension: run `make build` in this checkout, or start "
-        "Python in another folder if the package is installed"
-    ) from error
-from raddpo_ext import metrics as metrics
-from raddpo_ext import negatives as negatives
-from raddpo_ext import row_lse as _row_lse  # noqa: F401  its fake kernel
-from raddpo_ext.beam_search import BeamResult, beam_search
-from raddpo_ext.beam_step import BeamState, beam_step
-from raddpo_ext.catalogue_store import CatalogueStore, CatalogueVersion
-from raddpo_ext.integrations.logits_processor import TrieLogitsProcessor
-from raddpo_ext.integrations.retriever import SIDRetriever
-from raddpo_ext.item_tokens import history_prompts, item_tokens
-from raddpo_ext.linear_beam_step import linear_beam_step
-from raddpo_ext.linear_token_logps import linear_token_logps
-from raddpo_ext.pack_sessions import PackedSessions, pack_sessions
-from raddpo_ext.raddpo_loss import RADDPOLoss, RADDPOOutput
-from raddpo_ext.readers import read_sids
-from raddpo_ext.session import SessionBatch
-from raddpo_ext.session_log import read_sessions, write_sessions
-from raddpo_ext.session_loss import PRESETS, SessionLoss, multilabel_contrastive_loss, rad_dpo_loss
-from raddpo_ext.similarity_weighting import SimilarityWeighting
-from raddpo_ext.token_logps import token_logps
-from raddpo_ext.trie import TrieIndex
-from raddpo_ext.vocab import SIDVocab
+if _TYPE_CHECKING:
+    from raddpo_ext._public import *  # noqa: F403
+    from raddpo_ext._public import __all__ as __all__
 
 __version__ = "0.1.0"
-__all__ = [
-    "PRESETS",
-    "BeamResult",
-    "BeamState",
-    "CatalogueStore",
-    "CatalogueVersion",
-    "PackedSessions",
-    "RADDPOLoss",
-    "RADDPOOutput",
-    "SIDRetriever",
-    "SIDVocab",
-    "SessionBatch",
-    "SessionLoss",
-    "SimilarityWeighting",
-    "TrieIndex",
-    "TrieLogitsProcessor",
-    "beam_search",
-    "beam_step",
-    "history_prompts",
-    "item_tokens",
-    "linear_beam_step",
-    "linear_token_logps",
-    "multilabel_contrastive_loss",
-    "pack_sessions",
-    "rad_dpo_loss",
-    "read_sessions",
-    "read_sids",
-    "token_logps",
-    "write_sessions",
-]
+
+if _find_spec("raddpo_ext._C") is None:
+    folder = _sys.modules[__name__].__path__[0]
+    raise ImportError(
+        f"{folder} holds sources without the compiled extension: run `make build` in this checkout, or start "
+        "Python in another folder if the package is installed"
+    )
+
+
+def _load() -> None:
+    """Loads torch, the operators and every public name."""
+    public = _import_module("raddpo_ext._public")
+    globals().update({name: getattr(public, name) for name in ("__all__", *public.__all__)})
+
+
+def __dir__() -> list[str]:
+    return sorted(_import_module("raddpo_ext._public").__all__)
+
+
+# While Python looks for the module that its option -m names, "-m" stands for it in sys.argv.
+if not (_sys.argv[:1] == ["-m"] and _sys.orig_argv[-len(_sys.argv)] == __name__):
+    _load()

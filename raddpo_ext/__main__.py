@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import torch
 
+import raddpo_ext
 from raddpo_ext import _C
 from raddpo_ext.bench.command import add_options as add_bench_options
 from raddpo_ext.bench.command import bench
@@ -28,6 +29,7 @@ _LARGEST = 2**31 - 2  # token id or code
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; on bad input it prints one line to stderr and returns 2."""
     options = _parser().parse_args(arguments)
+    raddpo_ext._load()
     try:
         code: int = options.run(options)
         return code
