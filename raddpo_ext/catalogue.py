@@ -89,7 +89,8 @@ def load_catalogue(folder: str | os.PathLike[str]) -> Catalogue:
         raise ValueError(f"{folder}: {'is no folder' if folder.exists() else 'no such folder'}")
     index_path = _only(folder, "*.index.json")
     table = read_sids(index_path)
-    assert table.item_ids is not None  # an index.json names its items
+    if table.item_ids is None:
+        raise ValueError(f"{index_path}: item ids must be integers, got {(table.ids or [])[:1]}")
     row_of = {int(item): row for row, item in enumerate(table.item_ids)}
     if (folder / "valid.csv").exists() and (folder / "test.csv").exists():
         train, valid, test = _own_split(folder, row_of)

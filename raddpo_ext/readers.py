@@ -6,13 +6,18 @@ import json
 import os
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
-_TOKEN = re.compile(r"<([a-z])_([0-9]{1,10})>")
+from raddpo_ext.catalogue_tables import read_columns
+from raddpo_ext.sid_text import code_of, shown, without_markers
+
+LARGEST_ITEM = 2**63 - 1  #: The largest item id that is an integer, everywhere.
 _ARRAYS = ("sids", "lengths", "item_ids")
+_TABLES = (".csv", ".tsv", ".parquet")
 
 
 class SIDTable(NamedTuple):
@@ -23,39 +28,103 @@ class SIDTable(NamedTuple):
         lengths: int64 ``[N]`` in ``[1, L]``, or None where every SID has ``L`` codes.
         item_ids: integer ``[N]``, or None where an item is its row number.
         sizes: for each level the number of codes that its largest code asks for.
+        ids: the items' own ids where these are strings, ``[N]``; their ``item_ids`` are row numbers then.
+        titles: ``[N]``, empty for an item without one, or None.
     """
 
     sids: np.ndarray
     lengths: np.ndarray | None
     item_ids: np.ndarray | None
     sizes: tuple[int, ...]
+    ids: list[str] | None = None
+    titles: list[str] | None = None
 
 
-def read_sids(path: str | os.PathLike[str]) -> SIDTable:
+def read_sids(
+    path: str | os.PathLike[str],
+    *,
+    item: str | None = None,
+    sid: str | Sequence[str] | None = None,
+    title: str | None = None,
+) -> SIDTable:
     """Reads SIDs from a file, by its suffix.
 
     - ``.json``: the ``index.json`` of LC-Rec, LETTER and MiniOneRec, ``{"7": ["<a_12>", "<b_3>", ...], ...}``. Keys are
-      item ids, the letter is the level, the number the code. Item ids that are no integers are refused.
+      item ids, the letter is the level, the number the code. Tokens ``<s_a_12>`` (OneRec) and markers around a SID are
+      understood, too.
+    - ``.csv``, ``.tsv`` and ``.parquet`` (needs pyarrow): one item a row, in columns with names. The SID is one column,
+      ``<a_12><b_3>``, ``12,3`` or a list, or a column for each code, empty or -1 beyond a shorter SID.
     - ``.npy``: integers ``[N, L]``. A row may end in -1s: its SID is shorter.
     - ``.npz``: the array ``sids``, as above, and optionally ``lengths`` ``[N]`` and ``item_ids`` ``[N]``. With
       ``lengths``, whatever lies beyond them is ignored.
 
+    Item ids of text are integers if each of them is one, from 0 to 2**63 - 1 and without a leading zero; else all of
+    them stay strings: see ``ids`` of the result, and :class:`IdMap`.
+
     Args:
         path: the file. Nothing in it is ever unpickled.
+        item: the column of the item's id in a table. Default: ``item_id``, ``item``, ``id``, ``asin``, ``parent_asin``
+            or ``sku``.
+        sid: the column of the SID, or those of its codes in their order. Default: ``sid`` or ``semantic_id``, or
+            numbered columns such as ``code_0, code_1, ...`` (also ``sid``, ``c``, ``level`` or ``l``, from 0 or 1).
+        title: the column of the title. Default: ``title``, where there is one.
 
     Returns:
         :class:`SIDTable`.
 
     Raises:
-        ValueError: naming the file and what is wrong with it.
+        ValueError: naming the file and what is wrong with it; also where none or several columns could be meant.
         OSError: it cannot be opened.
     """
     path = Path(path)
+    if path.suffix in _TABLES:
+        return _read_table(path, item, [sid] if isinstance(sid, str) else sid, title)
+    if not item is sid is title is None:
+        _refuse(path, "item, sid and title name columns of a .csv, .tsv or .parquet file")
     if path.suffix == ".json":
         return _read_index_json(path)
     if path.suffix in (".npy", ".npz"):
         return _read_numpy(path)
-    _refuse(path, "not a kind of file that holds SIDs: expected .json, .npy or .npz")
+    _refuse(path, f"not a kind of file that holds SIDs: expected .json, .npy, .npz, {', '.join(_TABLES)}")
+
+
+def _read_table(path: Path, item: str | None, sid: Sequence[str] | None, title: str | None) -> SIDTable:
+    try:
+        columns = read_columns(path, item, sid, title)
+    except ValueError as error:
+        _refuse(path, str(error))
+    item_ids, ids = _item_ids(path, columns.items)
+    sids, lengths = _padded(columns.codes)
+    return SIDTable(sids, lengths, item_ids, _sizes(sids), ids, columns.titles)
+
+
+def _item_ids(path: Path, names: Sequence[str]) -> tuple[np.ndarray | None, list[str] | None]:
+    """The ids as integers, or as the strings that they are."""
+    seen: set[str] = set()
+    integers = True
+    for name in names:
+        if name in seen:
+            _refuse(path, f"item {shown(name)} appears twice")
+        if re.fullmatch("-[0-9]+", name):
+            _refuse(path, f"item {shown(name)} is no integer from 0 to {LARGEST_ITEM}")
+        if not name or name != name.strip() or not name.isprintable():
+            _refuse(path, f"item {shown(name)} is empty, or has blanks around it or characters that cannot be shown")
+        seen.add(name)
+        # int() of a longer one may be refused, and would be too large.
+        integers = integers and bool(re.fullmatch("0|[1-9][0-9]{0,18}", name)) and int(name) <= LARGEST_ITEM
+    return (np.array([*map(int, names)], np.int64), None) if integers else (None, list(names))
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Codes ``[N, L]``, -1 beyond each row's end, and the lengths where they differ."""
+    lengths = np.array([len(row) for row in rows])
+    sids = np.full((len(rows), lengths.max()), -1, np.int32)
+    sids[np.arange(sids.shape[1]) < lengths[:, None]] = [code for row in rows for code in row]
+    return sids, None if lengths.min() == sids.shape[1] else lengths
+
+
+def _sizes(sids: np.ndarray) -> tuple[int, ...]:
+    return tuple(int(size) + 1 for size in sids.max(0))
 
 
 class _Object(list[tuple[str, Any]]):
@@ -71,38 +140,24 @@ def _read_index_json(path: Path) -> SIDTable:
         _refuse(path, 'expected an object {"item": ["<a_12>", ...], ...}, got ' + type(pairs).__name__)
     if not pairs:
         _refuse(path, "holds no items")
-    seen: set[str] = set()
+    item_ids, ids = _item_ids(path, [key for key, _ in pairs])
     known: list[dict[str, int]] = []  # of each level the code of each token, so that a token is parsed once
-    for key, tokens in pairs:
-        if not re.fullmatch("[0-9]{1,18}", key):
-            _refuse(path, f"item {key!r} is no integer from 0 to 10**18 - 1; number the items first")
-        if key in seen:
-            _refuse(path, f"item {key!r} appears twice")
-        seen.add(key)
-        if not isinstance(tokens, list) or isinstance(tokens, _Object) or not tokens:
-            _refuse(path, f"item {key!r} must have a list of tokens, got {_short(tokens)}")
+    rows: list[list[int]] = []
+    for key, given in pairs:
+        tokens = without_markers(given) if isinstance(given, list) and not isinstance(given, _Object) else ()
+        if not tokens:
+            _refuse(path, f"item {key!r} must have a list of tokens, got {shown(given)}")
         for level, token in enumerate(tokens):
             if level == len(known):
                 known.append({})
             if not isinstance(token, str) or token not in known[level]:
-                known[level][token] = _code(path, key, level, token)
-    lengths = np.array([len(tokens) for _, tokens in pairs])
-    sids = np.full((len(pairs), len(known)), -1, np.int32)
-    for row, (_, tokens) in enumerate(pairs):
-        sids[row, : len(tokens)] = [codes[token] for codes, token in zip(known, tokens, strict=False)]
-    item_ids = np.array([int(key) for key, _ in pairs])
-    sizes = tuple(max(codes.values()) + 1 for codes in known)
-    return SIDTable(sids, None if lengths.min() == len(known) else lengths, item_ids, sizes)
-
-
-def _code(path: Path, key: str, level: int, token: Any) -> int:
-    match = _TOKEN.fullmatch(token) if isinstance(token, str) else None
-    if match is None or int(match[2]) > 2**31 - 2:
-        _refuse(path, f"item {key!r}, level {level}: expected a token such as '<a_12>', got {_short(token)}")
-    if ord(match[1]) - ord("a") != level:
-        expected = f"expected <{chr(ord('a') + level)}_..>" if level < 26 else "at most 26 levels have a letter"
-        _refuse(path, f"item {key!r}: token {token!r} stands at level {level}, {expected}")
-    return int(match[2])
+                try:
+                    known[level][token] = code_of(token, level)
+                except ValueError as error:
+                    _refuse(path, f"item {key!r}, {error}")
+        rows.append([codes[token] for codes, token in zip(known, tokens, strict=False)])
+    sids, lengths = _padded(rows)
+    return SIDTable(sids, lengths, item_ids, _sizes(sids), ids)
 
 
 def _read_numpy(path: Path) -> SIDTable:
@@ -161,14 +216,6 @@ def _lengths(path: Path, sids: np.ndarray, lengths: np.ndarray | None) -> np.nda
         row = int(outside.argmax())
         _refuse(path, f"the SID of row {row} has length {lengths[row]}, outside [1, {levels}]")
     return lengths.astype(np.int64)
-
-
-def _short(value: Any) -> str:
-    try:
-        text = repr(value)
-    except RecursionError:  # JSON may nest just so deep that it can be read and not be shown
-        text = f"a deeply nested {type(value).__name__}"
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _refuse(path: Path, why: str) -> NoReturn:

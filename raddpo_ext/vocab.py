@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
+import warnings
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from raddpo_ext import _C, _check
-
-_TOKEN_CODE = re.compile(r"_([0-9]{1,10})>$")
+from raddpo_ext.tokenizer_sids import file_levels, known_ids, left_out, tokenizer_levels
 
 
 class SIDVocab:
@@ -81,6 +78,8 @@ class SIDVocab:
         ]
         #: The largest token id, ``eos`` included.
         self.max_token = max(int(ids[-1]) for ids in lists)
+        #: The tokens that :meth:`from_tokenizer` left out, by ascending token id.
+        self.left_out: tuple[str, ...] = ()
 
     def _checked(self, token_ids: Sequence[Sequence[int] | Tensor]) -> list[Tensor]:
         if len(token_ids) != len(self.sizes):
@@ -103,48 +102,40 @@ class SIDVocab:
         return checked
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: Any, index_json: str | os.PathLike[str], eos: int | None = None) -> SIDVocab:
-        """Reads the tokens' ids from a tokenizer that holds the SID tokens of a public ``index.json``.
+    def from_tokenizer(
+        cls, tokenizer: Any, index_json: str | os.PathLike[str] | None = None, eos: int | None = None
+    ) -> SIDVocab:
+        """Reads the tokens' ids from a tokenizer that holds SID tokens.
 
         Args:
-            tokenizer: a ``transformers`` tokenizer (needs ``convert_tokens_to_ids``).
-            index_json: file ``{"item": ["<a_12>", "<b_7>", ...], ...}`` (LC-Rec, LETTER, MiniOneRec).
+            tokenizer: a ``transformers`` or ``tokenizers`` tokenizer.
+            index_json: file ``{"item": ["<a_12>", "<b_7>", ...], ...}``: the vocab has the codes of its SIDs. Markers
+                around a SID are passed over. Default: all SID tokens of the tokenizer, ``<a_12>`` as in LC-Rec, LETTER
+                and MiniOneRec or ``<s_a_12>`` as in OneRec; the letter is the level.
             eos: as for the class.
 
+        Returns:
+            The vocab. :attr:`left_out` names the tokens of the tokenizer that look like parts of a SID and are no
+            codes of the vocab nor its ``eos``; where there are any, a UserWarning says so.
+
         Raises:
-            ValueError: the file is no such object, or a token of it is unknown to the tokenizer, or does not end in
-                ``_<code>>``.
+            ValueError: the file is no such object, or a token of it is unknown to the tokenizer or does not end in
+                ``_<code>>``, or two tokens stand for one code; without a file, a tokenizer without SID tokens, with
+                those of both layouts, or one that lacks a level's.
         """
-        try:
-            sids = json.loads(Path(index_json).read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"index_json: {os.fspath(index_json)}: not valid JSON: {error}") from None
-        if not isinstance(sids, dict) or not all(isinstance(sid, list) for sid in sids.values()):
-            raise ValueError(
-                f'index_json: {os.fspath(index_json)}: expected an object {{"item": ["<a_12>", ...], ...}}'
-            )
-        levels: list[dict[int, int]] = []
-        unknown = getattr(tokenizer, "unk_token_id", None)
-        for sid in sids.values():
-            for level, token in enumerate(sid):
-                match = _TOKEN_CODE.search(token) if isinstance(token, str) else None
-                if match is None:
-                    raise ValueError(f"index_json: token {token!r} does not end in _<code>>")
-                if level == len(levels):
-                    levels.append({})
-                code = int(match.group(1))
-                if code in levels[level]:
-                    continue
-                token_id = tokenizer.convert_tokens_to_ids(token)
-                if token_id is None or token_id == unknown:
-                    raise ValueError(f"index_json: the tokenizer does not know token {token!r}")
-                levels[level][code] = token_id
+        ids = known_ids(tokenizer)
+        levels = tokenizer_levels(ids) if index_json is None else file_levels(index_json, ids)
         sizes = [max(codes) + 1 for codes in levels]
         _check_sizes(sizes)
         token_ids = [torch.full((size,), -1) for size in sizes]
-        for ids, codes in zip(token_ids, levels, strict=True):
-            ids[[*codes]] = torch.tensor([*codes.values()])
-        return cls(sizes, eos=eos, token_ids=token_ids)
+        for level, codes in zip(token_ids, levels, strict=True):
+            level[[*codes]] = torch.tensor([ids[token] for token in codes.values()])
+        vocab = cls(sizes, eos=eos, token_ids=token_ids)
+        vocab.left_out = left_out(ids, levels, eos)
+        if vocab.left_out:
+            some = ", ".join(vocab.left_out[:4]) + (", ..." if len(vocab.left_out) > 4 else "")
+            warnings.warn(f"the vocab leaves out {len(vocab.left_out)} tokens of the tokenizer: {some}", stacklevel=2)
+        return vocab
 
     @property
     def levels(self) -> int:
