@@ -25,6 +25,9 @@ struct Call {
 Call prepare(const Tensor& logits, const Tensor& scores, const Tensor& nodes, const Tensor& trie, const Tensor& header,
              const OptionalTensor& live, const OptionalTensor& lse, std::int64_t level, std::int64_t beam_width,
              std::int64_t normalize, double length_penalty) {
+  check_device(
+      "beam_step",
+      {{"logits", logits}, {"scores", scores}, {"nodes", nodes}, {"trie", trie}, {"live", live}, {"lse", lse}});
   STD_TORCH_CHECK(logits.dim() == 3, "beam_step: logits must have shape (batch, width, vocab)");
   const std::int64_t batch = logits.size(0), width = logits.size(1), vocab = logits.size(2);
   STD_TORCH_CHECK(scores.scalar_type() == ScalarType::Float && nodes.scalar_type() == ScalarType::Long,
@@ -34,9 +37,9 @@ Call prepare(const Tensor& logits, const Tensor& scores, const Tensor& nodes, co
                   "beam_step: scores and nodes must be contiguous, one element a row of logits");
   STD_TORCH_CHECK(logits.stride(2) == 1 || vocab <= 1, "beam_step: the last dimension of logits must be contiguous");
   STD_TORCH_CHECK(beam_width >= 1 && width <= std::numeric_limits<std::int32_t>::max(), "beam_step: bad beam width");
-  STD_TORCH_CHECK(!lse || (lse->scalar_type() == ScalarType::Float && lse->is_contiguous() &&
-                           lse->numel() == batch * width && lse->get_device_index() == logits.get_device_index()),
-                  "beam_step: lse must be contiguous float32, one element a row of logits");
+  STD_TORCH_CHECK(
+      !lse || (lse->scalar_type() == ScalarType::Float && lse->is_contiguous() && lse->numel() == batch * width),
+      "beam_step: lse must be contiguous float32, one element a row of logits");
   BeamStepArgs a{};
   a.trie = trie_view(trie, header, live, "beam_step");
   a.logits = logits.const_data_ptr();
@@ -118,8 +121,8 @@ Result beam_step_cpu(const Tensor& logits, const Tensor& scores, const Tensor& n
 Result beam_step_cuda(const Tensor& logits, const Tensor& scores, const Tensor& nodes, const Tensor& trie,
                       const Tensor& header, const OptionalTensor& live, const OptionalTensor& lse, std::int64_t level,
                       std::int64_t beam_width, std::int64_t normalize, double length_penalty) {
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const Call c = prepare(logits, scores, nodes, trie, header, live, lse, level, beam_width, normalize, length_penalty);
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   if (!c.args.batch) return c.out;
   Tensor workspace = new_empty(trie, {cuda::beam_step_workspace(c.args)}, ScalarType::Byte);
   check_launch(cuda::beam_step(c.args, workspace.mutable_data_ptr(), current_cuda_stream(logits.get_device_index())),

@@ -15,6 +15,13 @@ struct Call {
 Call prepare(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& scores,
              const Tensor& nodes, const Tensor& trie, const Tensor& header, const OptionalTensor& live, double scale,
              double softcap, std::int64_t level, std::int64_t columns) {
+  check_device("child_logits", {{"hidden", hidden},
+                                {"weight", weight},
+                                {"bias", bias},
+                                {"scores", scores},
+                                {"nodes", nodes},
+                                {"trie", trie},
+                                {"live", live}});
   STD_TORCH_CHECK(hidden.dim() == 2 && weight.dim() == 2 && hidden.size(1) == weight.size(1) &&
                       hidden.scalar_type() == weight.scalar_type(),
                   "child_logits: hidden must have shape (rows, size) and weight (vocab, size), of one dtype");
@@ -68,8 +75,8 @@ Tensor child_logits_cpu(const Tensor& hidden, const Tensor& weight, const Option
 Tensor child_logits_cuda(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& scores,
                          const Tensor& nodes, const Tensor& trie, const Tensor& header, const OptionalTensor& live,
                          double scale, double softcap, std::int64_t level, std::int64_t columns) {
-  const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
   const Call c = prepare(hidden, weight, bias, scores, nodes, trie, header, live, scale, softcap, level, columns);
+  const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
   check_launch(cuda::child_logits(c.args, current_cuda_stream(hidden.get_device_index())), "child_logits");
   return c.out;
 }

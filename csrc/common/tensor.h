@@ -25,6 +25,34 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// A tensor of an operator's arguments, by its name there.
+struct NamedTensor {
+  const char* name;
+  const Tensor* tensor;  // null: not given
+  NamedTensor(const char* argument, const Tensor& given) : name(argument), tensor(&given) {}
+  NamedTensor(const char* argument, const OptionalTensor& given) : name(argument), tensor(given ? &*given : nullptr) {}
+};
+
+inline std::string device_name(const torch::stable::Device& device) {
+  const std::string index = device.has_index() ? ":" + std::to_string(device.index()) : "";
+  if (device.type() == torch::headeronly::DeviceType::CPU) return "cpu";
+  if (device.type() == torch::headeronly::DeviceType::CUDA) return "cuda" + index;
+  return "device type " + std::to_string(static_cast<int>(device.type())) + index;
+}
+
+// All on the first one's device. Called by every operator before it takes a pointer: a CUDA kernel that is given one of
+// the host's leaves the process without a GPU.
+inline void check_device(const char* op, std::initializer_list<NamedTensor> tensors) {
+  const NamedTensor& first = *tensors.begin();
+  const torch::stable::Device device = first.tensor->device();
+  for (const NamedTensor& given : tensors) {
+    if (!given.tensor) continue;
+    const torch::stable::Device other = given.tensor->device();
+    STD_TORCH_CHECK(other == device, op, ": ", given.name, " must be on the device of ", first.name, ", ",
+                    device_name(device), ", got ", device_name(other));
+  }
+}
+
 inline LogitType logit_type_of(const Tensor& t, const char* op) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
@@ -78,8 +106,12 @@ void parallel_for(std::int64_t size, std::int64_t grain, const Body& body) {
 }
 
 #ifdef RADDPO_WITH_CUDA
+namespace cuda {
+const char* error_text(int error);  // cuda_error.cu
+}
+
 inline void check_launch(int error, const char* op) {
-  STD_TORCH_CHECK(error == 0, op, ": CUDA error ", error, " at the kernel's launch");
+  STD_TORCH_CHECK(error == 0, op, ": CUDA error ", error, " at the kernel's launch: ", cuda::error_text(error));
 }
 #endif
 

@@ -19,6 +19,12 @@ const std::int64_t* data_of(const Tensor& t, const char* name, std::int64_t size
 
 PackInput prepare(const Tensor& prompts, const Tensor& prompt_begins, const Tensor& prompt_lengths,
                   const Tensor& tokens, const Tensor& lengths, const Tensor& offsets, bool trie, bool last_token) {
+  check_device("pack_sessions", {{"prompts", prompts},
+                                 {"prompt_begins", prompt_begins},
+                                 {"prompt_lengths", prompt_lengths},
+                                 {"tokens", tokens},
+                                 {"lengths", lengths},
+                                 {"offsets", offsets}});
   STD_TORCH_CHECK(tokens.dim() == 2, "pack_sessions: tokens must have shape (candidates, levels)");
   PackInput in{};
   in.sessions = prompt_begins.numel();

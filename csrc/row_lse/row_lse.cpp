@@ -30,8 +30,8 @@ Tensor row_lse_cpu(const Tensor& logits) {
 
 #ifdef RADDPO_WITH_CUDA
 Tensor row_lse_cuda(const Tensor& logits) {
-  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   const Call c = prepare(logits);
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   check_launch(cuda::row_lse(c.args, current_cuda_stream(logits.get_device_index())), "row_lse");
   return c.out;
 }

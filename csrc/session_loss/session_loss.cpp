@@ -51,6 +51,17 @@ Sessions sessions_of(const Tensor& logps, const Tensor& lengths, const Tensor& o
 
 template <typename T>
 SessionLossArgs<T> prepare(const Inputs& in, Result& out) {
+  check_device("session_loss", {{"logps", in.logps},
+                                {"tokens", in.tokens},
+                                {"lengths", in.lengths},
+                                {"offsets", in.offsets},
+                                {"num_positives", in.num_positives},
+                                {"pair_offsets", in.pair_offsets},
+                                {"ref_logps", in.ref_logps},
+                                {"pair_weights", in.pair_weights},
+                                {"detach", in.detach},
+                                {"level_weights", in.level_weights},
+                                {"divisors", in.divisors}});
   const ScalarType type = in.logps.scalar_type();
   SessionLossArgs<T> a{};
   a.batch = sessions_of(in.logps, in.lengths, in.offsets, in.num_positives);
@@ -194,6 +205,16 @@ template <typename T>
 Tensor backward(const OptionalTensor (&upstream)[3], const Tensor& logps, const Tensor& gradient, const Tensor& scales,
                 const Tensor& lengths, const Tensor& offsets, const Tensor& num_positives,
                 const OptionalTensor& level_weights, double sft_weight) {
+  check_device("session_loss_backward", {{"logps", logps},
+                                         {"grad_loss", upstream[0]},
+                                         {"grad_preference", upstream[1]},
+                                         {"grad_sft", upstream[2]},
+                                         {"gradient", gradient},
+                                         {"scales", scales},
+                                         {"lengths", lengths},
+                                         {"offsets", offsets},
+                                         {"num_positives", num_positives},
+                                         {"level_weights", level_weights}});
   const ScalarType type = logps.scalar_type();
   SessionLossBackwardArgs<T> a{};
   a.batch = sessions_of(logps, lengths, offsets, num_positives);

@@ -1,8 +1,6 @@
 // One block a session in either direction, its threads sharing the candidates. Tokens, lengths and log-probs are read
 // from memory once and then come from the caches. The block that ends last adds up what the sessions found, in their
 // order, so that the sums are the same bits every time.
-#include <atomic>
-#include <chrono>
 #include <cmath>
 
 #include "../common/cuda_block.cuh"
@@ -12,7 +10,7 @@ namespace raddpo::cuda {
 namespace {
 
 constexpr int kLossThreads = 128;
-constexpr std::int64_t kMaxLossBlocks = 4096;  // fill any GPU; a ticket counts them in 16 bits
+constexpr std::int64_t kMaxLossBlocks = 4096;  // fill any GPU
 
 template <typename T>
 struct LossWorkspace {
@@ -23,44 +21,25 @@ struct LossWorkspace {
   std::int64_t bytes;          // of all this
 };
 
+// With memory null only the size counts.
 template <typename T>
 LossWorkspace<T> lay_out(const SessionLossArgs<T>& a, void* memory) {
-  auto* bytes = static_cast<unsigned char*>(memory);
   LossWorkspace<T> w{};
-  const auto take = [&](std::int64_t size) {
-    const std::int64_t begin = w.bytes;
-    w.bytes += size;
-    return bytes + begin;
+  const auto take = [&](auto*& array, std::int64_t size) {
+    array =
+        reinterpret_cast<std::remove_reference_t<decltype(array)>>(reinterpret_cast<std::uintptr_t>(memory) + w.bytes);
+    w.bytes += size * sizeof(*array);
   };
-  w.sums = reinterpret_cast<SessionSums*>(take(a.batch.sessions * sizeof(SessionSums)));
-  w.ticket = reinterpret_cast<unsigned long long*>(take(sizeof(*w.ticket)));
-  w.weights = reinterpret_cast<T*>(take(a.batch.candidates * sizeof(T)));
-  w.prefixes = reinterpret_cast<std::int32_t*>(take(a.batch.candidates * sizeof(*w.prefixes)));
+  take(w.sums, a.batch.sessions);
+  take(w.ticket, 1);
+  take(w.weights, a.batch.candidates);
+  take(w.prefixes, a.batch.candidates);
   return w;
 }
 
-// Another number of 48 bits for every launch of a process.
-unsigned long long next_key() {
-  static std::atomic<unsigned long long> count{
-      static_cast<unsigned long long>(std::chrono::steady_clock::now().time_since_epoch().count())};
-  unsigned long long x = count.fetch_add(0x9e3779b97f4a7c15ull);  // splitmix64
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-  return (x ^ (x >> 31)) >> 16;
-}
-
-// Whether this block ends last, in memory that nobody has cleared: a ticket holds the launch's key and how many blocks
-// have ended, and one with another key holds garbage and counts as 0. The last block takes the key away, so that the
-// same launch replayed from a CUDA graph begins anew.
-__device__ __forceinline__ bool ends_last(unsigned long long* ticket, unsigned long long key, unsigned blocks) {
-  unsigned long long seen = *ticket;
-  for (;;) {
-    const unsigned long long ended = (seen >> 16 == key ? seen & 0xffff : 0) + 1;
-    const bool last = ended == blocks;
-    const unsigned long long before = atomicCAS(ticket, seen, last ? ~(key << 16) : key << 16 | ended);
-    if (before == seen) return last;
-    seen = before;
-  }
+// Whether this block ends last. The ticket, 0 at the launch, counts the blocks that have ended.
+__device__ __forceinline__ bool ends_last(unsigned long long* ticket, unsigned blocks) {
+  return atomicAdd(ticket, 1ull) + 1 == blocks;
 }
 
 template <typename T>
@@ -256,8 +235,7 @@ struct SessionWorker {
 
 template <typename T>
 __global__ void __launch_bounds__(kLossThreads)
-    session_loss_kernel(const __grid_constant__ SessionLossArgs<T> a, const __grid_constant__ LossWorkspace<T> w,
-                        unsigned long long key) {
+    session_loss_kernel(const __grid_constant__ SessionLossArgs<T> a, const __grid_constant__ LossWorkspace<T> w) {
   __shared__ LossShared<T> shared;
   for (std::int64_t s = blockIdx.x; s < a.batch.sessions; s += gridDim.x) {
     const Session v = session_of(a, s);
@@ -272,7 +250,7 @@ __global__ void __launch_bounds__(kLossThreads)
   // blocks have.
   if (threadIdx.x == 0) {
     __threadfence();
-    shared.last = ends_last(w.ticket, key, gridDim.x);
+    shared.last = ends_last(w.ticket, gridDim.x);
   }
   __syncthreads();
   if (!shared.last) return;
@@ -320,7 +298,9 @@ std::int64_t session_loss_workspace(const SessionLossArgs<T>& a) {
 template <typename T>
 int session_loss(const SessionLossArgs<T>& a, void* workspace, CUstream_st* stream) {
   const std::int64_t blocks = a.batch.sessions ? loss_blocks(a.batch.sessions) : 1;  // none: the totals of nothing
-  return launch(session_loss_kernel<T>, blocks, kLossThreads, stream, a, lay_out(a, workspace), next_key());
+  const LossWorkspace<T> w = lay_out(a, workspace);
+  if (const int error = cudaMemsetAsync(w.ticket, 0, sizeof(*w.ticket), stream)) return error;
+  return launch(session_loss_kernel<T>, blocks, kLossThreads, stream, a, w);
 }
 
 template <typename T>

@@ -51,6 +51,9 @@ void check_columns_cpu(const TokenLogpsArgs& a, std::int64_t listed) {
 }
 
 TokenLogpsArgs prepare(const Call& c) {
+  check_device(
+      "token_logps",
+      {{"logits", c.logits}, {"targets", c.targets}, {"columns", c.columns}, {"begin", c.begin}, {"count", c.count}});
   TokenLogpsArgs a{};
   a.strides = row_strides(c.logits);
   a.logits = c.logits.const_data_ptr();
@@ -80,6 +83,7 @@ TokenLogpsArgs prepare(const Call& c) {
 }
 
 void set_grad(TokenLogpsArgs& a, const Call& c, const Tensor& grad, const Tensor& lse) {
+  check_device("token_logps_backward", {{"logits", c.logits}, {"grad", grad}, {"lse", lse}});
   check_vector(grad, result_type(c.logits), a.rows, "grad");
   check_vector(lse, result_type(c.logits), a.rows, "lse");
   a.grad = grad.const_data_ptr();
@@ -163,6 +167,7 @@ void backward_inplace_op(const Tensor& grad, Tensor logits, const Tensor& target
   a.grad_logits = logits.mutable_data_ptr();
   a.grad_strides = a.strides;
   if (live) {
+    check_device("token_logps_backward_", {{"logits", logits}, {"live", live}});
     STD_TORCH_CHECK(logits.dim() == 2 && !columns && logits.is_cpu(),
                     "token_logps_backward_: live is for whole rows of [rows, cols]");
     check_vector(*live, ScalarType::Long, live->numel(), "live");

@@ -22,7 +22,6 @@ TrieView trie_view(const Tensor& trie, const Tensor& header, const OptionalTenso
   const std::uint8_t* bits = nullptr;
   if (live) {
     STD_TORCH_CHECK(live->scalar_type() == ScalarType::Byte && live->is_contiguous() &&
-                        live->is_cpu() == trie.is_cpu() &&
                         live->numel() == LiveLayout(h[kNumNodes], h[kNumItems]).bytes,
                     op, ": live does not belong to trie");
     bits = static_cast<const std::uint8_t*>(live->const_data_ptr());
@@ -45,6 +44,7 @@ struct Walk {
 };
 
 Walk prepare_walk(const Tensor& tokens, const Tensor& trie, const Tensor& header, const OptionalTensor& live) {
+  check_device("trie_walk", {{"tokens", tokens}, {"trie", trie}, {"live", live}});
   check_nodes(tokens, "trie_walk", "tokens");
   STD_TORCH_CHECK(tokens.dim() == 2, "trie_walk: tokens must have shape (rows, columns)");
   Tensor nodes = new_empty(tokens, {tokens.size(0), tokens.size(1) + 1}, ScalarType::Long);
@@ -60,6 +60,7 @@ struct Paths {
 
 Paths prepare_paths(const Tensor& nodes, const Tensor& trie, const Tensor& header, const OptionalTensor& live,
                     std::int64_t sid_levels) {
+  check_device("trie_paths", {{"nodes", nodes}, {"trie", trie}, {"live", live}});
   check_nodes(nodes, "trie_paths", "nodes");
   const TrieView view = trie_view(trie, header, live, "trie_paths");
   STD_TORCH_CHECK(sid_levels == view.sid_levels, "trie_paths: sid_levels must be the index's, ", view.sid_levels);
@@ -79,6 +80,7 @@ struct Ranges {
 Ranges prepare_ranges(const Tensor& nodes, const Tensor& trie, const Tensor& header, const OptionalTensor& live,
                       bool items) {
   const char* op = items ? "trie_items" : "trie_children";
+  check_device(op, {{"nodes", nodes}, {"trie", trie}, {"live", live}});
   check_nodes(nodes, op, "nodes");
   Tensor first = new_empty(nodes, {nodes.numel()}, ScalarType::Long),
          count = new_empty(nodes, {nodes.numel()}, ScalarType::Long);
@@ -95,6 +97,7 @@ struct Select {
 
 Select prepare_select(const Tensor& places, const Tensor& trie, const Tensor& header, const OptionalTensor& live,
                       bool items) {
+  check_device("trie_select", {{"places", places}, {"trie", trie}, {"live", live}});
   check_nodes(places, "trie_select", "places");
   const TrieView view = trie_view(trie, header, live, "trie_select");
   Tensor numbers = new_empty(places, {places.numel()}, ScalarType::Long);
@@ -105,6 +108,7 @@ Select prepare_select(const Tensor& places, const Tensor& trie, const Tensor& he
 }
 
 Tensor trie_check_cpu(const Tensor& trie, std::int64_t threads) {
+  STD_TORCH_CHECK(trie.is_cpu(), "trie_check: trie must be on the CPU");
   const auto* words = static_cast<const std::int64_t*>(trie.const_data_ptr());
   STD_TORCH_CHECK(trie.scalar_type() == ScalarType::Byte && trie.dim() == 1 && trie.is_contiguous() &&
                       reinterpret_cast<std::uintptr_t>(words) % sizeof *words == 0,
@@ -154,16 +158,16 @@ Tensor trie_select_cpu(const Tensor& places, const Tensor& trie, const Tensor& h
 
 #ifdef RADDPO_WITH_CUDA
 Tensor trie_walk_cuda(const Tensor& tokens, const Tensor& trie, const Tensor& header, const OptionalTensor& live) {
-  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
   const Walk c = prepare_walk(tokens, trie, header, live);
+  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
   check_launch(cuda::trie_walk(c.args, current_cuda_stream(tokens.get_device_index())), "trie_walk");
   return c.nodes;
 }
 
 std::tuple<Tensor, Tensor> trie_paths_cuda(const Tensor& nodes, const Tensor& trie, const Tensor& header,
                                            const OptionalTensor& live, std::int64_t sid_levels) {
-  const torch::stable::accelerator::DeviceGuard guard(nodes.get_device_index());
   const Paths c = prepare_paths(nodes, trie, header, live, sid_levels);
+  const torch::stable::accelerator::DeviceGuard guard(nodes.get_device_index());
   check_launch(cuda::trie_paths(c.args, current_cuda_stream(nodes.get_device_index())), "trie_paths");
   return {c.codes, c.depths};
 }
@@ -171,16 +175,16 @@ std::tuple<Tensor, Tensor> trie_paths_cuda(const Tensor& nodes, const Tensor& tr
 template <bool items>
 std::tuple<Tensor, Tensor> trie_ranges_cuda(const Tensor& nodes, const Tensor& trie, const Tensor& header,
                                             const OptionalTensor& live) {
-  const torch::stable::accelerator::DeviceGuard guard(nodes.get_device_index());
   const Ranges c = prepare_ranges(nodes, trie, header, live, items);
+  const torch::stable::accelerator::DeviceGuard guard(nodes.get_device_index());
   check_launch(cuda::trie_ranges(c.args, current_cuda_stream(nodes.get_device_index())), "trie_ranges");
   return {c.first, c.count};
 }
 
 Tensor trie_select_cuda(const Tensor& places, const Tensor& trie, const Tensor& header, const OptionalTensor& live,
                         bool items) {
-  const torch::stable::accelerator::DeviceGuard guard(places.get_device_index());
   const Select c = prepare_select(places, trie, header, live, items);
+  const torch::stable::accelerator::DeviceGuard guard(places.get_device_index());
   check_launch(cuda::trie_select(c.args, current_cuda_stream(places.get_device_index())), "trie_select");
   return c.numbers;
 }

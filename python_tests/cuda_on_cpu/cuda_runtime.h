@@ -111,14 +111,6 @@ T atomicAdd(T* at, T value) {
   return before;
 }
 
-template <typename T>
-T atomicCAS(T* at, T expected, T value) {
-  cuda_on_cpu::preempt();
-  const T before = *at;
-  if (before == expected) *at = value;
-  return before;
-}
-
 namespace cuda_on_cpu {
 inline unsigned block_order = 0;  // as Block::order
 inline bool has_clusters = true;
@@ -180,6 +172,10 @@ inline void* __cluster_map_shared_rank(void* p, unsigned rank) {
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return *value = cuda_on_cpu::has_clusters, cudaSuccess;
+}
+
+inline cudaError_t cudaMemsetAsync(void* p, int value, std::size_t bytes, cudaStream_t) {
+  return std::memset(p, value, bytes), cudaSuccess;
 }
 
 template <typename... Parameters, typename... Arguments>
