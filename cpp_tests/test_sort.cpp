@@ -1,5 +1,8 @@
 // The parallel radix sort, against std::stable_sort.
 #include <algorithm>
+#include <atomic>
+#include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -22,7 +25,8 @@ TEST(radix_sort_is_a_stable_sort) {
           const std::uint64_t key = (static_cast<std::uint64_t>(random.below(distinct)) * 0x9e3779b97f4a7c15) & mask;
           expected[i] = {buffers.keys[i] = key, buffers.values[i] = static_cast<std::uint32_t>(i)};
         }
-        raddpo::radix_sort(buffers, size, bits, threads);
+        raddpo::Interrupt interrupt;
+        raddpo::radix_sort(buffers, size, bits, threads, interrupt);
         std::stable_sort(expected.begin(), expected.end(),
                          [](const auto& a, const auto& b) { return a.first < b.first; });
         for (std::int64_t i = 0; i < size; ++i) {
@@ -30,6 +34,28 @@ TEST(radix_sort_is_a_stable_sort) {
           CHECK_EQUAL(buffers.values[i], expected[i].second);
         }
       }
+}
+
+TEST(an_interrupt_stops_every_thread) {
+  for (int threads : {1, 2, 3})
+    for (const bool stops : {false, true}) {
+      raddpo::Interrupt interrupt([&] {
+        if (stops) throw std::runtime_error("stop");
+      });
+      std::atomic<std::int64_t> rows{0};
+      const std::int64_t size = 1 << 20;
+      std::string error;
+      raddpo::parallel_shares(threads, size, [&](int t, std::int64_t begin, std::int64_t end) {
+        interrupt.for_rows(t, begin, end, [&](std::int64_t) { rows.fetch_add(1, std::memory_order_relaxed); });
+      });
+      try {
+        interrupt.check();
+      } catch (const std::runtime_error& stop) {
+        error = stop.what();
+      }
+      CHECK_EQUAL(error, std::string(stops ? "stop" : ""));
+      CHECK(stops ? rows < size : rows == size);
+    }
 }
 
 TEST(parallel_shares_cover_everything_once) {

@@ -57,6 +57,10 @@ py::array_t<std::uint8_t> build(const py::array& sids, const std::optional<Int64
       const py::gil_scoped_acquire gil;
       progress(share);
     };
+  input.interrupt = [] {
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals()) throw py::error_already_set();
+  };
   TrieBytes bytes;
   {
     const py::gil_scoped_release no_gil;

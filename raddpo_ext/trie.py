@@ -91,7 +91,7 @@ class TrieIndex:
         vocab: SIDVocab | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> TrieIndex:
-        """Builds the index from unsorted SIDs, on ``torch.get_num_threads()`` threads.
+        """Builds the index from unsorted SIDs, on ``torch.get_num_threads()`` threads; Ctrl-C stops it.
 
         Args:
             sids: codes ``[N, L]`` of any integer type, numpy or torch; read up to each length.

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "buffer.h"
+#include "interrupt.h"
 
 namespace raddpo {
 
@@ -35,16 +36,17 @@ struct SortBuffers {
 };
 
 // Sorts keys and values by the low `bits` bits of the keys, least significant digit first. A digit that all keys share
-// costs one reading pass.
-inline void radix_sort(SortBuffers& b, std::int64_t n, int bits, int threads) {
+// costs one reading pass. Throws what the interrupt throws, with the rows in no order.
+inline void radix_sort(SortBuffers& b, std::int64_t n, int bits, int threads, Interrupt& interrupt) {
   const int passes = (bits + 10) / 11, width = passes ? (bits + passes - 1) / passes : 0;
   const std::uint64_t mask = (std::uint64_t(1) << width) - 1;
   std::vector<std::array<std::int64_t, 2048>> starts(threads);
   for (int shift = 0; shift < bits; shift += width) {
     parallel_shares(threads, n, [&](int t, std::int64_t begin, std::int64_t end) {
       starts[t].fill(0);
-      for (std::int64_t i = begin; i < end; ++i) ++starts[t][(b.keys[i] >> shift) & mask];
+      interrupt.for_rows(t, begin, end, [&](std::int64_t i) { ++starts[t][(b.keys[i] >> shift) & mask]; });
     });
+    interrupt.check();
     std::int64_t position = 0;
     bool constant = false;
     for (std::uint64_t digit = 0; digit <= mask; ++digit) {
@@ -55,12 +57,13 @@ inline void radix_sort(SortBuffers& b, std::int64_t n, int bits, int threads) {
     if (constant) continue;
     parallel_shares(threads, n, [&](int t, std::int64_t begin, std::int64_t end) {
       auto& start = starts[t];
-      for (std::int64_t i = begin; i < end; ++i) {
+      interrupt.for_rows(t, begin, end, [&](std::int64_t i) {
         const std::int64_t to = start[(b.keys[i] >> shift) & mask]++;
         b.spare_keys[to] = b.keys[i];
         b.spare_values[to] = b.values[i];
-      }
+      });
     });
+    interrupt.check();
     std::swap(b.keys, b.spare_keys);
     std::swap(b.values, b.spare_values);
   }

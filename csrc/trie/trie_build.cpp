@@ -41,7 +41,11 @@ template <typename T>
 class Builder {
  public:
   explicit Builder(const TrieBuildInput& input)
-      : in_(input), sids_(static_cast<const T*>(input.sids)), n_(input.rows), threads_(input.threads) {}
+      : in_(input),
+        sids_(static_cast<const T*>(input.sids)),
+        n_(input.rows),
+        threads_(input.threads),
+        interrupt_(input.interrupt) {}
 
   TrieBytes build() {
     check_lengths();
@@ -73,8 +77,15 @@ class Builder {
     Depths nodes{}, items{};
   };
 
-  void report(double share) const {
+  void report(double share) {
+    interrupt_.check();
     if (in_.progress) in_.progress(share);
+  }
+
+  template <typename Body>
+  void for_rows(const Body& body) {
+    interrupt_.for_rows(0, 0, n_, body);
+    interrupt_.check();
   }
 
   bool eos() const { return in_.eos >= 0; }
@@ -94,11 +105,11 @@ class Builder {
     std::int64_t longest = in_.columns;
     if (in_.lengths) {
       longest = 0;
-      for (std::int64_t row = 0; row < n_; ++row) {
+      for_rows([&](std::int64_t row) {
         if (in_.lengths[row] < 1 || in_.lengths[row] > in_.columns)
           refuse("lengths[", row, "] = ", in_.lengths[row], " is outside [1, ", in_.columns, "]");
         longest = std::max(longest, in_.lengths[row]);
-      }
+      });
     }
     levels_ = static_cast<int>(longest) + eos();
   }
@@ -110,12 +121,13 @@ class Builder {
     parallel_shares(threads_, n_, [&](int t, std::int64_t begin, std::int64_t end) {
       auto& most = largest[t];
       most.fill(0);
-      for (std::int64_t row = begin; row < end; ++row) {
+      interrupt_.for_rows(t, begin, end, [&](std::int64_t row) {
         const int length = in_.lengths ? static_cast<int>(in_.lengths[row]) : columns;
         for (int l = 0; l < length; ++l)  // a negative code becomes a huge one
           most[l] = std::max(most[l], static_cast<std::uint64_t>(sids_[row * columns + l]));
-      }
+      });
     });
+    interrupt_.check();
     bool gaps = false;
     for (int l = 0; l < columns; ++l) {
       std::uint64_t most = 0;
@@ -127,10 +139,12 @@ class Builder {
       const auto& table = in_.levels[l].symbol_of_code;
       gaps |= std::find(table.begin(), table.end(), -1) != table.end();
     }
-    for (std::int64_t row = 0; gaps && row < n_; ++row)
+    const auto check_tokens = [&](std::int64_t row) {
       for (int l = 0; l < columns && l < length_of(row) - eos(); ++l)
         if (symbol(row, l) < 0)
           refuse("sids[", row, ", ", l, "] = ", +sids_[row * columns + l], " has no token in vocab.token_ids[", l, "]");
+    };
+    if (gaps) for_rows(check_tokens);
     for (std::size_t l = 0; l < in_.levels.size(); ++l) {
       const LevelSymbols& level = in_.levels[l];
       num_symbols_.push_back(level.tokens.empty() ? sizes_[l] : static_cast<std::int64_t>(level.tokens.size()));
@@ -151,22 +165,23 @@ class Builder {
       return;
     }
     std::int64_t most = 0;
-    for (std::int64_t row = 0; row < n_; ++row) {
+    for_rows([&](std::int64_t row) {
       if (in_.item_ids[row] < 0) refuse("item_ids[", row, "] = ", in_.item_ids[row], " is negative");
       most = std::max(most, in_.item_ids[row]);
-    }
+    });
     wide_items_ = most > INT32_MAX;
     SortBuffers b(n_);
-    parallel_shares(threads_, n_, [&](int, std::int64_t begin, std::int64_t end) {
-      for (std::int64_t row = begin; row < end; ++row) {
+    parallel_shares(threads_, n_, [&](int t, std::int64_t begin, std::int64_t end) {
+      interrupt_.for_rows(t, begin, end, [&](std::int64_t row) {
         b.keys[row] = in_.item_ids[row];
         b.values[row] = static_cast<std::uint32_t>(row);
-      }
+      });
     });
-    radix_sort(b, n_, bit_width(most), threads_);
-    for (std::int64_t i = 1; i < n_; ++i)
-      if (b.keys[i] == b.keys[i - 1])
+    radix_sort(b, n_, bit_width(most), threads_, interrupt_);
+    for_rows([&](std::int64_t i) {
+      if (i && b.keys[i] == b.keys[i - 1])
         refuse("item_ids[", b.values[i - 1], "] and item_ids[", b.values[i], "] are both ", b.keys[i]);
+    });
   }
 
   // Rows are visited in sorted order, which is no order in memory.
@@ -175,22 +190,22 @@ class Builder {
     if (i + kAhead < end) __builtin_prefetch(sids_ + b.values[i + kAhead] * in_.columns);
   }
 
-  void sort(SortBuffers& b, const Packing& p) const {
+  void sort(SortBuffers& b, const Packing& p) {
     const bool absent = in_.lengths != nullptr;  // then symbol 0 of a key says that the SID has ended
     for (int word = p.words - 1; word >= 0; --word) {
       const bool first = word == p.words - 1;
       const int begin_level = p.first_level[word], end_level = word + 1 < p.words ? p.first_level[word + 1] : levels_;
-      parallel_shares(threads_, n_, [&](int, std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end; ++i) {
+      parallel_shares(threads_, n_, [&](int t, std::int64_t begin, std::int64_t end) {
+        interrupt_.for_rows(t, begin, end, [&](std::int64_t i) {
           const std::int64_t row = first ? i : b.values[i];
           if (!first) prefetch(b, i, end);
           std::uint64_t key = 0;
           for (int l = begin_level; l < end_level; ++l) key = key << p.bits[l] | (symbol(row, l) + absent);
           b.keys[i] = key;
           if (first) b.values[i] = static_cast<std::uint32_t>(row);
-        }
+        });
       });
-      radix_sort(b, n_, p.used[word], threads_);
+      radix_sort(b, n_, p.used[word], threads_, interrupt_);
       report(0.2 + 0.5 * (p.words - word) / p.words);
     }
   }
@@ -207,7 +222,7 @@ class Builder {
     parallel_shares(threads_, n_, [&](int t, std::int64_t begin, std::int64_t end) {
       Counts& c = counts[t + 1];
       Depths opened{}, closed{};  // distinct rows by common prefix and by length
-      for (std::int64_t i = begin; i < end; ++i) {
+      interrupt_.for_rows(t, begin, end, [&](std::int64_t i) {
         const std::int64_t row = b.values[i];
         const int length = length_of(row);
         int prefix = 0;
@@ -223,7 +238,7 @@ class Builder {
           if (prefix >= length) {
             prefixes[i] = kRepeat;
             ++c.items[length];
-            continue;
+            return;
           }
           if (prefix == length_of(previous) && prefix_of_next[t] < 0) prefix_of_next[t] = i - 1;
         }
@@ -231,7 +246,7 @@ class Builder {
         ++opened[prefix];
         ++closed[length];
         ++c.items[length];
-      }
+      });
       std::int64_t open = 0;
       for (int d = 1; d <= levels_; ++d) {
         open += opened[d - 1];
@@ -239,6 +254,7 @@ class Builder {
         open -= closed[d];
       }
     });
+    interrupt_.check();
     for (std::int64_t i : prefix_of_next)
       if (i >= 0)
         refuse("sids[", b.values[i], "] = ", show(b.values[i]), " is a proper prefix of sids[", b.values[i + 1],
@@ -337,7 +353,7 @@ class Builder {
       }
       next_node[0] = 1;
       std::int64_t rows = 0;
-      for (std::int64_t i = begin; i < end; ++i) {
+      interrupt_.for_rows(t, begin, end, [&](std::int64_t i) {
         if (p.words > 1) prefetch(b, i, end);
         const std::int64_t row = b.values[i];
         const int length = length_of(row);
@@ -355,11 +371,12 @@ class Builder {
         const std::int64_t item = next_item[length]++, leaf = next_node[length] - 1;
         items[item] = static_cast<Item>(in_.item_ids ? in_.item_ids[row] : row);
         item_bits[length].set(item + leaf);
-      }
+      });
       for (BitWriter& writer : child_bits) writer.flush();
       for (BitWriter& writer : item_bits) writer.flush();
       distinct += rows;
     });
+    interrupt_.check();
     out.header()[kNumSids] = distinct;
   }
 
@@ -367,6 +384,7 @@ class Builder {
   const T* sids_;
   std::int64_t n_;
   int threads_, levels_ = 0;
+  Interrupt interrupt_;
   bool wide_items_ = false;
   std::vector<std::int64_t> sizes_, num_symbols_;
   Depths first_node_{}, first_item_{};

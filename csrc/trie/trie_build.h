@@ -29,6 +29,7 @@ struct TrieBuildInput {
   bool has_vocab = false;
   int threads = 1;
   std::function<void(double)> progress;  // called with the share done, in [0, 1]; may be empty
+  std::function<void()> interrupt;       // called every 50 ms or so; what it throws ends the build; may be empty
 };
 
 // Throws std::invalid_argument that names the argument and the value.
