@@ -84,6 +84,98 @@ def test_lookup(folder, capsys):
         assert run(capsys, "lookup", "fixed.index", sid) == (1, [], [f"raddpo_ext: no item has the SID {sid}"])
 
 
+@pytest.fixture
+def shop(folder):
+    """A table of SKUs with titles, and a tokenizer whose SID tokens have a gap and markers."""
+    (folder / "shop.csv").write_text("sku,title,sid\nA-1,Hat,<a_1><b_2>\n007,,<a_1><b_2>\nÜ 3,Cap,<a_0><b_7>\n")
+    tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers, which comes with transformers")
+    from transformers import PreTrainedTokenizerFast
+
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    inner.add_tokens(["<|sid_begin|>", "<s_b_7>", "<s_a_1>", "<s_b_2>", "<s_a_0>", "<|sid_end|>"])
+    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>").save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def test_strings_and_titles(shop, capsys):
+    code, out, err = run(capsys, "build", "shop.csv", "-o", "shop.trie")
+    assert (code, err) == (0, [])
+    assert out[1] == "shop.trie.idmap: ids are strings, titles"
+    assert run(capsys, "lookup", "shop.trie", "1,2") == (0, ["A-1", "007"], [])
+    assert run(capsys, "find", "shop.trie", "Ü 3") == (0, ["0,7"], [])
+    assert run(capsys, "find", "shop.trie", "007") == (0, ["1,2"], [])
+    for item in ("7", "0", "a-1"):
+        assert run(capsys, "find", "shop.trie", item) == (1, [], [f"raddpo_ext: shop.trie: has no item {item}"])
+    assert run(capsys, "info", "shop.trie")[1][0] == "items           3, ids are strings, titles"
+    # An index without a map takes the place of this one, map and all.
+    assert run(capsys, "build", "fixed.json", "-o", "shop.trie")[0] == 0
+    assert run(capsys, "lookup", "shop.trie", "1,2") == (0, ["5", "9"], [])
+
+
+def test_columns_by_name(shop, capsys):
+    (shop / "odd.tsv").write_text("n\tx\ty\tname\n8\t2\t1\tHat\n")
+    options = ["--item", "n", "--sid", "y,x", "--title", "name"]
+    assert run(capsys, "build", "odd.tsv", "-o", "o", *options)[:2] == (
+        0,
+        [f"o: 1 items, 1 SIDs, {(shop / 'o').stat().st_size} bytes", "o.idmap: titles"],
+    )
+    assert run(capsys, "find", "o", "8") == (0, ["1,2"], [])
+
+
+def test_find_integers(folder, capsys):
+    np.savez("c.npz", sids=[[3, 1], [3, 0]], item_ids=[2**63 - 1, 6])
+    assert run(capsys, "build", "c.npz", "-o", "c.index")[0] == 0
+    assert run(capsys, "find", "c.index", str(2**63 - 1)) == (0, ["3,1"], [])
+    for item in ("7", str(2**63), "06", "-1", "x", "6.0", "9" * 5000):
+        code, out, err = run(capsys, "find", "c.index", item)
+        assert (code, out, len(err)) == (1, [], 1)
+
+
+def test_build_with_a_tokenizer(shop, capsys):
+    code, out, err = run(capsys, "build", "shop.csv", "-o", "shop.trie", "--tokenizer", "tokenizer", "--eos", "6")
+    assert code == 0
+    assert err == ["raddpo_ext: the vocab leaves out 1 tokens of the tokenizer: <|sid_begin|>"]
+    assert rx.TrieIndex.load("shop.trie").vocab.encode([[1, 2], [0, 7]]).tolist() == [[3, 4, 6], [5, 2, 6]]
+    (shop / "unknown.csv").write_text("sku,sid\nA,<a_1><b_3>\n")
+    (shop / "empty").mkdir()
+    for arguments, message in (
+        ("unknown.csv -o x --tokenizer tokenizer", "sids[0, 1] = 3 has no token in vocab.token_ids[1]"),
+        ("shop.csv -o x --tokenizer tokenizer --offset 3", "--tokenizer says where the tokens are"),
+        ("shop.csv -o x --tokenizer nowhere", "--tokenizer nowhere: no such directory"),
+        ("shop.csv -o x --tokenizer empty", "--tokenizer empty: "),
+        ("shop.csv -o x --sid nothing", "has no column 'nothing' for the SID"),
+        ("fixed.json -o x --item sku", "item, sid and title name columns of"),
+    ):
+        code, out, err = run(capsys, "build", *arguments.split())
+        assert (code, out) == (2, [])
+        assert message in err[-1]
+        assert not (shop / "x").exists()
+
+
+def test_a_map_that_is_not_the_indexs(shop, capsys):
+    run(capsys, "build", "shop.csv", "-o", "shop.trie")
+    rx.TrieIndex.load("fixed.index").save("shop.trie")
+    for command in (["lookup", "shop.trie", "1,2"], ["find", "shop.trie", "5"], ["info", "shop.trie"]):
+        code, out, err = run(capsys, *command)
+        assert (code, out) == (2, [])
+        assert "shop.trie.idmap: the id map is of another index than shop.trie" in err[0]
+
+
+def test_version_and_help_without_torch(folder):
+    for option, words in (("--version", f"raddpo_ext {rx.__version__}\n"), ("--help", "index|serve|bench")):
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", "-m", "raddpo_ext", option],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=ENVIRONMENT,
+        )
+        assert words in done.stdout
+        imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+        assert "raddpo_ext" in imported
+        assert not imported & {"torch", "numpy", "transformers", "fastapi", "raddpo_ext.serve", "raddpo_ext.bench"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

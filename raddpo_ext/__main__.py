@@ -1,25 +1,23 @@
-"""The command line: ``python -m raddpo_ext index build|info|lookup|publish``, ``serve`` and ``bench``."""
+"""The command line: ``python -m raddpo_ext index build|info|lookup|find|publish``, ``serve`` and ``bench``."""
 
 from __future__ import annotations
 
 import argparse
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
-
-import torch
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import raddpo_ext
-from raddpo_ext import _C
-from raddpo_ext.bench.command import add_options as add_bench_options
-from raddpo_ext.bench.command import bench
-from raddpo_ext.catalogue_store import CatalogueStore
-from raddpo_ext.readers import SIDTable, read_sids
-from raddpo_ext.serve.options import add_options, config_of
-from raddpo_ext.trie import TrieIndex
-from raddpo_ext.vocab import SIDVocab
+
+# What a command needs beyond this it imports when it runs: --help answers at once, without torch.
+if TYPE_CHECKING:
+    from raddpo_ext.id_map import IdMap
+    from raddpo_ext.readers import SIDTable
+    from raddpo_ext.trie import TrieIndex
+    from raddpo_ext.vocab import SIDVocab
 
 _BAR = 40  # characters
 _CHUNK = 1 << 20  # nodes looked at together
@@ -42,11 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
+    from raddpo_ext.id_map import IdMap, map_path
+    from raddpo_ext.readers import read_sids
+    from raddpo_ext.trie import TrieIndex
+
     if not options.output.parent.is_dir():
         raise ValueError(f"{options.output.parent}: no such directory")
-    if options.output.is_dir():
-        raise ValueError(f"{options.output}: is a directory")
-    table = read_sids(options.source)
+    for path in (options.output, map_path(options.output)):
+        if path.is_dir():
+            raise ValueError(f"{path}: is a directory")
+    table = read_sids(options.source, item=options.item, sid=options.sid, title=options.title)
     progress = _bar if sys.stderr.isatty() else None
     try:
         index = TrieIndex.build(
@@ -63,18 +66,64 @@ def _build(options: argparse.Namespace) -> int:
             print(file=sys.stderr)
     index.save(options.output)
     print(f"{options.output}: {index.num_items} items, {index.num_sids} SIDs, {index.nbytes} bytes")
+    names = IdMap.of(table)
+    if names is None:
+        map_path(options.output).unlink(missing_ok=True)  # of the index that was there before
+    else:
+        names.save(options.output)
+        print(f"{map_path(options.output)}: {_described(names)}")
     return 0
 
 
 def _vocab(options: argparse.Namespace, table: SIDTable) -> SIDVocab | None:
     """None, a code is its token id, unless an option says where the tokens are."""
+    from raddpo_ext.vocab import SIDVocab
+
+    if options.tokenizer is not None:
+        if options.sizes is not None or options.offset is not None:
+            raise ValueError("--tokenizer says where the tokens are: leave out --offset and --sizes")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            vocab = SIDVocab.from_tokenizer(_tokenizer(options.tokenizer), eos=options.eos)
+        for warning in caught:
+            _complain(str(warning.message))
+        return vocab
     if options.sizes is None and options.offset is None and options.eos is None:
         return None
     return SIDVocab(options.sizes or table.sizes, offset=options.offset or 0, eos=options.eos)
 
 
+def _tokenizer(folder: Path) -> Any:
+    try:
+        from transformers import AutoTokenizer
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--tokenizer needs {error.name}: pip install 'raddpo_ext[transformers]'") from None
+    if not folder.is_dir():
+        raise ValueError(f"--tokenizer {folder}: no such directory")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever a folder of files can make transformers raise
+        raise ValueError(f"--tokenizer {folder}: {type(error).__name__}: {error}") from None
+
+
+def _described(names: IdMap) -> str:
+    kinds = [kind for kind, there in (("ids are strings", names.ids), ("titles", names.titles)) if there is not None]
+    return ", ".join(kinds)
+
+
+def _load(file: Path) -> tuple[TrieIndex, IdMap | None]:
+    from raddpo_ext.id_map import IdMap
+    from raddpo_ext.trie import TrieIndex
+
+    return TrieIndex.load(file), IdMap.load(file)
+
+
 def _info(options: argparse.Namespace) -> int:
-    index = TrieIndex.load(options.file)
+    import torch
+
+    from raddpo_ext import _C
+
+    index, names = _load(options.file)
     first = _C.HEADER["first_node"]
     starts = index.header[first + 1 : first + index.levels + 2]
     eos = None if index.vocab is None else index.vocab.eos
@@ -82,7 +131,7 @@ def _info(options: argparse.Namespace) -> int:
     for begin in range(0, index.num_nodes, _CHUNK):
         counts = index.item_ranges(torch.arange(begin, min(begin + _CHUNK, index.num_nodes)))[1]
         sharing += int(counts[counts > 1].sum())
-    print(f"items           {index.num_items}")
+    print(f"items           {index.num_items}" + ("" if names is None else f", {_described(names)}"))
     print(f"SIDs            {index.num_sids}")
     print(f"collisions      {sharing} items share their SID")
     print(f"levels          {index.sid_levels}" + ("" if eos is None else f", then the end token {eos}"))
@@ -92,21 +141,48 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _lookup(options: argparse.Namespace) -> int:
-    items = TrieIndex.load(options.file).lookup([options.sid]).items.tolist()
+    index, names = _load(options.file)
+    items = index.lookup([options.sid]).items.tolist()
     if not items:
-        _complain(f"no item has the SID {','.join(map(str, options.sid))}")
+        _complain(f"no item has the SID {_written(options.sid)}")
         return 1
-    print(*items, sep="\n")
+    print(*(items if names is None else names.ids_of(items)), sep="\n")
     return 0
 
 
+def _find(options: argparse.Namespace) -> int:
+    from raddpo_ext.readers import integer_id
+    from raddpo_ext.trie_items import UnknownItem
+
+    index, names = _load(options.file)
+    item: Any = options.item if names is not None and names.ids is not None else integer_id(options.item)
+    try:
+        if item is None:
+            raise UnknownItem("ITEM", options.item, 0)
+        sids = index.sids_of([item] if names is None else names.items_of([item]))
+    except UnknownItem:
+        _complain(f"{options.file}: has no item {options.item}")
+        return 1
+    print(_written(sids[0][sids[0] >= 0].tolist()))
+    return 0
+
+
+def _written(sid: Sequence[int]) -> str:
+    return ",".join(map(str, sid))
+
+
 def _publish(options: argparse.Namespace) -> int:
+    from raddpo_ext.catalogue_store import CatalogueStore
+
     version = CatalogueStore(options.store).publish(options.file)
     print(f"{options.store}: version {version}")
     return 0
 
 
 def _serve(options: argparse.Namespace) -> int:
+    from raddpo_ext.catalogue_store import CatalogueStore
+    from raddpo_ext.serve.options import config_of
+
     try:
         from raddpo_ext.serve.server import serve
     except ModuleNotFoundError as error:
@@ -121,7 +197,35 @@ def _serve(options: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(options: argparse.Namespace) -> int:
+    from raddpo_ext.bench.command import bench
+
+    return bench(options)
+
+
+def _add_serve_options(parser: argparse.ArgumentParser) -> None:
+    from raddpo_ext.serve.options import add_options
+
+    add_options(parser)
+
+
+def _add_bench_options(parser: argparse.ArgumentParser) -> None:
+    from raddpo_ext.bench.command import add_options
+
+    add_options(parser)
+
+
 class _Parser(argparse.ArgumentParser):
+    """A parser whose options are added when it is asked to parse: those of the other commands are not imported."""
+
+    add_options: Callable[[argparse.ArgumentParser], None] | None = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.add_options is not None:
+            add, self.add_options = self.add_options, None
+            add(self)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         _complain(f"{message} (try {self.prog} --help)")
         raise SystemExit(2)
@@ -129,9 +233,10 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m raddpo_ext", description="Generative retrieval with semantic IDs (SIDs).")
+    parser.add_argument("--version", action="version", version=f"raddpo_ext {raddpo_ext.__version__}")
     groups = parser.add_subparsers(metavar="index|serve|bench", required=True)
     commands = groups.add_parser("index", help="build, inspect and publish an index").add_subparsers(
-        metavar="build|info|lookup|publish", required=True
+        metavar="build|info|lookup|find|publish", required=True
     )
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -140,30 +245,44 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     build = command("build", _build, "Build an index from a catalogue's SIDs.")
-    build.add_argument("source", type=Path, help="index.json ({'item': ['<a_12>', ...]}), .npy or .npz")
+    build.add_argument("source", type=Path, help="a table (.csv, .tsv, .parquet), index.json, .npy or .npz")
     build.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the index to write")
     build.add_argument("--eos", type=_integer, metavar="TOKEN", help="token id that ends every SID")
     build.add_argument(
         "--offset", type=_integer, metavar="TOKEN", help="token id of the first code of level 0 (default 0)"
     )
     build.add_argument("--sizes", type=_integers, metavar="K,K,...", help="codes of each level (default: as used)")
-    build.epilog = "The levels follow one another from --offset. With none of the options a code is its token id."
+    text = "a folder with the model's tokenizer, which says where the tokens <a_12> or <s_a_12> are"
+    build.add_argument("--tokenizer", type=Path, metavar="DIR", help=text)
+    build.add_argument(
+        "--item", metavar="COLUMN", help="a table's column of item ids (default: item_id, id, asin, ...)"
+    )
+    text = "its column of the SID, or those of the codes (default: sid; code_0, code_1, ...)"
+    build.add_argument("--sid", type=lambda text: text.split(","), metavar="COLUMN,...", help=text)
+    build.add_argument("--title", metavar="COLUMN", help="its column of titles (default: title)")
+    build.epilog = (
+        "The levels follow one another from --offset. With none of --eos, --offset, --sizes and --tokenizer a code is "
+        "its token id. Item ids that are no integers, and titles, are written to FILE.idmap."
+    )
     info = command("info", _info, "Describe an index.")
     info.add_argument("file", type=Path, help="an index")
     lookup = command("lookup", _lookup, "Print the items of a SID, one a line; exit code 1 when there is none.")
     lookup.add_argument("file", type=Path, help="an index")
     lookup.add_argument("sid", type=_integers, metavar="CODE,CODE,...", help="the SID's codes")
+    find = command("find", _find, "Print the SID of an item; exit code 1 when there is no such item.")
+    find.add_argument("file", type=Path, help="an index")
+    find.add_argument("item", metavar="ITEM", help="the item's id, an integer or a string")
     publish = command("publish", _publish, "Make an index the newest version of a store, and so of its services.")
     publish.add_argument("file", type=Path, help="an index")
     publish.add_argument("--store", type=Path, default=Path("catalogue"), metavar="DIR", help="(default catalogue)")
     text = "Answer retrieval requests over HTTP with a model and the newest catalogue of a store."
     serve = groups.add_parser("serve", help="a retrieval service", description=text)
     serve.set_defaults(run=_serve)
-    add_options(serve)
+    serve.add_options = _add_serve_options
     text = "Time the operators beside their peers on this machine, once they are found to agree; exit code 1 if not."
     benchmark = groups.add_parser("bench", help="the core of the benchmarks", description=text)
-    benchmark.set_defaults(run=bench)
-    add_bench_options(benchmark)
+    benchmark.set_defaults(run=_bench)
+    benchmark.add_options = _add_bench_options
     return parser
 
 

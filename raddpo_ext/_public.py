@@ -7,6 +7,7 @@ from raddpo_ext import row_lse as _row_lse  # noqa: F401  its fake kernel
 from raddpo_ext.beam_search import BeamResult, beam_search
 from raddpo_ext.beam_step import BeamState, beam_step
 from raddpo_ext.catalogue_store import CatalogueStore, CatalogueVersion
+from raddpo_ext.id_map import IdMap
 from raddpo_ext.integrations.logits_processor import TrieLogitsProcessor
 from raddpo_ext.integrations.retriever import SIDRetriever
 from raddpo_ext.item_tokens import history_prompts, item_tokens
@@ -29,6 +30,7 @@ __all__ = [
     "BeamState",
     "CatalogueStore",
     "CatalogueVersion",
+    "IdMap",
     "PackedSessions",
     "RADDPOLoss",
     "RADDPOOutput",

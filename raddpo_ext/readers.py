@@ -110,9 +110,15 @@ def _item_ids(path: Path, names: Sequence[str]) -> tuple[np.ndarray | None, list
         if not name or name != name.strip() or not name.isprintable():
             _refuse(path, f"item {shown(name)} is empty, or has blanks around it or characters that cannot be shown")
         seen.add(name)
-        # int() of a longer one may be refused, and would be too large.
-        integers = integers and bool(re.fullmatch("0|[1-9][0-9]{0,18}", name)) and int(name) <= LARGEST_ITEM
+        integers = integers and integer_id(name) is not None
     return (np.array([*map(int, names)], np.int64), None) if integers else (None, list(names))
+
+
+def integer_id(text: str) -> int | None:
+    """An item id that is an integer: from 0 to :data:`LARGEST_ITEM`, without a leading zero. None for any other."""
+    if not re.fullmatch("0|[1-9][0-9]{0,18}", text):  # int() refuses much longer ones
+        return None
+    return int(text) if int(text) <= LARGEST_ITEM else None
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray | None]:

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 class UnknownItem(ValueError):
     """An id that the index lacks, and its position among those asked for."""
 
-    def __init__(self, name: str, item: int, position: int) -> None:
-        super().__init__(f"{name} = {item} is no item of the index")
+    def __init__(self, name: str, item: int | str, position: int) -> None:
+        super().__init__(f"{name} = {item!r:.60} is no item of the index")
         self.name, self.item, self.position = name, item, position
 
-    def __reduce__(self) -> tuple[type[UnknownItem], tuple[str, int, int]]:
+    def __reduce__(self) -> tuple[type[UnknownItem], tuple[str, int | str, int]]:
         return type(self), (self.name, self.item, self.position)  # from one process to another
 
 
