@@ -180,15 +180,18 @@ def survivors(index: rx.TrieIndex, out, width: int) -> list[int]:
             for q in range(3)]  # fmt: skip
 
 
-def test_filters_of_the_generation_config_kill_no_beam():
+def test_filters_of_the_generation_config():
+    """They come behind every processor and kill beams, here as with the callback; neutral ones kill none."""
     model, index, width = make_model(**FILTERS), make_index(), 60
-    torch.manual_seed(0)
-    callback = prefix_allowed_tokens_fn(index, 6)
-    assert min(survivors(index, beams(model, width, 2, prefix_allowed_tokens_fn=callback), width)) < width
-    exposed = rx.TrieLogitsProcessor(index, 6, keep_all=False)
-    assert min(survivors(index, beams(model, width, 2, logits_processor=[exposed]), width)) < width
     processor = rx.TrieLogitsProcessor(index, 6)
-    assert survivors(index, beams(model, width, 2, logits_processor=[processor]), width) == [width] * 3
+    for constraint in (
+        dict(prefix_allowed_tokens_fn=prefix_allowed_tokens_fn(index, 6)),
+        dict(logits_processor=[processor]),
+    ):
+        torch.manual_seed(0)
+        assert min(survivors(index, beams(model, width, 2, **constraint), width)) < width
+    neutral = beams(model, width, 2, logits_processor=[processor], top_k=0, top_p=1.0)
+    assert survivors(index, neutral, width) == [width] * 3
 
 
 def test_do_sample_false_is_the_exact_search_whatever_the_generation_config():
@@ -199,36 +202,105 @@ def test_do_sample_false_is_the_exact_search_whatever_the_generation_config():
     assert torch.equal(codes_of(got.sequences, 6)[0].view(3, width, 2), own.sids)
 
 
-@pytest.mark.parametrize(
-    "option", [dict(top_k=1), dict(top_p=0.01), dict(min_p=0.99), dict(typical_p=0.01), dict(epsilon_cutoff=0.9),
-               dict(eta_cutoff=0.9)], ids=lambda option: next(iter(option))
-)  # fmt: skip
-def test_each_filter(option):
+SUPPRESSED = {"level 0": range(FIRST, FIRST + 40), "level 1": range(FIRST + 40, FIRST + 70)}
+WAYS = {
+    "greedy": dict(do_sample=False),
+    "sampling": dict(do_sample=True),
+    "samples": dict(do_sample=True, num_return_sequences=3),
+    "beams": dict(do_sample=False, num_beams=4, num_return_sequences=4),
+    "sampled beams": dict(do_sample=True, num_beams=4, num_return_sequences=4),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("level", SUPPRESSED)
+@pytest.mark.parametrize("told", [False, True])
+def test_nothing_is_allowed(way, level, told):
+    """generate would go on with token 0."""
+    options = WAYS[way]
+    processor = rx.TrieLogitsProcessor(make_index(), 6, num_beams=options.get("num_beams", 1) if told else 1)
+    with pytest.raises(
+        ValueError, match=r"scores\[0\], of query 0, rules out every token that the catalogue allows after"
+    ):
+        make_model().generate(
+            **prompts(),
+            max_new_tokens=2,
+            logits_processor=[processor],
+            suppress_tokens=list(SUPPRESSED[level]),
+            **options,
+        )
+
+
+class Overflow(transformers.LogitsProcessor):
+    """Spoils the SIDs' scores in some rows, at one step or all."""
+
+    def __init__(self, rows, width=None, value=-torch.inf):
+        self.rows, self.width, self.value = rows, width, value
+
+    def __call__(self, input_ids, scores):
+        if self.width in (None, input_ids.shape[1]):
+            self.tokens = input_ids[self.rows, -1].tolist()
+            scores = scores.clone()
+            scores[self.rows, FIRST:] = self.value
+        return scores
+
+
+@pytest.mark.parametrize("value", [-torch.inf, torch.nan])
+@pytest.mark.parametrize("name", ["qwen3", "t5"])
+def test_nothing_is_allowed_to_one_query(name, value):
+    """Also where another row has the same prompt."""
+    model = make_model(name)
+    same = {key: rows[[0, 2, 2]] for key, rows in prompts().items()}
+    for row in range(3):
+        processors = [Overflow([row], value=value), rx.TrieLogitsProcessor(make_index(), start_of(model))]
+        with pytest.raises(ValueError, match=rf"scores\[{row}\], of query {row}, .* after \[\]"):
+            model.generate(**same, max_new_tokens=2, do_sample=False, logits_processor=processors)
+
+
+@pytest.mark.parametrize("value", [-torch.inf, torch.nan])
+def test_a_beam_may_die(value):
+    """Rows 4 to 7 are the beams of query 1: without its first the others live on, without all of them it has none."""
     model, index = make_model(), make_index()
-    common = dict(do_sample=True, num_beams=1, num_return_sequences=1, temperature=0.5, **option)
 
-    def allowed(processor) -> list[int]:
-        step = beams(model, 1, 1, logits_processor=[processor], **common).scores[0]
-        return (step > -torch.inf).sum(1).tolist()
+    def search(spoil, num_beams):
+        processors = [spoil, rx.TrieLogitsProcessor(index, 6, num_beams=num_beams)]
+        return beams(model, 4, 2, do_sample=False, logits_processor=processors)
 
-    assert allowed(rx.TrieLogitsProcessor(index, 6)) == [len(index.children([]))] * 3
-    assert max(allowed(rx.TrieLogitsProcessor(index, 6, keep_all=False))) < len(index.children([]))
+    spoil = Overflow([4], 7, value)
+    got, whole = search(spoil, 4), search(Overflow([], 7), 4)
+    sids, lengths = codes_of(got.sequences, 6)
+    assert index.contains(sids, lengths).all()
+    assert (got.sequences_scores > -1e8).all()
+    assert spoil.tokens[0] in whole.sequences[4:8, 6].tolist()
+    assert spoil.tokens[0] not in got.sequences[4:8, 6].tolist()
+    assert got.sequences[[0, 1, 2, 3, 8, 9, 10, 11]].tolist() == whole.sequences[[0, 1, 2, 3, 8, 9, 10, 11]].tolist()
+    with pytest.raises(ValueError, match=r"scores\[4\], of query 1, .* after \[\d+\]"):
+        search(Overflow([4, 5, 6, 7], 7, value), 4)
+    with pytest.raises(ValueError, match=r"scores\[4\], of query 4, .* or give num_beams"):
+        search(Overflow([4], 7, value), 1)
 
 
-def test_temperature_still_applies():
-    index, scores = make_index(), torch.randn(2, VOCAB)
-    got = rx.TrieLogitsProcessor(index, 0)(torch.empty(2, 0, dtype=torch.int64), scores)
-    warped = transformers.TemperatureLogitsWarper(0.5)(None, got)
-    assert torch.equal(torch.softmax(warped, -1), torch.softmax(torch.Tensor(got) / 0.5, -1))
-    assert type(torch.softmax(warped, -1)) is torch.Tensor
+def test_dead_beams_are_no_way_out():
+    """Two SIDs, four beams: generate fills up with rows outside the catalogue, which do not save a query."""
+    model = make_model()
+    index = rx.TrieIndex.build([[1, 2], [3, 4]], vocab=rx.SIDVocab([40, 30], offset=FIRST))
+    processor = rx.TrieLogitsProcessor(index, 6, num_beams=4)
+    got = beams(model, 4, 2, do_sample=False, logits_processor=[processor])
+    assert (got.sequences_scores > -1e8).sum() == 6
+    with pytest.raises(ValueError, match="rules out every token"):
+        beams(model, 4, 2, do_sample=False, logits_processor=[processor], suppress_tokens=list(SUPPRESSED["level 1"]))
 
 
-def test_two_in_the_list():
-    """The second one's mask counts, though the first one's scores are protected from others'."""
-    ids, scores = torch.empty(2, 0, dtype=torch.int64), torch.randn(2, VOCAB)
-    first, second = (rx.TrieLogitsProcessor(rx.TrieIndex.build([[a], [b]]), 0) for a, b in ((50, 60), (60, 70)))
-    got = second(ids, first(ids, scores))
-    assert (got > -torch.inf).nonzero().tolist() == [[0, 60], [1, 60]]
+def test_finished_rows_are_not_stuck():
+    """SIDs of one token or two, ended by the end token: rows that are done wait for the others."""
+    model, index = make_model(eos_token_id=EOS), make_index(eos=EOS, lengths=True)
+    rows = model.generate(
+        **prompts(), max_new_tokens=5, do_sample=True, num_return_sequences=20,
+        logits_processor=[rx.TrieLogitsProcessor(index, 6)],
+    )  # fmt: skip
+    sids, lengths = codes_of(rows, 6)
+    assert index.contains(sids, lengths).all()
+    assert set(lengths.tolist()) == {1, 2}
 
 
 def test_bad_construction():
@@ -239,6 +311,8 @@ def test_bad_construction():
         rx.TrieLogitsProcessor(index, 2.5)
     with pytest.raises(ValueError, match="eos_token_id must be at least 0, got -2"):
         rx.TrieLogitsProcessor(index, 1, eos_token_id=-2)
+    with pytest.raises(ValueError, match="num_beams must be at least 1, got 0"):
+        rx.TrieLogitsProcessor(index, 1, num_beams=0)
     with pytest.raises(ValueError, match="eos_token_id must be given for an index whose SIDs differ in length"):
         rx.TrieLogitsProcessor(make_index(lengths=True), 1)
 
@@ -254,6 +328,8 @@ def test_bad_calls():
         rx.TrieLogitsProcessor(index, 4)(ids, scores[:, :70])
     with pytest.raises(ValueError, match=r"scores must have 1 rows .* got shape \(2, 120\)"):
         rx.TrieLogitsProcessor(index, 4)(ids, scores.expand(2, -1))
+    with pytest.raises(ValueError, match="num_beams is 2, but scores has 1 rows"):
+        rx.TrieLogitsProcessor(index, 4, num_beams=2)(ids, scores)
     with pytest.raises(ValueError, match="on one device, got cpu, meta, cpu"):
         rx.TrieLogitsProcessor(index, 4)(ids, scores.to("meta"))
 

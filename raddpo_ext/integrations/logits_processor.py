@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from raddpo_ext import _check
 from raddpo_ext.trie import TrieIndex
-
-_DIVISIONS = (Tensor.div, Tensor.__truediv__)
-_FILLS = (Tensor.masked_fill, torch.masked_fill)
 
 
 class TrieLogitsProcessor:
@@ -29,11 +24,12 @@ class TrieLogitsProcessor:
     so that ending adds nothing to the SID's score. A prefix that is in no SID can end only, too: ``generate`` makes
     such beams when it has more of them than the catalogue has SIDs, and marks them by scores below ``-1e8``.
 
+    Where another processor (``suppress_tokens``, ``bad_words_ids``) or an overflow has left none of the allowed tokens
+    a score above ``-inf``, ``generate`` would take a token outside the catalogue: the call raises instead.
+
     With ``do_sample=True``, which many checkpoints' ``generation_config`` sets together with ``top_k`` and ``top_p``,
-    ``generate`` filters once more behind every processor and so drops SIDs. By default those filters (``top_k``,
-    ``top_p``, ``min_p``, ``typical_p``, ``epsilon_cutoff``, ``eta_cutoff``) find nothing to drop here: their
-    ``masked_fill`` leaves the returned scores as they are. Put this processor last in the list, since another's
-    ``masked_fill`` behind it would have no effect either.
+    ``generate`` filters once more behind every processor and so drops SIDs: for beams say ``do_sample=False``, for
+    samples of the whole catalogue ``top_k=0, top_p=1.0``.
 
     Args:
         index: the catalogue, on the device of the scores. Its token ids are the model's.
@@ -41,19 +37,19 @@ class TrieLogitsProcessor:
             encoder-decoder (the decoder's start token).
         eos_token_id: the end token, normally the ``eos_token_id`` of ``generate``. Default: that of ``index.vocab``.
             Without either, ``generate`` must stop by ``max_new_tokens``, and all SIDs must have one length.
-        keep_all: keep ``generate``'s filters from dropping allowed tokens. False gives ``top_k`` and the others their
-            effect among the catalogue's tokens.
+        num_beams: that of ``generate``, so that a beam without a token to go on with is dropped as long as its query
+            has another. Default: every row needs one.
 
     Raises:
         ValueError, TypeError: naming the argument and the value.
     """
 
     def __init__(
-        self, index: TrieIndex, prompt_length: int, *, eos_token_id: int | None = None, keep_all: bool = True
+        self, index: TrieIndex, prompt_length: int, *, eos_token_id: int | None = None, num_beams: int = 1
     ) -> None:
         self.index = index
         self.prompt_length = _check.integer(prompt_length, "prompt_length", 0)
-        self.keep_all = keep_all
+        self.num_beams = _check.integer(num_beams, "num_beams", 1)
         vocab = index.vocab
         if eos_token_id is not None:
             eos_token_id = _check.integer(eos_token_id, "eos_token_id", 0)
@@ -72,6 +68,10 @@ class TrieLogitsProcessor:
 
         Returns:
             ``[N, V]`` of the same type; the input is left as it is.
+
+        Raises:
+            ValueError: the arguments do not fit each other or the index, or a query has no token to go on with: the
+                scores of all that the catalogue allows are ``-inf``, or one of them is NaN.
         """
         level = self._check_call(input_ids, scores)
         # One more column, as nodes() gives the node before each token.
@@ -80,10 +80,26 @@ class TrieLogitsProcessor:
         row, token, ends = self._allowed(nodes, level)
         forbidden = torch.ones((len(nodes), scores.shape[1]), dtype=torch.bool, device=scores.device)
         forbidden[row, token] = False
-        scores = scores.as_subclass(Tensor).masked_fill(forbidden[row_of], -math.inf)
+        scores = scores.masked_fill(forbidden[row_of], -math.inf)
+        stuck = ~(scores.amax(1) > -math.inf) & ~ends[row_of]
+        if bool(stuck.any()):
+            self._check_queries(input_ids, stuck, stuck | (nodes[row_of] < 0))
+            scores.masked_fill_(stuck[:, None], -math.inf)  # a NaN would be taken for the best
         if self.eos_token_id is not None:
             scores[:, self.eos_token_id].masked_fill_(ends[row_of], 0.0)
-        return scores.as_subclass(_Kept) if self.keep_all else scores
+        return scores
+
+    def _check_queries(self, input_ids: Tensor, stuck: Tensor, dead: Tensor) -> None:
+        """Raises for a query that has a stuck beam and none that lives; one outside the catalogue is dead."""
+        query, row = (stuck.view(-1, self.num_beams) & dead.view(-1, self.num_beams).all(1, keepdim=True)).nonzero().T
+        if len(query):
+            row = int(query[0]) * self.num_beams + int(row[0])
+            raise ValueError(
+                f"scores[{row}], of query {int(query[0])}, rules out every token that the catalogue allows after "
+                f"{input_ids[row, self.prompt_length :].tolist()}: all of them are -inf, or one is NaN. Look for "
+                "suppress_tokens, bad_words_ids and the like, and for logits that overflow"
+                + (", or give num_beams to let single beams end" if self.num_beams == 1 else "")
+            )
 
     def _allowed(self, nodes: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
         """The tokens that may follow each node, as pairs (row, token), and which rows have none, bool."""
@@ -120,23 +136,11 @@ class TrieLogitsProcessor:
                 f"scores must have {len(input_ids)} rows and more than {largest} columns, the largest token id, got "
                 f"shape {tuple(scores.shape)}"
             )
+        if len(scores) % self.num_beams:
+            raise ValueError(f"num_beams is {self.num_beams}, but scores has {len(scores)} rows")
         if not input_ids.device == scores.device == self.index.device:
             raise ValueError(
                 f"input_ids, scores and index must be on one device, got {input_ids.device}, {scores.device}, "
                 f"{self.index.device}"
             )
         return level
-
-
-class _Kept(Tensor):
-    """Scores that ``masked_fill`` leaves as they are, also divided by a temperature. Any other result is a Tensor."""
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in _FILLS and isinstance(args[0], cls):
-            return args[0]
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-        return result.as_subclass(cls) if func in _DIVISIONS and isinstance(args[0], cls) else result
