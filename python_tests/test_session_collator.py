@@ -236,3 +236,34 @@ def test_conversations(tokenizer: Any) -> None:
 def test_bad_text(tokenizer: Any, row: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SessionCollator(tokenizer=tokenizer)([row])
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """All of them, in whatever holds them."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else vars(value).values() if hasattr(value, "__dict__") else ()
+    return [tensor for part in parts for tensor in tensors_of(part)]
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_every_tensor_is_pinned_and_moved(embeddings: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a DataLoader and accelerate do wherever there is a GPU, which this needs not."""
+    batch = SessionCollator(embeddings=embeddings)([{**ROW, "items": [4, 5]}, ROW])
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor, *device: Any) -> torch.Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    found = torch.utils.data._utils.pin_memory.pin_memory(batch)
+    before, after = tensors_of(batch), tensors_of(found)
+    assert len(before) == len(after) >= 13
+    assert {id(tensor) for tensor in after} == {id(tensor) for tensor in pinned}
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert (found["packed"].num_truncated, found["packed"].sessions.num_pairs) == (0, 4)
+    operations = pytest.importorskip("accelerate.utils.operations")
+    moved = operations.send_to_device(found, torch.device("meta"), non_blocking=True)
+    assert {tensor.device.type for tensor in tensors_of(moved)} == {"meta"}
+    assert len(tensors_of(moved)) == len(before)

@@ -206,7 +206,7 @@ def test_gradient_checkpointing_changes_nothing(make: Any, reentrant: bool) -> N
 def catalogue() -> tuple[rx.TrieIndex, dict[int, list[int]]]:
     """27 SIDs, of 2 of which two items each, and each item's tokens."""
     codes = [[a, b, c] for a in range(3) for b in range(3) for c in range(3)] + [[0, 0, 0], [1, 2, 0]]
-    vocab = rx.SIDVocab([3, 3, 3], offsets=[3, 7, 11])
+    vocab = rx.SIDVocab([4, 4, 4], offsets=[3, 7, 11])
     items = {100 + row: [3 + a, 7 + b, 11 + c] for row, (a, b, c) in enumerate(codes)}
     return rx.TrieIndex.build(torch.tensor(codes), item_ids=torch.tensor(list(items)), vocab=vocab), items
 

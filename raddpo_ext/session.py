@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,13 +77,17 @@ class SessionBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SessionBatch:
         """The same batch on another device."""
-        tensors = (self.tokens, self.lengths, self.offsets, self.num_positives, self.pair_offsets)
-        moved = object.__new__(SessionBatch)
-        moved.tokens, moved.lengths, moved.offsets, moved.num_positives, moved.pair_offsets = (
-            tensor.to(device, non_blocking=non_blocking) for tensor in tensors
-        )
-        moved.num_pairs = self.num_pairs
-        return moved
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> SessionBatch:
+        """The same batch in page-locked memory, from where it goes to a GPU without waiting."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> SessionBatch:
+        changed = object.__new__(SessionBatch)
+        for name, value in vars(self).items():
+            setattr(changed, name, change(value) if isinstance(value, Tensor) else value)
+        return changed
 
     def mask(self) -> Tensor:
         """Which entries of ``tokens`` lie within the lengths: bool ``[C, L]``."""

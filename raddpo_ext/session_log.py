@@ -16,6 +16,7 @@ import torch
 
 from raddpo_ext import _check
 from raddpo_ext._files import replacing
+from raddpo_ext.session_sids import SIDCheck, contained
 from raddpo_ext.trie import TrieIndex
 from raddpo_ext.trie_items import places_of
 from raddpo_ext.vocab import SIDVocab
@@ -210,17 +211,17 @@ def _sort_out(
     chunk: list[tuple[int, Any]], vocab: SIDVocab | None, index: TrieIndex | None
 ) -> tuple[list[dict[str, Any]], dict[int, _BadRow]]:
     """The sessions among some rows, and for every other row, by its place, why it is none."""
-    tokens = None if vocab is None else ([set(ids.tolist()) for ids in vocab.token_ids], vocab.eos)
+    check = None if vocab is None else SIDCheck(vocab)
     sessions: dict[int, dict[str, Any]] = {}
     bad: dict[int, _BadRow] = {}
     for place, row in chunk:
         try:
-            sessions[place] = _session(row, tokens)
+            sessions[place] = _session(row, check)
         except _BadRow as error:
             bad[place] = error
     if index is not None:
         named = [(place, *found) for place, session in sessions.items() for found in _candidates(session)]
-        for (place, name, sid), known in zip(named, _contained(index, [sid for *_, sid in named]), strict=True):
+        for (place, name, sid), known in zip(named, contained(index, [sid for *_, sid in named]), strict=True):
             if not known:
                 bad.setdefault(place, _BadRow("not in the index", f"{name} = {sid} is not in the index"))
         owned = [(place, item) for place, session in sessions.items() for item in session.get(ITEMS, ())]
@@ -232,8 +233,8 @@ def _sort_out(
     return [session for place, session in sessions.items() if place not in bad], bad
 
 
-def _session(row: Any, tokens: tuple[list[set[int]], int | None] | None) -> dict[str, Any]:
-    """The columns of a row, a line of JSON or a mapping. ``tokens``: those of each level, and the end token."""
+def _session(row: Any, check: SIDCheck | None) -> dict[str, Any]:
+    """The columns of a row, a line of JSON or a mapping."""
     if isinstance(row, bytes):
         try:
             row = json.loads(row)
@@ -251,8 +252,9 @@ def _session(row: Any, tokens: tuple[list[set[int]], int | None] | None) -> dict
             raise _BadRow("not integers", f"{column} must be a list of lists of integers, got {session[column]!r:.60}")
     for name, sid in _candidates(session):
         _check_ids(name, sid, "empty candidate")
-        if tokens is not None:
-            _check_tokens(name, sid, *tokens)
+        why = None if check is None else check.why_not(sid)
+        if why is not None:
+            raise _BadRow("not of the vocab", f"{name} = {sid} {why}")
     if row.get(ITEMS) is not None:
         session[ITEMS] = row[ITEMS]
         _check_ids(ITEMS, session[ITEMS], None, _ITEM_IDS, "item id")
@@ -279,29 +281,3 @@ def _check_ids(name: str, ids: Any, empty: str | None, possible: range = _TOKENS
     for number in (min(ids, default=0), max(ids, default=0)):
         if number not in possible:
             raise _BadRow(f"no {kind}", f"{name} holds {number}, which is no {kind}")
-
-
-def _check_tokens(name: str, sid: list[int], levels: list[set[int]], eos: int | None) -> None:
-    """Whether a candidate is a SID of the vocab."""
-    codes = sid if eos is None or sid[-1] != eos else sid[:-1]
-    if eos is not None and len(codes) == len(sid):
-        why = f"does not end in eos, {eos}"
-    elif not 0 < len(codes) <= len(levels):
-        why = f"has {len(codes)} codes, not 1 to {len(levels)}"
-    else:
-        unknown = [level for level, token in enumerate(codes) if token not in levels[level]]
-        if not unknown:
-            return
-        why = f"holds {codes[unknown[0]]}, which is no token of level {unknown[0]}"
-    raise _BadRow("not of the vocab", f"{name} = {sid} {why}")
-
-
-def _contained(index: TrieIndex, sids: list[list[int]]) -> list[bool]:
-    """Which SIDs an item of the index has."""
-    levels = index.levels
-    # One column more: it gives the node after the last token. A SID that is too long for the index is made none.
-    padded = [[*sid, *[-1] * (levels + 1 - len(sid))] if len(sid) <= levels else [-1] * (levels + 1) for sid in sids]
-    tokens = torch.tensor(padded, dtype=torch.int64, device=index.device).reshape(-1, levels + 1)
-    lengths = (tokens >= 0).sum(1, keepdim=True)
-    _, items = index.item_ranges(index.nodes(tokens).gather(1, lengths)[:, 0])
-    return (items > 0).tolist()

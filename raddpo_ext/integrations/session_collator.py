@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, NoReturn
 
@@ -15,6 +15,7 @@ from raddpo_ext import _check
 from raddpo_ext.integrations.trl import TEXT, TOKENS, tokenize_row
 from raddpo_ext.pack_sessions import PackedSessions, pack_sessions
 from raddpo_ext.session import SessionBatch
+from raddpo_ext.session_sids import SIDCheck
 from raddpo_ext.vocab import SIDVocab
 
 _logger = logging.getLogger(__name__)
@@ -32,9 +33,11 @@ class SessionCollator:
 
     Args:
         layout, padding_side, pad_token_id, pad_to_multiple_of, max_length, vocab, embeddings: see
-            :func:`raddpo_ext.pack_sessions`. With ``vocab.eos``, text candidates end in it.
+            :func:`raddpo_ext.pack_sessions`. With ``vocab.eos``, candidates of text and of messages end in it.
         tokenizer: of ``transformers``, for rows of text.
         vocab_size: refuse token ids from it on, or None.
+        sids_only: refuse candidates that are no SID of ``vocab``: a token that its level lacks, a code too many, and
+            with ``vocab.eos`` a candidate that does not end there.
 
     Raises:
         ValueError, TypeError: naming the argument and the value; when called, the row in the batch and the value.
@@ -52,6 +55,7 @@ class SessionCollator:
         embeddings: bool = True,
         tokenizer: Any = None,
         vocab_size: int | None = None,
+        sids_only: bool = False,
     ) -> None:
         self.options: dict[str, Any] = {
             "layout": layout,
@@ -64,17 +68,22 @@ class SessionCollator:
         }
         self.tokenizer = tokenizer
         self.vocab_size = None if vocab_size is None else _check.integer(vocab_size, "vocab_size", 1)
+        if sids_only and vocab is None:
+            raise ValueError("sids_only needs vocab, got None")
+        self._sids = SIDCheck(vocab) if sids_only and vocab is not None else None
         self._has_logged = False
         # No row at all is a batch too: what packing refuses of these options, it refuses here.
         pack_sessions([], self._sessions([]), **self.options)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """``{"packed": PackedSessions}``, and ``items`` int64 ``[S, P]`` padded with -1 where the rows have them."""
-        rows = [self._tokens(row, f"rows[{i}]") for i, row in enumerate(rows)]
+        given, rows = rows, [self._tokens(row, f"rows[{i}]") for i, row in enumerate(rows)]
         sessions = self._sessions(rows)
         packed = pack_sessions([row["prompt_ids"] for row in rows], sessions, **self.options)
         if self.vocab_size is not None:
             self._check_vocabulary(packed, self.vocab_size)
+        if self._sids is not None:
+            self._check_sids(sessions, given, self._sids)
         if packed.num_truncated and not self._has_logged:
             self._has_logged = True
             _logger.warning(
@@ -88,6 +97,11 @@ class SessionCollator:
         if any("items" in row for row in rows):
             batch["items"] = _items(rows)
         return batch
+
+    def num_tokens(self, row: dict[str, Any]) -> int:
+        """How many tokens a row's prompt and candidates have together."""
+        row = self._tokens(row, "row")
+        return len(row["prompt_ids"]) + sum(len(ids) for column in TOKENS[1:] for ids in row[column])
 
     def _tokens(self, row: Any, name: str) -> dict[str, Any]:
         if not isinstance(row, dict):
@@ -131,6 +145,25 @@ class SessionCollator:
                 row = int(rows[wrong.any(1).nonzero()[0, 0]])
                 token = int(tokens[wrong][0])
                 raise ValueError(f"rows[{row}] holds token id {token}, outside [0, {vocab_size}), the vocabulary")
+
+    def _check_sids(self, sessions: SessionBatch, given: Sequence[dict[str, Any]], sids: SIDCheck) -> None:
+        for name, tokens in named_candidates(sessions, given):
+            why = sids.why_not(tokens)
+            if why is not None:
+                read = "" if self.tokenizer is None else f" {self.tokenizer.convert_ids_to_tokens(tokens)}"
+                raise ValueError(f"{name} = {tokens}{read} is no SID of vocab: it {why}")
+
+
+def named_candidates(sessions: SessionBatch, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[int]]]:
+    """Of each candidate its place in the rows, as an error names it, and its tokens."""
+    tokens, lengths = sessions.tokens.tolist(), sessions.lengths.tolist()
+    offsets, positives = sessions.offsets.tolist(), sessions.num_positives.tolist()
+    for i, row in enumerate(rows):
+        columns = TOKENS[1:] if all(column in row for column in TOKENS) else TEXT[1:]
+        for candidate in range(offsets[i], offsets[i + 1]):
+            place = candidate - offsets[i]
+            column, place = (columns[0], place) if place < positives[i] else (columns[1], place - positives[i])
+            yield f"rows[{i}][{column!r}][{place}]", tokens[candidate][: lengths[candidate]]
 
 
 def _flatten(candidates: list[Any], rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import MethodType
 from typing import Any, NamedTuple
@@ -93,11 +94,17 @@ def accept_sessions(model: Any) -> Any:
         if packed is None:
             return forward(*args, **kwargs)
         states = session_states(self, packed)
-        return states if compute is None else compute(states, packed, **kwargs)
+        return states if compute is None else compute(states, packed, **_not_of_a_wrapper(kwargs, compute))
 
     with_sessions.accepts_sessions = True  # type: ignore[attr-defined]
     inner.forward = MethodType(with_sessions, inner)
     return model
+
+
+def _not_of_a_wrapper(kwargs: dict[str, Any], compute: Callable) -> dict[str, Any]:
+    """Without what PEFT's class for a task adds to every call: ``input_ids=None``, ``labels=None`` and more."""
+    named = inspect.signature(getattr(compute, "forward", compute)).parameters
+    return {name: value for name, value in kwargs.items() if value is not None or name in named}
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from transformers.utils import logging
 from raddpo_ext import _check
 from raddpo_ext._files import replacing
 from raddpo_ext.integrations.base_model import base_model, logits_map
-from raddpo_ext.integrations.checkpoints import CheckpointedTrainer
+from raddpo_ext.integrations.data_checks import check_rows, check_vocabulary
 from raddpo_ext.integrations.retriever import SIDRetriever
 from raddpo_ext.integrations.session_collator import SessionCollator
+from raddpo_ext.integrations.session_data import SessionDataTrainer
 from raddpo_ext.integrations.session_objective import METRICS, ROWS, SessionObjective
 from raddpo_ext.integrations.session_retrieval import retrieval_names, retrieval_rows
 from raddpo_ext.integrations.session_states import accept_sessions, verify_packing
@@ -31,7 +33,7 @@ _logger = logging.get_logger(__name__)
 _WEIGHTING_FILE = "similarity_weighting.pt"
 
 
-class RADDPOTrainer(CheckpointedTrainer):
+class RADDPOTrainer(SessionDataTrainer):
     """Trains a language model on sessions by RAD-DPO, with everything else as in ``transformers.Trainer``.
 
     The loss is that of the whole batch, over accumulated batches and ranks alike: however a batch is split, the same
@@ -109,6 +111,11 @@ class RADDPOTrainer(CheckpointedTrainer):
         self._uses_adapters_off = ref_model is None and args.use_reference
         if data_collator is None:
             data_collator = _collator(inner, args, vocab, processing_class)
+        check_vocabulary(vocab, index, inner.get_input_embeddings().weight.shape[0], processing_class)
+        self._check_rows = partial(
+            check_rows, collator=data_collator, vocab=vocab, index=index, need_index=args.normalize == "trie"
+        )
+        self._check_rows({"train_dataset": train_dataset, "eval_dataset": eval_dataset})
         super().__init__(
             model=model,
             args=args,
@@ -185,18 +192,6 @@ class RADDPOTrainer(CheckpointedTrainer):
         model.train(was_training)
         return logps
 
-    def _prepare_input(self, data: Any) -> Any:
-        return data.to(self.args.device) if isinstance(data, PackedSessions) else super()._prepare_input(data)
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return int(super().floating_point_ops(self._main_input(inputs)))
-
-    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        super()._track_num_input_tokens(self._main_input(inputs))
-
-    def _main_input(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return {getattr(self.model, "main_input_name", "input_ids"): inputs["packed"].input_ids}
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.is_in_train:
             totals, weights = self.accelerator.reduce(self._sums, reduction="sum").unbind(1)
@@ -206,6 +201,11 @@ class RADDPOTrainer(CheckpointedTrainer):
         super().log(logs, start_time)
 
     # The evaluation
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        if eval_dataset is not None and not isinstance(eval_dataset, str):  # one that the start did not see
+            self._check_rows({"eval_dataset": eval_dataset})
+        return super().get_eval_dataloader(eval_dataset)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -285,6 +285,7 @@ def _collator(model: Any, args: RADDPOConfig, vocab: SIDVocab | None, tokenizer:
         embeddings=args.similarity_weighting,
         tokenizer=tokenizer,
         vocab_size=model.get_input_embeddings().weight.shape[0],
+        sids_only=vocab is not None,
     )
 
 

@@ -37,7 +37,9 @@ class RADDPOConfig(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must be off: the model's forward does not name the rows' columns."}
     )
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Where to report to."})
+    report_to: None | str | list[str] = field(  # noqa: RUF036  HfArgumentParser reads str off the second place
+        default="none", metadata={"help": "Where to report to."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Only for a model with trainable parameters that text does not reach."}

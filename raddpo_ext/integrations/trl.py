@@ -18,7 +18,7 @@ def tokenize_row(row: dict[str, Any], tokenizer: Any, name: str, eos: int | None
         tokenizer: of ``transformers``. A text prompt is tokenized with its special tokens, a text completion without;
             a conversation by its chat template.
         name: of the row, for errors.
-        eos: token id that ends each text completion, or None.
+        eos: token id that ends each text completion, and after which a conversation's is cut, or None.
 
     Returns:
         ``prompt_ids``, ``positives`` and ``negatives``, and the row's other columns.
@@ -62,7 +62,8 @@ def _completion(
     whole = _template(tokenizer, prompt + completion)
     if whole[: len(prompt_ids)] != prompt_ids:
         raise ValueError(f"{name}: the chat template of prompt and completion does not begin with that of the prompt")
-    return whole[len(prompt_ids) :]
+    ids = whole[len(prompt_ids) :]
+    return ids[: ids.index(eos) + 1] if eos in ids else ids
 
 
 def _template(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> list[int]:

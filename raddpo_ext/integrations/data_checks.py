@@ -1,0 +1,156 @@
+"""What RADDPOTrainer asks at its start: do the model, the tokenizer, the vocabulary, the index and the rows belong
+together?"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from raddpo_ext.integrations.session_collator import SessionCollator, named_candidates
+from raddpo_ext.session_sids import SIDCheck, contained
+from raddpo_ext.trie import TrieIndex
+from raddpo_ext.vocab import SIDVocab
+
+#: How many rows of a data set are looked at, evenly spread; of a stream its first ones.
+SAMPLED, SAMPLED_OF_STREAM = 256, 32
+_FOREIGN = 100  # so many candidates, and not one of them in the index, are no chance
+_TOKENS_OF_A_LEVEL = 4096
+
+_logger = logging.get_logger(__name__)
+
+
+def check_vocabulary(vocab: SIDVocab | None, index: TrieIndex | None, vocab_size: int, tokenizer: Any) -> None:
+    """Raises ValueError where the SIDs' tokens are not the model's, the index's or the tokenizer's."""
+    if vocab is not None and vocab.max_token >= vocab_size:
+        raise ValueError(f"vocab holds token id {vocab.max_token}, which a model of vocab_size {vocab_size} lacks")
+    if index is not None:
+        if index.vocab is not None and index.vocab != vocab:
+            raise ValueError(f"vocab must be the index's, {index.vocab}, got {vocab}")
+        if max(index.max_tokens) >= vocab_size:
+            raise ValueError(
+                f"index holds token id {max(index.max_tokens)}, which a model of vocab_size {vocab_size} lacks"
+            )
+    if vocab is not None and hasattr(tokenizer, "convert_ids_to_tokens"):
+        for level in range(vocab.levels):
+            _check_tokenizer(vocab, level, tokenizer)
+
+
+def check_rows(
+    datasets: dict[str, Any], collator: Any, vocab: SIDVocab | None, index: TrieIndex | None, *, need_index: bool
+) -> None:
+    """Collates some rows of each data set and looks their candidates up; logs how many the index lacks.
+
+    Args:
+        datasets: by their names; None for one that is not there, and a dict of them.
+        collator: does nothing but for empty data sets where it is no :class:`SessionCollator`.
+        vocab, index: of the trainer.
+        need_index: refuse a candidate that the index lacks, whose log-prob among the index's SIDs is ``-inf``.
+
+    Raises:
+        ValueError, TypeError: a data set without rows; a row that the collator refuses; a candidate that is no SID of
+            ``vocab``; 100 candidates or more, of which the index has none.
+    """
+    for name, dataset in datasets.items():
+        if isinstance(dataset, dict):
+            parts = {f"{name}[{key!r}]": part for key, part in dataset.items()}
+            check_rows(parts, collator, vocab, index, need_index=need_index)
+        elif dataset is not None:
+            _check_dataset(name, dataset, collator, vocab, index, need_index)
+
+
+def _check_dataset(
+    name: str, dataset: Any, collator: Any, vocab: SIDVocab | None, index: TrieIndex | None, need_index: bool
+) -> None:
+    check = None if vocab is None else SIDCheck(vocab)
+    lacking: list[str] = []
+    rows = candidates = 0
+    for number, row in _sampled(dataset, name):
+        rows += 1
+        if not isinstance(collator, SessionCollator):
+            continue
+        try:
+            found = list(named_candidates(collator([row])["packed"].sessions, [row]))
+            for place, tokens in found:
+                why = None if check is None else check.why_not(tokens)
+                if why is not None:
+                    raise ValueError(f"{place} = {tokens} is no SID of vocab: it {why}")
+        except (ValueError, TypeError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{name}[{number}]: {error}") from error
+        if index is not None:
+            known = contained(index, [tokens for _, tokens in found])
+            lacking += [
+                f"{name}[{number}]: {place} = {tokens}"
+                for (place, tokens), has in zip(found, known, strict=True)
+                if not has
+            ]
+        candidates += len(found)
+    if lacking:
+        told = (
+            f"{len(lacking)} of {candidates} candidates of {rows} rows of {name} are not in the index, such as "
+            f"{lacking[0]}"
+        )
+        if need_index:
+            raise ValueError(f"{told}; normalize = 'trie' needs every candidate to be in it")
+        if len(lacking) == candidates >= _FOREIGN:
+            raise ValueError(f"{told}; is it the index of another catalogue?")
+        _logger.warning(told)
+
+
+def _sampled(dataset: Any, name: str) -> Iterator[tuple[int, Any]]:
+    """Some rows and their numbers. A stream that can be read only once is left alone."""
+    if hasattr(dataset, "__len__"):
+        count = len(dataset)
+        numbers = sorted({round(i * (count - 1) / max(SAMPLED - 1, 1)) for i in range(SAMPLED)}) if count else []
+        found: Iterator[tuple[int, Any]] = ((number, dataset[number]) for number in numbers)
+    elif iter(dataset) is iter(dataset):
+        return
+    else:
+        found = enumerate(islice(iter(dataset), SAMPLED_OF_STREAM))
+    number = -1
+    for number, row in found:
+        yield number, row
+    if number < 0:
+        raise ValueError(f"{name} holds no row")
+
+
+def _check_tokenizer(vocab: SIDVocab, level: int, tokenizer: Any) -> None:
+    """Whether a level's tokens are ones that the tokenizer reads, and numbered as the codes are."""
+    codes = (vocab.token_ids[level] >= 0).nonzero()[:, 0]
+    if len(codes) > _TOKENS_OF_A_LEVEL:
+        codes = codes[torch.linspace(0, len(codes) - 1, _TOKENS_OF_A_LEVEL).long()]
+    ids = vocab.token_ids[level][codes].tolist()
+    special = {tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id} - {None}
+    size = len(tokenizer)
+    tokens = []
+    for code, token_id in zip(codes.tolist(), ids, strict=True):
+        token = tokenizer.convert_ids_to_tokens(token_id) if token_id < size else None
+        if token is None or token_id in special:
+            what = "none" if token is None else f"{token!r}"
+            raise ValueError(
+                f"vocab: code {code} of level {level} is token id {token_id}, where the tokenizer has {what}; are the "
+                "SIDs' tokens added to the tokenizer, and the vocab's offsets theirs?"
+            )
+        tokens.append((code, token_id, token))
+    # Tokens such as <a_12> are numbered: then one prefix is the level's, and the numbers follow the codes.
+    forms = [re.fullmatch(r"(.*?)(\d+)(\D*)", token, re.DOTALL) for _, _, token in tokens]
+    kinds = [
+        None if form is None else (form[1], int(form[2]) - code, form[3])
+        for form, (code, _, _) in zip(forms, tokens, strict=True)
+    ]
+    kind, count = Counter(kinds).most_common(1)[0]
+    if kind is None or count <= len(kinds) // 2:
+        return
+    for found, (code, token_id, token) in zip(kinds, tokens, strict=True):
+        if found != kind:
+            expected = f"{kind[0]}{code + kind[1]}{kind[2]}"
+            raise ValueError(
+                f"vocab: code {code} of level {level} is token id {token_id}, which the tokenizer reads as {token!r}, "
+                f"not as {expected!r}; are the vocab's offsets and sizes the tokenizer's?"
+            )

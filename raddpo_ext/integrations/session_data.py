@@ -1,0 +1,63 @@
+"""How a Trainer samples rows of sessions, and moves and measures packed batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from raddpo_ext.integrations.checkpoints import CheckpointedTrainer
+from raddpo_ext.integrations.session_collator import SessionCollator
+from raddpo_ext.pack_sessions import PackedSessions
+
+_BY_LENGTH = ("group_by_length", "batch_rebalance")
+
+
+class SessionDataTrainer(CheckpointedTrainer):
+    """``transformers.Trainer`` for rows as :class:`SessionCollator` takes them."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(
+            self._with_lengths(self.train_dataset if train_dataset is None else train_dataset)
+        )
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return super()._get_eval_sampler(self._with_lengths(eval_dataset))
+
+    def _with_lengths(self, dataset: Any) -> Any:
+        """What a sampler by length reads: a data set's column of lengths, else the rows' own lengths."""
+        by_length = self.args.train_sampling_strategy in _BY_LENGTH and hasattr(dataset, "__len__")
+        has_lengths = self.args.length_column_name in (getattr(dataset, "column_names", None) or ())
+        if not by_length or has_lengths or not isinstance(self.data_collator, SessionCollator):
+            return dataset
+        names = getattr(self.processing_class, "model_input_names", None) or ["input_ids"]
+        return _Lengths(dataset, self.data_collator, names[0])
+
+    def _prepare_input(self, data: Any) -> Any:
+        if isinstance(data, PackedSessions):
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return int(super().floating_point_ops(self._main_input(inputs)))
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        super()._track_num_input_tokens(self._main_input(inputs))
+
+    def _main_input(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {getattr(self.model, "main_input_name", "input_ids"): inputs["packed"].input_ids}
+
+
+class _Lengths:
+    """Rows that have nothing but a length, under the name by which a sampler looks for it."""
+
+    def __init__(self, dataset: Any, collator: SessionCollator, name: str) -> None:
+        self.dataset, self.collator, self.name = dataset, collator, name
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, number: int) -> dict[str, range]:
+        return {self.name: range(self.collator.num_tokens(self.dataset[number]))}
+
+    def __iter__(self) -> Iterator[dict[str, range]]:
+        return (self[number] for number in range(len(self)))
