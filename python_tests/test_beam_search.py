@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 
@@ -115,6 +116,28 @@ def test_logits_may_differ_in_width_by_level() -> None:
     )
     assert got.sids.tolist() == [[[0, 99], [3, 50]]]
     assert_scores_close(got.scores, torch.full((1, 2), -math.log(400)), "beam_search")
+
+
+def test_more_items_than_beams() -> None:
+    """Asking for items that the beams cannot hold is warned of; collided SIDs and a small catalogue may fill them."""
+    single, collided = rx.TrieIndex.build([[0], [1], [2]]), rx.TrieIndex.build([[0], [0], [1], [2]])
+
+    def search(index: rx.TrieIndex, width: int, top_k: int | None) -> int:
+        return int((rx.beam_search(step_fn, index, batch_size=1, beam_width=width, top_k=top_k).items >= 0).sum())
+
+    def step_fn(tokens: Tensor, parents: Tensor, level: int) -> Tensor:
+        return torch.tensor([2.0, 1.0, 0.0]).expand(*tokens.shape, 3)
+
+    with pytest.warns(UserWarning, match="top_k = 3 items, but a last beam_width of 2 finds 2 at most"):
+        assert search(single, 2, 3) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [search(single, 2, 2), search(single, 3, 9), search(collided, 2, 3), search(single, 2, None)] == [
+            2,
+            3,
+            3,
+            2,
+        ]
 
 
 def test_parts_come_in_one_order() -> None:

@@ -50,7 +50,8 @@ def test_table_and_file(tmp_path, capsys):
     assert [line.split(" s  ")[1] for line in err.splitlines() if " s  " in line] == list(TINY)
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
     result = json.loads((tmp_path / "result.json").read_text())
-    assert out.splitlines()[2:] == result["markdown"]
+    tables = "".join("\n".join([*report.table([one]), "", ""]) for one in result["results"])
+    assert out == tables + report.headline(result) + "\n"
     assert "not here: torch.compile of these: torch.compile does not work here: no compiler" in result["markdown"]
     assert f"torch {torch.__version__}" in out
     assert "cpu, 2 threads" in out
@@ -65,6 +66,21 @@ def test_table_and_file(tmp_path, capsys):
             assert time["calls"] == 1
             assert time["cpu"] >= 0
     assert "bytes an item" in result["results"][-2]["note"]
+
+
+def test_tables_come_one_by_one(capsys):
+    """The first is there before the second is made."""
+    printed = []
+
+    def second(device):
+        printed.append(capsys.readouterr().out)
+        raise Missing("it is not here")
+
+    name = next(iter(TINY))
+    command.compare({name: TINY[name], "second": second}, torch.device("cpu"), 1, 0)
+    assert printed[0].startswith("|")
+    assert "ours" in printed[0]
+    assert "not here: second: it is not here" in capsys.readouterr().out
 
 
 def test_every_case_is_tried(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -62,7 +63,7 @@ def beam_search(
         beam_width: one width, or one for each call.
         normalize, length_penalty, check: see :func:`beam_step`.
         top_k: return this many items a query, a collided SID repeated for each of its items. Default: one row a SID
-            of the last width, with its first item.
+            of the last width, with its first item. More than the beams can hold is warned of.
         weight, bias, temperature, logit_softcap: of the language model's head, see :func:`linear_beam_step`.
         on_step: called with each level and the state after it: the beams that lived, best first. One that no
             ``parents`` of the state after it names has died.
@@ -73,6 +74,7 @@ def beam_search(
     widths = _check.widths(beam_width, index.levels)
     if top_k is not None:
         _check.width(top_k, "top_k")
+        _warn_if_too_many(top_k, widths[-1], index)
     if weight is None and (bias is not None or temperature != 1 or logit_softcap is not None):
         raise ValueError("bias, temperature and logit_softcap need weight: without it step_fn returns final logits")
     options: dict[str, Any] = {"normalize": normalize, "length_penalty": length_penalty, "check": check}
@@ -89,6 +91,15 @@ def beam_search(
         if on_step is not None:
             on_step(level, state)
     return _result(state, index, length_penalty, top_k)
+
+
+def _warn_if_too_many(top_k: int, width: int, index: TrieIndex) -> None:
+    if width < min(top_k, index.num_sids) and index.num_items == index.num_sids:
+        warnings.warn(
+            f"top_k = {top_k} items, but a last beam_width of {width} finds {width} at most: the other rows stay empty "
+            "(item -1)",
+            stacklevel=3,
+        )
 
 
 def _result(state: BeamState, index: TrieIndex, length_penalty: float, top_k: int | None) -> BeamResult:

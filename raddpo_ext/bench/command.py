@@ -35,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def bench(options: argparse.Namespace) -> int:
-    """Prints the table; exit code 1 where a method finds something else than ours.
+    """Prints the tables, with ``--quick`` each as it comes; exit code 1 where a method finds something else than ours.
 
     Raises:
         ValueError: an option cannot be followed here.
@@ -63,7 +63,9 @@ def bench(options: argparse.Namespace) -> int:
         "markdown": report.table(results),
         "results": results,
     }
-    print(report.headline(result), "", *result["markdown"], sep="\n")
+    print(report.headline(result))
+    if not options.quick:  # else they are printed already
+        print("", *result["markdown"], sep="\n")
     if options.json is not None:
         with replacing(options.json) as file:
             file.write((json.dumps(result, indent=1) + "\n").encode())
@@ -82,7 +84,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def compare(suite: Mapping[str, Prepare], device: torch.device, rounds: int, burst: float) -> list[dict[str, Any]]:
-    """Each comparison's times by method, floors last, and what cannot run here; one line to stderr after each."""
+    """Each comparison's times by method, floors last, and what cannot run here. Its table is printed at once, and a
+    line to stderr."""
     results = []
     begin = time.monotonic()
     for name, prepare in suite.items():
@@ -101,6 +104,7 @@ def compare(suite: Mapping[str, Prepare], device: torch.device, rounds: int, bur
             result["unavailable"] = {name: str(missing)}
         gc.collect()
         results.append(result)
+        print(*report.table([result]), "", sep="\n", flush=True)
         print(f"{time.monotonic() - begin:5.0f} s  {name}", file=sys.stderr, flush=True)
     return results
 
