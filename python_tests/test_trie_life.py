@@ -200,3 +200,39 @@ class IndexLife(RuleBasedStateMachine):
 
 TestIndexLife = IndexLife.TestCase
 TestIndexLife.settings = settings(max_examples=40, stateful_step_count=10)
+
+
+@pytest.mark.parametrize("others", [[1], [2**31, 2**40, 2**62]])
+def test_the_largest_id(tmp_path: Path, others: list[int]) -> None:
+    """2**63 - 1 is an id as any other."""
+    last = 2**63 - 1
+    ids = [*others, last]
+    index = rx.TrieIndex.build([[0, i] for i in range(len(ids))], item_ids=ids)
+    index.save(tmp_path / "last.trie")
+    for given in (index, rx.TrieIndex.load(tmp_path / "last.trie")):
+        assert given.lookup([[0, len(others)]]).items.tolist() == [last]
+        assert given.sids_of([last, others[0]]).tolist() == [[0, len(others)], [0, 0]]
+        assert given.restrict([last]).items.tolist() == [last]
+        assert given.restrict([last, 5]).items.tolist() == [last]
+        assert given.restrict([0, 5]).num_items == 0
+        assert given.discard([last]).items.tolist() == others
+        assert given.discard(ids).num_items == 0
+        assert (
+            given.discard([last])
+            .add([[1, 1]], item_ids=[last])
+            .data.equal(rx.TrieIndex.build([[0, i] for i in range(len(others))] + [[1, 1]], item_ids=ids).data)
+        )
+        with pytest.raises(ValueError, match=f"item_ids hold {last}, which is an item of the index already"):
+            given.add([[1, 1]], item_ids=[last])
+        with pytest.raises(ValueError, match=f"few ids are left above the largest, {last}"):
+            given.add([[1, 1]])
+        with pytest.raises(ValueError, match=r"item_ids\[0\] = 9223372036854775808 exceeds 2\*\*63 - 1"):
+            given.discard(np.array([2**63], np.uint64))
+    small = rx.TrieIndex.build([[0], [1]])
+    assert small.restrict([last, 1]).items.tolist() == [1]
+    with pytest.raises(ValueError, match=f"item_ids hold {last}, which is no item of the index"):
+        small.discard([last])
+    with pytest.raises(ValueError, match=f"item_ids = {last}|{last} is no item"):
+        small.sids_of([last])
+    assert small.add([[2]], item_ids=[last]).items.tolist() == [0, 1, last]
+    assert small.add([[2]], item_ids=[last - 1]).add([[3]]).items.tolist() == [0, 1, last - 1, last]

@@ -10,12 +10,13 @@
 #include "../common/isa.h"
 #include "../common/radix_sort.h"
 #include "trie_block.h"
+#include "trie_live.h"
 #include "trie_math.h"
 
 namespace raddpo {
 namespace {
 
-constexpr std::int64_t kDenseIds = 16;
+constexpr std::int64_t kBitsPerItem = 16;  // for the ids seen, at most twice that
 constexpr std::int64_t kLargestToken = INT32_MAX - 1;
 
 class Check {
@@ -265,15 +266,39 @@ class Check {
     for (const IdsFound& part : found) all = {std::min(all.least, part.least), std::max(all.largest, part.largest)};
     if (all.least < 0) refuse("malformed: items hold ", all.least);
     if (wide != (all.largest > INT32_MAX)) refuse("malformed: item_bytes is ", h_[kItemBytes], " for ", all.largest);
-    if (all.largest / kDenseIds >= count) return;
-    std::vector<std::uint64_t> seen(all.largest / 64 + 1);
+    wide ? distinct(static_cast<const std::int64_t*>(ids), count, all.largest)
+         : distinct(static_cast<const std::int32_t*>(ids), count, all.largest);
+  }
+
+  // A bit for each id, or where they are sparse for each hash. What meets a bit that is set already is an id that
+  // repeats or one hash of two ids: the few ids of such bits are sorted.
+  template <typename Id>
+  static void distinct(const Id* ids, std::int64_t count, std::int64_t largest) {
+    const bool dense = largest / kBitsPerItem < count;
+    int width = 0;
+    while (width < 40 && std::int64_t(1) << width < kBitsPerItem * count) ++width;
+    const std::int64_t bits = dense ? largest + 1 : std::int64_t(1) << width;
+    const auto place = [&](std::int64_t id) {
+      return dense ? id : static_cast<std::int64_t>(slot_of(id) & (static_cast<std::uint64_t>(bits) - 1));
+    };
+    std::vector<std::uint64_t> seen((bits + 63) / 64), again(seen.size());
+    bool any = false;
     for (std::int64_t i = 0; i < count; ++i) {
-      const std::int64_t id =
-          wide ? static_cast<const std::int64_t*>(ids)[i] : static_cast<const std::int32_t*>(ids)[i];
-      const std::uint64_t bit = std::uint64_t(1) << (id % 64);
-      if (seen[id / 64] & bit) refuse("malformed: items hold ", id, " twice");
-      seen[id / 64] |= bit;
+      const std::int64_t at = place(ids[i]);
+      const std::uint64_t bit = std::uint64_t(1) << (at % 64), before = seen[at / 64] & bit;
+      again[at / 64] |= before;
+      any |= before != 0;
+      seen[at / 64] |= bit;
     }
+    if (!any) return;
+    std::vector<Id> suspects;
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::int64_t at = place(ids[i]);
+      if (again[at / 64] >> (at % 64) & 1) suspects.push_back(ids[i]);
+    }
+    std::sort(suspects.begin(), suspects.end());
+    const auto twice = std::adjacent_find(suspects.begin(), suspects.end());
+    if (twice != suspects.end()) refuse("malformed: items hold ", *twice, " twice");
   }
 
   const std::uint8_t* data_;

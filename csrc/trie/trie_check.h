@@ -7,8 +7,7 @@
 namespace raddpo {
 
 // Throws std::invalid_argument that says what is wrong; reads nothing outside `data` (aligned to 8 bytes), whatever it
-// holds. One thing may be taken on trust: that item ids are distinct, where the largest is 16 times their number or
-// more; to sort those would cost more than all other checks together.
+// holds, and takes no more memory than a small multiple of it.
 void trie_check(const std::uint8_t* data, std::int64_t size, int threads);
 
 // What is below is compiled once for each instruction set.

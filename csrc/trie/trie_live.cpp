@@ -57,9 +57,9 @@ struct IdSetMemory {
   }
 
   IdSetMemory(const std::int64_t* ids, std::int64_t size, std::int64_t items) {
-    const std::int64_t limit = size ? *std::max_element(ids, ids + size) + 1 : 1;
-    if (limit <= kBitsPerItem * std::max<std::int64_t>(items, 4096)) {
-      use_bits(limit);
+    const std::int64_t largest = size ? *std::max_element(ids, ids + size) : 0;  // up to 2**63 - 1
+    if (largest < kBitsPerItem * std::max<std::int64_t>(items, 4096)) {
+      use_bits(largest + 1);
       for (std::int64_t i = 0; i < size; ++i) count += set_bit(ids[i]);
     } else {
       use_table(size);
@@ -80,8 +80,8 @@ struct IdSetMemory {
     std::fill_n(slots.get(), capacity, -1);
     const std::int64_t hashes = std::min<std::int64_t>(16 * capacity, kMostHashes);
     clear(hashes);
-    set = {reinterpret_cast<const std::uint32_t*>(bits.get()), INT64_MAX, slots.get(),
-           static_cast<std::uint64_t>(hashes - 1), static_cast<std::uint64_t>(capacity - 1)};
+    set = {reinterpret_cast<const std::uint32_t*>(bits.get()), 0, slots.get(), static_cast<std::uint64_t>(hashes - 1),
+           static_cast<std::uint64_t>(capacity - 1)};
   }
 
   void clear(std::int64_t size) {

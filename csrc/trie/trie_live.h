@@ -37,7 +37,7 @@ TrieBytes trie_compact(const std::uint8_t* trie, const std::uint8_t* live, std::
 // each hash that occurs.
 struct IdSet {
   const std::uint32_t* bits;
-  std::int64_t limit;         // INT64_MAX with a table
+  std::int64_t limit;         // unused with a table
   const std::int64_t* slots;  // -1: empty; null: no table
   std::uint64_t mask, slot_mask;
 };

@@ -35,12 +35,13 @@ RADDPO_HD Matched match(const Item* items, std::int64_t size, const std::uint64_
       }
       bits = pack(found, n);
     }
+    matched.count += popcount(bits & valid);
+    out[word] = bits;
+    if (set.slots) continue;  // which has no limit
     Item largest = -1;
     for (int i = 0; i < n; ++i) largest = items[first + i] > largest ? items[first + i] : largest;
     for (int i = 0; largest >= limit && i < n; ++i)
       if (items[first + i] >= limit && valid >> i & 1) matched.beyond = items[first + i];
-    out[word] = bits;
-    matched.count += popcount(bits & valid);
   }
   return matched;
 }
