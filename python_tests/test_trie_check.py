@@ -15,6 +15,7 @@ import raddpo_ext as rx
 from fuzz import index_file
 from fuzz.index_file import signed
 from raddpo_ext import _C
+from raddpo_ext.__main__ import main
 
 
 class Forgery:
@@ -130,6 +131,10 @@ SMALL = rx.TrieIndex.build([[0, 0], [0, 2], [1, 0], [1, 0]], item_ids=[7, 3, 9, 
         (lambda f: f.section("symbols", np.uint16).__setitem__(6, 1), "not zero behind symbols"),
         (lambda f: f.section("items", np.int32).__setitem__(1, -5), "items hold -5"),
         (lambda f: f.section("items", np.int32).__setitem__(1, 9), "items hold 9 twice"),
+        (
+            lambda f: f.section("items", np.int32)[:4].__setitem__(slice(None), [7, 10**6, 9, 10**6]),
+            "items hold 1000000 twice",
+        ),
         (lambda f: f.section("items", np.int32).__setitem__(4, 9), "not zero behind items"),
     ],
 )
@@ -137,6 +142,42 @@ def test_bits_symbols_and_items_are_checked(tmp_path: Path, change: Callable[[Fo
     forgery = Forgery(SMALL)
     change(forgery)
     forgery.refused(tmp_path / "shop.trie", f"malformed: {message}")
+
+
+def test_sparse_ids_are_distinct(tmp_path: Path, isa: str) -> None:
+    """Ids far apart, also such as fall on one place of a hash table: sound as long as none is there twice."""
+    rng = np.random.default_rng(0)
+    clash = (np.arange(2000, dtype=np.int64) << 52) + 5
+    for ids in (rng.permutation(2**62 - np.arange(2000) * 10**9), rng.permutation(clash), 2**63 - 1 - np.arange(2000)):
+        sids = np.stack([np.arange(2000) // 50, np.arange(2000) % 50], 1)
+        index = rx.TrieIndex.build(sids, item_ids=ids)
+        index.save(tmp_path / "sparse.trie")
+        assert rx.TrieIndex.load(tmp_path / "sparse.trie").data.equal(index.data)
+        for first, second in ((0, 1999), (700, 701)):
+            forgery = Forgery(index)
+            items = forgery.section("items", np.int64)
+            items[second] = items[first]
+            forgery.refused(tmp_path / "twice.trie", f"malformed: items hold {items[first]} twice")
+
+
+@pytest.mark.parametrize("vocab", [rx.SIDVocab([2**24 - 1]), rx.SIDVocab([2**23] * 2, eos=2**24)])
+def test_a_small_file_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocab: rx.SIDVocab) -> None:
+    """What it says of a vocab of 2**24 codes is believed only once somebody asks for the vocab."""
+    rx.TrieIndex.build([[5] * vocab.levels], vocab=vocab).save(tmp_path / "small.trie")
+
+    def forbidden(*arguments: object, **options: object) -> None:
+        raise AssertionError("the vocab is made")
+
+    with monkeypatch.context() as without:
+        without.setattr("raddpo_ext.trie.SIDVocab", forbidden)
+        index = rx.TrieIndex.load(tmp_path / "small.trie")
+        assert index.eos == vocab.eos
+        logits = torch.zeros(1, 1, 2**24 + 1)
+        found = rx.beam_search(lambda tokens, parents, level: logits, index, batch_size=1, beam_width=1)
+        assert found.items.tolist() == [[0]]
+        assert index.restrict([0]).num_items == 1
+        assert main(["index", "info", str(tmp_path / "small.trie")]) == 0
+    assert index.vocab == vocab
 
 
 def test_narrow_ids_in_wide_items(tmp_path: Path) -> None:

@@ -190,3 +190,27 @@ def test_writing_into_a_loaded_index_leaves_the_file(path: Path) -> None:
     before = path.read_bytes()
     rx.TrieIndex.load(path).data.zero_()
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "odd.trie"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path = Path("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises((ValueError, IsADirectoryError), match=str(path)):
+        rx.TrieIndex.load(path)
+
+
+def test_written_into_while_mapped(path: Path, index: rx.TrieIndex) -> None:
+    """What the documentation warns of: the index of a file that is written into changes, that of a replaced one not."""
+    loaded = rx.TrieIndex.load(path)
+    rx.TrieIndex.build([[0]]).save(path)
+    assert loaded.data.equal(index.data)
+    loaded = rx.TrieIndex.load(path)
+    with open(path, "r+b") as file:
+        file.write(b"x")
+    assert loaded.data[0] == ord("x")

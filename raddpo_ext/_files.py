@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and files that are files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,6 +45,32 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and (error.filename == str(temporary) or _is_of_a_disk(error)):
             error.filename = str(path)
         raise
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a file to be read; never waits, as opening a FIFO would.
+
+    Raises:
+        ValueError: it is a FIFO, a device or the like.
+        OSError: it is a folder, or cannot be opened.
+    """
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115  returned
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError(f"{os.fspath(path)}: is no regular file")
+    return file
+
+
+def mapped_by(path: str | os.PathLike[str]) -> list[int]:
+    """Ids of the other processes that have a file mapped into memory, as far as this one may see them."""
+    found = os.stat(path)
+    device, inode = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}", str(found.st_ino)
+    processes = []
+    for entry in filter(str.isdecimal, os.listdir("/proc")):
+        with suppress(OSError), open(f"/proc/{entry}/maps") as maps:
+            if int(entry) != os.getpid() and any(line.split(None, 5)[3:5] == [device, inode] for line in maps):
+                processes.append(int(entry))
+    return sorted(processes)
 
 
 def _is_of_a_disk(error: OSError) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from raddpo_ext import _C, _check
 from raddpo_ext import trie_ops as _trie_ops  # noqa: F401  their fake kernels
-from raddpo_ext._files import replacing
+from raddpo_ext._files import open_regular, replacing
 from raddpo_ext.trie_input import item_ids_of, level_symbols
 from raddpo_ext.trie_items import codes_of_items
 from raddpo_ext.vocab import SIDVocab
@@ -79,7 +79,7 @@ class TrieIndex:
         tables = [self._word("table", level) for level in range(self.levels)]
         self._token_tables = [None if table < 0 else self._word("tokens") + 4 * table for table in tables]
         self._first_tokens = [self._word("first_token", level) for level in range(self.levels)]
-        self.vocab = self._vocab() if self._word("has_vocab") else None
+        self._vocab: SIDVocab | None = None
 
     @classmethod
     def build(
@@ -139,6 +139,19 @@ class TrieIndex:
             )
         )
         return cls(data, _header_of(data))
+
+    @property
+    def vocab(self) -> SIDVocab | None:
+        """The vocab that the index was built with; made on first use, since a small file may name 2**24 codes."""
+        if self._vocab is None and self._word("has_vocab"):
+            self._vocab = self._make_vocab()
+        return self._vocab
+
+    @property
+    def eos(self) -> int | None:
+        """The token that ends every SID, or None: ``vocab.eos`` without the vocab."""
+        eos = self._word("eos")
+        return None if eos < 0 else eos
 
     @property
     def nbytes(self) -> int:
@@ -205,7 +218,9 @@ class TrieIndex:
             raise ValueError(f"sids must have {self.sid_levels} columns, as the index has, got shape {codes.shape}")
         if item_ids is None:
             first = int(self.items.max()) + 1 if self.num_items else 0
-            item_ids = np.arange(first, first + len(codes))
+            if first + len(codes) > 2**63:
+                raise ValueError(f"item_ids must be given: few ids are left above the largest, {first - 1}")
+            item_ids = first + np.arange(len(codes))
         if not len(codes):
             return self
         added = TrieIndex.build(codes, item_ids=item_ids, lengths=lengths, vocab=self.vocab)
@@ -267,17 +282,18 @@ class TrieIndex:
         """Maps a saved index into memory; processes that load the same file share its pages.
 
         The file may come from anywhere: what loads is what :meth:`build` and :meth:`save` write, to the byte. Every
-        header word, bit and symbol is checked, which takes about 0.1 s for 10 million 8-level SIDs. What is not: that
-        item ids are distinct where the largest is 16 times their number or more, and what somebody writes into the
-        file later (:meth:`save` never does, it makes a new one).
+        header word, bit, symbol and item id is checked, which takes about 0.1 s for 10 million 8-level SIDs, and a
+        few times that where item ids are sparse. What cannot be checked is what somebody writes into the file later
+        (``cp NEW FILE`` does): the index would change or the process die under a search. Replace a file as
+        :meth:`save` and ``mv`` do, which make a new one of the same name; the old one stays for those who have it.
 
         Raises:
-            ValueError: the file is no index, of another version, truncated, altered or malformed; naming it and what
-                is wrong.
+            ValueError: the file is no index, no regular file, of another version, truncated, altered or malformed;
+                naming it and what is wrong.
             OSError: it cannot be opened or mapped.
             MemoryError: there is too little to check it.
         """
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             # A private mapping: writable as torch wants it, yet the file stays as it is and its pages stay shared.
             try:
@@ -477,8 +493,8 @@ class TrieIndex:
     def _word(self, name: str, offset: int = 0) -> int:
         return int(self.header[_WORD[name] + offset])
 
-    def _vocab(self) -> SIDVocab:
-        """The vocab that the index was built with, from its tables."""
+    def _make_vocab(self) -> SIDVocab:
+        """From the tables."""
         header_bytes = self.data if self.data.device.type == "cpu" else self.data.cpu()
         token_ids = []
         for level in range(self.sid_levels):
@@ -491,9 +507,7 @@ class TrieIndex:
                 codes, tokens = (header_bytes[b : b + 4 * count].view(torch.int32).long() for b in begin)
                 ids[codes[codes >= 0]] = tokens[codes >= 0]
             token_ids.append(ids)
-        eos = self._word("eos")
-        sizes = [len(ids) for ids in token_ids]
-        return SIDVocab(sizes, eos=None if eos < 0 else eos, token_ids=token_ids)
+        return SIDVocab([len(ids) for ids in token_ids], eos=self.eos, token_ids=token_ids)
 
     def __repr__(self) -> str:
         return (
