@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import raddpo_ext as rx
+from raddpo_ext.store_service import StoreService
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 
@@ -323,3 +324,176 @@ def test_processes_share_the_pages(store: rx.CatalogueStore) -> None:
     finally:
         for reader in readers:
             reader.communicate("\n")
+
+
+ODD = (
+    "²²²²²².trie",
+    "\u0660\u0660\u0660\u0660\u0660\u0667.trie",
+    "000000.trie",
+    "0000009.trie",
+    "1" * 250 + ".trie",
+    "1" * 19 + ".trie",
+    "9.trie",
+    "000009.trie.bak",
+    "000009.TRIE",
+    "-00009.trie",
+    "x" * 255,
+)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "fifo"])
+def test_odd_names_are_passed_over(store: rx.CatalogueStore, kind: str) -> None:
+    store.publish(catalogue(1))
+    odd = [*ODD, "my.publishing.notes", ".publishing.abc"]
+    if kind != "file":
+        odd += ["000002.trie", "000005.trie", ".publishing." + "0" * 16]
+    for name in odd:
+        {"file": Path.touch, "folder": Path.mkdir, "fifo": os.mkfifo}[kind](store.path / name)
+    if kind == "fifo":
+        odd.remove(".publishing." + "0" * 16)  # as if a publisher had left it
+    assert store.version == store.current().version == 1
+    numbers = [store.publish(catalogue(number)) for number in range(2, 6)]
+    assert numbers == ([2, 3, 4, 5] if kind == "file" else [3, 4, 6, 7])
+    assert store.version == store.current().version == numbers[-1]
+    assert store.refused == {}
+    assert set(names(store)) == {".lock", *odd, *(f"{number:06}.trie" for number in numbers[-2:])}
+
+
+def test_a_lock_that_is_a_fifo(store: rx.CatalogueStore) -> None:
+    store.path.mkdir()
+    os.mkfifo(store.path / ".lock")
+    assert store.publish(catalogue(1)) == 1
+
+
+def test_the_last_number(store: rx.CatalogueStore) -> None:
+    store.publish(catalogue(1))
+    os.rename(store.path / "000001.trie", store.path / f"{10**18 - 2}.trie")
+    assert store.publish(catalogue(2)) == 10**18 - 1
+    with pytest.raises(ValueError, match="no version number is left after 999999999999999999"):
+        store.publish(catalogue(3))
+    assert store.current().version == 10**18 - 1
+
+
+def test_unreadable_versions_are_refused(store: rx.CatalogueStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.publish(catalogue(1))
+    os.symlink("000002.trie", store.path / "000002.trie")  # a loop
+    assert store.current().version == 1
+    assert list(store.refused) == [2]
+    store.publish(catalogue(3))
+
+    def load(path: Path) -> rx.TrieIndex:
+        raise OSError(24, "Too many open files", str(path))
+
+    with monkeypatch.context() as short:
+        short.setattr(rx.TrieIndex, "load", load)
+        with pytest.raises(OSError, match="Too many open files"):
+            store.current()
+    assert store.current().version == 3
+    assert list(store.refused) == [2]
+
+
+def test_versions_that_are_not_accepted(store: rx.CatalogueStore) -> None:
+    """The newest that is accepted, tried from the newest on and each once; never back to an older one."""
+    keeping = rx.CatalogueStore(store.path, keep=9)
+    for number in range(1, 5):
+        keeping.publish(catalogue(number))
+    tried, bad = [], {3, 4}
+
+    def accept(found: rx.CatalogueVersion) -> None:
+        assert found.index.items.min() == 1000 * found.version
+        tried.append(found.version)
+        if found.version in bad:
+            raise ValueError("too deep")
+
+    for _ in range(3):
+        assert store.current(accept).version == 2
+    assert tried == [4, 3, 2]
+    assert store.refused == {3: "too deep", 4: "too deep"}
+    for number in (5, 6):
+        keeping.publish(catalogue(number))
+    bad.add(6)
+    for _ in range(3):
+        assert store.current(accept).version == 5
+    assert tried == [4, 3, 2, 6, 5]
+
+    fresh, shortage = rx.CatalogueStore(store.path), [True]
+
+    def short(found: rx.CatalogueVersion) -> None:
+        if shortage:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fresh.current(short)
+    shortage.clear()
+    assert fresh.current(short).version == 6
+
+    def refuse(found: rx.CatalogueVersion) -> None:
+        raise RuntimeError(f"not {found.version}")
+
+    with pytest.raises(FileNotFoundError, match=r"no version of a catalogue.*6 is refused: RuntimeError: not 6"):
+        rx.CatalogueStore(store.path).current(refuse)
+
+
+def kept(store: rx.CatalogueStore) -> list[int]:
+    return [int(path.stem) for path in sorted(store.path.glob("*.trie"))]
+
+
+def test_what_a_service_refuses_is_never_pruned_for(store: rx.CatalogueStore) -> None:
+    for number in (1, 2):
+        store.publish(catalogue(number))
+    service = StoreService(store.path, 100)
+    service.tell(2, [])
+    for number in (3, 4, 5):
+        store.publish(catalogue(number))
+        service.tell(2, list(range(3, number + 1)))
+        assert kept(store) == {3: [1, 2, 3], 4: [1, 2, 3, 4], 5: [1, 2, 4, 5]}[number]
+    store.publish(catalogue(6))
+    assert kept(store) == [1, 2, 5, 6]
+    service.tell(6, [3, 4, 5])
+    store.publish(catalogue(7))
+    assert kept(store) == [2, 6, 7]
+    service.tell(7, [3, 4, 5])
+    store.publish(catalogue(8))
+    assert kept(store) == [6, 7, 8]
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_tokens_that_the_services_model_lacks(store: rx.CatalogueStore, stopped: bool) -> None:
+    """Refused while a service runs, or forced; counted as refused before a worker has seen them, and after it ended."""
+    foreign = rx.TrieIndex.build([[99, 7]])
+    store.publish(catalogue(1))
+    service = StoreService(store.path, 99)
+    service.tell(1, [])
+    with pytest.raises(ValueError, match=r"token id 99, .* has a vocab_size of 99: .*force"):
+        store.publish(foreign)
+    with pytest.raises(ValueError, match="token id 99"):
+        store.publish(foreign, unless_newest=True)
+    assert kept(store) == [1]
+    assert store.publish(rx.TrieIndex.build([[98, 7]])) == 2
+    service.tell(2, [])
+    if stopped:
+        del service
+        gc.collect()
+    for number in (3, 4, 5):
+        assert store.publish(foreign, force=not stopped) == number
+    assert kept(store) == [1, 2, 4, 5]
+    assert [name for name in names(store) if name.startswith(".")] == [".lock", ".service.json", ".service.lock"]
+
+
+@pytest.mark.parametrize("record", ["damaged", "list", "fields", "folder", "fifo", "lock"])
+def test_odd_records_of_a_service(store: rx.CatalogueStore, record: str, caplog: pytest.LogCaptureFixture) -> None:
+    """They tell a publisher nothing, and neither he nor the service waits or fails."""
+    store.publish(catalogue(1))
+    path = store.path / (".service.lock" if record == "lock" else ".service.json")
+    content = {"damaged": '{"vocab', "list": "[1]", "fields": '{"vocab_size": "a", "version": 1, "refused": [1]}'}
+    if record in content:
+        path.write_text(content[record])
+    elif record == "fifo":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    for number in (2, 3):
+        assert store.publish(catalogue(number)) == number
+    StoreService(store.path, 99).tell(3, [])
+    assert len(caplog.records) == (record in ("folder", "lock"))
+    assert kept(store) == [2, 3]

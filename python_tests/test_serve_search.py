@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 pytest.importorskip("transformers")
 
 import tiny_models
+from safetensors.torch import load_file, save_file
 from serve_fakes import make_index
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -196,7 +200,7 @@ def test_versions_that_cannot_be_served(
         "no vocab": rx.TrieIndex.build([[1, 2, 3]]),
         "window": rx.TrieIndex.build([[1, 2, 3]], vocab=rx.SIDVocab([8, 8, 8], offset=10)),
     }
-    store.publish(bad.get(problem, make_index(2)))
+    store.publish(bad.get(problem, make_index(2)), force=problem == "tokens")
     if problem == "window":  # SIDs that leave a prompt no room
         monkeypatch.setattr(search.model.config, "max_position_embeddings", 2)
         monkeypatch.setattr(search.retriever, "_window", 2)
@@ -278,3 +282,98 @@ def trace(search: Search, index: rx.TrieIndex, prompt: int) -> list[list[dict[st
                 assert beam["alive"] == any(child["alive"] for child in children)
     assert [beam["prefix"] for beam in levels[-1]][:1] == body(traced)["sids"][:1]
     return levels
+
+
+FOREIGN = rx.TrieIndex.build([[1]], vocab=rx.SIDVocab([2], offset=39))
+
+
+def test_a_start_beside_versions_that_cannot_be_served(folder: Path, tmp_path: Path) -> None:
+    """The newest that can be served is; what a service refuses makes none of them go, and the next start finds it."""
+    store = rx.CatalogueStore(tmp_path / "store")
+    store.publish(make_index(1))
+    store.publish(FOREIGN)
+    config = ServeConfig(model=folder, store=store.path, beam_width=WIDTH)
+    search = Search(config)
+    assert search.version == 1
+    assert search.refused == "catalogue version 2: index holds token id 40, which a model of vocab_size 40 lacks"
+    check(search.answer([Query([3])])[0], search, [3], make_index(1))
+    with pytest.raises(ValueError, match="token id 40, but the model of the service"):
+        store.publish(FOREIGN)
+    for number in (3, 4, 5):
+        assert store.publish(FOREIGN, force=True) == number
+        search.update()
+        assert search.version == Search(config).version == 1
+    assert search.refused.startswith("catalogue version 5: ")
+    store.publish(make_index(6))
+    search.update()
+    assert (search.version, search.refused) == (6, None)
+    assert Search(config).version == 6
+
+
+def test_no_version_that_can_be_served(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="1 is refused: index holds token id 40"):
+        make_search(folder, tmp_path, FOREIGN)
+    assert not (tmp_path / "store/.service.json").exists()
+
+
+def altered(folder: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """A copy of the model whose weights are changed."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    shutil.copytree(folder, tmp_path / "altered")
+    save_file(weights, tmp_path / "altered/model.safetensors", metadata={"format": "pt"})
+    return tmp_path / "altered"
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop(NORM), f"the checkpoint lacks {NORM}$"),
+        (lambda w: [w.pop(name) for name in list(w) if ".1." in name], r"lacks model\.layers\.1\..*, .* and 6 more$"),
+        (lambda w: w.update(extra=torch.zeros(2)), "the checkpoint does not fit Qwen3ForCausalLM: extra$"),
+        (lambda w: w[NORM].__setitem__(3, math.nan), f"the checkpoint's {NORM} holds NaN"),
+        (lambda w: w["model.embed_tokens.weight"][39].fill_(math.nan), r"model\.embed_tokens\.weight holds NaN"),
+        (lambda w: w[NORM].fill_(math.inf), "1 is refused: the model scores no item of it: its logits are NaN or -inf"),
+    ],
+)
+def test_checkpoints_that_are_not_sound(folder: Path, tmp_path: Path, change: Any, message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        make_search(altered(folder, tmp_path, change), tmp_path)
+
+
+@pytest.mark.parametrize("make", [tiny_models.llama, tiny_models.gpt2, tiny_models.t5])
+def test_tied_weights_are_not_missing(tmp_path: Path, make: Any) -> None:
+    tiny_models.seeded(make).save_pretrained(tmp_path / "model")
+    assert make_search(tmp_path / "model", tmp_path).version == 1
+
+
+def test_scores_that_are_no_numbers(folder: Path, tmp_path: Path) -> None:
+    """Only the prompt that makes them so fails; it is no answer without items."""
+    model = altered(folder, tmp_path, lambda w: w["model.embed_tokens.weight"][5].fill_(math.inf))
+    search = make_search(model, tmp_path)
+    answers = search.answer([Query([3]), Query([3, 5]), Query([5], allowed_items=(7,))])
+    assert answers[1] == Answer(500, code="internal", message="the search failed")
+    check(answers[0], search, [3], make_index(1))
+    assert body(answers[2])["items"] == []  # no such item is in the catalogue
+
+
+def test_the_largest_id(folder: Path, tmp_path: Path) -> None:
+    index = rx.TrieIndex.build([[11, 20], [12, 21]], item_ids=[2**63 - 1, 5])
+    search = make_search(folder, tmp_path, index)
+    check_history(search, index, [2**63 - 1, 5], [1, 11, 20, 12, 21])
+    assert body(search.answer([Query([3], allowed_items=(7, 2**63 - 1))])[0])["items"] == [2**63 - 1]
+
+
+def test_a_store_that_takes_no_record(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As one that may not be written to: it is served all the same."""
+    rx.CatalogueStore(tmp_path / "store").publish(make_index(1))
+    for name in (".service.lock", ".service.json"):
+        (tmp_path / "store" / name).mkdir()
+    search = Search(ServeConfig(model=folder, store=tmp_path / "store", beam_width=WIDTH))
+    for _ in range(3):
+        search.update()
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    check(search.answer([Query([3])])[0], search, [3], make_index(1))

@@ -122,11 +122,11 @@ def _info(options: argparse.Namespace) -> int:
     import torch
 
     from raddpo_ext import _C
+    from raddpo_ext._files import mapped_by
 
     index, names = _load(options.file)
     first = _C.HEADER["first_node"]
     starts = index.header[first + 1 : first + index.levels + 2]
-    eos = None if index.vocab is None else index.vocab.eos
     sharing = 0
     for begin in range(0, index.num_nodes, _CHUNK):
         counts = index.item_ranges(torch.arange(begin, min(begin + _CHUNK, index.num_nodes)))[1]
@@ -134,9 +134,14 @@ def _info(options: argparse.Namespace) -> int:
     print(f"items           {index.num_items}" + ("" if names is None else f", {_described(names)}"))
     print(f"SIDs            {index.num_sids}")
     print(f"collisions      {sharing} items share their SID")
-    print(f"levels          {index.sid_levels}" + ("" if eos is None else f", then the end token {eos}"))
+    print(f"levels          {index.sid_levels}" + ("" if index.eos is None else f", then the end token {index.eos}"))
     print(f"nodes per level {' '.join(str(count) for count in starts.diff().tolist())}")
     print(f"bytes           {index.nbytes}, {index.nbytes / index.num_items:.1f} an item")
+    if processes := mapped_by(options.file):
+        _complain(
+            f"{options.file}: mapped by process {', '.join(map(str, processes[:5]))}: never write into this file (cp); "
+            "replace it by a new one of its name (index build -o, mv) or publish a new version"
+        )
     return 0
 
 
@@ -174,7 +179,7 @@ def _written(sid: Sequence[int]) -> str:
 def _publish(options: argparse.Namespace) -> int:
     from raddpo_ext.catalogue_store import CatalogueStore
 
-    version = CatalogueStore(options.store).publish(options.file)
+    version = CatalogueStore(options.store).publish(options.file, force=options.force)
     print(f"{options.store}: version {version}")
     return 0
 
@@ -274,6 +279,8 @@ def _parser() -> argparse.ArgumentParser:
     find.add_argument("item", metavar="ITEM", help="the item's id, an integer or a string")
     publish = command("publish", _publish, "Make an index the newest version of a store, and so of its services.")
     publish.add_argument("file", type=Path, help="an index")
+    text = "even if the model of the store's running service lacks tokens of it"
+    publish.add_argument("--force", action="store_true", help=text)
     publish.add_argument("--store", type=Path, default=Path("catalogue"), metavar="DIR", help="(default catalogue)")
     text = "Answer retrieval requests over HTTP with a model and the newest catalogue of a store."
     serve = groups.add_parser("serve", help="a retrieval service", description=text)

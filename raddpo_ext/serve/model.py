@@ -8,18 +8,38 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from raddpo_ext._check import FLOATS
 from raddpo_ext.serve.config import ServeConfig
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
+_SHOWN = 5  # names of weights in an error's message
 
 
 def load_model(config: ServeConfig) -> Any:
-    """The folder's causal or encoder-decoder model on ``config.device``, in evaluation mode."""
+    """The folder's causal or encoder-decoder model on ``config.device``, in evaluation mode.
+
+    Raises:
+        ValueError: the checkpoint lacks weights, has some that the model lacks, or holds NaN; naming them.
+    """
     disable_progress_bar()
     encoder_decoder = AutoConfig.from_pretrained(config.model, local_files_only=True).is_encoder_decoder
     auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
-    model: Any = auto.from_pretrained(config.model, local_files_only=True, dtype=config.dtype)
+    loaded: Any = auto.from_pretrained(
+        config.model, local_files_only=True, dtype=config.dtype, output_loading_info=True
+    )
+    model, loading = loaded
+    # transformers makes up what is missing at random and leaves out what it does not know, with a warning at most.
+    for key, problem in (("missing_keys", "lacks"), ("unexpected_keys", f"does not fit {type(model).__name__}:")):
+        if names := sorted(loading[key]):
+            raise ValueError(f"{config.model}: the checkpoint {problem} {_shown(names)}")
+    for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+        if weight.dtype in FLOATS and bool(weight.isnan().any()):
+            raise ValueError(f"{config.model}: the checkpoint's {name} holds NaN")
     return model.to(config.device).eval()
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def load_tokenizer(folder: Path) -> Any | None:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from raddpo_ext.serve.batcher import Batcher, Ticket
 from raddpo_ext.serve.config import ServeConfig
 from raddpo_ext.serve.process import WorkerDied, WorkerProcess
-from raddpo_ext.serve.protocol import Answers, Limits
+from raddpo_ext.serve.protocol import Answers, Hello, Limits
 from raddpo_ext.serve.telemetry import Telemetry
 
 _PATIENCE = 1.0  # seconds without a query after which a worker is sent none, so that it looks for a new catalogue
@@ -41,6 +41,10 @@ class Pool:
         self.in_flight = 0
         #: The catalogue's version of each worker that is ready, by its slot.
         self.versions: dict[int, int] = {}
+        #: Why a worker could not start, by the slots that have been without one since.
+        self.failures: dict[int, str] = {}
+        #: The newer version of the catalogue that a ready worker refused, and why, by its slot.
+        self.refused: dict[int, str] = {}
         self._start = start
         self._keepers: list[asyncio.Task[None]] = []
         self._change = asyncio.Event()
@@ -86,11 +90,14 @@ class Pool:
                 await self._use(slot, worker)
             except Exception as error:
                 was_ready = slot in self.versions
+                if not was_ready:
+                    self.failures.setdefault(slot, "it died before it was ready")
                 failures = 0 if was_ready else failures + 1
                 unexpected = None if isinstance(error, WorkerDied) else error
                 _LOG.error("worker %d died%s", slot, "" if was_ready else " before it was ready", exc_info=unexpected)
             finally:
                 self.versions.pop(slot, None)
+                self.refused.pop(slot, None)
                 if worker is not None:
                     await worker.stop()
             self.telemetry.restarts.inc()
@@ -101,18 +108,19 @@ class Pool:
         """Feeds one worker until it dies or the pool stops."""
         hello = await worker.hello()
         if hello.failure is not None:
-            self._failure = hello.failure
+            self._failure = self.failures[slot] = hello.failure
             self._change.set()
             raise WorkerDied
         self.limits = hello.limits
-        self._report(slot, hello.version)
+        self.failures.pop(slot, None)
+        self._report(slot, hello)
         self._change.set()
         while not self._stopping:
             batch = await self.batcher.take(_PATIENCE)
             self.in_flight += len(batch)
             try:
                 answers = await worker.ask([ticket.query for ticket in batch], self.config.worker_timeout_s)
-                self._report(slot, answers.version)
+                self._report(slot, answers)
                 self._deliver(batch, answers)
             except Exception:
                 self.telemetry.resent.inc(self.batcher.send_again(batch))
@@ -120,9 +128,13 @@ class Pool:
             finally:
                 self.in_flight -= len(batch)
 
-    def _report(self, slot: int, version: int) -> None:
-        self.versions[slot] = version
-        self.telemetry.saw_version(version)
+    def _report(self, slot: int, words: Hello | Answers) -> None:
+        self.versions[slot] = words.version
+        self.telemetry.saw_version(words.version)
+        if words.refused is None:
+            self.refused.pop(slot, None)
+        else:
+            self.refused[slot] = words.refused
 
     def _deliver(self, batch: list[Ticket], answers: Answers) -> None:
         if batch:

@@ -44,11 +44,12 @@ class Limits(NamedTuple):
 
 
 class Hello(NamedTuple):
-    """A worker's first words: what it serves, or why it cannot."""
+    """A worker's first words: what it serves, or why it cannot; and the newer version that it refused, and why."""
 
     version: int
     limits: Limits | None
     failure: str | None = None
+    refused: str | None = None
 
 
 class Answer(NamedTuple):
@@ -61,10 +62,11 @@ class Answer(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """To one batch, in its order, and the catalogue's version that all of them are of."""
+    """To one batch, in its order, the catalogue's version that all of them are of, and :attr:`Hello.refused`."""
 
     version: int
     answers: list[Answer]
+    refused: str | None = None
 
 
 class ServiceError(Exception):

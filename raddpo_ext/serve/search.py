@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from raddpo_ext.beam_search import BeamResult
 from raddpo_ext.beam_step import BeamState
-from raddpo_ext.catalogue_store import CatalogueStore
+from raddpo_ext.catalogue_store import CatalogueStore, CatalogueVersion
 from raddpo_ext.integrations.retriever import SIDRetriever
 from raddpo_ext.item_tokens import history_prompts
 from raddpo_ext.serve.config import ServeConfig
 from raddpo_ext.serve.model import load_model, load_tokenizer
 from raddpo_ext.serve.protocol import Answer, Limits, Query, ServiceError, bad_field
+from raddpo_ext.store_service import StoreService
 from raddpo_ext.trie import TrieIndex
 from raddpo_ext.trie_items import UnknownItem
 
@@ -28,46 +30,64 @@ _LOG = logging.getLogger(__name__)
 
 
 class Search:
-    """Loads the model once and follows the store: see :meth:`update`."""
+    """Loads the model once and follows the store: see :meth:`update`.
+
+    Raises:
+        ValueError: the checkpoint is not sound, see :func:`load_model`.
+        FileNotFoundError: the store holds no version, or none that the model can serve.
+    """
+
+    retriever: SIDRetriever
+    limits: Limits
 
     def __init__(self, config: ServeConfig) -> None:
         self.config = config
         self.model = load_model(config)
         self.tokenizer = load_tokenizer(config.model)
         self.store = CatalogueStore(config.store)
-        self._refused = 0  # the last version that this model cannot serve
-        found = self.store.current()
-        self.retriever = SIDRetriever(
-            self.model,
-            found.index.to(config.device),
-            beam_width=config.beam_width,
-            normalize=config.normalize,
-            length_penalty=config.length_penalty,
-        )
-        self.version, self.limits = found.version, self._try_out()
+        self.version = 0  # until one is taken
+        self.store.current(self._take)
+        self._service = StoreService(config.store, self.limits.vocab_size)
+        self._service.tell(self.version, [*self.store.refused])
+
+    @property
+    def refused(self) -> str | None:
+        """The newest version that this model cannot serve, where it is newer than the one at hand, and why."""
+        version = max(self.store.refused, default=0)
+        return f"catalogue version {version}: {self.store.refused[version]}" if version > self.version else None
 
     def update(self) -> None:
-        """Takes the store's newest version, if this model can serve it; else goes on with the one at hand."""
+        """Takes the store's newest version that this model can serve; else goes on with the one at hand."""
         try:
-            found = self.store.current()
+            self.store.current(self._take)
         except (OSError, MemoryError):
             _LOG.exception("the store cannot be read, still serving catalogue version %d", self.version)
             return
-        if found.version in (self.version, self._refused):
-            return
-        at_hand = self.retriever.index
-        try:
-            self.retriever.index = found.index.to(self.config.device)
-            self.version, self.limits = found.version, self._try_out()
-        except Exception:
-            self.retriever.index = at_hand
-            self._refused = found.version
-            _LOG.exception("catalogue version %d is refused, still serving %d", found.version, self.version)
+        self._service.tell(self.version, [*self.store.refused])
 
-    def _try_out(self) -> Limits:
+    def _take(self, found: CatalogueVersion) -> None:
+        """Goes over to a version, or raises why this model cannot serve it."""
+        index = found.index.to(self.config.device)
+        if self.version:
+            retriever = copy.copy(self.retriever)  # what it has found out about the model it need not find out again
+            retriever.index = index
+        else:
+            retriever = SIDRetriever(
+                self.model,
+                index,
+                beam_width=self.config.beam_width,
+                normalize=self.config.normalize,
+                length_penalty=self.config.length_penalty,
+            )
+        self.limits = self._try_out(retriever)
+        self.retriever, self.version = retriever, found.version
+
+    def _try_out(self, retriever: SIDRetriever) -> Limits:
         """One search: what cannot be searched is refused here and not in a request, which finds everything warm."""
-        index = self.retriever.index
-        self.retriever.retrieve(torch.zeros(1, 1, dtype=torch.int64, device=index.device), top_k=1)
+        index = retriever.index
+        found = retriever.retrieve(torch.zeros(1, 1, dtype=torch.int64, device=index.device), top_k=1)
+        if int(found.items[0, 0]) < 0:
+            raise ValueError("the model scores no item of it: its logits are NaN or -inf")
         text = self.model.config.get_text_config()
         longest = self.config.max_prompt
         if window := getattr(text, "max_position_embeddings", None):
@@ -116,7 +136,12 @@ class Search:
                 on_step=(lambda level, state: steps.append(state)) if queries[0].trace else None,
             )
         beams = [_beams(index, steps)] if steps else None
-        return [self._rows(found, row, query, beams) for row, query in enumerate(queries)]
+        answers = [self._rows(found, row, query, beams) for row, query in enumerate(queries)]
+        if index.num_items:  # then no prompt is without an item but by scores that are no numbers
+            for row in (found.items[:, 0] < 0).nonzero()[:, 0].tolist():
+                _LOG.error("a prompt's scores are NaN or -inf")
+                answers[row] = _FAILED
+        return answers
 
     @contextmanager
     def _searching(self, index: TrieIndex) -> Iterator[None]:

@@ -43,11 +43,11 @@ def _serve(front: socket.socket, incoming: BufferedReader) -> None:
         _LOG.exception("the worker cannot start")
         front.sendall(pack(Hello(0, None, f"{type(error).__name__}: {error}")))
         return
-    front.sendall(pack(Hello(search.version, search.limits)))
+    front.sendall(pack(Hello(search.version, search.limits, refused=search.refused)))
     while True:
         queries: list[Query] = _receive(incoming)
         search.update()
-        front.sendall(pack(Answers(search.version, search.answer(queries))))
+        front.sendall(pack(Answers(search.version, search.answer(queries), search.refused)))
 
 
 def _receive(incoming: BufferedReader) -> Any:
