@@ -15,7 +15,7 @@ pytest.importorskip("httpx")
 pytest.importorskip("prometheus_client")
 
 import httpx
-from serve_fakes import FakeWorkers, echo, make_config, now, run
+from serve_fakes import LIMITS, FakeWorkers, echo, make_config, now, run
 
 from raddpo_ext.serve.app import Service, make_app
 from raddpo_ext.serve.process import WorkerDied
@@ -44,7 +44,7 @@ def served(tmp_path: Path, test: Test, script: Any = at_once, **options: Any) ->
         service = Service(make_config(tmp_path, **{"max_wait_ms": 0, **options}), fakes.start)
         await service.pool.start()
         transport = httpx.ASGITransport(make_app(service), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             await test(service, client, fakes)
         assert service.open == 0
         assert service.batcher.queued == 0
@@ -256,7 +256,9 @@ def test_no_worker(tmp_path: Path) -> None:
         assert response.headers["retry-after"] == "1"
         health = await client.get("/healthz")
         assert health.status_code == 503
-        assert health.json() == {"status": "no_worker", "catalogue_version": 0, "workers": 0}
+        why = "it died before it was ready"
+        expected = {"status": "no_worker", "catalogue_version": 0, "workers": 0, "cannot_start": why}
+        assert health.json() == expected
 
     served(tmp_path, test, dies_at_once)
 
@@ -359,3 +361,93 @@ def test_clients_that_hang_up(tmp_path: Path) -> None:
         assert json.loads((await request(service, [whole]))[1]["body"]) == [3, 4]
 
     served(tmp_path, test, after_a_second)
+
+
+def test_health_tells_what_keeps_a_worker_from_its_start(tmp_path: Path) -> None:
+    refused = ["catalogue version 3: too deep"]
+
+    async def dies_at_13(queries: list[Query]) -> Answers:
+        if any(query.input_ids == [13] for query in queries):
+            raise WorkerDied
+        return echo(queries, 2)._replace(refused=refused[0] if refused else None)
+
+    async def test(service: Service, client: Any, fakes: FakeWorkers) -> None:
+        fakes.hello = lambda number: Hello(0, None, "ValueError: no norm")
+        await client.post("/retrieve", json={"input_ids": [13]})  # both workers die of it, and none starts again
+        health = await client.get("/healthz")
+        assert health.status_code == 503
+        assert health.json() == {
+            "status": "no_worker", "catalogue_version": 0, "workers": 0, "cannot_start": "ValueError: no norm"
+        }  # fmt: skip
+        fakes.hello = lambda number: Hello(2, LIMITS)
+        await asyncio.sleep(31)
+        health = await client.get("/healthz")
+        assert health.status_code == 200
+        assert health.json() == {
+            "status": "ok", "catalogue_version": 2, "workers": 2, "refused": "catalogue version 3: too deep"
+        }  # fmt: skip
+        refused.clear()
+        await asyncio.sleep(2)
+        assert (await client.get("/healthz")).json() == {"status": "ok", "catalogue_version": 2, "workers": 2}
+
+    served(tmp_path, test, dies_at_13, workers=2)
+
+
+ROUTES = (("GET", "/"), ("GET", "/healthz"), ("GET", "/metrics"), ("POST", "/retrieve"))
+
+
+@pytest.mark.parametrize(
+    ("configured", "own", "foreign"),
+    [
+        (
+            "127.0.0.1",
+            ("localhost", "LOCALHOST:80", "localhost.", "a.localhost", "127.0.0.1:8000", "127.9.9.9", "[::1]:8000"),
+            ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "10.0.0.7",
+             "[::2]", "localhost:80.evil.example:80", "2130706433", "evil.example#localhost"),
+        ),
+        ("shop.example", ("shop.example", "Shop.Example:8000", "localhost"), ("evil.example", "10.0.0.7")),
+        ("10.0.0.7", ("10.0.0.7:8000", "127.0.0.1"), ("evil.example", "10.0.0.8")),
+        ("0.0.0.0", ("10.0.0.7:8000", "localhost", "[2001:db8::1]"), ("evil.example", "10.0.0.7.evil.example")),
+        ("::", ("10.0.0.7:8000", "[2001:db8::1]:8000", "localhost"), ("evil.example",)),
+    ],
+)  # fmt: skip
+def test_hosts(tmp_path: Path, configured: str, own: tuple[str, ...], foreign: tuple[str, ...]) -> None:
+    """While no token is set, a page of another site whose name leads here (DNS rebinding) gets nothing."""
+
+    async def test(service: Service, client: Any, fakes: FakeWorkers) -> None:
+        for host in own:
+            for method, path in ROUTES:
+                content = GOOD if method == "POST" else None
+                response = await client.request(method, path, content=content, headers={"Host": host})
+                assert response.status_code == 200, host
+        searched = len(fakes.batches)
+        for host in foreign:
+            for method, path in ROUTES:
+                content = GOOD if method == "POST" else None
+                response = await client.request(method, path, content=content, headers={"Host": host})
+                status, code, message = error_of(response)
+                assert (status, code) == (421, "bad_host"), host
+                assert repr(host) in message
+                assert configured in message
+        assert len(fakes.batches) == searched
+        assert value(service, "raddpo_requests_total", code="421") == len(foreign)
+
+    served(tmp_path, test, host=configured)
+
+
+def test_any_host_with_a_token(tmp_path: Path) -> None:
+    async def test(service: Service, client: Any, fakes: FakeWorkers) -> None:
+        headers = {"Host": "proxy.example", "Authorization": "Bearer sesame"}
+        for method, path in ROUTES:
+            content = GOOD if method == "POST" else None
+            assert (await client.request(method, path, content=content, headers=headers)).status_code == 200
+
+    served(tmp_path, test, token="sesame")
+
+
+def test_the_page_is_in_no_frame(tmp_path: Path) -> None:
+    async def test(service: Service, client: Any, fakes: FakeWorkers) -> None:
+        policy = (await client.get("/")).headers["content-security-policy"]
+        assert "frame-ancestors 'none'" in policy.split("; ")
+
+    served(tmp_path, test)

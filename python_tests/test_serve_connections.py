@@ -20,7 +20,7 @@ from raddpo_ext.serve.app import Service
 from raddpo_ext.serve.protocol import Answers, Query
 from raddpo_ext.serve.server import listen, make_server
 
-GOOD = b'POST /retrieve HTTP/1.1\r\nhost: x\r\ncontent-length: 20\r\n\r\n{"input_ids": [3,4]}'
+GOOD = b'POST /retrieve HTTP/1.1\r\nhost: localhost\r\ncontent-length: 20\r\n\r\n{"input_ids": [3,4]}'
 PATIENCE = 60.0  # seconds, for a busy machine
 
 
@@ -87,10 +87,29 @@ def test_a_long_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(body)["error"]["code"] == "bad_request"
 
 
+def long_head(size: int) -> bytes:
+    """A whole request whose head has so many bytes."""
+    start, end = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nx: ", b"\r\n\r\n"
+    return start + b"y" * (size - len(start) - len(end)) + end
+
+
+@pytest.mark.parametrize("before", [b"", GOOD])
+@pytest.mark.parametrize(("size", "fits"), [(16 << 10, True), ((16 << 10) + 1, False), (60_000, False)])
+def test_a_long_head_that_is_there_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bytes, size: int, fits: bool
+) -> None:
+    """Alone in one read, or behind another request in the same one."""
+    heard = exchange(tmp_path, monkeypatch, before + long_head(size), b"", pause=0.2)
+    last = heard[heard.rindex(b"HTTP/1.1 ") :]
+    assert last.startswith(b"HTTP/1.1 200 " if fits else b"HTTP/1.1 400 ")
+    assert heard.count(b"HTTP/1.1 ") == 1 + bool(before)
+    assert json.loads(last.partition(b"\r\n\r\n")[2]).get("error", {}).get("code") == (None if fits else "bad_request")
+
+
 def test_garbage_behind_a_refused_body(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    head = b"POST /retrieve HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    head = b"POST /retrieve HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
     body = b"200000\r\n" + b" " * 0x200000 + b"\r\n"
     heard = exchange(tmp_path, monkeypatch, head + body, b"no chunk\r\n", pause=0.5)
     assert heard.startswith(b"HTTP/1.1 413 ")
@@ -101,7 +120,7 @@ def test_garbage_together_with_a_head(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The head's own answer, 404, comes too late: the connection has had one."""
-    both = b"POST /nowhere HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nno chunk\r\n"
+    both = b"POST /nowhere HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\nno chunk\r\n"
     heard = exchange(tmp_path, monkeypatch, both, b"", pause=0.2)
     assert heard.startswith(b"HTTP/1.1 400 ")
     assert heard.count(b"HTTP/1.1") == 1
@@ -109,14 +128,14 @@ def test_garbage_together_with_a_head(
 
 
 def test_a_long_body_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    head = b"POST /retrieve HTTP/1.1\r\nhost: x\r\ncontent-length: 1048577\r\n\r\n"
+    head = b"POST /retrieve HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1048577\r\n\r\n"
     assert exchange(tmp_path, monkeypatch, head, b"").startswith(b"HTTP/1.1 413 ")
 
 
 @pytest.mark.parametrize("length", [b"content-length: 99999999999", b"transfer-encoding: chunked"])
 def test_an_endless_body(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: bytes) -> None:
     """413 comes at once, and what is refused is not listened to for ever."""
-    head = b"POST /retrieve HTTP/1.1\r\nhost: x\r\n" + length + b"\r\n\r\n"
+    head = b"POST /retrieve HTTP/1.1\r\nhost: localhost\r\n" + length + b"\r\n\r\n"
     chunk = b" " * 40_000 if b"content" in length else b"9c40\r\n" + b" " * 40_000 + b"\r\n"
     heard = exchange(tmp_path, monkeypatch, head, chunk)
     assert heard.startswith(b"HTTP/1.1 413 ")

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from raddpo_ext.serve.batcher import Batcher
 from raddpo_ext.serve.body import HUNG_UP, Body, read_body
 from raddpo_ext.serve.config import ServeConfig
+from raddpo_ext.serve.hosts import is_own_host
 from raddpo_ext.serve.pool import Pool, StartWorker
 from raddpo_ext.serve.process import WorkerProcess
 from raddpo_ext.serve.protocol import Answer, ServiceError
@@ -22,7 +23,11 @@ from raddpo_ext.serve.telemetry import Telemetry
 
 _PAGE = Path(__file__).with_name("page.html")
 # The page brings everything along and talks to this service only.
-_PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+_PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+    "frame-ancestors 'none'"
+)
+_SHOWN = 60  # characters of a bad value in an error's message
 _HEADERS = {
     401: {"WWW-Authenticate": "Bearer"},
     408: {"Connection": "close"},
@@ -51,7 +56,7 @@ class Service:
         clock = asyncio.get_running_loop().time
         status = 500
         try:
-            self.check_token(request)
+            self.check_access(request)
             content = await read_body(request, self.config.max_body)
             read = clock()
             self.open += 1
@@ -94,25 +99,42 @@ class Service:
             hung_up.cancel()
             self.batcher.drop(ticket)
 
-    def check_token(self, request: Request) -> None:
+    def check_access(self, request: Request) -> None:
         if self.config.token is None:
+            self.check_host(request)
             return
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(token.encode(), self.config.token.encode()):
             raise ServiceError(401, "unauthorized", "a bearer token is needed")
 
-    async def health(self) -> Response:
+    def check_host(self, request: Request) -> None:
+        """Keeps out a page of another site whose name was made to lead here, while no token does."""
+        host = request.headers.get("host")  # HTTP/1.0 may have none, and no browser speaks that
+        if self.config.token is None and host is not None and not is_own_host(host, self.config.host):
+            raise ServiceError(
+                421,
+                "bad_host",
+                f"the Host header names {host[:_SHOWN]!r}; a service without a token answers to localhost, loopback "
+                f"addresses and {self.config.host} only: set a token, or say --host",
+            )
+
+    async def health(self, request: Request) -> Response:
         """200 while requests are answered; needs no token."""
+        self.check_host(request)
         status = "shutting_down" if self.closing else "ok" if self.pool.ready else "no_worker"
         content = {"status": status, "catalogue_version": self.pool.version, "workers": self.pool.ready}
+        for name, problems in (("cannot_start", self.pool.failures), ("refused", self.pool.refused)):
+            if problems:  # the lowest slot's
+                content[name] = problems[min(problems)]
         return _json(json.dumps(content).encode(), 200 if status == "ok" else 503)
 
     async def metrics(self, request: Request) -> Response:
-        self.check_token(request)
+        self.check_access(request)
         return Response(self.telemetry.page(), media_type=CONTENT_TYPE_LATEST)
 
-    async def page(self) -> Response:
+    async def page(self, request: Request) -> Response:
         """Needs no token: it holds no data, and asks for one to search with."""
+        self.check_host(request)
         headers = {"Content-Security-Policy": _PAGE_POLICY}
         return Response(_PAGE.read_bytes(), media_type="text/html; charset=utf-8", headers=headers)
 

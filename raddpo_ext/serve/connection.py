@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from raddpo_ext.serve.protocol import ServiceError
@@ -13,10 +14,32 @@ from raddpo_ext.serve.protocol import ServiceError
 _HEAD_SECONDS = 10.0
 
 
+class _Parser(h11.Connection):
+    """h11's, which itself holds only a head that comes in pieces to the limit, not one that is there whole."""
+
+    def __init__(self, head_bytes: int) -> None:
+        super().__init__(h11.SERVER, head_bytes)
+        self._head_bytes = head_bytes
+
+    def next_event(self) -> Any:
+        if self.their_state is not h11.IDLE:
+            return super().next_event()
+        before = len(self.trailing_data[0])
+        event = super().next_event()
+        if isinstance(event, h11.Request) and before - len(self.trailing_data[0]) > self._head_bytes:
+            raise h11.RemoteProtocolError("Receive buffer too long", error_status_hint=431)
+        return event
+
+
 class Connection(H11Protocol):
     """uvicorn's, which itself waits for ever for the rest of a head, and for the end of a body it has refused."""
 
     _timer: asyncio.TimerHandle | None = None
+
+    def __init__(self, config: uvicorn.Config, *arguments: Any, **options: Any) -> None:
+        super().__init__(config, *arguments, **options)
+        if config.h11_max_incomplete_event_size is not None:
+            self.conn = _Parser(config.h11_max_incomplete_event_size)
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)

@@ -1,0 +1,32 @@
+"""Whether a Host header means this service: what tells a page of our own from one of another site."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+
+_HEADER = re.compile(r"(?:\[([^\]]*)\]|([^:\[\]]*))(?::[0-9]*)?")  # [address] or name, and a port
+_NAMES = ("localhost", "ip6-localhost")
+
+
+def is_own_host(header: str, configured: str) -> bool:
+    """Whether the header is a loopback name or address, or the host that the service was told to listen on.
+
+    A service that listens on every address answers to each of them, but to no other name: one of another site can be
+    made to lead to any address, while an address is what it is.
+    """
+    parts = _HEADER.fullmatch(header.strip().lower())
+    if parts is None:
+        return False
+    host = (parts[1] or parts[2]).rstrip(".")
+    address, own = _address(host), _address(configured.lower())
+    if address is None:
+        return host in _NAMES or host.endswith(".localhost") or host == configured.lower().rstrip(".")
+    return address.is_loopback or address == own or (own is not None and own.is_unspecified)
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
