@@ -497,3 +497,41 @@ def test_odd_records_of_a_service(store: rx.CatalogueStore, record: str, caplog:
     StoreService(store.path, 99).tell(3, [])
     assert len(caplog.records) == (record in ("folder", "lock"))
     assert kept(store) == [2, 3]
+
+
+def test_names_are_published_with_their_index(tmp_path):
+    """Together, found by the file, pruned together; other titles are another version; none leave none behind."""
+    store, file = rx.CatalogueStore(tmp_path / "store"), tmp_path / "shop.trie"
+    index = rx.TrieIndex.build([[1, 2], [0, 7]])
+    index.save(file)
+    rx.IdMap(["A-1", "007"]).save(file)
+    assert store.publish(file) == store.publish(file, unless_newest=True) == 1
+    assert store.current().names.ids == ["A-1", "007"]
+    assert store.publish(index, names=rx.IdMap(["A-1", "007"], ["Hat", "Cap"]), unless_newest=True) == 2
+    assert store.current().names.titles == ["Hat", "Cap"]
+    (store.path / "000003.trie.idmap").write_text("left by a publisher that was killed")
+    assert store.publish(index, unless_newest=True) == 3
+    assert store.current().names is None
+    assert sorted(path.name for path in store.path.glob("0*")) == ["000002.trie", "000002.trie.idmap", "000003.trie"]
+    assert not list(store.path.glob("*publishing*"))
+    with pytest.raises(ValueError, match="the id map lacks the item 1"):
+        store.publish(index, names=rx.IdMap(["A-1"]))
+    assert not list(store.path.glob("*publishing*"))
+
+
+def test_a_damaged_or_foreign_map_is_refused(tmp_path):
+    store, file = rx.CatalogueStore(tmp_path / "store"), tmp_path / "shop.trie"
+    index = rx.TrieIndex.build([[1, 2], [0, 7]])
+    store.publish(index)
+    store.publish(index, names=rx.IdMap(["A-1", "007"]))
+    whole = (store.path / "000002.trie.idmap").read_bytes()
+    (store.path / "000002.trie.idmap").write_bytes(whole[:-1])
+    found = rx.CatalogueStore(store.path)
+    assert found.current().version == 1
+    assert "000002.trie.idmap: not an id map, truncated or altered" in found.refused[2]
+    index.save(file)
+    rx.IdMap(["A-1", "007"]).save(file)
+    rx.TrieIndex.build([[1, 2], [0, 6]]).save(file)
+    with pytest.raises(ValueError, match="the id map is of another index"):
+        store.publish(file)
+    assert store.version == 2

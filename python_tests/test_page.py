@@ -157,7 +157,7 @@ def test_token_ids_and_large_ids(page: Any, url: str) -> None:
 def test_errors_in_words(page: Any, url: str) -> None:
     for history, words in (
         ("7 x", "The history holds “x”, which is not a whole number."),
-        (" ", "The history is empty: type at least one number."),
+        (" ", "The history is empty: type at least one id."),
         ("7", "The service refused: history[0] must be an item of the catalogue, got 7."),
     ):
         find(page, history)
@@ -172,3 +172,17 @@ def test_errors_in_words(page: Any, url: str) -> None:
     find(page, "100")
     assert page.is_hidden("#error")
     assert page.locator("#items tr").count() == 5
+
+
+def test_begins_with_an_example_that_gives_items(page: Any, url: str) -> None:
+    page.wait_for_selector("#example:visible")
+    with urllib.request.urlopen(f"{url}/example") as response:
+        example = json.load(response)
+    assert page.input_value("#history") == ", ".join(map(str, example["history"]))
+    page.click("#send")
+    page.wait_for_selector("#send:enabled")
+    assert page.is_hidden("#error")
+    assert page.locator("#items tr").count() == 6  # the beam has no more
+    assert page.locator("#items .item").all_inner_texts() == [
+        str(item) for item in retrieve(url, history=example["history"], top_k=6)["items"]
+    ]

@@ -451,3 +451,31 @@ def test_the_page_is_in_no_frame(tmp_path: Path) -> None:
         assert "frame-ancestors 'none'" in policy.split("; ")
 
     served(tmp_path, test)
+
+
+def test_an_example_is_asked_of_a_worker_and_needs_the_token(tmp_path: Path) -> None:
+    async def test(service: Service, client: Any, fakes: FakeWorkers) -> None:
+        assert (await client.get("/example")).status_code == 401
+        response = await client.get("/example", headers={"Authorization": "Bearer secret"})
+        assert response.status_code == 200
+        assert [query for worker in fakes.sent for batch in worker for query in batch] == [Query(example=True)]
+
+    served(tmp_path, test, token="secret")
+
+
+@pytest.mark.parametrize("field", ["history", "allowed_items"])
+def test_items_are_strings_or_integers(tmp_path: Path, field: str) -> None:
+    async def test(service: Service, client: Any, fakes: FakeWorkers) -> None:
+        prompt = {} if field == "history" else {"input_ids": [3]}
+        response = await client.post("/retrieve", json={**prompt, field: ["A-1", 2**63 - 1]})
+        assert response.status_code == 200
+        (query,) = (query for worker in fakes.sent for batch in worker for query in batch)
+        assert sorted(getattr(query, field), key=str) == [2**63 - 1, "A-1"]
+        for bad in (2**63, -1, 1.0, True, None, [1]):
+            status, code, message = error_of(await client.post("/retrieve", json={**prompt, field: [1, bad]}))
+            assert (status, code) == (422, "bad_field")
+            assert message.startswith(
+                f"{field}[1] is wrong: Input should be a string or an integer from 0 to {2**63 - 1}"
+            )
+
+    served(tmp_path, test)

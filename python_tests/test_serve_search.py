@@ -40,6 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_search(folder: Path, tmp_path: Path, index: rx.TrieIndex | None = None, **options: Any) -> Search:
+    tmp_path.mkdir(exist_ok=True)
     rx.CatalogueStore(tmp_path / "store").publish(index or make_index(1))
     return Search(ServeConfig(model=folder, store=tmp_path / "store", **{"beam_width": WIDTH, **options}))
 
@@ -377,3 +378,45 @@ def test_a_store_that_takes_no_record(folder: Path, tmp_path: Path, caplog: pyte
         search.update()
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
     check(search.answer([Query([3])])[0], search, [3], make_index(1))
+
+
+def test_strings_in_and_strings_out(folder: Path, tmp_path: Path) -> None:
+    """The same search as by integers, with ids and titles; an integer is no id of such a catalogue."""
+    index = make_index(1)
+    items = index.items.long().tolist()
+    names = rx.IdMap([f"SKU-{item}" for item in items], [f"Title {item}" for item in items], items)
+    rx.CatalogueStore(tmp_path / "store").publish(index, names=names)
+    search = Search(ServeConfig(model=folder, store=tmp_path / "store", beam_width=WIDTH))
+    plain = make_search(folder, tmp_path / "plain")
+    history, allowed = items[:2], tuple(items[::2])
+    queries = [
+        Query(history=[f"SKU-{item}" for item in history]),
+        Query(input_ids=[3, 4], allowed_items=(*(f"SKU-{item}" for item in allowed), "no such item")),
+    ]
+    for query, same in zip(
+        queries, (Query(history=[*history]), Query(input_ids=[3, 4], allowed_items=allowed)), strict=True
+    ):
+        found, expected = body(search.answer([query])[0]), body(plain.answer([same])[0])
+        assert found["items"] == [f"SKU-{item}" for item in expected["items"]]
+        assert found["titles"] == [f"Title {item}" for item in expected["items"]]
+        assert (found["sids"], found["scores"]) == (expected["sids"], expected["scores"])
+        assert "titles" not in expected
+    example = body(search.answer([Query(example=True)])[0])
+    assert example["ids"] == "strings"
+    assert body(search.answer([Query(history=example["history"])])[0])["items"]
+    assert body(plain.answer([Query(example=True)])[0])["ids"] == "integers"
+    refusals = [
+        (search, Query(history=["SKU-x"]), "history[0] must be an item of the catalogue, got 'SKU-x'"),
+        (
+            search,
+            Query(history=[f"SKU-{items[0]}", items[0]]),
+            f"history[1] must be an item of the catalogue, got {items[0]}",
+        ),
+        (search, Query(input_ids=[3], allowed_items=(items[0],)), "allowed_items must hold strings, which this"),
+        (plain, Query(history=[items[0], str(items[0])]), "history[1] must be an item of the catalogue, got '"),
+        (plain, Query(input_ids=[3], allowed_items=("SKU-1",)), "allowed_items must hold integers, which this"),
+    ]
+    for searching, query, message in refusals:
+        (answer,) = searching.answer([query])
+        assert answer.status == 422
+        assert answer.message.startswith(message)

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raddpo_ext import _check
+from raddpo_ext.id_map import IdMap, map_path, move_map
 from raddpo_ext.store_service import is_running, last_served
 from raddpo_ext.trie import TrieIndex
 
 _NAME = re.compile(r"((?!000000)[0-9]{6}|[1-9][0-9]{6,17})\.trie")
 _LAST = 10**18 - 1  # version
 _STAGED = ".publishing."
-_LEFT = re.compile(r"\.?\.publishing\.[0-9a-f]{16}(\.[0-9a-f]{16})?")  # by a publisher that was killed
+_LEFT = re.compile(r"\.?\.publishing\.[0-9a-f]{16}(\.idmap)?(\.[0-9a-f]{16})?")  # by a publisher that was killed
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of this process, which may pass
 _LOG = logging.getLogger(__name__)
 
@@ -35,10 +36,12 @@ class CatalogueVersion:
     Attributes:
         version: its number in the store, from 1 up.
         index: memory-mapped; unmapped when nothing refers to it any more.
+        names: the items' own ids and titles, or None where they were published without.
     """
 
     version: int
     index: TrieIndex
+    names: IdMap | None = None
 
 
 class CatalogueStore:
@@ -71,7 +74,12 @@ class CatalogueStore:
         return max(self._versions(), default=0)
 
     def publish(
-        self, index: TrieIndex | str | os.PathLike[str], *, unless_newest: bool = False, force: bool = False
+        self,
+        index: TrieIndex | str | os.PathLike[str],
+        *,
+        names: IdMap | None = None,
+        unless_newest: bool = False,
+        force: bool = False,
     ) -> int:
         """Makes an index, or a file that :meth:`TrieIndex.save` wrote, the newest version.
 
@@ -79,6 +87,7 @@ class CatalogueStore:
 
         Args:
             index: the index, or its file.
+            names: its items' ids and titles. Default: of a file those beside it (:meth:`IdMap.save`), else none.
             unless_newest: change nothing where the newest version holds the same already, to the byte.
             force: publish it even where it has tokens that the running service's model lacks.
 
@@ -91,6 +100,7 @@ class CatalogueStore:
             OSError: it cannot be read, or the store not written.
         """
         if not isinstance(index, TrieIndex):
+            names = IdMap.load(index) if names is None else names
             index = TrieIndex.load(index)
         self.path.mkdir(exist_ok=True)
         with self._publishing():
@@ -98,15 +108,19 @@ class CatalogueStore:
             try:
                 index.save(staged)
                 copy = TrieIndex.load(staged)
+                if names is not None:
+                    names.save(staged)
                 if not force:
                     self._check_tokens(max(copy.max_tokens))
                 version = self.version
                 if unless_newest and self._is_same(staged, version):
                     return version
                 version = self._next(version)
+                move_map(staged, self._file(version))
                 os.replace(staged, self._file(version))
             finally:
                 staged.unlink(missing_ok=True)
+                map_path(staged).unlink(missing_ok=True)
             self._prune()
         return version
 
@@ -120,7 +134,10 @@ class CatalogueStore:
 
     def _is_same(self, staged: Path, version: int) -> bool:
         with suppress(OSError):  # none, or one that cannot be read
-            return filecmp.cmp(staged, self._file(version), shallow=False)
+            newest = self._file(version)
+            maps = [map_path(path) for path in (staged, newest) if map_path(path).exists()]
+            same = len(maps) == 0 or (len(maps) == 2 and filecmp.cmp(*maps, shallow=False))
+            return same and filecmp.cmp(staged, newest, shallow=False)
         return False
 
     def _next(self, version: int) -> int:
@@ -140,6 +157,7 @@ class CatalogueStore:
             kept |= set([v for v in versions if v <= served.version and v not in served.refused][-self.keep :])
         for old in set(versions) - kept:
             self._file(old).unlink(missing_ok=True)
+            map_path(self._file(old)).unlink(missing_ok=True)
 
     def current(self, accept: Callable[[CatalogueVersion], object] | None = None) -> CatalogueVersion:
         """The newest version that loads and is accepted; one look at the folder unless there is a new one.
@@ -165,7 +183,8 @@ class CatalogueStore:
             if at_hand is not None and version <= at_hand.version:
                 break
             try:
-                found = CatalogueVersion(version, TrieIndex.load(self._file(version)))
+                names = IdMap.load(self._file(version))  # goes after its index: while that is there, so is the map
+                found = CatalogueVersion(version, TrieIndex.load(self._file(version)), names)
             except OSError as error:
                 if isinstance(error, FileNotFoundError) and version not in self._versions():
                     return self._newest(accept)  # pruned since the look at the folder: newer ones are there

@@ -56,7 +56,8 @@ class IdMap:
         (count,) = set(counts.values())
         #: int64 ``[N]``.
         self.items = np.arange(count) if items is None else item_ids_of(items, "items", least=0)
-        self._row = _rows("items", self.items.tolist())
+        self._items: list[int] = self.items.tolist()
+        self._row = _rows("items", self._items)
         self._row_of_id = None if self.ids is None else _rows("ids", self.ids)
 
     @classmethod
@@ -72,12 +73,17 @@ class IdMap:
         Raises:
             UnknownItem: a ValueError, naming the first id that the map lacks and where it stands.
         """
-        items = self.items.tolist()
         known = self._row if self._row_of_id is None else self._row_of_id
         for position, wanted in enumerate(ids):
-            if type(wanted) is not (int if self.ids is None else str) or wanted not in known:
+            if wanted not in self:
                 raise UnknownItem(f"{name}[{position}]", wanted, position)
-        return [items[known[wanted]] for wanted in ids]
+        return [self._items[known[wanted]] for wanted in ids]
+
+    def __contains__(self, wanted: object) -> bool:
+        """Whether an item has this id."""
+        if self._row_of_id is None:
+            return type(wanted) is int and wanted in self._row
+        return type(wanted) is str and wanted in self._row_of_id
 
     def ids_of(self, items: Any) -> Any:
         """The ids of integers: nested lists in the shape of ``items``, None where it is -1 (an empty row).
@@ -88,7 +94,7 @@ class IdMap:
         Raises:
             ValueError: an integer that the map lacks.
         """
-        return self._of(items, self.items.tolist() if self.ids is None else self.ids)
+        return self._of(items, self._items if self.ids is None else self.ids)
 
     def titles_of(self, items: Any) -> Any:
         """The titles likewise; empty strings where the map has none."""
@@ -155,6 +161,14 @@ class IdMap:
 def map_path(index: str | os.PathLike[str]) -> Path:
     """Where the id map of an index is, if it has one."""
     return Path(f"{os.fspath(index)}.idmap")
+
+
+def move_map(staged: Path, index: Path) -> None:
+    """Gives the map of an index the place that it has under the index's next name, before the index itself moves."""
+    if map_path(staged).exists():
+        os.replace(map_path(staged), map_path(index))
+    else:
+        map_path(index).unlink(missing_ok=True)  # left by a publisher that was killed
 
 
 def _stamp(index: str | os.PathLike[str]) -> list[int]:

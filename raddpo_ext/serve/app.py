@@ -18,7 +18,7 @@ from raddpo_ext.serve.config import ServeConfig
 from raddpo_ext.serve.hosts import is_own_host
 from raddpo_ext.serve.pool import Pool, StartWorker
 from raddpo_ext.serve.process import WorkerProcess
-from raddpo_ext.serve.protocol import Answer, ServiceError
+from raddpo_ext.serve.protocol import Answer, Limits, Query, ServiceError
 from raddpo_ext.serve.telemetry import Telemetry
 
 _PAGE = Path(__file__).with_name("page.html")
@@ -75,14 +75,34 @@ class Service:
         finally:
             self.telemetry.requests.labels(status).inc()
 
-    async def _answer(self, request: Request, content: bytes, read: float) -> Answer:
+    async def example(self, request: Request) -> Response:
+        """A history of the catalogue's items, for the page to begin with."""
+        self.check_access(request)
+        self._limits()
+        answer = await self._ask(
+            request, Query(example=True), asyncio.get_running_loop().time(), self.config.timeout_ms
+        )
+        if answer.status != 200:
+            raise ServiceError(answer.status, answer.code, answer.message)
+        return _json(answer.body, 200)
+
+    def _limits(self) -> Limits:
         if self.closing:
             raise ServiceError(503, "shutting_down", "the service is shutting down")
         if self.pool.limits is None or not self.pool.ready:
             raise ServiceError(503, "no_worker", "no worker is ready")
+        return self.pool.limits
+
+    async def _answer(self, request: Request, content: bytes, read: float) -> Answer:
+        limits = self._limits()
         body = Body.parse(content)
-        query = body.query(self.pool.limits, self.config.beam_width)
-        seconds = min(body.timeout_ms or self.config.timeout_ms, self.config.timeout_ms) / 1000
+        query = body.query(limits, self.config.beam_width)
+        return await self._ask(
+            request, query, read, min(body.timeout_ms or self.config.timeout_ms, self.config.timeout_ms)
+        )
+
+    async def _ask(self, request: Request, query: Query, read: float, timeout_ms: int) -> Answer:
+        seconds = timeout_ms / 1000
         ticket = self.batcher.submit(query)
         hung_up = asyncio.ensure_future(_disconnect(request))
         try:
@@ -143,6 +163,7 @@ def make_app(service: Service) -> FastAPI:
     """The routes as an ASGI application, without pages that describe them."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_api_route("/retrieve", service.retrieve, methods=["POST"])
+    app.add_api_route("/example", service.example, methods=["GET"])
     app.add_api_route("/healthz", service.health, methods=["GET"])
     app.add_api_route("/metrics", service.metrics, methods=["GET"])
     if _PAGE.is_file():

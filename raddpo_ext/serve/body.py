@@ -6,9 +6,11 @@ import asyncio
 from typing import Annotated, Any
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic_core import PydanticCustomError
 from starlette.requests import ClientDisconnect
 
+from raddpo_ext.readers import LARGEST_ITEM
 from raddpo_ext.serve.protocol import Limits, Query, ServiceError, bad_field
 
 HUNG_UP = 499  # a status that nobody reads, under which such a request is counted
@@ -18,6 +20,16 @@ _SHOWN = 60  # characters of a bad value in an error's message
 _Id = Annotated[int, Field(ge=0, lt=2**63)]
 
 
+def _item(value: Any) -> int | str:
+    """An item's id: one that is no integer is a name in the catalogue's id map."""
+    if isinstance(value, str) or (type(value) is int and 0 <= value <= LARGEST_ITEM):
+        return value
+    raise PydanticCustomError("item", f"Input should be a string or an integer from 0 to {LARGEST_ITEM}")
+
+
+_Item = Annotated[int | str, PlainValidator(_item)]
+
+
 class Body(BaseModel):
     """What a client may say; unknown fields are refused, and nothing is converted."""
 
@@ -25,9 +37,9 @@ class Body(BaseModel):
 
     input_ids: list[_Id] | None = None
     text: str | None = None
-    history: list[_Id] | None = None
+    history: list[_Item] | None = None
     top_k: Annotated[int, Field(ge=1)] = 10
-    allowed_items: list[_Id] | None = None
+    allowed_items: list[_Item] | None = None
     timeout_ms: Annotated[int, Field(ge=1)] | None = None
     trace: bool = False
 
@@ -56,7 +68,7 @@ class Body(BaseModel):
             limits.check(self.input_ids, "input_ids")
         if self.top_k > beam_width:
             raise bad_field("top_k", f"must be at most {beam_width}, the beam width, got {self.top_k}")
-        allowed = None if self.allowed_items is None else tuple(sorted(set(self.allowed_items)))
+        allowed = None if self.allowed_items is None else tuple(sorted(set(self.allowed_items), key=_order))
         return Query(self.input_ids, self.text, self.history, self.top_k, allowed, self.trace)
 
 
@@ -81,6 +93,10 @@ async def read_body(request: Request, most: int) -> bytes:
     except asyncio.TimeoutError:
         raise ServiceError(408, "timeout", f"the body did not arrive within {_BODY_SECONDS:.0f} s") from None
     return bytes(content)
+
+
+def _order(item: int | str) -> tuple[bool, Any]:
+    return isinstance(item, str), item
 
 
 def _shown(value: Any) -> str:

@@ -16,14 +16,16 @@ LENGTH = struct.Struct("!Q")
 
 @dataclass(frozen=True)
 class Query:
-    """One request, its shape checked by the front. One of ``input_ids``, ``text`` and ``history`` is given."""
+    """One request, its shape checked by the front. One of ``input_ids``, ``text`` and ``history`` is given, or with
+    ``example`` none: a history to try is wanted. Item ids are what the catalogue has, integers or strings."""
 
     input_ids: list[int] | None = None
     text: str | None = None
-    history: list[int] | None = None
+    history: list[int | str] | None = None
     top_k: int = 10
-    allowed_items: tuple[int, ...] | None = None
+    allowed_items: tuple[int | str, ...] | None = None
     trace: bool = False
+    example: bool = False
 
 
 class Limits(NamedTuple):

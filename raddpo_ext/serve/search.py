@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from raddpo_ext.beam_search import BeamResult
 from raddpo_ext.beam_step import BeamState
 from raddpo_ext.catalogue_store import CatalogueStore, CatalogueVersion
+from raddpo_ext.id_map import IdMap
 from raddpo_ext.integrations.retriever import SIDRetriever
 from raddpo_ext.item_tokens import history_prompts
 from raddpo_ext.serve.config import ServeConfig
@@ -39,6 +41,7 @@ class Search:
 
     retriever: SIDRetriever
     limits: Limits
+    names: IdMap | None
 
     def __init__(self, config: ServeConfig) -> None:
         self.config = config
@@ -80,7 +83,7 @@ class Search:
                 length_penalty=self.config.length_penalty,
             )
         self.limits = self._try_out(retriever)
-        self.retriever, self.version = retriever, found.version
+        self.retriever, self.version, self.names = retriever, found.version, found.names
 
     def _try_out(self, retriever: SIDRetriever) -> Limits:
         """One search: what cannot be searched is refused here and not in a request, which finds everything warm."""
@@ -101,14 +104,18 @@ class Search:
         groups: dict[tuple[int, ...] | None, dict[int, list[int]]] = {}
         for number, query in enumerate(queries):
             try:
-                groups.setdefault(query.allowed_items, {})[number] = self._prompt(query)
+                if query.example:
+                    answers[number] = self._example()
+                else:
+                    prompt = self._prompt(query)
+                    groups.setdefault(self._allowed(query), {})[number] = prompt
             except ServiceError as error:
                 answers[number] = Answer(error.status, code=error.code, message=error.message)
             except Exception:  # a tokenizer's
                 _LOG.exception("a prompt could not be read")
                 answers[number] = _FAILED
-        for prompts in groups.values():
-            group = [queries[number] for number in prompts]
+        for allowed, prompts in groups.items():
+            group = [replace(queries[number], allowed_items=allowed) for number in prompts]
             answers.update(zip(prompts, self._answer_group(group, list(prompts.values())), strict=True))
         return [answers[number] for number in range(len(queries))]
 
@@ -156,14 +163,45 @@ class Search:
         """The first ``top_k`` of a row's items as JSON, empty ones left out."""
         count = int((found.items[row, : query.top_k] >= 0).sum())
         body = {
-            "items": found.items[row, :count].tolist(),
+            **self._named(found.items[row, :count].tolist(), "items"),
             "sids": [_codes(sid) for sid in found.sids[row, :count].tolist()],
             "scores": found.scores[row, :count].tolist(),
             "catalogue_version": self.version,
         }
         if beams is not None:
             body["beams"] = beams[row]
-        return Answer(200, json.dumps(body, allow_nan=False, separators=(",", ":")).encode())
+        return _json(body)
+
+    def _named(self, items: list[int], field: str) -> dict[str, Any]:
+        """The items as a client knows them, and their titles where the catalogue has some."""
+        if self.names is None:
+            return {field: items}
+        titles = {} if self.names.titles is None else {"titles": self.names.titles_of(items)}
+        return {field: self.names.ids_of(items), **titles}
+
+    def _example(self) -> Answer:
+        """A history of the catalogue's first items, to try the service with; empty where the model's window is."""
+        index = self.retriever.index
+        fitting = (self.limits.longest_prompt - (self._bos is not None)) // index.sid_levels
+        items = index.items[: min(3, max(0, fitting))].tolist()
+        strings = self.names is not None and self.names.ids is not None
+        kind = {"ids": "strings" if strings else "integers"}
+        return _json({**self._named(items, "history"), **kind, "catalogue_version": self.version})
+
+    @property
+    def _bos(self) -> int | None:
+        return getattr(self.model.config.get_text_config(), "bos_token_id", None)
+
+    def _allowed(self, query: Query) -> tuple[int, ...] | None:
+        """The items of the index that a query allows; ids that the catalogue lacks are passed over."""
+        if query.allowed_items is None:
+            return None
+        kind, called = (int, "integers") if self.names is None or self.names.ids is None else (str, "strings")
+        if not all(isinstance(item, kind) for item in query.allowed_items):
+            raise bad_field("allowed_items", f"must hold {called}, which this catalogue's item ids are")
+        if self.names is None:
+            return tuple(item for item in query.allowed_items if isinstance(item, int))
+        return tuple(self.names.items_of([item for item in query.allowed_items if item in self.names]))
 
     def _prompt(self, query: Query) -> list[int]:
         if query.input_ids is not None:
@@ -173,14 +211,18 @@ class Search:
                 raise bad_field("text", "needs a tokenizer, which this model's folder lacks")
             name, prompt = "text", self.tokenizer(query.text)["input_ids"]
         else:
-            items = query.history or []
+            items: list[Any] = query.history or []
             if len(items) > self.limits.longest_prompt:
                 raise bad_field("history", f"must have at most {self.limits.longest_prompt} items, got {len(items)}")
-            bos = getattr(self.model.config.get_text_config(), "bos_token_id", None)
             try:
-                name, (prompt,) = "history", history_prompts(self.retriever.index, [items], bos_token_id=bos)
+                if self.names is not None:
+                    items = self.names.items_of(items)
+                for position, item in enumerate(items):
+                    if not isinstance(item, int):
+                        raise UnknownItem("history", item, position)
+                name, (prompt,) = "history", history_prompts(self.retriever.index, [items], bos_token_id=self._bos)
             except UnknownItem as error:
-                problem = f"must be an item of the catalogue, got {error.item}"
+                problem = f"must be an item of the catalogue, got {error.item!r:.60}"
                 raise bad_field(f"history[{error.position}]", problem) from None
         self.limits.check(prompt, name)
         return prompt
@@ -192,6 +234,10 @@ def _padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Ten
     lengths = torch.tensor([len(row) for row in rows])
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return input_ids.to(device), (torch.arange(input_ids.shape[1]) < lengths[:, None]).to(device)
+
+
+def _json(body: dict[str, Any]) -> Answer:
+    return Answer(200, json.dumps(body, allow_nan=False, separators=(",", ":")).encode())
 
 
 def _codes(sid: list[int]) -> list[int]:
