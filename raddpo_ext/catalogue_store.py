@@ -135,8 +135,8 @@ class CatalogueStore:
     def _is_same(self, staged: Path, version: int) -> bool:
         with suppress(OSError):  # none, or one that cannot be read
             newest = self._file(version)
-            maps = [map_path(path) for path in (staged, newest) if map_path(path).exists()]
-            same = len(maps) == 0 or (len(maps) == 2 and filecmp.cmp(*maps, shallow=False))
+            ours, theirs = map_path(staged), map_path(newest)
+            same = ours.exists() == theirs.exists() and (not ours.exists() or filecmp.cmp(ours, theirs, shallow=False))
             return same and filecmp.cmp(staged, newest, shallow=False)
         return False
 
