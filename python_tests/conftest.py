@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_on_cpu.shim import Shim, compiler
+from cuda_on_cpu.ptx_kernels import compiled_ptx, nvcc
+from cuda_on_cpu.shim import SANITIZE, Shim, compiler
 from hypothesis import HealthCheck, Phase, settings
 
 from raddpo_ext import _C
@@ -51,11 +52,23 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.fixture(scope="session")
-def shim(tmp_path_factory: pytest.TempPathFactory) -> Shim:
-    """The CUDA kernels, compiled for the CPU."""
+def shim_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the CUDA kernels' source is compiled for the CPU, once."""
+    return tmp_path_factory.mktemp("cuda_on_cpu")
+
+
+@pytest.fixture(scope="session", params=["source", "ptx"])
+def shim(request: pytest.FixtureRequest, shim_folder: Path) -> Shim:
+    """The CUDA kernels, compiled for the CPU: from their source, and from what nvcc makes of it."""
     if compiler() is None:
         pytest.skip("needs a C++ compiler (g++, or the one named by CXX)")
-    return Shim(tmp_path_factory.mktemp("cuda_on_cpu"))
+    if request.param == "source":
+        return Shim(shim_folder)
+    if SANITIZE in os.environ:
+        pytest.skip("the compiled PTX is not sanitized")
+    if nvcc() is None:
+        pytest.skip("needs nvcc, in CUDA_HOME or /usr/local/cuda")
+    return Shim(shim_folder, compiled_ptx(shim_folder))
 
 
 @pytest.fixture

@@ -5,8 +5,11 @@
 #include <link.h>
 #include <math.h>
 
+#include <array>
 #include <cmath>
 #include <cstdlib>
+#include <map>
+#include <tuple>
 
 #include "fibers.h"
 
@@ -29,7 +32,7 @@ using dim3 = cuda_on_cpu::Dim3;
 using cudaError_t = int;
 using cudaStream_t = struct CUstream_st*;
 constexpr int cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9,
-              cudaErrorLaunchFailure = 719;
+              cudaErrorInvalidDeviceFunction = 98, cudaErrorLaunchFailure = 719;
 
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 struct cudaLaunchAttribute {
@@ -80,7 +83,7 @@ inline void __syncwarp(unsigned = ~0u, CUDA_ON_CPU_LINE) {
 inline void __threadfence() {}
 inline void __cluster_barrier_arrive() { ++cuda_on_cpu::current().arrivals; }
 inline void __cluster_barrier_arrive_relaxed() { __cluster_barrier_arrive(); }
-inline void __cluster_barrier_wait(CUDA_ON_CPU_LINE) { cuda_on_cpu::leave(cuda_on_cpu::State::at_cluster, what, line); }
+inline void __cluster_barrier_wait(CUDA_ON_CPU_LINE) { cuda_on_cpu::wait_for_cluster(what, line); }
 inline void __stwb(uint4* p, uint4 value) { *p = value; }
 
 template <typename T>
@@ -178,19 +181,25 @@ inline cudaError_t cudaMemsetAsync(void* p, int value, std::size_t bytes, cudaSt
   return std::memset(p, value, bytes), cudaSuccess;
 }
 
-template <typename... Parameters, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
-                               Arguments&&... arguments) {
-  using namespace cuda_on_cpu;
-  const unsigned cluster = config->numAttrs ? config->attrs[0].val.clusterDim.x : 1;
-  if (!config->gridDim.x || !config->blockDim.x || config->blockDim.x > 1024) return cudaErrorInvalidConfiguration;
-  if (config->blockDim.x % 32) return cudaErrorInvalidConfiguration;
-  if (cluster > (has_clusters ? 8 : 1) || config->gridDim.x % cluster) return cudaErrorInvalidConfiguration;
-  gridDim = config->gridDim;
-  blockDim = config->blockDim;
+namespace cuda_on_cpu {
+// A kernel translated from PTX (ptx.py), which runs in place of the compiled source.
+struct Translated {
+  void (*run)(const std::uint64_t* parameters);  // their addresses
+  std::vector<std::size_t> sizes;                // of the parameters
+  std::size_t shared_bytes;
+  unsigned most_threads;
+};
+inline std::map<std::string, Translated> by_name;  // empty: the source runs
+inline std::map<const void*, const Translated*> by_kernel;
+
+// Runs all blocks of a launch, of which `memory` is each one's shared memory.
+inline cudaError_t run_blocks(const cudaLaunchConfig_t& config, SharedMemory memory,
+                              const std::function<void()>& body) {
+  const unsigned cluster = config.numAttrs ? config.attrs[0].val.clusterDim.x : 1;
+  gridDim = config.gridDim;
+  blockDim = config.blockDim;
   block.enter = enter_block;
-  shared = find_shared_memory();
-  const std::function<void()> body = [&] { kernel(arguments...); };
+  shared = memory;
   std::vector<unsigned> order(gridDim.x / cluster);
   std::iota(order.begin(), order.end(), 0u);
   if (block_order == 1) std::reverse(order.begin(), order.end());
@@ -203,4 +212,35 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     if (!run_cluster(cluster, blockDim.x, body)) return cudaErrorLaunchFailure;
   }
   return cudaSuccess;
+}
+
+inline cudaError_t run_blocks(const cudaLaunchConfig_t& config, const Translated& kernel,
+                              const std::uint64_t* parameters) {
+  alignas(128) static char memory[48 << 10];  // the most that a block may have without asking
+  if (kernel.shared_bytes > sizeof memory || config.blockDim.x > kernel.most_threads) {
+    block.error = "more shared memory than a block may have, or more threads than the kernel's launch bounds";
+    return cudaErrorInvalidValue;
+  }
+  return run_blocks(config, {memory, kernel.shared_bytes}, [&] { kernel.run(parameters); });
+}
+}  // namespace cuda_on_cpu
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  using namespace cuda_on_cpu;
+  const unsigned cluster = config->numAttrs ? config->attrs[0].val.clusterDim.x : 1;
+  if (!config->gridDim.x || !config->blockDim.x || config->blockDim.x > 1024) return cudaErrorInvalidConfiguration;
+  if (config->blockDim.x % 32) return cudaErrorInvalidConfiguration;
+  if (cluster > (has_clusters ? 8 : 1) || config->gridDim.x % cluster) return cudaErrorInvalidConfiguration;
+  if (by_name.empty()) return run_blocks(*config, find_shared_memory(), [&] { kernel(arguments...); });
+  const auto found = by_kernel.find(reinterpret_cast<const void*>(kernel));
+  if (found == by_kernel.end() || found->second->sizes != std::vector<std::size_t>{sizeof(Parameters)...}) {
+    block.error = "no PTX of this kernel and these parameters";
+    return cudaErrorInvalidDeviceFunction;
+  }
+  std::tuple<Parameters...> values{arguments...};
+  const auto parameters =
+      std::apply([](auto&... value) { return std::array{reinterpret_cast<std::uint64_t>(&value)...}; }, values);
+  return run_blocks(*config, *found->second, parameters.data());
 }

@@ -31,7 +31,7 @@ struct Context {
 extern "C" void cuda_on_cpu_switch(void** from, void* to);
 // Saves what a call preserves on the stack left, and takes it from the stack entered.
 __asm__(
-    ".text\n.globl cuda_on_cpu_switch\n.hidden cuda_on_cpu_switch\n.type cuda_on_cpu_switch, @function\n"
+    ".text\n.weak cuda_on_cpu_switch\n.hidden cuda_on_cpu_switch\n.type cuda_on_cpu_switch, @function\n"
     "cuda_on_cpu_switch:\n"
     "push %rbp\npush %rbx\npush %r12\npush %r13\npush %r14\npush %r15\n"
     "mov %rsp, (%rdi)\nmov %rsi, %rsp\n"
@@ -63,7 +63,7 @@ struct Dim3 {
   constexpr Dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-enum class State { ready, at_warp, at_block, at_cluster, ended };
+enum class State { ready, at_warp, at_block, at_cluster, failed, ended };
 
 struct Fiber {
   Context context;
@@ -73,7 +73,7 @@ struct Fiber {
   const char* what;         // the barrier's name
   std::uint64_t values[2];  // given to the warp's last two exchanges: a lane is at most one exchange ahead of another
   unsigned exchanges;
-  unsigned arrivals;  // at barriers of the cluster
+  unsigned arrivals, waits;  // at barriers of the cluster
 };
 
 struct Block {
@@ -101,6 +101,11 @@ inline void leave(State state, const char* what, int line) {
   const Dim3 index = thread_index;
   switch_to(fiber.context, block.scheduler);
   thread_index = index;
+}
+
+inline void wait_for_cluster(const char* what, int line) {
+  if (++current().waits != current().arrivals) leave(State::failed, "wait for the cluster without an arrival", line);
+  leave(State::at_cluster, what, line);
 }
 
 // Another thread may run here: called at atomics, under the shuffled orders.
@@ -142,6 +147,11 @@ inline bool release_cluster() {
 }
 
 inline std::string describe_stuck() {
+  for (unsigned i = 0; i < block.size; ++i) {
+    const Fiber& fiber = block.fibers[i];
+    if (fiber.state == State::failed)
+      return std::string(fiber.what) + " at line " + std::to_string(fiber.line) + " of thread " + std::to_string(i);
+  }
   std::string text = "barrier not reached by every thread:";
   for (unsigned i = 0; i < block.size; ++i) {
     const Fiber& fiber = block.fibers[i];
@@ -176,7 +186,7 @@ inline bool run_cluster(unsigned blocks, unsigned threads_of_block, const std::f
     __asan_unpoison_memory_region(fiber.stack.get(), kStackBytes);  // the thread before never returned
 #endif
     fiber.state = State::ready;
-    fiber.exchanges = fiber.arrivals = 0;
+    fiber.exchanges = fiber.arrivals = fiber.waits = 0;
     start(fiber.context, fiber.stack.get(), run_fiber);
   }
   std::vector<unsigned> warps(threads / 32), lanes(32);

@@ -82,6 +82,20 @@ EXPORT void set_order(unsigned threads, unsigned blocks) {
   cuda_on_cpu::block_order = blocks;
 }
 
+// From now on this kernel runs as its PTX says; 0 if there is none.
+EXPORT int run_translated(const char* name, const void* kernel) {
+  const auto found = cuda_on_cpu::by_name.find(name);
+  if (found == cuda_on_cpu::by_name.end()) return 0;
+  cuda_on_cpu::by_kernel[kernel] = &found->second;
+  return 1;
+}
+
+// Runs a translated kernel of two addresses, which no source has, on 64 threads.
+EXPORT int run_alone(const char* name, std::uint64_t in, std::uint64_t out) {
+  const std::uint64_t parameters[] = {reinterpret_cast<std::uint64_t>(&in), reinterpret_cast<std::uint64_t>(&out)};
+  return cuda_on_cpu::run_blocks({1, 64, 0, nullptr, nullptr, 0}, cuda_on_cpu::by_name.at(name), parameters);
+}
+
 EXPORT const char* last_error() { return cuda_on_cpu::block.error.c_str(); }
 
 // `sizes`: logit type, batch, width, vocab, stride_batch, stride_beam, beam_width, normalize, level.

@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,28 +32,53 @@ def _pointers(tensors: Sequence[Tensor | None]) -> Tensor:
     return torch.tensor([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
 
 
-class Shim:
-    """``threads`` and ``blocks`` orders: 0 ascending, 1 descending, any other number shuffled from it as the seed."""
+def _run_compiler(*arguments: str | Path) -> None:
+    program = compiler()
+    assert program is not None
+    flags = (
+        ["-fsanitize=address,alignment,bounds,shift,signed-integer-overflow", "-fno-sanitize-recover=all"]
+        if SANITIZE in os.environ
+        else []
+    )
+    flags += ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+    flags += ["-Wno-unknown-pragmas", f"-I{FOLDER}"]
+    result = subprocess.run([program, *flags, *map(str, arguments)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
-    def __init__(self, folder: Path) -> None:
-        program, library = compiler(), folder / "cuda_on_cpu.so"
-        assert program is not None
-        flags = (
-            ["-fsanitize=address,alignment,bounds,shift,signed-integer-overflow", "-fno-sanitize-recover=all"]
-            if SANITIZE in os.environ
-            else []
-        )
-        flags += ["-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
-        flags += ["-Wno-unknown-pragmas", f"-I{FOLDER}"]
-        result = subprocess.run(
-            [program, *flags, str(FOLDER / "library.cpp"), "-o", str(library)], capture_output=True, text=True
-        )
-        assert result.returncode == 0, result.stderr
+
+class Shim:
+    """Keeps the compiled source in ``folder`` for the next. ``kernels``: object files of translated PTX
+    (ptx_kernels.py), which run in place of the source's."""
+
+    def __init__(self, folder: Path, kernels: Sequence[Path] = ()) -> None:
+        source = folder / "library.o"
+        if not source.exists():
+            _run_compiler("-c", FOLDER / "library.cpp", "-o", source)
+        library = Path(tempfile.mkdtemp(dir=folder)) / "cuda_on_cpu.so"
+        _run_compiler("-shared", source, *kernels, "-o", library)
         self._library = ctypes.CDLL(str(library))
         self._library.last_error.restype = ctypes.c_char_p
+        if kernels:
+            self._run_translated(library)
         self.set_order(0, 0)
 
+    def _run_translated(self, library: Path) -> None:
+        """Tells the launcher which kernel of the source each translated one stands for: that of its name."""
+        symbols = subprocess.run(["nm", str(library)], capture_output=True, text=True, check=True).stdout
+        lines = [words for words in map(str.split, symbols.splitlines()) if len(words) == 3]  # two: not defined here
+        addresses = {name: int(address, 16) for address, _, name in lines}
+        begin = (ctypes.cast(self._library.set_order, ctypes.c_void_p).value or 0) - addresses["set_order"]
+        for name, address in addresses.items():
+            self._library.run_translated(name.encode(), ctypes.c_void_p(begin + address))
+
+    def run_alone(self, name: str, values: Tensor, out: Tensor) -> None:
+        """Runs a translated kernel of two addresses, which no source has, on 64 threads."""
+        code = self._library.run_alone(name.encode(), *(ctypes.c_uint64(t.data_ptr()) for t in (values, out)))
+        if code:
+            raise RuntimeError(f"{name}: error {code}: {self._library.last_error().decode()}")
+
     def set_order(self, threads: int, blocks: int) -> None:
+        """0: ascending, 1: descending, any other number: shuffled from it as the seed."""
         self._library.set_order(threads, blocks)
 
     def set_clusters(self, has: bool) -> None:
