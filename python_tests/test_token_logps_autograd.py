@@ -169,7 +169,7 @@ def test_second_backward() -> None:
     for inplace in (False, True):
         logps = rx.token_logps(2 * logits, targets, inplace_backward=inplace)
         (gradient,) = torch.autograd.grad(logps.square().sum(), logits, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
+        with pytest.raises(RuntimeError, match="no second derivative"):
             gradient.sum().backward()
 
 

@@ -115,12 +115,13 @@ def lengths(value: Any, rows: int, least: int, most: int) -> Tensor:
     return tensor
 
 
-def widths(value: int | Sequence[int], levels: int) -> list[int]:
-    """``beam_width`` as one width for each of ``levels`` calls."""
+def widths(value: int | Sequence[int], levels: int, most: int) -> list[int]:
+    """``beam_width`` as one width for each of ``levels`` calls; a list may have up to ``most``."""
     if isinstance(value, Sequence):
-        if len(value) != levels:
-            raise ValueError(f"beam_width must have one entry a call ({levels}), got {list(value)}")
-        return [width(entry, f"beam_width[{i}]") for i, entry in enumerate(value)]
+        if not levels <= len(value) <= most:
+            calls = f"{levels}" if levels == most else f"{levels}, or up to {most}, as the vocabulary has"
+            raise ValueError(f"beam_width must have one entry a call ({calls}), got {list(value)}")
+        return [width(entry, f"beam_width[{i}]") for i, entry in enumerate(value)][:levels]
     return [width(value, "beam_width")] * levels
 
 

@@ -60,7 +60,8 @@ def beam_search(
             in finished and empty slots; their logits are ignored. Called once a level, ``index.levels`` times.
         index: the catalogue.
         batch_size: ``B``.
-        beam_width: one width, or one for each call.
+        beam_width: one width, or one for each call. A list may go on up to the vocabulary's levels, ``eos`` counted,
+            where the catalogue has no SID of that length; what goes beyond ``index.levels`` is not used.
         normalize, length_penalty, check: see :func:`beam_step`.
         top_k: return this many items a query, a collided SID repeated for each of its items. Default: one row a SID
             of the last width, with its first item. More than the beams can hold is warned of.
@@ -69,9 +70,9 @@ def beam_search(
             ``parents`` of the state after it names has died.
 
     Returns:
-        :class:`BeamResult`; ``R`` is ``top_k``, or the last width.
+        :class:`BeamResult`, without gradient; ``R`` is ``top_k``, or the last width.
     """
-    widths = _check.widths(beam_width, index.levels)
+    widths = _check.widths(beam_width, index.levels, index.most_levels)
     if top_k is not None:
         _check.width(top_k, "top_k")
         _warn_if_too_many(top_k, widths[-1], index)

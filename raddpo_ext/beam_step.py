@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from raddpo_ext import _check
+from raddpo_ext._autograd import refuse_transforms
 from raddpo_ext.trie import TrieIndex
 
 LOGIT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,9 +39,11 @@ class BeamState:
         shape = (_check.integer(batch_size, "batch_size", 0), 1)
         device = index.device if device is None else device
         zeros = torch.zeros(shape, dtype=torch.int64, device=device)
-        return cls(torch.zeros(shape, device=device), torch.full_like(zeros, -1), zeros, zeros.clone())
+        scores = torch.zeros(shape, dtype=torch.float32, device=device)
+        return cls(scores, torch.full_like(zeros, -1), zeros, zeros.clone())
 
 
+@torch.no_grad()
 def beam_step(
     logits: Tensor,
     state: BeamState,
@@ -71,7 +74,7 @@ def beam_step(
         check: also raise ValueError for NaN logits, and on CUDA for the values of ``state.nodes`` (synchronises).
 
     Returns:
-        The next state, ``[B, beam_width]``.
+        The next state, ``[B, beam_width]``, without gradient.
 
     Raises:
         ValueError, TypeError: naming the argument and the value.
@@ -79,6 +82,7 @@ def beam_step(
     if not isinstance(logits, Tensor) or logits.dtype not in LOGIT_TYPES:
         got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
         raise TypeError(f"logits must be a float32, bfloat16 or float16 tensor, got {got}")
+    refuse_transforms("beam_step", logits, state.scores if isinstance(state, BeamState) else None)
     support = check_state(logits, "logits", state, index, normalize, length_penalty)
     _check.width(beam_width, "beam_width")
     if check:

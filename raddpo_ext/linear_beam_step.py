@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raddpo_ext import _check
+from raddpo_ext._autograd import refuse_transforms
 from raddpo_ext.beam_step import LOGIT_TYPES, BeamState, check_state, is_extended
 from raddpo_ext.row_lse import row_lse
 from raddpo_ext.token_logps import check_map
@@ -17,6 +18,7 @@ _LOGIT_BYTES = 1 << 28  # of a tile's logits, on CUDA
 _ROWS_A_READ = 128  # rows that a GPU multiplies by a row of the weight in the time that reading it takes, about
 
 
+@torch.no_grad()
 def linear_beam_step(
     hidden: Tensor,
     weight: Tensor,
@@ -51,12 +53,14 @@ def linear_beam_step(
         check: also raise ValueError for NaN in ``hidden`` (synchronises on CUDA).
 
     Returns:
-        The next state, ``[B, beam_width]``.
+        The next state, ``[B, beam_width]``, without gradient.
 
     Raises:
         ValueError, TypeError: naming the argument and the value; also for a state whose beams are of several levels.
     """
     _check_inputs(hidden, weight, bias)
+    refuse_transforms("linear_beam_step", hidden, weight, bias)
+    bias = None if bias is None else bias.contiguous()
     support = check_state(hidden, "hidden", state, index, normalize, length_penalty)
     _check.width(beam_width, "beam_width")
     scale, softcap = check_map(temperature, logit_softcap)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raddpo_ext._autograd import differentiable_once
 from raddpo_ext.linear_parts import Part
 from raddpo_ext.linear_product import Gradients, Plan, Product
-from raddpo_ext.token_logps import OVERWRITTEN
 
 
 class SharedTokenLogps(torch.autograd.Function):
@@ -55,16 +55,14 @@ class SharedTokenLogps(torch.autograd.Function):
             ctx.save_for_backward(
                 hidden, weight, bias, *factors, lse, kept, safe, rows, slope, logps.isfinite() & counted
             )
-            ctx.part, ctx.plan, ctx.overwritten = part, plan, False
+            ctx.part, ctx.plan, ctx.overwritten, ctx.op = part, plan, False, "linear_token_logps"
             ctx.leaf = weight if plan.accumulate else None
         return logps
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.overwritten:
-            raise RuntimeError(OVERWRITTEN)
-        hidden, weight, bias, *saved = ctx.saved_tensors
+    @differentiable_once
+    def backward(ctx: Any, tensors: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, *saved = tensors
         factors: tuple[Tensor, Tensor, Tensor | None] = (saved[0], saved[1], saved[2])
         lse, kept, targets, rows, slope, live = saved[3:]
         ctx.overwritten = True
@@ -87,12 +85,12 @@ def _softmax_part(hidden: Tensor, columns: int, rows: Tensor, look: bool) -> Par
     so that only its softmax is worked out."""
     used = None
     if look:
-        seen = torch.zeros(len(hidden), dtype=torch.bool).index_fill_(0, rows, True)
+        seen = torch.zeros(len(hidden), dtype=torch.bool, device=rows.device).index_fill_(0, rows, True)
         used = None if bool(seen.all()) else seen.nonzero()[:, 0]
     count = len(hidden) if used is None else len(used)
     if count == 0:
         return None
-    beyond = torch.full((count,), columns, device=hidden.device)
+    beyond = torch.full((count,), columns, dtype=torch.int64, device=hidden.device)
     return Part(used, 0, columns, None, beyond, -1, None, None, num_targets=columns + 1)
 
 

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raddpo_ext import _check
+from raddpo_ext._autograd import differentiable_once, refuse_transforms
 from raddpo_ext.linear_parts import Part, parts_of
 from raddpo_ext.linear_product import WORTH_A_LOOK, Gradients, Plan, Product
 from raddpo_ext.linear_shared import SharedTokenLogps
 from raddpo_ext.support import support_of
-from raddpo_ext.token_logps import OVERWRITTEN, check_map, check_rows, check_targets, differentiable
+from raddpo_ext.token_logps import check_map, check_rows, check_targets, differentiable
 from raddpo_ext.trie import TrieIndex
 from raddpo_ext.vocab import SIDVocab
 
@@ -63,7 +64,8 @@ def linear_token_logps(
         check: see :func:`token_logps`; NaN in ``hidden``, ``weight`` or ``bias`` raises.
 
     Returns:
-        float32 ``[...]`` (float64 for float64), differentiable once in ``hidden``, ``weight`` and ``bias``.
+        float32 ``[...]`` (float64 for float64), differentiable once in ``hidden``, ``weight`` and ``bias``, in
+        reverse mode: anything else is an error.
 
     Raises:
         ValueError, TypeError: naming the argument and the value.
@@ -72,6 +74,7 @@ def linear_token_logps(
     Source: Liger Kernel (arXiv 2410.10989) and Cut Cross-Entropy (arXiv 2411.09009) fuse the head with the loss.
     """
     _check_inputs(hidden, weight, targets, bias, rows)
+    refuse_transforms("linear_token_logps", hidden, weight, bias)
     scale, softcap = check_map(temperature, logit_softcap)
     ignore_index = _check.integer(ignore_index, "ignore_index")
     budget = _check.integer(logits_budget, "logits_budget", 0)
@@ -103,7 +106,7 @@ def linear_token_logps(
     if support is None and rows is None and fits and not (look or accumulate_grad or torch.compiler.is_compiling()):
         # No rows to leave out, no tiles: autograd's own product has the least overhead.
         options = (None, None, None, scale, softcap, ignore_index, 0, weight.shape[0])
-        return differentiable(F.linear(hidden, weight, bias), targets, options, inplace_backward=True)
+        return differentiable(F.linear(hidden, weight, bias), targets, options, True, "linear_token_logps")
     flat_targets = targets if targets.dim() == 1 else targets.reshape(-1)
     inputs = (hidden, weight, bias)
     plan = Plan(
@@ -160,17 +163,15 @@ class _LinearTokenLogps(torch.autograd.Function):
                 logps.index_copy_(0, part.rows, logp)
         if plan.wanted:
             ctx.save_for_backward(hidden, weight, bias, *factors, *lses, *kept)
-            ctx.parts, ctx.plan, ctx.overwritten = parts, plan, False
+            ctx.parts, ctx.plan, ctx.overwritten, ctx.op = parts, plan, False, "linear_token_logps"
             # Itself, as saved tensors come back as others after checkpointing or offloading.
             ctx.leaf = weight if plan.accumulate else None
         return logps
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.overwritten:
-            raise RuntimeError(OVERWRITTEN)
-        hidden, weight, bias, *saved = ctx.saved_tensors
+    @differentiable_once
+    def backward(ctx: Any, tensors: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, *saved = tensors
         ctx.overwritten = True
         parts, plan = ctx.parts, ctx.plan
         factors: tuple[Tensor, Tensor, Tensor | None] = (saved[0], saved[1], saved[2])

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from raddpo_ext import _check
+from raddpo_ext._autograd import below_autograd as _below_autograd
+from raddpo_ext._autograd import differentiable_once, refuse_transforms_of_operator
 from raddpo_ext.session import SessionBatch
 
+_NAMES = "session_loss (rad_dpo_loss, multilabel_contrastive_loss)"  # in errors about derivatives
 REDUCTION = ("mean", "sum", "none")
 
 
@@ -111,7 +114,9 @@ def level_weights(weights: Any, like: Tensor, check: bool) -> Tensor | None:
         if not isinstance(weights, Sequence):
             raise TypeError(f"level_weights must be a sequence or a tensor of numbers, got {weights!r}")
         numbers = [not_negative(weight, f"level_weights[{i}]") for i, weight in enumerate(weights)]
-        return constant(torch.tensor(numbers).to(like), "level_weights", like, like.dtype, like.shape[1:])
+        # One by one on the device: a copy of the list would wait for a GPU.
+        given = torch.cat([like.new_full((1,), number) for number in numbers]) if numbers else like.new_empty(0)
+        return constant(given, "level_weights", like, like.dtype, like.shape[1:])
     weights = constant(weights.to(like.dtype), "level_weights", like, like.dtype, like.shape[1:])
     if _reads_values(weights, check):
         _check_weights(weights, "level_weights")
@@ -171,27 +176,24 @@ class _SessionLoss(torch.autograd.Function):
         _, lengths, offsets, num_positives = arguments[:4]
         gradient, scales = outputs[6:]
         ctx.save_for_backward(logps, gradient, scales, lengths, offsets, num_positives, arguments[9])
-        ctx.sft_weight = arguments[15]
+        ctx.sft_weight, ctx.overwritten, ctx.op = arguments[15], False, _NAMES
         ctx.mark_non_differentiable(*outputs[3:])
         ctx.set_materialize_grads(False)
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+    @differentiable_once
+    def backward(ctx: Any, saved: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
         if all(grad is None for grad in grads[:3]):
             return None, None
-        op, arguments = torch.ops.raddpo.session_loss_backward.default, (*grads[:3], *ctx.saved_tensors, ctx.sft_weight)
-        return op(*arguments) if torch.is_grad_enabled() else _below_autograd(op, *arguments), None
-
-
-def _below_autograd(op: Any, *arguments: Any) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*arguments)
+        arguments = (*grads[:3], *saved, ctx.sft_weight)
+        return _below_autograd(torch.ops.raddpo.session_loss_backward.default, *arguments), None
 
 
 def _differentiable(*arguments: Any) -> tuple[Tensor, ...]:
     """The operator's autograd kernel. ``torch.library.register_autograd`` makes one that takes 150 us, for so many
     arguments."""
+    refuse_transforms_of_operator(_NAMES, arguments[0])
     need_gradient = arguments[-1]
     if need_gradient:
         return _SessionLoss.apply(arguments[0], arguments[1:])
@@ -199,7 +201,7 @@ def _differentiable(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _no_second_derivative(ctx: Any, grad: Tensor) -> None:
-    raise RuntimeError("the session losses have no second derivative")
+    raise RuntimeError(f"{_NAMES} has no second derivative")
 
 
 _library = torch.library.Library("raddpo", "FRAGMENT")

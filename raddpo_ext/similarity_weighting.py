@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from raddpo_ext import _check
+from raddpo_ext._autograd import refuse_transforms
 from raddpo_ext.session import SessionBatch
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -102,6 +103,7 @@ class SimilarityWeighting(nn.Module):
             ValueError, TypeError: naming the argument and the value.
         """
         self._check_arguments(embeddings, sessions)
+        refuse_transforms("SimilarityWeighting", embeddings)
         positives, negatives = sessions.pairs()
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
         similarities = _cosine(embeddings.to(dtype, copy=True), positives, negatives)

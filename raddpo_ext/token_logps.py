@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from raddpo_ext import _check
+from raddpo_ext._autograd import below_autograd, differentiable_once, refuse_transforms, refuse_transforms_of_operator
 from raddpo_ext.support import support_of
 from raddpo_ext.trie import TrieIndex
 from raddpo_ext.vocab import SIDVocab
@@ -60,7 +61,7 @@ def token_logps(
             On CUDA without it, a target outside ``[0, V)`` gives ``-inf``.
 
     Returns:
-        ``[...]``, differentiable once.
+        ``[...]``, differentiable once, in reverse mode: anything else is an error.
 
     Raises:
         ValueError, TypeError: naming the argument and the value.
@@ -69,6 +70,7 @@ def token_logps(
     Source: the gather - logsumexp identity; Liger Kernel (arXiv 2410.10989) writes gradients in place.
     """
     _check_logits(logits, targets)
+    refuse_transforms("token_logps", logits)
     scale, softcap = check_map(temperature, logit_softcap)
     ignore_index = _check.integer(ignore_index, "ignore_index")
     support = support_of(targets, normalize, vocab, levels, index, nodes, logits.shape[-1], ignore_index, check)
@@ -78,18 +80,18 @@ def token_logps(
         if bool(logits.isnan().any()):
             raise ValueError(f"logits hold NaN, first at {logits.isnan().nonzero()[0].tolist()}")
     options: Options = (columns, begin, count, scale, softcap, ignore_index, 0, logits.shape[-1])
-    return differentiable(logits, targets, options, inplace_backward)
+    return differentiable(logits, targets, options, inplace_backward, "token_logps")
 
 
-def differentiable(logits: Tensor, targets: Tensor, options: Options, inplace_backward: bool) -> Tensor:
-    """The op on logits of any leading shape, its autograd formula included."""
+def differentiable(logits: Tensor, targets: Tensor, options: Options, inplace_backward: bool, op: str) -> Tensor:
+    """The op on logits of any leading shape, its autograd formula included; ``op`` is its name in errors."""
     rows = _rows(logits)
     if torch.compiler.is_compiling():
         logps = torch.ops.raddpo.token_logps(rows, targets.contiguous(), *options)[0]
     else:
         try:
             inplace = inplace_backward and not _share_memory(rows)
-            logps = _TokenLogps.apply(rows, targets.contiguous(), options, inplace)
+            logps = _TokenLogps.apply(rows, targets.contiguous(), options, inplace, op)[0]
         except RuntimeError:
             check_targets(targets, logits.shape[-1], options[5])
             raise
@@ -148,43 +150,37 @@ def check_rows(targets: Tensor, values: Tensor, name: str) -> None:
         raise ValueError(f"targets must be on the device of {name}, {values.device}, got {targets.device}")
 
 
-OVERWRITTEN = (
-    "the first backward pass overwrote the logits by their gradient; to go backward again, call the function again, or "
-    "token_logps with inplace_backward=False"
-)
-
-
 class _TokenLogps(torch.autograd.Function):
-    """The op in eager mode: half the overhead of its registered autograd formula, and a backward pass in place."""
+    """Log-probs and log-sum-exps. Run at once, the autograd kernel need not be reached through the dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, options: Options, inplace_backward: bool) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, options: Options, inplace_backward: bool, op: str
+    ) -> tuple[Tensor, Tensor]:
         logps, lse = logps_and_lse(logits, targets, options)
+        ctx.mark_non_differentiable(lse)
         ctx.save_for_backward(logits, targets, lse)
-        ctx.options, ctx.inplace, ctx.overwritten = options, inplace_backward, False
-        return logps
+        ctx.options, ctx.inplace, ctx.overwritten, ctx.op = options, inplace_backward, False, op
+        return logps, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        if ctx.overwritten:
-            raise RuntimeError(OVERWRITTEN)
-        logits, targets, lse = ctx.saved_tensors
+    @differentiable_once
+    def backward(ctx: Any, saved: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None, None, None]:
+        logits, targets, lse = saved
         if ctx.inplace:
             ctx.overwritten = True
             logits = logits.detach()  # an alias that nobody else holds: autograd takes it as the gradient, uncopied
             overwrite_by_gradient(grad, logits, targets, lse, ctx.options)
         else:
             logits = torch.ops.raddpo.token_logps_backward(grad.contiguous(), logits, targets, lse, *ctx.options)
-        return logits, None, None, None
+        return logits, None, None, None, None
 
 
 def logps_and_lse(logits: Tensor, targets: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """The op without the autograd formula that is registered for it."""
     if torch.compiler.is_compiling():
         return torch.ops.raddpo.token_logps(logits, targets, *options)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.raddpo.token_logps(logits, targets, *options)
+    return below_autograd(torch.ops.raddpo.token_logps.default, logits, targets, *options)
 
 
 def overwrite_by_gradient(
@@ -211,23 +207,18 @@ def _(*_: Any) -> None:
     return None
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, targets, *options = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, targets, output[1], *options[:3])
-    ctx.options = options[3:]
+def _differentiable_operator(logits: Tensor, targets: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """The operator's autograd kernel."""
+    refuse_transforms_of_operator("token_logps", logits)
+    if logits.requires_grad and torch.is_grad_enabled():
+        return _TokenLogps.apply(logits, targets, options, False, "token_logps")
+    return below_autograd(torch.ops.raddpo.token_logps.default, logits, targets, *options)
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 9
-    if grad is None:
-        return None, *nothing
-    logits, targets, lse, *columns = ctx.saved_tensors
-    return (
-        torch.ops.raddpo.token_logps_backward(grad.contiguous(), logits, targets, lse, *columns, *ctx.options),
-        *nothing,
-    )
+def _no_second_derivative(ctx: Any, grad: Tensor) -> None:
+    raise RuntimeError("token_logps has no second derivative")
 
 
-torch.library.register_autograd("raddpo::token_logps", _backward, setup_context=_setup_context)
+_library = torch.library.Library("raddpo", "FRAGMENT")
+_library.impl("token_logps", _differentiable_operator, "Autograd")
+torch.library.register_autograd("raddpo::token_logps_backward", _no_second_derivative)

@@ -64,6 +64,8 @@ class TrieIndex:
         self.levels = self._word("levels")
         #: Columns of a SID.
         self.sid_levels = self._word("sid_levels")
+        #: Tokens that a SID of these columns can have.
+        self.most_levels = self.sid_levels + (self._word("eos") >= 0)
         #: Whether all SIDs have ``levels`` tokens.
         self.fixed_length = self.num_nodes - self._word("first_node", self.levels) == self.num_sids
         #: Largest token id of each level.
@@ -80,6 +82,8 @@ class TrieIndex:
         self._token_tables = [None if table < 0 else self._word("tokens") + 4 * table for table in tables]
         self._first_tokens = [self._word("first_token", level) for level in range(self.levels)]
         self._vocab: SIDVocab | None = None
+        # Of each depth from 1 on, beside the data: to copy them for every call would wait for the GPU.
+        self._first_nodes = torch.tensor(first[1 : self.levels + 1], dtype=torch.int64, device=data.device)
 
     @classmethod
     def build(
@@ -166,7 +170,13 @@ class TrieIndex:
         """The same index on another device. What :meth:`restrict`, :meth:`discard` and :meth:`add` need of it stays on
         the CPU as well."""
         live = None if self.live is None else self.live.to(device)
-        return self._but(data=self.data.to(device), live=live, _node_tokens=None, _left_items=None)
+        return self._but(
+            data=self.data.to(device),
+            live=live,
+            _first_nodes=self._first_nodes.to(device),
+            _node_tokens=None,
+            _left_items=None,
+        )
 
     def restrict(self, item_mask: Any) -> TrieIndex:
         """The index of the allowed items alone, for a request's filter.
@@ -382,9 +392,7 @@ class TrieIndex:
 
     def depths(self, nodes: Tensor) -> Tensor:
         """Depth of each node in tokens, int64, shaped like ``nodes``; 0 for the root."""
-        begin = _WORD["first_node"] + 1
-        first_nodes = self.header[begin : begin + self.levels].to(nodes.device)
-        return torch.bucketize(nodes.contiguous(), first_nodes, right=True)
+        return torch.bucketize(nodes.contiguous(), self._first_nodes.to(nodes.device), right=True)
 
     def item_ranges(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
         """Where each node's items begin in :attr:`items` and how many they are, int64, shaped like ``nodes``."""
@@ -480,9 +488,12 @@ class TrieIndex:
         """The node at the end of each SID, -1 for one that is no path."""
         codes = _check.integer_tensor(sids, "sids", 2).to(self.device)
         rows, columns = codes.shape
-        ends = torch.full((rows,), columns) if lengths is None else _check.lengths(lengths, rows, 0, columns)
-        tokens = self._tokens(codes, ends.to(self.device))
-        last = ends.to(self.device) + (tokens.shape[1] - columns)
+        if lengths is None:
+            ends = torch.full((rows,), columns, device=self.device)
+        else:
+            ends = _check.lengths(lengths, rows, 0, columns).to(self.device)
+        tokens = self._tokens(codes, ends)
+        last = ends + (tokens.shape[1] - columns)
         return self._walk(tokens).gather(1, last[:, None])[:, 0]
 
     def _tokens(self, codes: Tensor, ends: Tensor) -> Tensor:
@@ -498,10 +509,10 @@ class TrieIndex:
         header_bytes = self.data if self.data.device.type == "cpu" else self.data.cpu()
         token_ids = []
         for level in range(self.sid_levels):
-            ids = torch.full((self._word("sizes", level),), -1, dtype=torch.int64)
+            ids = torch.full((self._word("sizes", level),), -1, dtype=torch.int64, device="cpu")
             count, table = self._word("num_symbols", level), self._word("table", level)
             if table < 0:
-                ids[:] = torch.arange(count) + self._word("first_token", level)
+                ids[:] = torch.arange(count, device="cpu") + self._word("first_token", level)
             else:
                 begin = [self._word(section) + 4 * table for section in ("codes", "tokens")]
                 codes, tokens = (header_bytes[b : b + 4 * count].view(torch.int32).long() for b in begin)

@@ -22,14 +22,15 @@ def level_symbols(vocab: SIDVocab | None, columns: int) -> list[tuple[Any, ...]]
     for level, ids in enumerate(vocab.token_ids):
         size, first = len(ids), int(ids[0])
         eos = vocab.eos if level > 0 else None
-        if eos is None and first >= 0 and torch.equal(ids, torch.arange(first, first + size)):
+        if eos is None and first >= 0 and torch.equal(ids, torch.arange(first, first + size, device="cpu")):
             levels.append((size, first, -1, empty, empty, empty))
             continue
-        codes = torch.cat([(ids >= 0).nonzero()[:, 0], torch.tensor([] if eos is None else [-1], dtype=torch.int64)])
+        end = torch.tensor([] if eos is None else [-1], dtype=torch.int64, device="cpu")
+        codes = torch.cat([(ids >= 0).nonzero()[:, 0], end])
         tokens = torch.where(codes >= 0, ids[codes.clamp(min=0)], -1 if eos is None else eos)
         order = tokens.argsort()
         tokens, codes = tokens[order], codes[order]
-        symbols = torch.full((size,), -1)
+        symbols = torch.full((size,), -1, device="cpu")
         symbols[codes[codes >= 0]] = (codes >= 0).nonzero()[:, 0]
         eos_symbol = int((codes < 0).nonzero()[0, 0]) if eos is not None else -1
         levels.append((size, 0, eos_symbol, symbols.int().numpy(), tokens.int().numpy(), codes.int().numpy()))

@@ -60,17 +60,18 @@ class SIDVocab:
             if len(starts) != len(self.sizes):
                 raise ValueError(f"offsets must have one entry a level ({len(self.sizes)}), got {len(starts)}")
             _check_tokens(max(s + k - 1 for s, k in zip(starts, self.sizes, strict=True)))
-            self.token_ids = [torch.arange(s, s + k) for s, k in zip(starts, self.sizes, strict=True)]
+            self.token_ids = [torch.arange(s, s + k, device="cpu") for s, k in zip(starts, self.sizes, strict=True)]
         self.eos = None if eos is None else _check.integer(eos, "eos", 0)
         _check_tokens(self.eos or 0)
         for level, ids in enumerate(self.token_ids):
             if self.eos is not None and bool((ids == self.eos).any()):
                 raise ValueError(f"eos = {self.eos} is also the token of a code of level {level}")
-        end = torch.tensor([] if self.eos is None else [self.eos], dtype=torch.int64)
+        end = torch.tensor([] if self.eos is None else [self.eos], dtype=torch.int64, device="cpu")
         lists = [torch.cat([ids[ids >= 0], end[: level > 0]]).sort().values for level, ids in enumerate(self.token_ids)]
         lists += [end] if len(end) else []
-        counts = torch.tensor([len(ids) for ids in lists])
+        counts = torch.tensor([len(ids) for ids in lists], device="cpu")
         self._level_columns = torch.cat(lists).to(torch.int32), counts.cumsum(0) - counts, counts
+        self._elsewhere: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
         # Where each of those lists begins, its length, its first token, and whether its tokens are consecutive.
         self.level_runs = [
             (int(end) - len(ids), len(ids), int(ids[0]), int(ids[-1] - ids[0]) == len(ids) - 1)
@@ -127,9 +128,9 @@ class SIDVocab:
         levels = tokenizer_levels(ids) if index_json is None else file_levels(index_json, ids)
         sizes = [max(codes) + 1 for codes in levels]
         _check_sizes(sizes)
-        token_ids = [torch.full((size,), -1) for size in sizes]
+        token_ids = [torch.full((size,), -1, device="cpu") for size in sizes]
         for level, codes in zip(token_ids, levels, strict=True):
-            level[[*codes]] = torch.tensor([ids[token] for token in codes.values()])
+            level[[*codes]] = torch.tensor([ids[token] for token in codes.values()], device="cpu")
         vocab = cls(sizes, eos=eos, token_ids=token_ids)
         vocab.left_out = left_out(ids, levels, eos)
         if vocab.left_out:
@@ -147,8 +148,18 @@ class SIDVocab:
 
         Those of its codes and, after the first level, ``eos``, which alone makes one more level. int32, int64, int64.
         """
+        device = torch.device(device)
+        if device.type == "cpu":
+            return self._level_columns
         columns, begins, counts = self._level_columns
-        return columns.to(device), begins.to(device), counts.to(device)
+        if torch.compiler.is_compiling():
+            return columns.to(device), begins.to(device), counts.to(device)
+        if device not in self._elsewhere:  # kept: to copy them for every call would wait for the GPU
+            self._elsewhere[device] = columns.to(device), begins.to(device), counts.to(device)
+        return self._elsewhere[device]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_elsewhere": {}}
 
     def encode(self, sids: Any, lengths: Any = None) -> Tensor:
         """Codes to token ids.

@@ -98,7 +98,7 @@ class SIDRetriever:
     @index.setter
     def index(self, index: TrieIndex) -> None:
         _check.instance(index, "index", TrieIndex)
-        _check.widths(self.beam_width, index.levels)
+        _check.widths(self.beam_width, index.levels, index.most_levels)
         if max(index.max_tokens) >= self._vocab_size:
             raise ValueError(
                 f"index holds token id {max(index.max_tokens)}, which a model of vocab_size {self._vocab_size} lacks"
@@ -169,7 +169,11 @@ class SIDRetriever:
         check_capturable(self.model)
         head, _ = self._find_ways(mask)
         prompts, mask = pad_left(prompts, mask, COLUMNS)
-        model, index, widths = self.model, self.index, _check.widths(self.beam_width, self.index.levels)
+        model, index, widths = (
+            self.model,
+            self.index,
+            _check.widths(self.beam_width, self.index.levels, self.index.most_levels),
+        )
 
         def search(prompts: Tensor, mask: Tensor) -> BeamResult:
             decoder = CapturedDecoder(model, head, prompts, mask, sum(widths[:-1]))

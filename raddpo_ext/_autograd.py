@@ -1,0 +1,82 @@
+"""The operators' derivatives: the first in reverse mode, and for any other an error that names the op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+OVERWRITTEN = (
+    "the first backward pass overwrote the logits by their gradient; to go backward again, call the function again, or "
+    "token_logps with inplace_backward=False"
+)
+
+
+def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
+    """Raises for forward mode, and within a transform of ``torch.func``: either would take the op for a constant.
+
+    While ``torch.compile`` traces the operator itself does, by its autograd kernel.
+    """
+    if not torch.compiler.is_compiling():
+        refuse_transforms_of_operator(op, *tensors)
+
+
+def refuse_transforms_of_operator(op: str, *tensors: Tensor | None) -> None:
+    """The same within an operator's autograd kernel."""
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"{op} does not work within vmap, grad, jvp and other transforms of torch.func; use torch.autograd.grad"
+        )
+    if forward_ad._current_level < 0:
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(f"{op} has no forward-mode derivative; use reverse mode, torch.autograd.grad")
+
+
+def differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """A ``backward(ctx, saved, *grads)`` whose results autograd cannot differentiate again without an error.
+
+    ``torch.autograd.function.once_differentiable`` gives constants where ``grads`` are, which is a second derivative of
+    0. ``ctx`` has ``op``, a name, and ``overwritten``.
+    """
+
+    def wrapper(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if ctx.overwritten:
+            raise RuntimeError(OVERWRITTEN)
+        saved = ctx.saved_tensors  # once: checkpointing gives them no second time
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return backward(ctx, saved, *grads)
+        if getattr(ctx, "leaf", None) is not None:
+            raise RuntimeError(f"{ctx.op} with accumulate_grad has no second derivative, so create_graph must be False")
+        with torch.no_grad():
+            results = backward(ctx, saved, *grads)
+        given = [position for position, result in enumerate(results) if result is not None]
+        refusing = _NoDerivative.apply(ctx.op, len(given), *(results[i] for i in given), *grads, *saved)
+        every: list[Tensor | None] = [None] * len(results)
+        for position, result in zip(given, refusing, strict=True):
+            every[position] = result
+        return tuple(every)
+
+    return wrapper
+
+
+class _NoDerivative(torch.autograd.Function):
+    """The first tensors as they are, as a function of all: one whose derivative is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.op = op
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(f"{ctx.op} has no second derivative")
+
+
+def below_autograd(op: Any, *arguments: Any) -> Any:
+    """The operator without its autograd kernel, and without the dispatcher's way there."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*arguments)
