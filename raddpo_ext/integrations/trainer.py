@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from raddpo_ext import _check
 from raddpo_ext._files import replacing
+from raddpo_ext.integrations.adapters import StartValues, refuse_config, refuse_head, verify_gradients
 from raddpo_ext.integrations.base_model import base_model, logits_map
 from raddpo_ext.integrations.data_checks import check_rows, check_vocabulary
 from raddpo_ext.integrations.retriever import SIDRetriever
@@ -52,8 +53,8 @@ class RADDPOTrainer(SessionDataTrainer):
     Args:
         model: a ``transformers`` model with a language modelling head, or one with PEFT adapters.
         args: the options.
-        ref_model: the reference; by default, with ``args.use_reference``, the model with its adapters switched off, or
-            a frozen copy of it as it is now.
+        ref_model: the reference; by default, with ``args.use_reference``, the model as it is now: a frozen copy of it,
+            or, with adapters, of what is trainable, which the model takes for the reference's pass.
         data_collator: a :class:`SessionCollator`; by default one of ``args``.
         train_dataset, eval_dataset: rows as :class:`SessionCollator` takes them.
         processing_class: a tokenizer, for rows of text.
@@ -99,16 +100,21 @@ class RADDPOTrainer(SessionDataTrainer):
         if peft_config is not None:
             from peft import get_peft_model
 
+            refuse_config(peft_config)
             model = get_peft_model(model, peft_config)
+        has_adapters = _check_adapters(model)
         inner = base_model(model)
         if args.disable_dropout:
             _disable_dropout(model)
         if inner.device.type != "meta":  # where FSDP is to load the weights on rank 0 alone, the other ranks have none
             verify_packing(model)
-        has_adapters = inner is not model
+            if has_adapters:
+                verify_gradients(accept_sessions(model))
         if ref_model is None and args.use_reference and not has_adapters:
             ref_model = copy.deepcopy(model)
-        self._uses_adapters_off = ref_model is None and args.use_reference
+        needs_start = ref_model is None and args.use_reference
+        if needs_start and inner.device.type == "meta":
+            raise ValueError("args.use_reference needs ref_model where a rank's model has no weights of its own")
         if data_collator is None:
             data_collator = _collator(inner, args, vocab, processing_class)
         check_vocabulary(vocab, index, inner.get_input_embeddings().weight.shape[0], processing_class)
@@ -129,7 +135,9 @@ class RADDPOTrainer(SessionDataTrainer):
         )
         accept_sessions(self.model)
         self.ref_model = ref_model
+        self._start = StartValues(self.model) if needs_start else None
         if ref_model is not None:
+            _check_adapters(ref_model)
             accept_sessions(ref_model).requires_grad_(False).eval().to(args.device)
         self.index = None if index is None else index.to(args.device)
         self._retriever: SIDRetriever | None = None  # made by the first evaluation
@@ -183,11 +191,11 @@ class RADDPOTrainer(SessionDataTrainer):
         if self.ref_model is not None:
             logps: Tensor = self.ref_model(packed=packed, compute=self.objective.logps)
             return logps
-        if not self._uses_adapters_off:
+        if self._start is None:
             return None
         was_training = model.training
         model.eval()  # no dropout in the reference
-        with self.accelerator.unwrap_model(model, keep_torch_compile=False).disable_adapter():
+        with self._start(self.accelerator.unwrap_model(model, keep_torch_compile=False)):
             logps = model(packed=packed, compute=self.objective.logps)
         model.train(was_training)
         return logps
@@ -270,6 +278,18 @@ class _Commit(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.weighting.commit()
+
+
+def _check_adapters(model: Any) -> bool:
+    """Whether a model has PEFT adapters; refuses those that the loss would pass over."""
+    inner = getattr(model, "_orig_mod", model)
+    configs = getattr(inner, "peft_config", None)
+    if not configs or not hasattr(inner, "get_base_model"):
+        return False
+    for config in configs.values():
+        refuse_config(config)
+    refuse_head(model)
+    return True
 
 
 def _collator(model: Any, args: RADDPOConfig, vocab: SIDVocab | None, tokenizer: Any) -> SessionCollator:

@@ -1,0 +1,150 @@
+"""PEFT adapters in a trainer over packed sessions: which are refused, and the model as it was before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raddpo_ext.integrations.base_model import base_model, head_logits, logits_map
+from raddpo_ext.pack_sessions import PackedSessions, pack_sessions
+from raddpo_ext.session import SessionBatch
+
+#: What these types need beyond their layers, which the packed pass does not give them.
+_REFUSED = {
+    "ADALORA": "adds a regularizer to the model's own loss and prunes its ranks by a call after every step",
+    "ADAPTION_PROMPT": "puts tokens before the prompt",
+    "CARTRIDGE": "puts tokens before the prompt",
+    "POLY": "needs task_ids in every call",
+    "SHADOW": "runs a second network beside the model's layers",
+    "XLORA": "runs the model twice, to weigh its adapters by the prompt",
+}
+
+
+def refuse_config(config: Any) -> None:
+    """Raises ValueError for a ``PeftConfig`` whose adapters cannot be trained on packed sessions."""
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    why = "puts tokens before the prompt" if config.is_prompt_learning else _REFUSED.get(kind)
+    if getattr(config, "alora_invocation_tokens", None) is not None:
+        why = "starts where the prompt invokes it (alora_invocation_tokens)"
+    if why is not None:
+        raise ValueError(
+            f"peft_config: adapters of type {kind} cannot be trained on packed sessions, as PEFT's {kind} {why}; use "
+            "adapters of its layers, such as LoRA"
+        )
+
+
+def refuse_head(model: Any) -> None:
+    """Raises ValueError for a model whose head is more than its weight and bias, which are all that the loss reads."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    head = base_model(model).get_output_embeddings()
+    is_wrapped = isinstance(head, AuxiliaryTrainingWrapper) and not isinstance(head, ModulesToSaveWrapper)
+    if isinstance(head, BaseTunerLayer) or is_wrapped:
+        raise ValueError(
+            f"model has an adapter ({type(head).__module__}.{type(head).__name__}) on its head, which the loss would "
+            "pass over: leave the head out of target_modules and of trainable_token_indices, or train it whole with "
+            "modules_to_save"
+        )
+
+
+def verify_gradients(model: Any) -> None:
+    """Checks that the packed pass reaches the trainable parameters that a plain pass reaches, with its gradients.
+
+    Args:
+        model: a PEFT model whose forward takes sessions (``accept_sessions``).
+
+    Raises:
+        ValueError: no parameter is trainable, or one would get another gradient, naming it.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained:
+        raise ValueError("model has adapters, but no trainable parameter; load them with is_trainable=True")
+    inner = base_model(model)
+    vocab_size = inner.get_input_embeddings().weight.shape[0]
+    prompt, candidate = ([token % vocab_size for token in tokens] for tokens in ((3, 1, 4), (2, 7)))
+    one = torch.tensor([1])
+    sessions = SessionBatch(torch.tensor([candidate]), 2 * one, torch.tensor([0, 1]), one)
+    packed = pack_sessions([prompt], sessions).to(inner.device)
+    target = torch.tensor(candidate, device=inner.device)
+
+    def loss(logits: Tensor) -> Tensor:
+        return logits.float().log_softmax(-1).gather(-1, target[:, None]).sum()
+
+    def packed_loss(states: Any, packed: PackedSessions) -> Tensor:
+        logits = head_logits(states.hidden, states.weight, states.bias, **logits_map(inner))
+        return loss(logits[0] if states.rows is None else logits[states.rows[0]])
+
+    modes = {module: module.training for module in model.modules()}
+    model.eval()  # no dropout
+    try:
+        with torch.enable_grad():
+            found = _gradients(model(packed=packed, compute=packed_loss), trained)
+            ids = torch.tensor([prompt], device=inner.device)
+            if inner.config.is_encoder_decoder:
+                logits = model(input_ids=ids, labels=target[None]).logits[0]
+            else:
+                logits = model(input_ids=torch.cat((ids, target[None, :1]), 1)).logits[0, -2:]
+            expected = _gradients(loss(logits), trained)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    exact = all(parameter.dtype == torch.float32 for parameter in inner.parameters())
+    for name, right in expected.items():
+        scale = float(right.abs().max())
+        if float((found[name] - right).abs().max()) > (1e-2 if exact else 0.5) * scale:
+            raise ValueError(
+                f"model's trainable parameter {name} gets another gradient from packed sessions than from a plain "
+                "forward: its adapter does more than its layer, and cannot be trained here"
+            )
+
+
+def _gradients(loss: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    wanted = list(parameters.values())
+    values = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [None] * len(wanted)
+    return {
+        name: torch.zeros_like(parameter) if value is None else value
+        for (name, parameter), value in zip(parameters.items(), values, strict=True)
+    }
+
+
+class StartValues:
+    """A copy of a model's trainable parameters as they are now, to run the model with them again."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.values = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def __call__(self, model: nn.Module) -> Iterator[None]:
+        """Within it the model, unwrapped, has these values; after it those that it had."""
+        own = {name: parameter for name, parameter in model.named_parameters() if name in self.values}
+        kept = {name: parameter.detach().clone() for name, parameter in own.items()}
+        _reshard(model)
+        self._set(own, self.values)
+        try:
+            yield
+        finally:
+            _reshard(model)
+            self._set(own, kept)
+
+    @torch.no_grad()
+    def _set(self, parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+        for name, parameter in parameters.items():
+            if hasattr(parameter, "placements") and not hasattr(values[name], "placements"):
+                from torch.distributed.tensor import distribute_tensor
+
+                values[name] = distribute_tensor(
+                    values[name].to(parameter.device), parameter.device_mesh, parameter.placements
+                )
+            parameter.copy_(values[name])
+
+
+def _reshard(model: nn.Module) -> None:
+    """FSDP2 keeps gathered what it gathered last: it must read the shards anew."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
