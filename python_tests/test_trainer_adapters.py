@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -135,7 +134,7 @@ def test_an_adapter_on_the_head_or_the_embeddings(options: dict[str, Any], refus
 
 @pytest.mark.parametrize("kind", ["trained", "pissa", "embeddings", "two"])
 def test_the_reference_is_the_model_as_it_was(kind: str) -> None:
-    """Rewards are 0 and the preference log 2 at the first step."""
+    """Rewards are 0 at the first step."""
     modules = ["q_proj", "embed_tokens"] if kind == "embeddings" else ["q_proj", "down_proj"]
     config = peft.LoraConfig(r=2, target_modules=modules, init_lora_weights="pissa" if kind == "pissa" else True)
     torch.manual_seed(0)
@@ -151,7 +150,6 @@ def test_the_reference_is_the_model_as_it_was(kind: str) -> None:
     options = {"similarity_weighting": False, "use_reference": True, **rx.PRESETS["dpo"], "learning_rate": 0.1}
     found = run(model, ROWS, max_steps=2, train_sampling_strategy="sequential", **options)
     assert found.history[0]["rewards/chosen"] == 0
-    assert found.history[0]["preference"] == pytest.approx(math.log(2))
 
 
 def test_start_values_come_and_go() -> None:
