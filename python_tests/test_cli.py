@@ -11,6 +11,7 @@ import pytest
 
 import raddpo_ext as rx
 from raddpo_ext.__main__ import main
+from raddpo_ext.store_service import StoreService
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 
@@ -242,3 +243,29 @@ def test_as_a_program(folder):
     missing = run([*command, "nowhere", "1,2"])
     assert (missing.returncode, missing.stdout) == (2, "")
     assert missing.stderr == "raddpo_ext: nowhere: No such file or directory\n"
+
+
+def test_publish_with_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the running service's model cannot serve is refused, unless forced."""
+    rx.TrieIndex.build([[99]]).save(tmp_path / "foreign.trie")
+    (tmp_path / "store").mkdir()
+    service = StoreService(tmp_path / "store", 99)
+    service.tell(1, [])
+    command = ["index", "publish", str(tmp_path / "foreign.trie"), "--store", str(tmp_path / "store")]
+    assert main(command) == 2
+    assert "--force" in capsys.readouterr().err
+    assert main([*command, "--force"]) == 0
+
+
+def test_info_warns_of_a_mapped_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "shop.trie"
+    rx.TrieIndex.build([[1]]).save(path)
+    assert main(["index", "info", str(path)]) == 0
+    assert capsys.readouterr().err == ""
+    script = "import mmap, os, sys; m = mmap.mmap(os.open(sys.argv[1], 0), 0, access=mmap.ACCESS_READ); input(len(m))"
+    reader = subprocess.Popen([sys.executable, "-c", script, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with reader:
+        reader.stdout.read(1)
+        assert main(["index", "info", str(path)]) == 0
+        assert f"mapped by process {reader.pid}: never write into this file" in capsys.readouterr().err
+        reader.stdin.close()
