@@ -25,7 +25,7 @@ from torch import Tensor
 
 import raddpo_ext as rx
 from benchmarks import catalogues, gpu_losses, gpu_retriever
-from benchmarks.gpu_report import gpu_environment, require_gpu
+from benchmarks.gpu_report import gpu_environment, kernel_name, require_gpu
 from benchmarks.gpu_timing import STEPS, copy_bandwidth, graph_us, product_rate
 from benchmarks.report import RESULTS, markdown, write_json
 from raddpo_ext.row_lse import row_lse
@@ -88,8 +88,7 @@ def kernels_us(step: Callable[[Tensor], Any], sets: list[Tensor]) -> dict[str, f
     found = {}
     for event in profile.key_averages():
         if "raddpo" in event.key:
-            name = event.key.split("(anonymous namespace)::")[-1].split("(")[0]
-            found[name] = round(event.device_time_total / event.count, 2)
+            found[kernel_name(event.key)] = round(event.device_time_total / event.count, 2)
     return found
 
 

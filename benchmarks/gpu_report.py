@@ -28,6 +28,18 @@ def require_gpu() -> None:
         raise SystemExit("the extension was built without CUDA: build it again with nvcc at CUDA_HOME")
 
 
+def kernel_name(key: str) -> str:
+    """A kernel's name with its template's arguments, without namespaces and parameters: unlike kernels stay apart."""
+    name = key.split("(anonymous namespace)::", 1)[-1].removeprefix("void ")
+    depth = 0
+    for end, char in enumerate(name):
+        depth += {"<": 1, ">": -1}.get(char, 0)
+        if char == "(" and depth == 0:
+            name = name[:end]
+            break
+    return name.replace("raddpo::", "")
+
+
 def _gpu() -> dict[str, Any]:
     if not torch.cuda.is_available():
         return {}

@@ -192,7 +192,7 @@ def measure_step(model: Any, index: rx.TrieIndex, batch: int, width: int, level:
             result[f"trie, {name}"] = graph_us(partial(linear, normalize="trie"), hidden)
     finally:
         module._LOGIT_BYTES, module._level_is_cheaper = saved
-    return result | {"trie takes the level's": module._level_is_cheaper(hidden[0].view(-1, 1), index, level)}
+    return result | {"trie takes the level's": module._level_is_cheaper(hidden[0].flatten(0, 1), index, level)}
 
 
 def search_table(rows: list[dict[str, Any]]) -> str:

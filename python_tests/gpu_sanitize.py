@@ -158,7 +158,7 @@ def drive_session_loss() -> None:
     for positives in ("winner", "each", "pooled"):
         found = []
         for on in ("cpu", "cuda"):
-            leaf = logps.to(on).requires_grad_()
+            leaf = logps.detach().to(on).requires_grad_()
             result = rx.rad_dpo_loss(leaf, sessions.to(on), positives=positives, sft_weight=0.5)
             result.loss.backward()
             found.append([value.detach().cpu() for value in (*result, leaf.grad)])
@@ -205,6 +205,11 @@ def verdict(code: int | None, text: str) -> str:
     return "did not run on this device"
 
 
+def exit_code(runs: list[dict[str, Any]]) -> int:
+    """0 only where every tool watched every kernel: a tool that drove nothing has found nothing."""
+    return int(not runs or not all(run["verdict"].startswith("clean") for run in runs))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu_sanitize.json", help="where the result goes")
@@ -224,7 +229,7 @@ def main() -> None:
         runs.append(run(program, tool, arguments.seconds))
         write_json(arguments.out, result)
         print(f"{tool}: {runs[-1]['verdict']} {' '.join(runs[-1]['summary'])}", flush=True)
-    raise SystemExit(any(run["verdict"] == "found errors" for run in runs))
+    raise SystemExit(exit_code(runs))
 
 
 if __name__ == "__main__":

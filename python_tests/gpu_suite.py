@@ -1,4 +1,4 @@
-"""The whole test suite on a machine with a GPU: ``python -m python_tests.gpu_suite``, the GPU's own tests first.
+"""Every test of the GPU: ``python -m python_tests.gpu_suite``. The rest of the suite needs none, and is not run.
 
 The result is written while the tests run.
 """
@@ -55,15 +55,19 @@ class Recorder:
         write_json(self.path, self.result)
 
 
+def gpu_files() -> list[Path]:
+    """``test_gpu.py`` first: whether kernels run on torch's stream at all."""
+    return sorted((ROOT / "python_tests").glob("test_gpu*.py"), key=lambda path: path.stem)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu_test.json", help="where the result goes")
     parser.add_argument("pytest", nargs="*", help="passed on to pytest")
     arguments = parser.parse_args()
     require_gpu()
-    tests = ROOT / "python_tests"
     options = ["-q", "-o", "faulthandler_timeout=200", *arguments.pytest]
-    code = pytest.main([str(tests / "test_gpu.py"), str(tests), *options], plugins=[Recorder(arguments.out)])
+    code = pytest.main([*map(str, gpu_files()), *options], plugins=[Recorder(arguments.out)])
     raise SystemExit(int(code))
 
 

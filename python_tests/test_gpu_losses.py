@@ -20,7 +20,7 @@ SHAPES = [[(1, 3), (2, 5), (0, 2), (3, 0)], [(2, 17)] * 300, [(5, 2000)], []]
 def on_cuda(case: Case, arguments: dict[str, Any]) -> list[Tensor]:
     """Loss parts, metrics and gradient, back on the CPU."""
     moved = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in arguments.items()}
-    logps = case.logps.cuda().requires_grad_()
+    logps = case.logps.detach().cuda().requires_grad_()
     result = rx.rad_dpo_loss(logps, case.sessions.to("cuda"), **moved)
     sum(part.sum() * factor for part, factor in zip(result[:3], (1, -0.7, 0.4), strict=True)).backward()
     assert logps.grad is not None
@@ -48,7 +48,7 @@ def test_session_loss_is_the_same_every_time() -> None:
 
 def test_session_loss_never_synchronises_and_replays() -> None:
     case = build([(2, 9)] * 50, 3, 2, torch.float32)
-    sessions, logps = case.sessions.to("cuda"), case.logps.cuda().requires_grad_()
+    sessions, logps = case.sessions.to("cuda"), case.logps.detach().cuda().requires_grad_()
     weights = case.pair_weights.cuda()
 
     def step() -> Tensor:
@@ -79,7 +79,7 @@ def test_linear_token_logps_equals_the_cpu(normalize: str, dtype: torch.dtype, b
     weight = (torch.randn(130, 64, generator=generator) / 8).to(dtype)
     results = []
     for device in ("cpu", "cuda"):
-        inputs = [x.to(device).requires_grad_() for x in (hidden, weight)]
+        inputs = [x.detach().to(device).requires_grad_() for x in (hidden, weight)]
         at = index.to(device)
         logps = rx.linear_token_logps(
             *inputs,
