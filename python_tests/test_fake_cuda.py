@@ -17,9 +17,6 @@ from python_tests.gpu_sanitize import DRIVEN, exit_code, verdict
 FOLDER = Path(__file__).parent
 RUNS = {
     "device": ["fake_cuda/check_device.py"],
-    "scripts": ["fake_cuda/check_scripts.py", "-k", "sanitize or suite or report"],
-    "losses": ["test_gpu_losses.py", "-k", "not session_loss_equals or winner-negatives-loss-pooled"],
-    "packing": ["test_gpu_packing.py", "-k", "shared_states"],
 }
 
 
