@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 import torch
@@ -75,8 +76,14 @@ def head_logits(
     return logits / temperature
 
 
+_SLOT_WINDOW = re.compile(r"window|chunk_size|topk|local_attention")
+_NO_WINDOW = re.compile(r"max_window_layers|topk_group|topk_method|^(mamba|ssm|conv|time|audio|vision)")
+_POSITION_WINDOWS = ("sliding_window", "attention_chunk_size")
+
+
 def windows(model: Any) -> dict[str, int]:
-    """How many tokens a model's attention sees, by the setting that says so: the context, and what slides in it."""
+    """How many positions a model treats alike, by the setting that says so: the context, what slides in it, and the
+    length beyond which its rope has other frequencies."""
     config = model.config.get_text_config(decoder=True)
     layers = getattr(config, "layer_types", None) or ("sliding_attention",)
     found = {"max_position_embeddings": getattr(config, "max_position_embeddings", None)}
@@ -84,7 +91,38 @@ def windows(model: Any) -> dict[str, int]:
         found["sliding_window"] = getattr(config, "sliding_window", None)
     if "chunked_attention" in layers:
         found["attention_chunk_size"] = getattr(config, "attention_chunk_size", None)
+    found["original_max_position_embeddings"] = changing_rope(model)
     return {name: window for name, window in found.items() if window is not None}
+
+
+def changing_rope(model: Any) -> int | None:
+    """How many positions a rope's frequencies hold for: of LongRoPE and dynamic scaling, which then change them for all
+    tokens, those in the cache too. None for every other."""
+    config = model.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if part.get("rope_type") in ("longrope", "dynamic"):
+            name = "original_max_position_embeddings"
+            return part.get(name) or getattr(config, name, None) or config.max_position_embeddings
+    return None
+
+
+def slot_windows(model: Any) -> dict[str, int]:
+    """What counts columns of the cache or of the packed row, whatever positions their tokens have.
+
+    Every setting whose name speaks of a window, beyond those of :func:`windows`, is taken for one: within it no reading
+    of it makes a difference. So are tables of ``n x n`` columns that a model keeps, as GPT-Neo its causal mask.
+    """
+    found = {
+        name: value
+        for name, value in model.config.get_text_config(decoder=True).to_dict().items()
+        if type(value) is int and value > 0 and name not in _POSITION_WINDOWS
+        if _SLOT_WINDOW.search(name) and not _NO_WINDOW.search(name)
+    }
+    for name, buffer in model.named_buffers():
+        if buffer.dim() > 1 and buffer.shape[-1] == buffer.shape[-2] > 1:
+            found[name] = buffer.shape[-1]
+    return found
 
 
 def head_scale(model: Any) -> float:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raddpo_ext.integrations.base_model import base_model, decoder_start, forward_parameters, head_logits, head_scale
+from raddpo_ext.integrations.base_model import base_model, decoder_start, forward_parameters, head_scale
 
 
 def pad_left(prompts: Tensor, mask: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
@@ -22,6 +22,12 @@ def pad_left(prompts: Tensor, mask: Tensor, multiple: int = 1) -> tuple[Tensor, 
     return F.pad(prompts.gather(1, order), padding), F.pad(mask.gather(1, order), padding)
 
 
+def pad_right(prompts: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Prompts and mask with all padding on the right, as encoders with learned positions need it."""
+    order = (~mask).long().argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]
+    return prompts.gather(1, order), mask.gather(1, order)
+
+
 class Decoder:
     """What the ways to decode have in common.
 
@@ -29,13 +35,15 @@ class Decoder:
         model: as the user gave it.
         head: its head's arguments for :func:`raddpo_ext.beam_search`, which then takes hidden states; empty: the model
             runs its head, and gives logits.
+        positions: whether the model is told the tokens' positions, where it takes them.
     """
 
-    def __init__(self, model: Any, head: dict[str, Any]) -> None:
+    def __init__(self, model: Any, head: dict[str, Any], positions: bool = True) -> None:
         self.model = model
         self.head = head
         self.inner = base_model(model).get_decoder() if head else model
         self.accepts = forward_parameters(self.inner)
+        self.tells_positions = positions and "position_ids" in self.accepts
         self.cache: Any = None
 
     def __call__(self, tokens: Tensor, parents: Tensor, level: int) -> Tensor:
@@ -44,7 +52,7 @@ class Decoder:
 
     def forward(self, tokens: Tensor, mask: Any, positions: Tensor, **extra: Any) -> Tensor:
         """Hidden states or logits, ``[rows, columns, H or V]``."""
-        if "position_ids" in self.accepts:
+        if self.tells_positions:
             extra["position_ids"] = positions
         output = self.inner(
             input_ids=tokens,
@@ -68,8 +76,10 @@ class Decoder:
 class PromptDecoder(Decoder):
     """A decoder-only model and its prompts, which are padded on the left."""
 
-    def __init__(self, model: Any, head: dict[str, Any], prompts: Tensor, mask: Tensor) -> None:
-        super().__init__(model, head)
+    def __init__(
+        self, model: Any, head: dict[str, Any], prompts: Tensor, mask: Tensor, *, positions: bool = True
+    ) -> None:
+        super().__init__(model, head, positions)
         self.prompts = prompts
         self.mask = mask
         self.lengths = mask.sum(1)
@@ -200,44 +210,32 @@ class EncoderDecoder(Decoder):
         return states
 
 
-def verify(model: Any, head: dict[str, Any], shared: Callable[..., Decoder] = SharedPrefixDecoder) -> tuple[bool, bool]:
-    """Whether a model's head may be run apart from it, and whether beams may share a prefix: both give its own logits.
+class GroupedDecoder(Decoder):
+    """Prompts of equal length as batches of their own, without padding: for models that padding changes.
 
-    A few tokens run through the model in each way. Some models look past a mask or at no position ids, and some do more
-    after the head than its arguments say; either would give wrong scores without a sign of it.
+    Args:
+        kind: how each batch is decoded.
+        model, head, prompts, mask: see ``kind``.
     """
-    base = base_model(model)
-    tokens = [token % base.get_input_embeddings().weight.shape[0] for token in (3, 1, 4, 1, 5, 9, 2, 6, 8, 7)]
-    prompts = torch.tensor([tokens[:3], [0, *tokens[3:5]]], device=base.device)
-    mask = torch.tensor([[True] * 3, [False, True, True]], device=base.device)
-    steps = torch.tensor([[tokens[5:7], tokens[6:8]], [tokens[7:9], tokens[8:10]]], device=base.device)
-    parents = torch.tensor([[[0, 0], [0, 0]], [[1, 0], [1, 1]]], device=base.device)
 
-    def logits_of(decoder: Any, head: dict[str, Any]) -> Tensor:
-        rows = [decoder(steps[0, :, :1], parents[0, :, :1], 0)]
-        rows += [decoder(steps[level - 1], parents[level - 1], level) for level in (1, 2)]
-        states = torch.cat(rows, 1)
-        return (head_logits(states, **head) if head else states.float()).log_softmax(-1)
+    def __init__(
+        self, kind: Callable[..., Decoder], model: Any, head: dict[str, Any], prompts: Tensor, mask: Tensor
+    ) -> None:
+        super().__init__(model, head)
+        lengths = mask.sum(1)
+        self.groups = []
+        for length in lengths.unique().tolist():
+            rows = (lengths == length).nonzero()[:, 0]
+            group = prompts[rows][mask[rows]].view(len(rows), length)
+            self.groups.append((rows, kind(model, head, group, torch.ones_like(group, dtype=torch.bool))))
 
-    if base.config.is_encoder_decoder:
-        expected = logits_of(EncoderDecoder(model, {}, prompts, mask), {})
-        return bool(head) and _is_close(
-            logits_of(EncoderDecoder(model, head, prompts, mask), head), expected, base
-        ), False
-    expected = logits_of(ReorderedDecoder(model, {}, prompts, mask), {})
-    if head and not _is_close(logits_of(ReorderedDecoder(model, head, prompts, mask), head), expected, base):
-        head = {}
-    takes_mask = base.config._attn_implementation in ("eager", "sdpa", "flex_attention")
-    if not takes_mask or "position_ids" not in forward_parameters(Decoder(model, head).inner):
-        return bool(head), False
-    return bool(head), _is_close(logits_of(shared(model, head, prompts, mask), head), expected, base)
+    def __call__(self, tokens: Tensor, parents: Tensor, level: int) -> Tensor:
+        parts = [decoder(tokens[rows], parents[rows], level) for rows, decoder in self.groups]
+        order = torch.cat([rows for rows, _ in self.groups]).argsort()
+        return torch.cat(parts)[order]
 
 
 def _rows(parents: Tensor, width: int) -> Tensor:
     """Of ``width`` rows a query, those that ``parents [B, W]`` name: ``[B * W]``."""
     first_rows = torch.arange(0, len(parents) * width, width, device=parents.device)
     return (first_rows[:, None] + parents).view(-1)
-
-
-def _is_close(got: Tensor, expected: Tensor, model: Any) -> bool:
-    return bool((got - expected).abs().max() <= (1e-3 if model.dtype == torch.float32 else 0.25))

@@ -12,15 +12,9 @@ from torch import Tensor
 from raddpo_ext import _check
 from raddpo_ext.beam_search import BeamResult, beam_search
 from raddpo_ext.beam_step import BeamState
-from raddpo_ext.integrations.base_model import head_arguments, windows
-from raddpo_ext.integrations.decoders import (
-    Decoder,
-    EncoderDecoder,
-    ReorderedDecoder,
-    SharedPrefixDecoder,
-    pad_left,
-    verify,
-)
+from raddpo_ext.integrations.base_model import base_model, changing_rope, head_arguments, slot_windows, windows
+from raddpo_ext.integrations.decoders import Decoder, SharedPrefixDecoder, pad_left, pad_right
+from raddpo_ext.integrations.probes import PROBE_BEAMS, Ways, verify
 from raddpo_ext.trie import TrieIndex
 
 
@@ -83,7 +77,7 @@ class SIDRetriever:
         config = model.config.get_text_config()
         self._vocab_size: int = config.vocab_size
         self._window: int | None = getattr(config, "max_position_embeddings", None)
-        self._ways: tuple[bool, bool] | None = None  # whether the head runs apart, and a prefix can be shared
+        self._ways: Ways | None = None
         self._graphs: Any = None
         if cuda_graph:
             from raddpo_ext.integrations.graphed import SearchGraphs
@@ -154,12 +148,11 @@ class SIDRetriever:
         )
 
     def _decoder(self, prompts: Tensor, mask: Tensor) -> Decoder:
-        head, shares = self._find_ways(mask)
-        kind: Callable[..., Decoder] = SharedPrefixDecoder if shares else ReorderedDecoder
-        if self.model.config.is_encoder_decoder:
-            kind = EncoderDecoder
-        else:
-            prompts, mask = pad_left(prompts, mask)
+        ways = self._find_ways(mask)
+        kind = SharedPrefixDecoder if ways.shared else ways.kind(self.model)
+        head = head_arguments(self.model) if ways.head else {}
+        pad = pad_right if self.model.config.is_encoder_decoder else pad_left
+        prompts, mask = pad(prompts, mask)
         device = self.model.device
         return kind(self.model, head, prompts.to(device), mask.to(device))
 
@@ -167,7 +160,7 @@ class SIDRetriever:
         from raddpo_ext.integrations.graphed import COLUMNS, CapturedDecoder, check_capturable
 
         check_capturable(self.model)
-        head, _ = self._find_ways(mask)
+        head = head_arguments(self.model) if self._find_ways(mask).head else {}
         prompts, mask = pad_left(prompts, mask, COLUMNS)
         model, index, widths = (
             self.model,
@@ -182,29 +175,49 @@ class SIDRetriever:
         key = (prompts.shape, index, *widths, *options.values())
         return self._graphs.run(key, search, model, prompts, mask)
 
-    def _find_ways(self, mask: Tensor) -> tuple[dict[str, Any], bool]:
-        """The head's arguments, and whether beams share these prompts."""
-        head = head_arguments(self.model)
+    def _find_ways(self, mask: Tensor) -> Ways:
+        """What the model allows with these prompts."""
         if self._ways is None:
-            self._ways = verify(self.model, head, self._shared_decoder())
-        fuses, shares = self._ways
-        # Beams that share a prompt see all of it, whatever slides over a beam of its own.
-        tokens = int(mask.sum(1).max())
-        shares = shares and all(tokens + self.index.levels - 1 <= window for window in windows(self.model).values())
+            self._ways = verify(self.model, head_arguments(self.model), self._shared_decoder())
+        ways, base = self._ways, base_model(self.model)
+        # Beams that share a prompt see all of it, whatever slides over a beam of its own; and their slots add up.
+        lengths = mask.sum(1)
+        tokens, steps = int(lengths.max()), self.index.levels - 1
+        widths = _check.widths(self.beam_width, self.index.levels, self.index.most_levels)
+        slots = (tokens if self._graphs is None else -(-tokens // 64) * 64) + sum(widths[:-1])
+        shares = ways.shared and all(slots <= window for window in slot_windows(base).values())
+        outgrown = {} if base.config.is_encoder_decoder else windows(base)
+        outgrown = {name: window for name, window in outgrown.items() if tokens + steps > window}
+        shares = shares and not outgrown
+        if outgrown.keys() - {"sliding_window"}:
+            ways = ways._replace(padded=False)  # chunks and ropes are not counted from where a padded prompt begins
+        self._check_rope(changing_rope(base), lengths)
         if not shares and (self.shared_prefix or self._graphs is not None):
             name = "shared_prefix" if self.shared_prefix else "cuda_graph"
             raise ValueError(
                 f"{name} = True, but {type(self.model).__name__} cannot share a prompt of {tokens} tokens: it looks "
                 "past a mask, or at a window of the last tokens"
             )
-        return head if fuses else {}, shares and self.shared_prefix is not False
+        return ways._replace(shared=shares and self.shared_prefix is not False)
+
+    def _check_rope(self, window: int | None, lengths: Tensor) -> None:
+        """A rope that changes in the middle of a SID leaves keys in the cache that a plain forward would not have."""
+        if window is None or self.model.config.is_encoder_decoder:
+            return
+        _check.none(
+            (lengths <= window) & (lengths + self.index.levels - 1 > window),
+            lambda row: (
+                f"input_ids[{row}] has {int(lengths[row])} tokens, and the SID would cross the {window} "
+                f"(original_max_position_embeddings) beyond which the rope of {type(self.model).__name__} changes"
+            ),
+        )
 
     def _shared_decoder(self) -> Callable[..., Decoder]:
         if self._graphs is None:
             return SharedPrefixDecoder
         from raddpo_ext.integrations.graphed import CapturedDecoder
 
-        return partial(CapturedDecoder, fed=4)
+        return partial(CapturedDecoder, fed=PROBE_BEAMS)
 
     def _check_prompts(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The prompts, 0 where there is no token, and the mask of real tokens, bool ``[B, T]``: on the CPU, where

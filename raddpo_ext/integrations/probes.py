@@ -1,0 +1,242 @@
+"""What a model allows: a few tokens run through it in each way, against plain forwards without a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from raddpo_ext.integrations.base_model import base_model, decoder_start, forward_parameters, head_logits
+from raddpo_ext.integrations.decoders import (
+    Decoder,
+    EncoderDecoder,
+    GroupedDecoder,
+    ReorderedDecoder,
+    SharedPrefixDecoder,
+    pad_left,
+    pad_right,
+)
+
+PROBE_BEAMS = 6  # tokens that a probe feeds for each prompt
+_MASKED_ATTENTIONS = ("eager", "sdpa", "flex_attention")  # the others take no mask of their own
+
+
+class Ways(NamedTuple):
+    """How a model may be searched with.
+
+    Attributes:
+        head: its head may be run apart from it.
+        shared: the beams of a query may share their prompt's keys and values.
+        padded: prompts of several lengths may be padded to one batch.
+        positions: it is told the tokens' positions.
+    """
+
+    head: bool
+    shared: bool
+    padded: bool
+    positions: bool
+
+    def kind(self, model: Any) -> Callable[..., Decoder]:
+        """A row of the cache a beam, in the way that gives the model's own scores."""
+        if base_model(model).config.is_encoder_decoder:
+            kind: Callable[..., Decoder] = EncoderDecoder
+        else:
+            kind = partial(ReorderedDecoder, positions=self.positions)
+        return kind if self.padded else partial(GroupedDecoder, kind)
+
+
+class Tolerance(NamedTuple):
+    """How far two results that should be equal may be apart, relative to what another token changes.
+
+    Attributes:
+        rounding: where the same values go through other kernels.
+        leak: where the very same computation is repeated, and something that must not matter was changed.
+        wrong: by more than this a result is not a rounded one.
+    """
+
+    rounding: float
+    leak: float
+    wrong: float
+
+
+def tolerance(model: Any) -> Tolerance:
+    """By the precision that a model computes in."""
+    device = model.device.type
+    exact = model.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(device)
+    exact = exact and not (device == "cuda" and torch.backends.cuda.matmul.allow_tf32)
+    return Tolerance(1e-4, 1e-5, 1e-3) if exact else Tolerance(0.02, 1e-4, 0.3)
+
+
+def probe_tokens(model: Any, count: int) -> list[int]:
+    """Ordinary tokens of a model's vocabulary: each another, while there are enough of them."""
+    config = base_model(model).config.get_text_config(decoder=True)
+    special = set()
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
+        token = getattr(config, name, None)
+        special |= set(token) if isinstance(token, list | tuple) else {token}
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(config.vocab_size, generator=generator).tolist()
+    tokens = [token for token in order[: count + 8] if token not in special] or order
+    return [tokens[i % len(tokens)] for i in range(count)]
+
+
+def size(difference: Tensor) -> float:
+    """The root of the mean square: a leak changes many numbers, and rounding that tips over a few."""
+    value = float(difference.float().square().mean().sqrt())
+    return value if value == value else float("inf")
+
+
+class _Probe:
+    """Two prompts of unequal length, padded as the retriever does, and three beams of each over two steps.
+
+    Attributes:
+        spread: how much the model's logits differ between beams.
+    """
+
+    lengths = (6, 3)
+    parents = torch.tensor([[[0, 0, 0], [0, 0, 0]], [[2, 0, 0], [1, 1, 2]]])
+    # What the first query's first beam decides: its own outputs of both steps, and those of its children.
+    owned = torch.tensor([False, True, False, False, True, True, True])
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.base = base_model(model)
+        tokens = torch.tensor(probe_tokens(model, 27), device=self.base.device)
+        mask = torch.tensor([[i >= 6 - n for i in range(6)] for n in self.lengths], device=tokens.device)
+        pad = pad_right if self.base.config.is_encoder_decoder else pad_left
+        self.prompts, self.mask = pad(tokens[:12].view(2, 6), mask)
+        self.steps = tokens[12:24].view(2, 2, 3)
+        self.others = tokens[24:]
+        self.expected = self.plain()
+        self.spread = size(self.expected[:, 1:] - self.expected[:, 1:].roll(1, 1))
+
+    def plain(self) -> Tensor:
+        """The logits of a forward without a cache, each prompt alone: ``[2, 7, V]``."""
+        rows = []
+        for query in range(2):
+            prompt = self.prompts[query][self.mask[query]].expand(3, -1)
+            first, second = self.steps[0, query, :, None], self.steps[1, query, :, None]
+            one = self._forward(prompt, first)
+            two = self._forward(prompt, torch.cat((first[self.parents[1, query]], second), 1))
+            rows.append(torch.cat((one[:1, -2], one[:, -1], two[:, -1])))
+        return torch.stack(rows)
+
+    def _forward(self, prompt: Tensor, tokens: Tensor) -> Tensor:
+        if self.base.config.is_encoder_decoder:
+            start = torch.full_like(tokens[:, :1], decoder_start(self.base))
+            logits = self.model(input_ids=prompt, decoder_input_ids=torch.cat((start, tokens), 1)).logits
+        else:
+            logits = self.model(input_ids=torch.cat((prompt, tokens), 1), use_cache=False).logits
+        return logits.float()
+
+    def outputs(
+        self, kind: Callable[..., Decoder], head: dict[str, Any], prompts: Tensor | None = None, *, turn: bool = False
+    ) -> Tensor:
+        """States, or logits, of every step: ``[2, 7, H or V]``.
+
+        Args:
+            kind: of decoder.
+            head: see :class:`Decoder`.
+            prompts: in place of the probe's.
+            turn: give the first query's first beam other tokens.
+        """
+        prompts = self.prompts.masked_fill(~self.mask, 0) if prompts is None else prompts
+        steps, parents = self.steps.clone(), self.parents.to(prompts.device)
+        if turn:
+            steps[:, 0, 0] = self.others[:2]
+        decoder = kind(self.model, head, prompts, self.mask)
+        rows = [decoder(torch.full_like(steps[0, :, :1], -1), parents[0, :, :1], 0)]
+        rows += [decoder(steps[level - 1], parents[level - 1], level) for level in (1, 2)]
+        return torch.cat(rows, 1).float()
+
+    def error(self, kind: Callable[..., Decoder], head: dict[str, Any]) -> float:
+        """How far a way's logits are from the plain ones, relative to their spread; infinite for one that fails."""
+        outputs = attempt(lambda: self.outputs(kind, head))
+        if outputs is None:
+            return float("inf")
+        logits = head_logits(outputs.to(head["weight"].dtype), **head) if head else outputs
+        if logits.shape != self.expected.shape:
+            return float("inf")
+        # A softmax does not see what is added to all logits.
+        difference = logits - self.expected
+        return ratio(size(difference - difference.mean(-1, keepdim=True)), self.spread)
+
+    def leaks(self, kind: Callable[..., Decoder], head: dict[str, Any]) -> bool:
+        """Whether a beam's outputs depend on another beam, on the other query, or on what is under the padding."""
+        found = attempt(lambda: self._leaks(kind, head))
+        return found is None or found
+
+    def _leaks(self, kind: Callable[..., Decoder], head: dict[str, Any]) -> bool:
+        limits = tolerance(self.base)
+        before = self.outputs(kind, head)
+        beam = (self.outputs(kind, head, turn=True) - before).abs()
+        prompts = self.prompts.clone()
+        prompts[0] = self.prompts[0].flip(0)
+        query = (self.outputs(kind, head, prompts) - before).abs()
+        own = size(beam[0, self.owned])
+        # Experts round by how many tokens they are given: as much as another query's beam changes this one.
+        noise = ratio(max(size(beam[1]), size(query[1])), own)
+        return noise > limits.rounding or ratio(size(beam[0, ~self.owned]), own) > max(limits.leak, 4 * noise)
+
+
+def ratio(part: float, whole: float) -> float:
+    """``part / whole``; infinite where nothing can be told, as ``whole`` is 0."""
+    return part / whole if whole > 0 else float("inf")
+
+
+def attempt(run: Callable[[], Any]) -> Any:
+    """``run()``, or None where it fails: a model that cannot do something says so by any error."""
+    try:
+        return run()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        return None
+
+
+@torch.no_grad()
+def verify(model: Any, head: dict[str, Any], shared: Callable[..., Decoder] = SharedPrefixDecoder) -> Ways:
+    """Finds out in which ways a model gives its own logits.
+
+    Some models look past a mask, at no position ids, or at the columns of a batch, and some do more after the head than
+    its arguments say; each would give wrong scores without a sign of it.
+
+    Raises:
+        TypeError: it gives them in none.
+    """
+    base = base_model(model)
+    name = type(base).__name__
+    try:
+        probe = _Probe(model)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise TypeError(f"model must take input_ids and give logits, {name} fails: {error}") from error
+    takes_positions = not base.config.is_encoder_decoder and "position_ids" in forward_parameters(model)
+    limits = tolerance(base)
+    for positions in (True, False) if takes_positions else (True,):
+        # The slow way first: it tells how much rounding there is.
+        ways = Ways(False, False, False, positions)
+        alone = probe.error(ways.kind(model), {})
+        if alone <= limits.wrong:
+            break
+    else:
+        probe.outputs(ways.kind(model), {})  # its own error, if it fails
+        raise TypeError(
+            f"model must give the same logits with a KV cache, reordered from step to step, as without: {name} does not"
+        )
+    limit = max(limits.rounding, 4 * alone)
+    padded = ways._replace(padded=True)
+    if probe.error(padded.kind(model), {}) <= limit and not probe.leaks(padded.kind(model), {}):
+        ways = padded
+    if head and probe.error(ways.kind(model), head) <= limit:
+        ways = ways._replace(head=True)
+    head = head if ways.head else {}
+    if base.config.is_encoder_decoder or base.config._attn_implementation not in _MASKED_ATTENTIONS:
+        return ways
+    if "position_ids" not in (attempt(lambda: forward_parameters(Decoder(model, head).inner)) or ()):
+        return ways
+    return ways._replace(shared=probe.error(shared, head) <= limit and not probe.leaks(shared, head))
