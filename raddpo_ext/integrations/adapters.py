@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -132,11 +132,12 @@ class StartValues:
             self._set(own, kept)
 
     @torch.no_grad()
-    def _set(self, parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    def _set(self, parameters: Mapping[str, Tensor], values: dict[str, Tensor]) -> None:
         for name, parameter in parameters.items():
             if hasattr(parameter, "placements") and not hasattr(values[name], "placements"):
-                from torch.distributed.tensor import distribute_tensor
+                from torch.distributed.tensor import DTensor, distribute_tensor
 
+                assert isinstance(parameter, DTensor)
                 values[name] = distribute_tensor(
                     values[name].to(parameter.device), parameter.device_mesh, parameter.placements
                 )
@@ -146,5 +147,6 @@ class StartValues:
 def _reshard(model: nn.Module) -> None:
     """FSDP2 keeps gathered what it gathered last: it must read the shards anew."""
     for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()
+        reshard = getattr(module, "reshard", None)
+        if callable(reshard):
+            reshard()

@@ -135,7 +135,7 @@ class RADDPOTrainer(SessionDataTrainer):
         )
         accept_sessions(self.model)
         self.ref_model = ref_model
-        self._start = StartValues(self.model) if needs_start else None
+        self._start = StartValues(model) if needs_start else None
         if ref_model is not None:
             _check_adapters(ref_model)
             accept_sessions(ref_model).requires_grad_(False).eval().to(args.device)
