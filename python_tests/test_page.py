@@ -179,6 +179,7 @@ def test_begins_with_an_example_that_gives_items(page: Any, url: str) -> None:
     with urllib.request.urlopen(f"{url}/example") as response:
         example = json.load(response)
     assert page.input_value("#history") == ", ".join(map(str, example["history"]))
+    page.fill("#top_k", "6")
     page.click("#send")
     page.wait_for_selector("#send:enabled")
     assert page.is_hidden("#error")

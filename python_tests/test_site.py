@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 # Modules whose names are imported from them, beside the package's own `__all__` and those of the modules below.
 MODULES = ("readers", "catalogue", "session_log", "negatives", "metrics", "integrations/ray_serve", "integrations/trl")
-EXPORTS = ("__init__", "integrations/transformers", "reference/__init__")
+EXPORTS = ("_public", "integrations/transformers", "reference/__init__")
 
 
 def tree_of(module: str) -> ast.Module:
@@ -36,7 +36,8 @@ def exported(module: str) -> set[str]:
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    return {origin[name] for name in names}
+    modules = {f"raddpo_ext.{name}" for name in names}  # have pages of their own
+    return {origin[name] for name in names} - modules
 
 
 def defined(module: str) -> set[str]:

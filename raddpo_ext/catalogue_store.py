@@ -107,11 +107,11 @@ class CatalogueStore:
             staged = self.path / f"{_STAGED}{secrets.token_hex(8)}"
             try:
                 index.save(staged)
-                copy = TrieIndex.load(staged)
+                TrieIndex.load(staged)
                 if names is not None:
                     names.save(staged)
                 if not force:
-                    self._check_tokens(max(copy.max_tokens))
+                    self._check_tokens(max(index.max_tokens))
                 version = self.version
                 if unless_newest and self._is_same(staged, version):
                     return version

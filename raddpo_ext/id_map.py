@@ -167,8 +167,8 @@ def move_map(staged: Path, index: Path) -> None:
     """Gives the map of an index the place that it has under the index's next name, before the index itself moves."""
     if map_path(staged).exists():
         os.replace(map_path(staged), map_path(index))
-    else:
-        map_path(index).unlink(missing_ok=True)  # left by a publisher that was killed
+    elif map_path(index).exists():  # left by a publisher that was killed
+        map_path(index).unlink()
 
 
 def _stamp(index: str | os.PathLike[str]) -> list[int]:

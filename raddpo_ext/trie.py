@@ -31,6 +31,9 @@ class Lookup(NamedTuple):
     offsets: Tensor
 
 
+_SMALL_VOCAB = 2**20  # codes: 60 MB
+
+
 class TrieIndex:
     """Immutable index of a catalogue; made by :meth:`build` or :meth:`load`.
 
@@ -81,7 +84,9 @@ class TrieIndex:
         tables = [self._word("table", level) for level in range(self.levels)]
         self._token_tables = [None if table < 0 else self._word("tokens") + 4 * table for table in tables]
         self._first_tokens = [self._word("first_token", level) for level in range(self.levels)]
-        self._vocab: SIDVocab | None = None
+        codes = sum(self._word("sizes", level) for level in range(self.sid_levels))
+        has_small_vocab = self._word("has_vocab") and codes <= _SMALL_VOCAB
+        self._vocab: SIDVocab | None = self._make_vocab() if has_small_vocab else None
         # Of each depth from 1 on, beside the data: to copy them for every call would wait for the GPU.
         self._first_nodes = torch.tensor(first[1 : self.levels + 1], dtype=torch.int64, device=data.device)
 
@@ -146,7 +151,8 @@ class TrieIndex:
 
     @property
     def vocab(self) -> SIDVocab | None:
-        """The vocab that the index was built with; made on first use, since a small file may name 2**24 codes."""
+        """The vocab that the index was built with; a large one is made on first use, as a small file may name 2**24
+        codes."""
         if self._vocab is None and self._word("has_vocab"):
             self._vocab = self._make_vocab()
         return self._vocab

@@ -178,10 +178,9 @@ class Builder {
       });
     });
     radix_sort(b, n_, bit_width(most), threads_, interrupt_);
-    for_rows([&](std::int64_t i) {
-      if (i && b.keys[i] == b.keys[i - 1])
+    for (std::int64_t i = 1; i < n_; ++i)
+      if (b.keys[i] == b.keys[i - 1])
         refuse("item_ids[", b.values[i - 1], "] and item_ids[", b.values[i], "] are both ", b.keys[i]);
-    });
   }
 
   // Rows are visited in sorted order, which is no order in memory.

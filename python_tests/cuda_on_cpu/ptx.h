@@ -198,7 +198,9 @@ T atom_add(char* at, T value) {
 }
 template <typename T>
 T atom_cas(char* at, T expected, T value) {
-  return atomicCAS(reinterpret_cast<T*>(at), expected, value);
+  const T before = load<T>(at);  // no other fiber runs in between
+  if (before == expected) store(at, value);
+  return before;
 }
 inline u64 from_shared(u64 address) { return reinterpret_cast<u64>(shared.begin + address); }
 inline u64 mapa(u64 address, u32 rank) {
