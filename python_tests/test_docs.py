@@ -1,19 +1,22 @@
 """Every Python block of the README and of docs/ runs, the blocks of a page one after another; every command exists.
 
 A block that needs a package beyond requirements.txt says so, ```python {requires=trl}: without that package it is
-reported as skipped, and the page's other blocks run. A ```text right behind a block is what it prints; a ```console is
-a sample that depends on the machine.
+reported as skipped, and the page's other blocks run. Each asserts what it made, or ``docs_checks.CHECKS`` has a
+check of it. A ```text right behind a block is what it prints; a ```console is a sample that depends on the machine.
 """
 
+import ast
 import importlib.util
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from docs_checks import CHECKS
 
 from raddpo_ext.__main__ import _parser
 
@@ -27,6 +30,15 @@ PROGRAMS = "\n".join(path.read_text() for folder in ("benchmarks", "demo") for p
 
 def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
+
+
+def checked_blocks(page: Path) -> list[tuple[re.Match[str], Callable[[SimpleNamespace], None] | None]]:
+    blocks = list(BLOCK.finditer(page.read_text()))
+    checks = CHECKS.get(name_of(page), [None] * len(blocks))
+    assert len(checks) == len(blocks), (
+        f"docs_checks.CHECKS has {len(checks)} checks for the {len(blocks)} blocks of {page}"
+    )
+    return list(zip(blocks, checks, strict=True))
 
 
 def tokenizer() -> object:
@@ -66,7 +78,10 @@ def names() -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if BLOCK.search(page.read_text())], ids=name_of)
+PAGES_WITH_BLOCKS = [page for page in PAGES if BLOCK.search(page.read_text())]
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_BLOCKS, ids=name_of)
 def test_blocks_run(
     page: Path,
     subtests: pytest.Subtests,
@@ -79,16 +94,38 @@ def test_blocks_run(
     monkeypatch.chdir(tmp_path)  # blocks may write files,
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)  # and start the package's programs
     scope = names()
-    for block in BLOCK.finditer(text):
+    for block, check in checked_blocks(page):
         line = text.count("\n", 0, block.start(2))
         if block[1] and importlib.util.find_spec(block[1]) is None:
             with subtests.test(f"line {line}"):
                 pytest.skip(f"{name_of(page)}, line {line}: needs {block[1]}")
             continue
         capsys.readouterr()
+        before = {name: value.clone() for name, value in scope["model"].state_dict().items()}
         exec(compile("\n" * line + block[2], str(page), "exec"), scope)
         printed = PRINTED.match(text, block.end())
         assert printed is None or capsys.readouterr().out == printed[1]
+        if check is not None:
+            check(SimpleNamespace(**scope, weights_before=before))
+
+
+def asserts(code: str) -> bool:
+    """Whether a block has an ``assert`` or one of ``torch.testing``."""
+    calls = ("torch.testing.assert_close(", "torch.testing.assert_equal(")
+    return any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(code))) or any(
+        call in code for call in calls
+    )
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_BLOCKS, ids=name_of)
+def test_every_block_is_asserted(page: Path) -> None:
+    for block, check in checked_blocks(page):
+        line = page.read_text().count("\n", 0, block.start(2))
+        assert check is not None or asserts(block[2]), f"{name_of(page)}, line {line}: nothing asserts what it makes"
+
+
+def test_checks_belong_to_pages() -> None:
+    assert set(CHECKS) <= set(map(name_of, PAGES_WITH_BLOCKS))
 
 
 def commands(text: str) -> Iterator[list[str]]:

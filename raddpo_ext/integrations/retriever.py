@@ -27,16 +27,18 @@ class SIDRetriever:
     and ``do_sample=False``, but a finished SID waits within the beam, and the model's ``generation_config`` has no say
     (only ``decoder_start_token_id`` is read).
 
-    What a model allows is found out at the first call, by a few tokens. One that cannot share a prefix (an
-    encoder-decoder, flash attention, a window shorter than the prompt, positions worked out from the mask) has a row of
-    the KV cache a beam, which follows the beams; one whose head cannot be taken apart (behind ``torch.compile``, with
-    adapters) makes its logits itself.
+    What a model allows is found out at the first call: a few tokens run through it in each way, against plain forwards
+    without a cache, and tokens that must not matter are changed. One that cannot share a prefix (an encoder-decoder,
+    flash attention, a window shorter than the prompt, positions worked out from the mask) has a row of the KV cache a
+    beam, which follows the beams. Where padding changes its logits, prompts are searched in groups of one length. One
+    whose head cannot be taken apart (behind ``torch.compile``, with adapters) makes its logits itself.
 
     Args:
         model: a model with a language modelling head, compiled or not, of any size and float type up to 32
             bits. It must be in evaluation mode when it retrieves; its mode is never changed.
         index: the catalogue, on the model's device. Its token ids are the model's.
-        beam_width: beams a query: one width, or one for each of the ``index.levels`` steps.
+        beam_width: beams a query: one width, or one for each of the ``index.levels`` steps. A list may be as long
+            as the vocabulary has levels (one more with an end token), beyond the longest SID of this index.
         normalize, length_penalty: see :func:`raddpo_ext.beam_step`.
         shared_prefix: whether beams share their prompt's keys and values. Default: where the model allows.
         cuda_graph: capture the whole search, prompt and all, in a CUDA graph and replay it. The first call with a batch
@@ -126,9 +128,11 @@ class SIDRetriever:
         Raises:
             ValueError: a prompt without a token, a token id that the model lacks, a prompt that together with the SID
                 exceeds ``config.max_position_embeddings``, tensors on another device than the index, or a model in
-                training mode, whose dropout would make the result random; with ``shared_prefix=True`` or
-                ``cuda_graph=True`` also a model or prompts that do not allow it.
-            TypeError: not integers, or a model without a KV cache that can follow beams.
+                training mode, whose dropout would make the result random; a prompt whose SID would cross the length
+                beyond which the model's rope changes; with ``shared_prefix=True`` or ``cuda_graph=True`` also a model
+                or prompts that do not allow it.
+            TypeError: not integers, or a model that gives its own logits in no way that a search can follow: no KV
+                cache, or one that cannot follow beams.
         """
         if self.model.training:
             raise ValueError("model is in training mode, call model.eval() before retrieving")
