@@ -110,11 +110,11 @@ def _item_ids(path: Path, names: Sequence[str]) -> tuple[np.ndarray | None, list
         if not name or name != name.strip() or not name.isprintable():
             _refuse(path, f"item {shown(name)} is empty, or has blanks around it or characters that cannot be shown")
         seen.add(name)
-        integers = integers and integer_id(name) is not None
+        integers = integers and _integer_id(name) is not None
     return (np.array([*map(int, names)], np.int64), None) if integers else (None, list(names))
 
 
-def integer_id(text: str) -> int | None:
+def _integer_id(text: str) -> int | None:
     """An item id that is an integer: from 0 to :data:`LARGEST_ITEM`, without a leading zero. None for any other."""
     if not re.fullmatch("0|[1-9][0-9]{0,18}", text):  # int() refuses much longer ones
         return None
