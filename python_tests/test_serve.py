@@ -192,9 +192,8 @@ def test_swaps_kills_and_noise(service: Running, tmp_path: Path, capsys: pytest.
     assert service.retrieve([3])["catalogue_version"] == 7
     left = sorted(os.listdir(service.store.path))
     # What was served when the last version came is kept: on a busy machine not the one before it.
-    assert left[:3] == [".lock", ".service.json", ".service.lock"]
-    assert left[-1] == "000007.trie"
-    assert len(left) <= 5
+    kept = [[], *([f"{version:06d}.trie"] for version in range(1, 7))]
+    assert left in ([".lock", ".service.json", ".service.lock", *served, "000007.trie"] for served in kept)
     metrics = dict(line.rsplit(" ", 1) for line in service.client.get("/metrics").text.splitlines() if line[0] != "#")
     assert float(metrics["raddpo_worker_restarts_total"]) == 2
     assert float(metrics["raddpo_queued"]) == float(metrics["raddpo_in_flight"]) == 0

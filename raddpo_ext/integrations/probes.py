@@ -202,7 +202,8 @@ def verify(model: Any, head: dict[str, Any], shared: Callable[..., Decoder] = Sh
     """Finds out in which ways a model gives its own logits.
 
     Some models look past a mask, at no position ids, or at the columns of a batch, and some do more after the head than
-    its arguments say; each would give wrong scores without a sign of it.
+    its arguments say; each would give wrong scores without a sign of it. A model whose logits are not finite takes the
+    slow way: each prompt length by itself, a row of the cache per beam, its own head.
 
     Raises:
         TypeError: it gives them in none.
@@ -216,6 +217,8 @@ def verify(model: Any, head: dict[str, Any], shared: Callable[..., Decoder] = Sh
     except Exception as error:
         raise TypeError(f"model must take input_ids and give logits, {name} fails: {error}") from error
     takes_positions = not base.config.is_encoder_decoder and "position_ids" in forward_parameters(model)
+    if not bool(probe.expected.isfinite().all()):
+        return Ways(False, False, False, True)  # nothing can be told by such logits: the slow way is the model's own
     limits = tolerance(base)
     for positions in (True, False) if takes_positions else (True,):
         # The slow way first: it tells how much rounding there is.
