@@ -111,7 +111,7 @@ def slot_windows(model: Any) -> dict[str, int]:
     """What counts columns of the cache or of the packed row, whatever positions their tokens have.
 
     Every setting whose name speaks of a window, beyond those of :func:`windows`, is taken for one: within it no reading
-    of it makes a difference. So are tables of ``n x n`` columns that a model keeps, as GPT-Neo its causal mask.
+    of it makes a difference. So are masks of ``n x n`` columns that a model keeps, as GPT-Neo its causal mask.
     """
     found = {
         name: value
@@ -120,7 +120,9 @@ def slot_windows(model: Any) -> dict[str, int]:
         if _SLOT_WINDOW.search(name) and not _NO_WINDOW.search(name)
     }
     for name, buffer in model.named_buffers():
-        if buffer.dim() > 1 and buffer.shape[-1] == buffer.shape[-2] > 1:
+        # A mask is bool, or broadcast over batch and heads; adapters keep square matrices of other kinds.
+        is_mask = buffer.dtype == torch.bool or buffer.shape[:-2] == (1, 1)
+        if is_mask and buffer.dim() > 1 and buffer.shape[-1] == buffer.shape[-2] > 1:
             found[name] = buffer.shape[-1]
     return found
 
