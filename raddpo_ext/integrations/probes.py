@@ -227,10 +227,14 @@ def verify(model: Any, head: dict[str, Any], shared: Callable[..., Decoder] = Sh
         if alone <= limits.wrong:
             break
     else:
-        probe.outputs(ways.kind(model), {})  # its own error, if it fails
-        raise TypeError(
-            f"model must give the same logits with a KV cache, reordered from step to step, as without: {name} does not"
-        )
+        what = "model must give the same logits with a KV cache, reordered from step to step, as without"
+        try:
+            probe.outputs(ways.kind(model), {})
+        except (torch.OutOfMemoryError, TypeError):
+            raise
+        except Exception as error:
+            raise TypeError(f"{what}: {name} fails: {error}") from error
+        raise TypeError(f"{what}: {name} does not")
     limit = max(limits.rounding, 4 * alone)
     padded = ways._replace(padded=True)
     if probe.error(padded.kind(model), {}) <= limit and not probe.leaks(padded.kind(model), {}):
