@@ -12,7 +12,7 @@ import transformers
 from test_retriever import VOCAB, brute_force, make_index, prompts
 
 import raddpo_ext as rx
-from raddpo_ext.integrations.base_model import head_arguments
+from raddpo_ext.integrations.base_model import context, head_arguments
 from raddpo_ext.integrations.probes import verify
 from raddpo_ext.integrations.session_states import verify_packing
 
@@ -49,6 +49,17 @@ def make(name: str) -> Any:
             t.Llama4TextConfig(**TEXT, intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=64)
         ),
         "modernbert": lambda: t.ModernBertDecoderForCausalLM(t.ModernBertDecoderConfig(**TEXT, local_attention=64)),
+        "minimax": lambda: t.MiniMaxForCausalLM(t.MiniMaxConfig(**TEXT, num_local_experts=4, block_size=4)),
+        "fsmt": lambda: t.FSMTForConditionalGeneration(
+            t.FSMTConfig(**{**BART, "langs": ["a", "b"], "src_vocab_size": VOCAB, "tgt_vocab_size": VOCAB})
+        ),
+        "prophetnet": lambda: t.ProphetNetForCausalLM(
+            t.ProphetNetConfig(
+                vocab_size=VOCAB, hidden_size=32, decoder_ffn_dim=48, num_decoder_layers=2,
+                num_decoder_attention_heads=4, max_position_embeddings=96, init_std=0.15,
+            )
+        ),
+        "xlnet": lambda: t.XLNetLMHeadModel(t.XLNetConfig(vocab_size=VOCAB, d_model=32, n_layer=2, n_head=4)),
         "bart_decoder": lambda: t.BartForCausalLM(t.BartConfig(**BART, is_decoder=True, is_encoder_decoder=False)),
         "bart": lambda: t.BartForConditionalGeneration(t.BartConfig(**BART)),
         "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**TEXT)),
@@ -67,6 +78,8 @@ WAYS = {
     "deepseek_v32": (True, False, True),
     "llama4_text": (False, True, True),
     "modernbert": (False, True, True),
+    "minimax": (True, False, True),
+    "fsmt": (False, False, True),
     "bart_decoder": (True, False, False),
     "bart": (True, False, True),
     "qwen3": (True, True, True),
@@ -101,3 +114,38 @@ def test_verify_packing_sees_a_leak_at_the_models_own_initialization(
 def test_packing_is_refused_by_name(name: str) -> None:
     with pytest.raises(ValueError, match=f"{type(make(name)).__name__} cannot be packed"):
         verify_packing(make(name))
+
+
+@pytest.mark.parametrize("name", ["prophetnet", "xlnet"])
+def test_a_model_that_looks_ahead_is_refused_by_name(name: str) -> None:
+    """XLNet sees every token; ProphetNet's relative positions change with the length of what it is given."""
+    model = make(name)
+    message = f"model must give logits that no later token changes: {type(model).__name__} does not"
+    with pytest.raises(TypeError, match=message):
+        rx.SIDRetriever(model, make_index(12), beam_width=4).retrieve(*prompts())
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyError, TypeError])
+def test_a_models_own_error_with_a_cache_names_the_model(error: type[Exception]) -> None:
+    class NoSteps(transformers.Qwen3ForCausalLM):
+        def forward(self, input_ids: torch.Tensor, past_key_values: Any = None, **kwargs: Any) -> Any:
+            if past_key_values is not None and past_key_values.get_seq_length():
+                raise error("no steps")
+            return super().forward(input_ids, past_key_values=past_key_values, **kwargs)
+
+    model = NoSteps(transformers.Qwen3Config(**TEXT)).eval()
+    with pytest.raises(
+        TypeError, match=r"model must give the same logits with a KV cache.*: NoSteps fails: .*no steps"
+    ):
+        rx.SIDRetriever(model, make_index(12), beam_width=4).retrieve(*prompts())
+
+
+def test_a_negative_context_is_no_window() -> None:
+    """XLNet's config says -1."""
+    model, index = make("qwen3"), make_index(12)
+    found = rx.SIDRetriever(model, index, beam_width=4).retrieve(*prompts())
+    model.config.max_position_embeddings = -1
+    assert context(model.config) is None
+    again = rx.SIDRetriever(model, index, beam_width=4, shared_prefix=True).retrieve(*prompts())
+    assert torch.equal(again.items, found.items)
+    verify_packing(model)

@@ -101,7 +101,7 @@ def brute_force(model, index: rx.TrieIndex, ids, mask) -> list[dict[tuple[int, .
             with torch.no_grad():
                 if model.config.is_encoder_decoder:
                     before = torch.cat([torch.tensor([model.config.decoder_start_token_id]), sid])[None]
-                    logits = model(input_ids=prompt[None], decoder_input_ids=before).logits[0, :-1]
+                    logits = model(input_ids=prompt[None], decoder_input_ids=before, use_cache=False).logits[0, :-1]
                 else:
                     logits = model(input_ids=torch.cat([prompt, sid])[None]).logits[0, len(prompt) - 1 : -1]
             scores[tuple(tokens)] = float(logits.float().log_softmax(-1).gather(1, sid[:, None]).sum())

@@ -76,6 +76,12 @@ def head_logits(
     return logits / temperature
 
 
+def context(config: Any) -> int | None:
+    """How many positions a text config allows; None where it names no limit, or a negative one (XLNet's -1)."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return None if positions is None or positions < 0 else positions
+
+
 _SLOT_WINDOW = re.compile(r"window|chunk_size|topk|local_attention")
 _NO_WINDOW = re.compile(r"max_window_layers|topk_group|topk_method|^(mamba|ssm|conv|time|audio|vision)")
 _POSITION_WINDOWS = ("sliding_window", "attention_chunk_size")
@@ -86,7 +92,7 @@ def windows(model: Any) -> dict[str, int]:
     length beyond which its rope has other frequencies."""
     config = model.config.get_text_config(decoder=True)
     layers = getattr(config, "layer_types", None) or ("sliding_attention",)
-    found = {"max_position_embeddings": getattr(config, "max_position_embeddings", None)}
+    found = {"max_position_embeddings": context(config)}
     if "sliding_attention" in layers:
         found["sliding_window"] = getattr(config, "sliding_window", None)
     if "chunked_attention" in layers:

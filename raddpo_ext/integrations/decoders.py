@@ -149,13 +149,19 @@ class ReorderedDecoder(PromptDecoder):
             states = self.read_prompts()
         else:
             rows = _rows(parents, len(self.mask) // queries)
-            self.cache.reorder_cache(rows)
+            self.reorder(rows)
             self.mask = torch.cat([self.mask[rows], torch.ones_like(rows, dtype=torch.bool)[:, None]], 1)
             self.lengths = self.lengths[rows]
             mask = self.mask.long() if self.padded else None
             states = self.forward(tokens.clamp(min=0).view(-1, 1), mask, self.lengths[:, None] + (level - 1))
         self.check_cache()
         return states.view(queries, width, -1)
+
+    def reorder(self, rows: Tensor) -> None:
+        self.cache.reorder_cache(rows)
+        states = getattr(self.cache, "linear_cache", None)  # MiniMax's recurrent layers, which its cache leaves behind
+        if states is not None:
+            states[:] = [state[rows] if isinstance(state, Tensor) else state for state in states]
 
 
 class EncoderDecoder(Decoder):

@@ -12,7 +12,14 @@ from torch import Tensor
 from raddpo_ext import _check
 from raddpo_ext.beam_search import BeamResult, beam_search
 from raddpo_ext.beam_step import BeamState
-from raddpo_ext.integrations.base_model import base_model, changing_rope, head_arguments, slot_windows, windows
+from raddpo_ext.integrations.base_model import (
+    base_model,
+    changing_rope,
+    context,
+    head_arguments,
+    slot_windows,
+    windows,
+)
 from raddpo_ext.integrations.decoders import Decoder, SharedPrefixDecoder, pad_left, pad_right
 from raddpo_ext.integrations.probes import PROBE_BEAMS, Ways, verify
 from raddpo_ext.trie import TrieIndex
@@ -78,7 +85,7 @@ class SIDRetriever:
         self.shared_prefix = shared_prefix
         config = model.config.get_text_config()
         self._vocab_size: int = config.vocab_size
-        self._window: int | None = getattr(config, "max_position_embeddings", None)
+        self._window = context(config)
         self._ways: Ways | None = None
         self._graphs: Any = None
         if cuda_graph:

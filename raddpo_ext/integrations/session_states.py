@@ -15,6 +15,7 @@ from torch import Tensor
 from raddpo_ext import _check
 from raddpo_ext.integrations.base_model import (
     base_model,
+    context,
     decoder_start,
     head_logits,
     head_scale,
@@ -121,9 +122,9 @@ def verify_packing(model: Any) -> None:
         ValueError: they differ, or the model cannot be packed at all.
     """
     inner = base_model(model)
-    context = getattr(inner.config.get_text_config(decoder=True), "max_position_embeddings", None) or 0
+    longest = context(inner.config.get_text_config(decoder=True)) or 0
     for name, window in slot_windows(inner).items():
-        if not inner.config.is_encoder_decoder and window < context:
+        if not inner.config.is_encoder_decoder and window < longest:
             raise ValueError(
                 f"{type(inner).__name__} cannot be packed: {name} = {window} counts a row's columns, not positions"
             )
@@ -164,7 +165,9 @@ def _packing_faults(model: Any) -> tuple[float, bool]:
         prompt = torch.tensor([prompts[session]] * 3, device=model.device)
         rows = candidates[3 * session : 3 * session + 3].to(model.device)
         if model.config.is_encoder_decoder:
-            return model(input_ids=prompt, decoder_input_ids=_decoder_inputs(model, rows)[:, :-1]).logits
+            return model(
+                input_ids=prompt, decoder_input_ids=_decoder_inputs(model, rows)[:, :-1], use_cache=False
+            ).logits
         return model(input_ids=torch.cat((prompt, rows[:, :-1]), 1), use_cache=False).logits[:, -2:]
 
     states, logits = run(prompts, candidates)

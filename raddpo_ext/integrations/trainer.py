@@ -16,7 +16,7 @@ from transformers.utils import logging
 from raddpo_ext import _check
 from raddpo_ext._files import replacing
 from raddpo_ext.integrations.adapters import StartValues, refuse_config, refuse_head, verify_gradients
-from raddpo_ext.integrations.base_model import base_model, logits_map
+from raddpo_ext.integrations.base_model import base_model, context, logits_map
 from raddpo_ext.integrations.data_checks import check_rows, check_vocabulary
 from raddpo_ext.integrations.retriever import SIDRetriever
 from raddpo_ext.integrations.session_collator import SessionCollator
@@ -295,7 +295,7 @@ def _check_adapters(model: Any) -> bool:
 def _collator(model: Any, args: RADDPOConfig, vocab: SIDVocab | None, tokenizer: Any) -> SessionCollator:
     config = model.config.get_text_config(decoder=True)
     pad_token_id = getattr(tokenizer, "pad_token_id", None)
-    window = None if model.config.is_encoder_decoder else getattr(config, "max_position_embeddings", None)
+    window = None if model.config.is_encoder_decoder else context(config)
     return SessionCollator(
         layout=args.layout,
         pad_token_id=(config.pad_token_id or 0) if pad_token_id is None else pad_token_id,

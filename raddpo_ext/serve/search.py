@@ -18,6 +18,7 @@ from raddpo_ext.beam_search import BeamResult
 from raddpo_ext.beam_step import BeamState
 from raddpo_ext.catalogue_store import CatalogueStore, CatalogueVersion
 from raddpo_ext.id_map import IdMap
+from raddpo_ext.integrations.base_model import context
 from raddpo_ext.integrations.retriever import SIDRetriever
 from raddpo_ext.item_tokens import history_prompts
 from raddpo_ext.serve.config import ServeConfig
@@ -93,7 +94,7 @@ class Search:
             raise ValueError("the model scores no item of it: its logits are NaN or -inf")
         text = self.model.config.get_text_config()
         longest = self.config.max_prompt
-        if window := getattr(text, "max_position_embeddings", None):
+        if window := context(text):
             # The last token of a SID is never fed; an encoder reads the prompt alone.
             longest = min(longest, window - (0 if self.model.config.is_encoder_decoder else index.levels - 1))
         return Limits(text.vocab_size, longest)
