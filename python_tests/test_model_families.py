@@ -14,5 +14,5 @@ def test_page_says_what_is_found(family: str, name: str) -> None:
     if f"{model_families.heading()}:" not in page:
         pytest.skip(f"docs/models.md was made with another transformers than the installed {transformers.__version__}")
     found = model_families.look(family, name)
-    assert found.error is None or found.error <= model_families.LIMIT
+    assert model_families.right(family, found), found
     assert model_families.line(family, name, found) in page.splitlines()

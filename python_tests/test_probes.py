@@ -149,3 +149,25 @@ def test_a_negative_context_is_no_window() -> None:
     again = rx.SIDRetriever(model, index, beam_width=4, shared_prefix=True).retrieve(*prompts())
     assert torch.equal(again.items, found.items)
     verify_packing(model)
+
+
+def test_a_model_that_cannot_be_packed_trains_a_row_a_candidate() -> None:
+    """As docs/models.md says: its own logits, then the ops."""
+    model, prompt = make("lfm2"), torch.tensor([5, 6, 7])
+    sessions = rx.SessionBatch(
+        torch.tensor([[30, 40], [30, 41], [31, 42]]), torch.full((3,), 2), torch.tensor([0, 3]), torch.tensor([1])
+    )
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.05), []
+    for _ in range(3):
+        logits = model(torch.cat((prompt.expand(3, -1), sessions.tokens[:, :-1]), 1), use_cache=False).logits[:, -2:]
+        loss = rx.rad_dpo_loss(rx.token_logps(logits, sessions.tokens), sessions, sft_weight=0.0, protect="none").loss
+        logps = logits.double().log_softmax(-1).gather(-1, sessions.tokens[..., None])[..., 0]
+        rewards = 2.0 * logps.mean(1)
+        assert loss.item() == pytest.approx(
+            torch.nn.functional.softplus((rewards[1:] - rewards[0]).logsumexp(0)).item(), abs=1e-5
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[1] < losses[0]
