@@ -108,6 +108,59 @@ def test_every_operation_says_that_memory_is_short(tmp_path: Path) -> None:
     assert rx.TrieIndex.load(tmp_path / "shop.trie").num_items == 100_000
 
 
+# As much memory as its process holds, in pieces of 500 bytes: enough for an error's text, too little for its backtrace.
+IN_PIECES = """
+import ctypes, json, resource
+import torch
+import raddpo_ext as rx
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+
+def error_of(operation):
+    operation()
+    pieces = [libc.malloc(500) for _ in range(4000)]
+    every_other = pieces[::2]
+    libc.malloc_trim(0)
+    held = next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))
+    resource.setrlimit(resource.RLIMIT_AS, (held, resource.RLIM_INFINITY))
+    while libc.malloc(2000):
+        pass
+    for piece in every_other:
+        libc.free(piece)
+    try:
+        operation()
+    except (MemoryError, RuntimeError) as error:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        return f"{type(error).__name__}: {error}"
+
+index = rx.TrieIndex.build([[a, b] for a in range(50) for b in range(50)])
+state = rx.BeamState.start(index, 2)
+logits, targets = torch.randn(400, 2000), torch.randint(0, 2000, (400,))
+step = rx.beam_step(logits[:2, None, :50], state, index, 50)
+hidden, weight = torch.randn(2, 50, 8), torch.randn(50, 8)
+tokens = torch.ones(5000, 4, dtype=torch.int64)
+offsets, num_chosen = torch.arange(0, 5001, 100), torch.ones(50, dtype=torch.int64)
+sessions = rx.SessionBatch(tokens, torch.full((5000,), 4), offsets, num_chosen)
+logps, rows = torch.randn(5000, 4), torch.randn(4000, 2)
+for name, operation in {
+    "beam_step": lambda: rx.beam_step(logits[:2, None, :50], state, index, 2000),
+    "linear_beam_step": lambda: rx.linear_beam_step(hidden, weight, step, index, 50, normalize="trie", level=1),
+    "row_lse": lambda: torch.ops.raddpo.row_lse(rows),
+    "token_logps": lambda: rx.token_logps(logits, targets),
+    "rad_dpo_loss": lambda: rx.rad_dpo_loss(logps, sessions),
+}.items():
+    print(json.dumps([name, error_of(operation)]), flush=True)
+"""
+
+
+def test_memory_too_short_for_a_backtrace() -> None:
+    found = dict(json.loads(line) for line in output_of(IN_PIECES).splitlines())
+    assert len(found) == 5
+    for name, error in found.items():
+        assert str(error).startswith("RuntimeError: raddpo_ext: out of memory. Tried to allocate"), f"{name}: {error}"
+
+
 def test_threads_that_cannot_start(tmp_path: Path) -> None:
     """Their work is done by those that can: a hundred threads' stacks do not fit, the index does."""
     script = """

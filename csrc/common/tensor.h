@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <array>
+#include <cstdlib>
 #include <initializer_list>
 #include <optional>
 #include <stdexcept>
@@ -74,12 +75,27 @@ inline std::string no_memory_for(std::initializer_list<std::int64_t> sizes) {
   return "raddpo_ext: out of memory. Tried to allocate a tensor of shape (" + text + ")";
 }
 
+// Asked before torch is, on the CPU: where its allocator throws for want of memory, its C shim asks the error for its
+// text, that for a backtrace, and c10 reads what backtrace_symbols returns unchecked: null, where there is no memory
+// for it either. The spare bytes are for what torch allocates beside the tensor, and for that backtrace.
+inline bool has_memory(double bytes) {
+  constexpr double kSpare = 1 << 15, kMost = std::int64_t(1) << 47;  // of an address space
+  if (bytes > kMost) return false;
+  void* volatile probe = std::malloc(static_cast<std::size_t>(bytes + kSpare));  // volatile: not optimised away
+  std::free(probe);
+  return probe != nullptr;
+}
+
 // A contiguous tensor on the device of `like`. Straight from torch's C shim: torch::stable::new_empty looks its
 // operator up by name on every call, which is a tenth of a small beam step.
 inline Tensor new_empty(const Tensor& like, std::initializer_list<std::int64_t> sizes, ScalarType type) {
   std::array<std::int64_t, 4> strides{};
   std::int64_t stride = 1;
-  for (std::size_t d = sizes.size(); d-- > 0; stride *= sizes.begin()[d]) strides[d] = stride;
+  double elements = 1;  // which cannot overflow
+  for (std::size_t d = sizes.size(); d-- > 0; stride *= sizes.begin()[d]) {
+    strides[d] = stride;
+    elements *= static_cast<double>(sizes.begin()[d]);
+  }
   const std::int32_t code = type == ScalarType::Float      ? aoti_torch_dtype_float32()
                             : type == ScalarType::Long     ? aoti_torch_dtype_int64()
                             : type == ScalarType::Double   ? aoti_torch_dtype_float64()
@@ -88,6 +104,8 @@ inline Tensor new_empty(const Tensor& like, std::initializer_list<std::int64_t> 
                                                            : aoti_torch_dtype_uint8();
   std::int32_t device = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  if (device == aoti_torch_device_type_cpu() && !has_memory(elements * aoti_torch_dtype_element_size(code)))
+    throw std::runtime_error(no_memory_for(sizes));
   AtenTensorHandle handle = nullptr;
   const auto dims = static_cast<std::int64_t>(sizes.size());
   const int error =
