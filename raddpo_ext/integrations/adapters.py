@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raddpo_ext import _check
 from raddpo_ext.integrations.base_model import base_model, head_logits, logits_map
+from raddpo_ext.integrations.session_states import verify_packing
 from raddpo_ext.pack_sessions import PackedSessions, pack_sessions
 from raddpo_ext.session import SessionBatch
 
@@ -18,10 +21,43 @@ _REFUSED = {
     "ADALORA": "adds a regularizer to the model's own loss and prunes its ranks by a call after every step",
     "ADAPTION_PROMPT": "puts tokens before the prompt",
     "CARTRIDGE": "puts tokens before the prompt",
+    "LILY": "weighs its experts by a mean over all tokens of a batch, those that follow and other candidates' too",
     "POLY": "needs task_ids in every call",
     "SHADOW": "runs a second network beside the model's layers",
     "XLORA": "runs the model twice, to weigh its adapters by the prompt",
 }
+
+
+def add_adapters(model: Any, config: Any) -> Any:
+    """The model with new adapters of a ``PeftConfig``; raises ValueError, TypeError for what cannot be meant."""
+    from peft import PeftConfig, get_peft_model
+
+    _check.instance(config, "peft_config", PeftConfig)
+    if has_adapters(model):
+        raise ValueError("peft_config must be None for a model that has adapters: train those, or merge them first")
+    refuse_config(config)
+    return get_peft_model(model, config)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT has replaced layers of a model, by a class of its own around it or within it (``add_adapter``)."""
+    if "peft" not in sys.modules:
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    inner = getattr(model, "_orig_mod", model)
+    return hasattr(inner, "peft_config") or any(
+        isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in inner.modules()
+    )
+
+
+def refuse_adapters(model: Any) -> None:
+    """Raises ValueError for a model with adapters that the loss would pass over."""
+    configs = getattr(getattr(model, "_orig_mod", model), "peft_config", {})
+    for config in configs.values():
+        refuse_config(config)
+    refuse_head(model)
 
 
 def refuse_config(config: Any) -> None:
@@ -50,6 +86,27 @@ def refuse_head(model: Any) -> None:
             "pass over: leave the head out of target_modules and of trainable_token_indices, or train it whole with "
             "modules_to_save"
         )
+
+
+def verify_adapters(model: Any) -> None:
+    """:func:`verify_packing` and :func:`verify_gradients` off the adapters' start, where most of them add nothing.
+
+    Args:
+        model: with adapters, its forward takes sessions (``accept_sessions``); it is left as it was.
+
+    Raises:
+        ValueError: as these do.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with StartValues(model)(model):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    scale = parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 1.0
+                    parameter += (0.1 / scale) * noise.to(parameter)
+        verify_packing(model)
+        verify_gradients(model)
 
 
 def verify_gradients(model: Any) -> None:

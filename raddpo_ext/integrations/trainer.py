@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from raddpo_ext import _check
 from raddpo_ext._files import replacing
-from raddpo_ext.integrations.adapters import StartValues, refuse_config, refuse_head, verify_gradients
+from raddpo_ext.integrations.adapters import StartValues, add_adapters, has_adapters, refuse_adapters, verify_adapters
 from raddpo_ext.integrations.base_model import base_model, context, logits_map
 from raddpo_ext.integrations.data_checks import check_rows, check_vocabulary
 from raddpo_ext.integrations.retriever import SIDRetriever
@@ -98,19 +98,18 @@ class RADDPOTrainer(SessionDataTrainer):
             _check.instance(index, "index", TrieIndex)
             vocab = index.vocab if vocab is None else vocab
         if peft_config is not None:
-            from peft import get_peft_model
-
-            refuse_config(peft_config)
-            model = get_peft_model(model, peft_config)
-        has_adapters = _check_adapters(model)
+            model = add_adapters(model, peft_config)
+        is_adapted = has_adapters(model)
+        if is_adapted:
+            refuse_adapters(model)
         inner = base_model(model)
         if args.disable_dropout:
             _disable_dropout(model)
         if inner.device.type != "meta":  # where FSDP is to load the weights on rank 0 alone, the other ranks have none
             verify_packing(model)
-            if has_adapters:
-                verify_gradients(accept_sessions(model))
-        if ref_model is None and args.use_reference and not has_adapters:
+            if is_adapted:
+                verify_adapters(accept_sessions(model))
+        if ref_model is None and args.use_reference and not is_adapted:
             ref_model = copy.deepcopy(model)
         needs_start = ref_model is None and args.use_reference
         if needs_start and inner.device.type == "meta":
@@ -137,7 +136,8 @@ class RADDPOTrainer(SessionDataTrainer):
         self.ref_model = ref_model
         self._start = StartValues(model) if needs_start else None
         if ref_model is not None:
-            _check_adapters(ref_model)
+            if has_adapters(ref_model):
+                refuse_adapters(ref_model)
             accept_sessions(ref_model).requires_grad_(False).eval().to(args.device)
         self.index = None if index is None else index.to(args.device)
         self._retriever: SIDRetriever | None = None  # made by the first evaluation
@@ -278,18 +278,6 @@ class _Commit(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.weighting.commit()
-
-
-def _check_adapters(model: Any) -> bool:
-    """Whether a model has PEFT adapters; refuses those that the loss would pass over."""
-    inner = getattr(model, "_orig_mod", model)
-    configs = getattr(inner, "peft_config", None)
-    if not configs or not hasattr(inner, "get_base_model"):
-        return False
-    for config in configs.values():
-        refuse_config(config)
-    refuse_head(model)
-    return True
 
 
 def _collator(model: Any, args: RADDPOConfig, vocab: SIDVocab | None, tokenizer: Any) -> SessionCollator:
