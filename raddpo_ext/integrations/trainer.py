@@ -48,7 +48,7 @@ class RADDPOTrainer(SessionDataTrainer):
 
     An evaluation gives the loss, its parts and the rewards over the data set's rows, and with ``index`` the constrained
     retrieval's ``sid_recall@k``, ``sid_ndcg@k`` and ``sid_mrr``, and for rows with a column ``items`` also
-    ``item_recall@k``, ``item_ndcg@k`` and ``item_mrr``.
+    ``item_recall@k``, ``item_ndcg@k`` and ``item_mrr``. With ``args.prediction_loss_only`` nothing is retrieved.
 
     Args:
         model: a ``transformers`` model with a language modelling head, or one with PEFT adapters.
@@ -224,7 +224,7 @@ class RADDPOTrainer(SessionDataTrainer):
         with torch.no_grad():
             ref_logps = self._ref_logps(model, packed)
             rows = model(packed=packed, compute=self.objective.rows, ref_logps=ref_logps)
-            if self.index is not None:
+            if self.index is not None and not prediction_loss_only:
                 if self._retriever is None:
                     unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
                     self._retriever = SIDRetriever(unwrapped, self.index, beam_width=self.args.eval_beam_width)
@@ -234,10 +234,10 @@ class RADDPOTrainer(SessionDataTrainer):
         return None, rows, torch.zeros_like(rows[:, :1])
 
     def _evaluation_metrics(self, prediction: Any) -> dict[str, float]:
-        names = [name for name, _ in ROWS]
-        if self.index is not None:
-            names += retrieval_names(self.args.eval_ks)
         totals = prediction.predictions.sum(0).reshape(-1, 2)
+        names = [name for name, _ in ROWS]
+        if len(totals) > len(names):
+            names += retrieval_names(self.args.eval_ks)
         metrics = {
             name: float(total / max(weight, 1))
             for name, (total, weight) in zip(names, totals, strict=True)

@@ -21,6 +21,14 @@ LOSS_OPTIONS = (
     "label_smoothing",
 )
 
+#: Options of TrainingArguments that have nothing to act on here, the value at which they ask for nothing, and why.
+_UNUSED: dict[str, tuple[Any, str]] = {
+    "label_smoothing_factor": (0.0, "the preference's own is label_smoothing"),
+    "batch_eval_metrics": (False, "an evaluation's metrics are sums over its rows already"),
+    "eval_do_concat_batches": (True, "the metrics are sums over all batches' rows"),
+    "include_for_metrics": ([], "the metrics are the trainer's own"),
+}
+
 
 @dataclass
 class RADDPOConfig(TrainingArguments):
@@ -97,9 +105,13 @@ class RADDPOConfig(TrainingArguments):
             raise ValueError(
                 f"eval_ks must name cut-offs up to eval_beam_width = {self.eval_beam_width}, got {self.eval_ks}"
             )
+        for name, (neutral, why) in _UNUSED.items():
+            if getattr(self, name) != neutral:
+                raise ValueError(f"{name} must be {neutral}, got {getattr(self, name)}: {why}")
         loading: Any = self.accelerator_config
-        if loading.dispatch_batches is None:
-            loading.dispatch_batches = False  # nobody cuts up packed batches: each rank reads its share of a stream
+        if loading.dispatch_batches:
+            raise ValueError("accelerator_config.dispatch_batches must be False: packed batches cannot be cut up")
+        loading.dispatch_batches = False  # each rank reads its share of a stream
 
     @property
     def loss_options(self) -> dict[str, Any]:
