@@ -1,7 +1,9 @@
 """Searches with a model of Qwen3-0.6B's shapes and random weights on a GPU, a part of ``benchmarks.gpu_bench``.
 
 ``call_ms`` is the time of a whole ``retrieve`` on the host's clock: captured in a graph, launch by launch, and with a
-row of the KV cache a beam, which follows the beams as in ``generate``. ``graph_ms`` is the search's on the GPU alone,
+row of the KV cache a beam, which follows the beams as in ``generate``; and of transformers' ``generate`` itself, with
+our processor for the catalogue and without any constraint, which no constrained ``generate`` can be faster than.
+``graph_ms`` is the search's on the GPU alone,
 ``model_ms`` that of the same forwards without a search, masks ready: the body over the prompt and over each level's
 beams, and its head's product with the rows that the support needs, the vocabulary's or the level's. What is left is the
 time outside the model. The floor is the larger of the bytes of weights over a copy's bandwidth and of the weights'
@@ -47,8 +49,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "eager": {},
     "reordered": {"shared_prefix": False},
 }
+GENERATE = 50  # beams, at most, that generate is measured with
 CALLS = 5
-TILES = {"32 MiB": 1 << 25, "256 MiB": 1 << 28}
+TILES = {"tiles of 32 MiB": 1 << 25, "tiles of 256 MiB": 1 << 28}
 
 
 def make_model() -> Any:
@@ -69,7 +72,7 @@ def make_prompts(batch: int) -> tuple[Tensor, Tensor]:
     return ids, torch.ones_like(ids, dtype=torch.bool)
 
 
-def call_ms(retriever: rx.SIDRetriever, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+def call_ms(call: Callable[[], Any]) -> dict[str, Any]:
     """Median time of a call, and the memory that it needs beside what lay there before."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -78,12 +81,28 @@ def call_ms(retriever: rx.SIDRetriever, ids: Tensor, mask: Tensor) -> dict[str, 
         for _ in range(2 + CALLS):
             torch.cuda.synchronize()
             begin = time.perf_counter()
-            retriever.retrieve(ids, mask, TOP_K)
+            call()
             torch.cuda.synchronize()
             times.append(1e3 * (time.perf_counter() - begin))
     except torch.OutOfMemoryError:
         return {"ms": None, "peak_bytes": None}
     return {"ms": statistics.median(times[2:]), "peak_bytes": torch.cuda.max_memory_allocated() - before}
+
+
+def generate(model: Any, index: rx.TrieIndex, ids: Tensor, mask: Tensor, width: int, constrained: bool) -> Tensor:
+    processor = rx.TrieLogitsProcessor(index, prompt_length=ids.shape[1], num_beams=width)
+    return model.generate(
+        input_ids=ids,
+        attention_mask=mask.long(),
+        logits_processor=[processor] if constrained else [],
+        num_beams=width,
+        num_return_sequences=TOP_K,
+        max_new_tokens=LEVELS,
+        do_sample=False,
+        length_penalty=0.0,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
 
 
 def head_rows(normalize: str, level: int, weight: Tensor, index: rx.TrieIndex) -> Tensor:
@@ -148,9 +167,13 @@ def measure_search(
     ways = {}
     for name, options in WAYS.items():
         retriever = rx.SIDRetriever(model, index, beam_width=width, normalize=normalize, **options)
-        ways[name] = call_ms(retriever, ids, mask)
+        ways[name] = call_ms(partial(retriever.retrieve, ids, mask, TOP_K))
         del retriever
         torch.cuda.empty_cache()
+    if width <= GENERATE:
+        for name, constrained in (("generate", True), ("generate without a constraint", False)):
+            ways[name] = call_ms(partial(generate, model, index, ids, mask, width, constrained))
+            torch.cuda.empty_cache()
     return {
         "batch": batch,
         "beam_width": width,
@@ -181,8 +204,10 @@ def measure_step(model: Any, index: rx.TrieIndex, batch: int, width: int, level:
     result: dict[str, Any] = {"batch": batch, "beam_width": width, "level": level}
     result["product_us"] = graph_us(lambda states: F.linear(states, weight), hidden, 4)
     result["dense_us"] = graph_us(lambda states: rx.beam_step(F.linear(states, weight), state, index, width), hidden, 4)
-    saved = module._LOGIT_BYTES, module._level_is_cheaper
+    saved = module._LOGIT_BYTES, module._level_is_cheaper, module._queries_at_once
     try:
+        result["vocab"] = graph_us(partial(linear, normalize="vocab"), hidden, 4)
+        module._queries_at_once = lambda *_: 0
         for name, size in TILES.items():
             module._LOGIT_BYTES = size
             result[f"vocab, {name}"] = graph_us(partial(linear, normalize="vocab"), hidden, 4)
@@ -191,17 +216,20 @@ def measure_step(model: Any, index: rx.TrieIndex, batch: int, width: int, level:
             module._level_is_cheaper = lambda *_, chosen=chosen: chosen
             result[f"trie, {name}"] = graph_us(partial(linear, normalize="trie"), hidden)
     finally:
-        module._LOGIT_BYTES, module._level_is_cheaper = saved
+        module._LOGIT_BYTES, module._level_is_cheaper, module._queries_at_once = saved
     return result | {"trie takes the level's": module._level_is_cheaper(hidden[0].flatten(0, 1), index, level)}
 
 
 def search_table(rows: list[dict[str, Any]]) -> str:
-    head = ["B", "W", "support", *(f"{way} ms" for way in WAYS), "graph ms", "model ms", "outside", "floor ms"]
+    ways = list(dict.fromkeys(way for row in rows for way in row["call"]))
+    head = ["B", "W", "support", *(f"{way} ms" for way in ways), "graph ms", "model ms", "outside", "floor ms"]
     head += [f"{way} GB" for way in WAYS]
     lines = []
     for row in rows:
         line = [str(row["batch"]), str(row["beam_width"]), row["normalize"]]
-        line += [f"{row['call'][way]['ms']:.2f}" if row["call"][way]["ms"] else "no memory" for way in WAYS]
+        for way in ways:
+            ms = row["call"][way]["ms"] if way in row["call"] else 0
+            line.append("" if ms == 0 else "no memory" if ms is None else f"{ms:.2f}")
         line += [f"{row['graph_ms']:.2f}", f"{row['model_ms']:.2f}", f"{row['share_outside']:.1%}"]
         line += [f"{row['floor_ms']:.2f}"]
         line += [f"{(row['call'][way]['peak_bytes'] or 0) / 1e9:.2f}" for way in WAYS]

@@ -29,13 +29,14 @@ from raddpo_ext import reference
 
 pytestmark = NEEDS_GPU
 
-WAYS = ["children", "level"]
+WAYS = ["children", "level", "all"]
 
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which logits are made: the children's alone, or the whole level's."""
+    """Which logits are made: the children's alone, the whole level's, or under ``"vocab"`` all of one query at a time."""
     monkeypatch.setattr(module, "_level_is_cheaper", lambda *_: request.param == "level")
+    monkeypatch.setattr(module, "_queries_at_once", lambda *_: int(request.param == "all"))
     return request.param
 
 

@@ -123,6 +123,29 @@ def test_logits_of_the_whole_level(normalize: str, monkeypatch: pytest.MonkeyPat
     assert_scores_close(got.scores, expected.scores, "beam_step")
 
 
+@pytest.mark.parametrize("queries", [1, 2, 3])
+def test_all_logits_of_some_queries_at_a_time(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does under ``"vocab"`` gives the same step, of three queries as of one."""
+    index, generator = wide_index(), generator_of(1)
+    state = state_of(-torch.rand(3, 6, generator=generator), torch.arange(1, 7).expand(3, 6))
+    hidden, weight = torch.randn(3, 6, 40, generator=generator), torch.randn(1600, 40, generator=generator)
+    options = {"bias": torch.randn(1600, generator=generator), "temperature": 2.0, "logit_softcap": 5.0}
+    expected = rx.linear_beam_step(hidden, weight, state, index, 300, **options)
+    monkeypatch.setattr(module, "_queries_at_once", lambda *_: queries)
+    got = rx.linear_beam_step(hidden, weight, state, index, 300, **options)
+    assert got.nodes.tolist() == expected.nodes.tolist()
+    assert got.parents.tolist() == expected.parents.tolist()
+    assert_scores_close(got.scores, expected.scores, "beam_step")
+
+
+def test_how_many_queries_at_once() -> None:
+    """On a GPU as many as fit 1 GiB of logits; a query that does not fit, and the CPU, have tiles."""
+    weight = torch.empty(2**20, 2, device="meta")
+    of = [module._queries_at_once(torch.empty(8, beams, 2, device="meta"), weight) for beams in (1, 64, 256, 257)]
+    assert of == [8, 4, 1, 0]
+    assert module._queries_at_once(torch.empty(8, 1, 2), torch.empty(4, 2)) == 0
+
+
 def test_when_the_whole_level_is_cheaper() -> None:
     """On a GPU: where the rows that many beams share are read once, but not for a single child each."""
     prefixes = torch.cartesian_prod(torch.arange(64), torch.arange(64))

@@ -14,7 +14,7 @@ from raddpo_ext.token_logps import check_map
 from raddpo_ext.trie import TrieIndex
 
 _WEIGHT_BYTES = 1 << 22  # of a tile's rows of the weight, on the CPU: in its cache, and enough to fill a product
-_LOGIT_BYTES = 1 << 28  # of a tile's logits, on CUDA
+_LOGIT_BYTES = 1 << 30  # of the logits held at once, on CUDA
 _ROWS_A_READ = 128  # rows that a GPU multiplies by a row of the weight in the time that reading it takes, about
 
 
@@ -37,9 +37,10 @@ def linear_beam_step(
     """:func:`raddpo_ext.beam_step` of the logits ``hidden @ weight.T + bias``, most of which are never made.
 
     Under ``"level"`` only the level's rows of ``weight`` are multiplied, under ``"trie"`` only those of the live beams'
-    children. ``"vocab"`` needs every row, for the log-sum-exp: it is summed up tile by tile while a tile's logits are
-    in cache, and none is kept. Children's logits are float32, or of the product's type where all the level's are made:
-    under ``"level"``, and on a GPU whenever beams have so many children that this is cheaper.
+    children. ``"vocab"`` needs every row, for the log-sum-exp. On the CPU it is summed up tile by tile while a tile's
+    logits are in cache, and none is kept. On a GPU all logits are made, of as many queries at a time as fit 1 GiB; a
+    query that does not fit is summed up in tiles too. Children's logits are float32, or of the product's type where
+    more are made than theirs: under ``"level"``, and mostly on a GPU.
 
     Args:
         hidden: ``[B, W, H]`` float32, bfloat16 or float16: the states that predict each beam's next token.
@@ -78,8 +79,12 @@ def linear_beam_step(
         if bool(bad.any()):
             query, beam = bad.nonzero()[0].tolist()
             raise ValueError(f"hidden[{query}, {beam}] holds NaN")
-    rows = hidden.reshape(-1, hidden.shape[2])
     scores, nodes = state.scores.contiguous(), state.nodes.contiguous()
+    tail = (beam_width, support, length_penalty)
+    queries = _queries_at_once(hidden, weight) if normalize == "vocab" else 0
+    if queries:
+        return _step_of_all_logits(hidden, weight, bias, scale, softcap, scores, nodes, index, queries, tail)
+    rows = hidden.reshape(-1, hidden.shape[2])
     lse = None
     if normalize == "level" or _level_is_cheaper(rows, index, level):
         chosen = index.level_tokens(level)
@@ -107,11 +112,37 @@ def linear_beam_step(
             *index.block,
             lse,
             level,
-            beam_width,
-            support,
-            length_penalty,
+            *tail,
         )
     )
+
+
+def _queries_at_once(hidden: Tensor, weight: Tensor) -> int:
+    """Of how many queries all logits are made and held at once, on a GPU; 0: of none, they are made in tiles."""
+    if hidden.device.type == "cpu":
+        return 0
+    return min(len(hidden), _LOGIT_BYTES // max(1, hidden.shape[1] * len(weight) * hidden.element_size()))
+
+
+def _step_of_all_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float,
+    scores: Tensor,
+    nodes: Tensor,
+    index: TrieIndex,
+    queries: int,
+    tail: tuple[int, int, float],
+) -> BeamState:
+    """The step from whole rows of logits, of at most ``queries`` queries at a time."""
+    parts = -(-len(hidden) // queries)
+    steps = []
+    for states, *beams in zip(*(x.tensor_split(parts) for x in (hidden, scores, nodes)), strict=True):
+        logits = _mapped(F.linear(states, weight, bias), scale, softcap)
+        steps.append(torch.ops.raddpo.beam_step(logits, *beams, *index.block, None, -1, *tail))
+    return BeamState(*(steps[0] if parts == 1 else map(torch.cat, zip(*steps, strict=True))))
 
 
 def _level_is_cheaper(hidden: Tensor, index: TrieIndex, level: int) -> bool:

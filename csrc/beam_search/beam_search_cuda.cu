@@ -14,16 +14,16 @@ constexpr int kReaders = 128;                      // threads that read a row; o
 constexpr int kRowBytes = kReaders * kLoads * 16;  // that they read in one go
 constexpr std::int64_t kRowBlocks = 1024;          // rows are split among blocks while that makes no more of them
 constexpr std::int64_t kMaxSplits = 64;
-constexpr std::int64_t kSliceBlocks = 512;  // fills a GPU
-constexpr std::int64_t kMaxSlices = 256;    // of a query
+constexpr std::int64_t kGathered = 4 * kReaders;  // logits of children, in no order, that a block reads
+constexpr std::int64_t kMaxSlices = 256;          // of a query
 static_assert(kMaxSlices <= kSliceThreads);
-constexpr int kBufferKeys = 4096;                   // in shared memory; a wide beam's buffers are in global memory
-constexpr std::int64_t kMaxCandidate = 0xfffffffe;  // in 32 bits of a key; nodes are fewer, unless beams repeat them
-constexpr std::int64_t kMaxWidth = 1 << 28;         // of a result that has as many candidates
+constexpr int kBufferKeys = 4096;            // in shared memory; a wide beam's buffers are in global memory
+constexpr std::int64_t kMaxWidth = 1 << 28;  // of a result that has as many candidates
 
 struct Workspace {
   Key* lists;                          // [batch, slices + 1, stride] best keys of each slice; the last for their union
   Key* bounds;                         // [batch, slices] that `want` keys of the slice reach, or 0
+  Key* shares;                         // [batch, slices] that the slice's even share of `want` keys reach, or 0
   Beam* beams;                         // [batch, width]
   LogSumExp* sums;                     // [batch, width, splits]
   unsigned* counts;                    // [batch, slices] keys in each list
@@ -34,10 +34,20 @@ struct Workspace {
   bool in_shared;  // the buffers that keys are gathered in
 };
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-std::int64_t clamp(std::int64_t x, std::int64_t low, std::int64_t high) { return x < low ? low : x > high ? high : x; }
+__host__ __device__ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr std::int64_t clamp(std::int64_t x, std::int64_t low, std::int64_t high) {
+  return x < low ? low : x > high ? high : x;
+}
 
-// Sizes follow from shapes that the host knows alone.
+// Blocks of a slice that run at once, two a multiprocessor.
+std::int64_t slice_blocks() {
+  int device = 0, multiprocessors = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  return 2 * multiprocessors;
+}
+
+// Sizes follow from shapes and the device, which the host knows alone.
 Workspace lay_out(const BeamStepArgs& a, void* memory) {
   std::int64_t symbols = 1;
   for (int level = 0; level < a.trie.levels; ++level)
@@ -47,15 +57,17 @@ Workspace lay_out(const BeamStepArgs& a, void* memory) {
   const std::int64_t row_bytes = a.vocab * (a.logit_type == LogitType::float32 ? 4 : 2);
   const std::int64_t spare_blocks = clamp(rows ? kRowBlocks / rows : 1, 1, kMaxSplits);
   Workspace w{};
-  w.splits = a.lse ? 1 : static_cast<int>(clamp(ceil_div(row_bytes, kRowBytes), 1, spare_blocks));
+  const std::int64_t useful =
+      a.normalize == Normalize::trie ? ceil_div(symbols, kGathered) : ceil_div(row_bytes, kRowBytes);
+  w.splits = a.lse ? 1 : static_cast<int>(clamp(useful, 1, spare_blocks));
   w.want = static_cast<int>(clamp(candidates, 1, a.beam_width < kMaxWidth ? a.beam_width : kMaxWidth));
   w.limit = w.want + (w.want > 64 ? w.want / 2 : 32);
   w.in_shared = w.limit + kRound <= kBufferKeys;
   w.capacity = kBufferKeys;
-  while (w.capacity < w.limit + kRound) w.capacity *= 2;
+  while (w.capacity < w.limit + kRound || w.capacity < 2 * w.limit) w.capacity *= 2;
   w.stride = w.in_shared ? w.limit : w.capacity;
   w.least = w.limit > kRound / 4 ? 4 * static_cast<std::int64_t>(w.limit) : kRound;
-  w.slices = clamp(ceil_div(candidates, w.least), 1, clamp(kSliceBlocks / a.batch, 8, kMaxSlices));
+  w.slices = clamp(ceil_div(candidates, w.least), 1, clamp(slice_blocks() / a.batch, 8, kMaxSlices));
   const auto take = [&](auto*& array, std::int64_t size) {
     array =
         reinterpret_cast<std::remove_reference_t<decltype(array)>>(reinterpret_cast<std::uintptr_t>(memory) + w.bytes);
@@ -63,6 +75,7 @@ Workspace lay_out(const BeamStepArgs& a, void* memory) {
   };
   take(w.lists, a.batch * (w.slices + 1) * w.stride);
   take(w.bounds, a.batch * w.slices);
+  take(w.shares, a.batch * w.slices);
   take(w.beams, rows);
   take(w.sums, rows * w.splits);
   take(w.counts, a.batch * w.slices);
@@ -149,27 +162,32 @@ struct SliceShared {
   bool last;
 };
 
-// Pushes the candidates [begin, end) of a query, tile by tile, and leaves the tile loaded that it ended with.
+// Pushes every stripe of 512 of a query's candidates whose number is `slice` modulo `slices`, so that each slice has
+// its share of the best beams; `total`: of candidates. Leaves the tile loaded that the beams end with.
 __device__ __forceinline__ void push_candidates(TopKeys& top, Tile& tile, const BeamStepArgs& a, const Workspace& w,
-                                                std::int64_t query, std::uint64_t begin, std::uint64_t end) {
+                                                std::int64_t query, std::uint32_t slice, std::uint32_t slices) {
   constexpr int n = kRound / kSliceThreads;
-  std::uint64_t first = 0;
+  const std::uint64_t stride = static_cast<std::uint64_t>(slices) * kSliceThreads;
+  std::uint32_t first = 0;
   for (std::int64_t beam = 0; beam < a.width; beam += kSliceThreads) {
     if (a.width > kSliceThreads) load_tile(tile, a, w.beams, w.sums, w.splits, query, beam, first);
-    const std::uint64_t next = tile.begin[kSliceThreads];
-    const std::uint64_t low = begin > first ? begin : first, high = end < next ? end : next;
-    for (std::uint64_t from = low; from < high; from += kRound) {
-      std::uint64_t candidate[n];
+    const std::uint32_t next = tile.begin[kSliceThreads], stripe = first / kSliceThreads;
+    // The last of the slice's stripes that begins at the tile's first candidate or before, or its first one.
+    std::uint64_t from = (stripe < slice ? slice : stripe - (stripe - slice) % slices) * std::uint64_t(kSliceThreads);
+    for (; first < next && from < next; from += n * stride) {
+      std::uint32_t candidate[n];
+      bool inside[n];
       Key keys[n];
 #pragma unroll
       for (int i = 0; i < n; ++i) {
-        candidate[i] = from + i * kSliceThreads + threadIdx.x;
-        if (candidate[i] >= high) candidate[i] = high - 1;  // evaluated in vain, which costs less than a branch
+        const std::uint64_t number = from + i * stride + threadIdx.x;
+        inside[i] = number >= first && number < next;
+        candidate[i] =
+            inside[i] ? static_cast<std::uint32_t>(number) : first;  // evaluated in vain: cheaper than a branch
       }
       const Candidates<n> c = evaluate(a, tile, query, beam, candidate);
 #pragma unroll
-      for (int i = 0; i < n; ++i)
-        keys[i] = from + i * kSliceThreads + threadIdx.x < high ? key_of(c.key[i], candidate[i]) : 0;
+      for (int i = 0; i < n; ++i) keys[i] = inside[i] ? key_of(c.key[i], candidate[i]) : 0;
       top.push(keys);
     }
     first = next;
@@ -203,12 +221,12 @@ __device__ __forceinline__ void write(const Key* keys, int count, Tile& tile, co
     a.out_parents[out + slot] = 0;
     a.out_nodes[out + slot] = -1;
   }
-  std::uint64_t first = 0;
+  std::uint32_t first = 0;
   for (std::int64_t beam = 0; beam < a.width; beam += kSliceThreads) {
     if (a.width > kSliceThreads) load_tile(tile, a, w.beams, w.sums, w.splits, query, beam, first);
-    const std::uint64_t next = tile.begin[kSliceThreads];
+    const std::uint32_t next = tile.begin[kSliceThreads];
     for (std::int64_t slot = threadIdx.x; slot < count; slot += kSliceThreads) {
-      const std::uint64_t candidate[1] = {static_cast<std::uint32_t>(~keys[slot])};
+      const std::uint32_t candidate[1] = {static_cast<std::uint32_t>(~keys[slot])};
       if (candidate[0] < first || candidate[0] >= next) continue;
       const Candidates<1> c = evaluate(a, tile, query, beam, candidate);
       a.out_scores[out + slot] = c.score[0];
@@ -227,41 +245,39 @@ __global__ void __launch_bounds__(kSliceThreads, in_shared ? 2 : 1)
     slices_kernel(const __grid_constant__ BeamStepArgs a, const __grid_constant__ Workspace w) {
   __shared__ SliceShared<in_shared> shared;
   const std::int64_t query = blockIdx.x % a.batch, slice = blockIdx.x / a.batch;  // slices that have work come first
-  std::uint64_t total = 0;
+  std::uint64_t sum = 0;
   for (std::int64_t beam = 0; beam < a.width; beam += kSliceThreads)
-    total += load_tile(shared.tile, a, w.beams, w.sums, w.splits, query, beam, total);
-  if (total > kMaxCandidate) total = kMaxCandidate;
-  const std::uint64_t even = (total + w.slices - 1) / w.slices;
-  const std::uint64_t size = even > static_cast<std::uint64_t>(w.least) ? even : w.least;
-  const std::int64_t slices = total > size ? static_cast<std::int64_t>((total + size - 1) / size) : 1;
+    sum += load_tile(shared.tile, a, w.beams, w.sums, w.splits, query, beam, sum);
+  const std::int64_t slices = clamp(ceil_div(candidate_number(sum), w.least), 1, w.slices);
   if (slice >= slices) return;
 
   Key* lists = w.lists + query * (w.slices + 1) * w.stride;
   Key* list = lists + slice * w.stride;
   TopKeys top{in_shared ? shared.keys : list, w.capacity, w.want, w.limit, &shared.top, 0, 0};
   top.clear(0);
-  const std::uint64_t begin = slice * size;
-  push_candidates(top, shared.tile, a, w, query, begin, begin + size < total ? begin + size : total);
+  push_candidates(top, shared.tile, a, w, query, static_cast<std::uint32_t>(slice), static_cast<std::uint32_t>(slices));
   top.settle();
   if (slices > 1) {
+    // For short lists it costs more than it spares the last block.
+    const int even_share = static_cast<int>(ceil_div(w.want, slices));
+    const Key share = w.want > kSliceThreads ? top.reached_by(even_share) : 0;
     if (in_shared)
       for (int i = static_cast<int>(threadIdx.x); i < top.used; i += kSliceThreads) list[i] = top.keys[i];
     if (threadIdx.x == 0) {
       w.counts[query * w.slices + slice] = top.used;
       w.bounds[query * w.slices + slice] = top.bound;
+      w.shares[query * w.slices + slice] = share;
     }
-    // Each thread's writes are in memory before the slice counts as done, and read only once all slices do.
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) shared.last = atomicAdd(&w.done[query], 1u) == slices - 1;
-    __syncthreads();
-    if (!shared.last) return;
-    __threadfence();
-    const Key bound = threadIdx.x < slices ? w.bounds[query * w.slices + threadIdx.x] : 0;
-    const Key least =
-        block_reduce<kSliceThreads>(bound, shared.top.key_scratch, [](Key x, Key y) { return x > y ? x : y; });
+    if (!is_last_block(&w.done[query], slices, &shared.last)) return;
+    // `want` keys reach the largest of the slices' bounds, and the smallest of their shares.
+    const bool mine = threadIdx.x < slices;
+    const Key bound = mine ? w.bounds[query * w.slices + threadIdx.x] : 0;
+    const Key least_share = mine ? w.shares[query * w.slices + threadIdx.x] : ~Key(0);
+    const auto larger = [](Key x, Key y) { return x > y ? x : y; };
+    const auto smaller = [](Key x, Key y) { return x < y ? x : y; };
     if (!in_shared) top.keys = lists + w.slices * w.stride;
-    top.clear(least);
+    top.clear(larger(block_reduce<kSliceThreads>(bound, shared.top.key_scratch, larger),
+                     block_reduce<kSliceThreads>(least_share, shared.top.key_scratch, smaller)));
     push_lists(top, w, query, slices);
     top.settle();
   }

@@ -15,16 +15,23 @@ struct alignas(16) Beam {
   float score;
 };
 
+constexpr std::uint32_t kMaxCandidate =
+    0xfffffffe;  // numbers above it are cut off: nodes are fewer, unless beams repeat
+
+__device__ __forceinline__ std::uint32_t candidate_number(std::uint64_t number) {
+  return number < kMaxCandidate ? static_cast<std::uint32_t>(number) : kMaxCandidate;
+}
+
 // As many of a query's beams as a block has threads, in shared memory.
 struct Tile {
-  std::uint64_t begin[kSliceThreads + 1];  // number of each beam's first candidate
+  std::uint32_t begin[kSliceThreads + 1];  // number of each beam's first candidate, at most kMaxCandidate
   std::uint32_t first[kSliceThreads];
   float score[kSliceThreads], lse[kSliceThreads];
   std::int8_t level[kSliceThreads];
   std::uint64_t scratch[kSliceThreads / 32];
 
   // The tile's last beam that begins at candidate c or before: candidate c's, for the c of the tile.
-  __device__ __forceinline__ int beam_of(std::uint64_t c) const {
+  __device__ __forceinline__ int beam_of(std::uint32_t c) const {
     int beam = 0;
 #pragma unroll
     for (int step = kSliceThreads / 2; step; step /= 2)
@@ -47,8 +54,8 @@ __device__ __forceinline__ std::uint64_t load_tile(Tile& tile, const BeamStepArg
   }
   std::uint64_t total;
   const std::uint64_t before = block_scan<kSliceThreads>(static_cast<std::uint64_t>(b.count), tile.scratch, &total);
-  tile.begin[thread] = first + before;
-  if (thread == 0) tile.begin[kSliceThreads] = first + total;
+  tile.begin[thread] = candidate_number(first + before);
+  if (thread == 0) tile.begin[kSliceThreads] = candidate_number(first + total);
   tile.first[thread] = b.first;
   tile.score[thread] = b.score;
   tile.lse[thread] = value_of(s);
@@ -59,11 +66,11 @@ __device__ __forceinline__ std::uint64_t load_tile(Tile& tile, const BeamStepArg
 
 // Keys order as their float does, and among equals the lower candidate number, that is the lower parent and then the
 // lower token, is the larger key. NaN and -inf are no candidates.
-__device__ __forceinline__ Key key_of(float value, std::uint64_t candidate) {
+__device__ __forceinline__ Key key_of(float value, std::uint32_t candidate) {
   if (!(value > -INFINITY)) return 0;
   const unsigned bits = __float_as_uint(value + 0.f);  // -0 becomes 0
   const unsigned ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  return static_cast<Key>(ordered) << 32 | static_cast<std::uint32_t>(~candidate);
+  return static_cast<Key>(ordered) << 32 | ~candidate;
 }
 
 template <int n>
@@ -77,7 +84,7 @@ struct Candidates {
 // n candidates of the tile at once, so that the reads of each stage are in flight together.
 template <int n>
 __device__ __forceinline__ Candidates<n> evaluate(const BeamStepArgs& a, const Tile& tile, std::int64_t query,
-                                                  std::int64_t tile_beam, const std::uint64_t (&candidate)[n]) {
+                                                  std::int64_t tile_beam, const std::uint32_t (&candidate)[n]) {
   const TrieView& t = a.trie;
   Candidates<n> c;
   std::uint32_t symbol[n];
@@ -86,7 +93,7 @@ __device__ __forceinline__ Candidates<n> evaluate(const BeamStepArgs& a, const T
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     c.beam[i] = tile.beam_of(candidate[i]);
-    c.node[i] = tile.first[c.beam[i]] + static_cast<std::int64_t>(candidate[i] - tile.begin[c.beam[i]]);
+    c.node[i] = static_cast<std::int64_t>(tile.first[c.beam[i]]) + (candidate[i] - tile.begin[c.beam[i]]);
   }
   if (t.live_nodes.bits) {
 #pragma unroll
@@ -127,7 +134,8 @@ __device__ __forceinline__ Candidates<n> evaluate(const BeamStepArgs& a, const T
     const float step = c.token[i] < 0 ? 0.f : logp > 0.f ? 0.f : logp;  // no child is above its parent, rounding or not
     c.score[i] = tile.score[c.beam[i]] + step;
     const int level = tile.level[c.beam[i]];
-    c.key[i] = c.score[i] / a.length_factor[level < 0 ? -1 - level : level + 1];
+    const float factor = a.length_factor[level < 0 ? -1 - level : level + 1];
+    c.key[i] = factor == 1.f ? c.score[i] : c.score[i] / factor;  // mostly there is no penalty, and a division is slow
   }
   return c;
 }

@@ -65,6 +65,19 @@ __device__ __forceinline__ T block_reduce(T value, T* scratch, Op op) {
   return value;
 }
 
+// Whether all other blocks that count here have done so: the last one then sees what each wrote before. One thread's
+// fences do for all, as the barriers order theirs: a fence by every warp takes several times as long. `last`: shared.
+__device__ __forceinline__ bool is_last_block(unsigned* done, std::int64_t blocks, bool* last) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    *last = atomicAdd(done, 1u) == blocks - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return *last;
+}
+
 // Clusters: a block's own number in its cluster is known from its index. Code for GPUs before sm_90, which have no
 // clusters, compiles too and must not be run in one.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900

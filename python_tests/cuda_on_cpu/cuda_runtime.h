@@ -48,7 +48,7 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs;
   unsigned numAttrs;
 };
-enum cudaDeviceAttr { cudaDevAttrClusterLaunch };
+enum cudaDeviceAttr { cudaDevAttrClusterLaunch, cudaDevAttrMultiProcessorCount };
 
 #define threadIdx (::cuda_on_cpu::thread_index)
 inline dim3 blockIdx, blockDim, gridDim;
@@ -173,8 +173,8 @@ inline void* __cluster_map_shared_rank(void* p, unsigned rank) {
   return shared_memories[rank].data() + (static_cast<char*>(p) - shared.begin);
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  return *value = cuda_on_cpu::has_clusters, cudaSuccess;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  return *value = attribute == cudaDevAttrClusterLaunch ? cuda_on_cpu::has_clusters : 132, cudaSuccess;
 }
 
 inline cudaError_t cudaMemsetAsync(void* p, int value, std::size_t bytes, cudaStream_t) {
