@@ -156,11 +156,11 @@ def _lookup(options: argparse.Namespace) -> int:
 
 
 def _find(options: argparse.Namespace) -> int:
-    from raddpo_ext.readers import _integer_id
+    from raddpo_ext.item_ids import integer_id
     from raddpo_ext.trie_items import UnknownItem
 
     index, names = _load(options.file)
-    item: Any = options.item if names is not None and names.ids is not None else _integer_id(options.item)
+    item: Any = options.item if names is not None and names.ids is not None else integer_id(options.item)
     try:
         if item is None:
             raise UnknownItem("ITEM", options.item, 0)

@@ -13,9 +13,9 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 import numpy as np
 
 from raddpo_ext.catalogue_tables import read_columns
+from raddpo_ext.item_ids import LARGEST_ITEM, integer_id
 from raddpo_ext.sid_text import code_of, shown, without_markers
 
-LARGEST_ITEM = 2**63 - 1  #: The largest item id that is an integer, everywhere.
 _ARRAYS = ("sids", "lengths", "item_ids")
 _TABLES = (".csv", ".tsv", ".parquet")
 
@@ -110,15 +110,8 @@ def _item_ids(path: Path, names: Sequence[str]) -> tuple[np.ndarray | None, list
         if not name or name != name.strip() or not name.isprintable():
             _refuse(path, f"item {shown(name)} is empty, or has blanks around it or characters that cannot be shown")
         seen.add(name)
-        integers = integers and _integer_id(name) is not None
+        integers = integers and integer_id(name) is not None
     return (np.array([*map(int, names)], np.int64), None) if integers else (None, list(names))
-
-
-def _integer_id(text: str) -> int | None:
-    """An item id that is an integer: from 0 to :data:`LARGEST_ITEM`, without a leading zero. None for any other."""
-    if not re.fullmatch("0|[1-9][0-9]{0,18}", text):  # int() refuses much longer ones
-        return None
-    return int(text) if int(text) <= LARGEST_ITEM else None
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray | None]:
