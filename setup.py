@@ -1,6 +1,10 @@
 """Builds the extension module raddpo_ext._C: every .cpp under csrc/, and every .cu when nvcc is found."""
 
 import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
 from glob import glob
 from pathlib import Path
 
@@ -12,7 +16,8 @@ try:
     import torch.utils.cpp_extension as torch_ext
 except ImportError as error:
     raise SystemExit(
-        f"raddpo_ext is built against the PyTorch already installed, and '{error.name}' is not importable here.\n"
+        f"raddpo_ext is built against the PyTorch already installed, and '{error.name}' is not importable here: "
+        "in the isolated environment that pip builds in by default nothing that is installed is.\n"
         "Install torch, pybind11 and ninja, then run: pip install --no-build-isolation ."
     ) from None
 
@@ -42,6 +47,31 @@ if WITH_CUDA:
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
     cuda = dict(library_dirs=[str(CUDA_HOME / "lib64")], libraries=["cudart_static", "rt", "dl", "pthread"])
 
+
+class BuildExtension(torch_ext.BuildExtension):
+    """Tries the compiler out first, so that what is missing is said in a line and not in pages of errors."""
+
+    def build_extensions(self):
+        # torch compiles by the first and links by the second; CXX names both.
+        compiler = shlex.split(os.environ.get("CXX") or "c++")
+        for program in (compiler[0], getattr(self.compiler, "linker_so_cxx", self.compiler.linker_so)[0]):
+            if shutil.which(program) is None:
+                raise SystemExit(
+                    f"raddpo_ext is compiled from C++, and there is no {program} here: install g++ (Debian and Ubuntu: "
+                    "apt install g++), or name a compiler by CXX"
+                )
+        source = "#include <Python.h>\n#include <optional>\nstatic_assert(__cplusplus >= 201703L);\n"
+        options = ["-std=c++17", f"-I{sysconfig.get_path('include')}", "-fsyntax-only", "-x", "c++", "-"]
+        tried = subprocess.run([*compiler, *options], input=source, capture_output=True, text=True)
+        if tried.returncode:
+            errors = [line for line in tried.stderr.splitlines() if "error" in line]
+            raise SystemExit(
+                f"{shlex.join(compiler)} cannot compile C++17 with this Python's headers (Debian and Ubuntu: apt "
+                f"install g++ python3-dev): {errors[0] if errors else f'exit code {tried.returncode}'}"
+            )
+        super().build_extensions()
+
+
 setup(
     ext_modules=[
         torch_ext.CppExtension(
@@ -54,5 +84,5 @@ setup(
             **cuda,
         )
     ],
-    cmdclass={"build_ext": torch_ext.BuildExtension},
+    cmdclass={"build_ext": BuildExtension},
 )

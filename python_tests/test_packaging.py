@@ -51,6 +51,14 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def sources(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, unpacked."""
+    folder = tmp_path_factory.mktemp("sources")
+    shutil.unpack_archive(sdist, folder)
+    return folder / f"raddpo_ext-{VERSION}"
+
+
+@pytest.fixture(scope="module")
 def wheel(sdist: Path) -> Path:
     """From the source distribution, with the torch that is installed and no network."""
     options = ("--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check", "--wheel-dir", ".")
@@ -87,6 +95,44 @@ def test_sdist_holds_what_a_build_needs(sdist: Path) -> None:
     made = {"PKG-INFO", "setup.cfg", *(f"raddpo_ext.egg-info/{name}" for name in EGG_INFO)}
     texts = {"LICENSE", "README.md", "CHANGELOG.md", "CMakeLists.txt", "MANIFEST.in", "pyproject.toml", "setup.py"}
     assert names == texts | files_under("csrc") | files_under("raddpo_ext") | made
+
+
+@pytest.mark.parametrize(
+    ("compiler", "message"),
+    [
+        (None, "raddpo_ext is compiled from C++, and there is no c++ here: install g++"),
+        ("nowhere++ -O2", "raddpo_ext is compiled from C++, and there is no nowhere++ here: install g++"),
+        (
+            "broken++",
+            "broken++ cannot compile C++17 with this Python's headers (Debian and Ubuntu: apt install g++ python3"
+            "-dev): a.cpp:1:10: fatal error: Python.h: No such file or directory",
+        ),
+    ],
+)
+def test_no_compiler_is_said_in_one_line(sources: Path, tmp_path: Path, compiler: str | None, message: str) -> None:
+    broken = tmp_path / "broken++"
+    broken.write_text("#!/bin/sh\necho a.cpp:1:10: fatal error: Python.h: No such file or directory >&2\nexit 1\n")
+    broken.chmod(0o755)
+    (tmp_path / "g++").symlink_to(broken)  # for the link, which is never come to
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CXX")}
+    environment |= {"PATH": str(tmp_path), "RADDPO_CUDA": "0"} | ({} if compiler is None else {"CXX": compiler})
+    command = (sys.executable, "setup.py", "--quiet", "build_ext", "--build-temp", tmp_path, "--build-lib", tmp_path)
+    done = subprocess.run(command, cwd=sources, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(message)
+    assert "Traceback" not in done.stderr
+
+
+def test_an_isolated_build_says_what_to_do(sources: Path) -> None:
+    """As in the environment that ``pip install .`` makes, which has setuptools alone."""
+    script = "import sys; sys.modules['torch'] = None; exec(open('setup.py').read())"
+    done = subprocess.run((sys.executable, "-c", script), cwd=sources, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "raddpo_ext is built against the PyTorch already installed, and 'torch' is not importable here: in the "
+        "isolated environment that pip builds in by default nothing that is installed is.",
+        "Install torch, pybind11 and ninja, then run: pip install --no-build-isolation .",
+    ]
 
 
 EGG_INFO = ("PKG-INFO", "SOURCES.txt", "dependency_links.txt", "requires.txt", "top_level.txt")
