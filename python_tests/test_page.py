@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,23 +12,11 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("fastapi", reason="needs the service: pip install raddpo_ext[serve]")
-pytest.importorskip("playwright", reason="needs playwright to drive a browser")
-from playwright.sync_api import sync_playwright
+from serve_process import serving
 from tiny_models import qwen3, seeded
 
 import raddpo_ext as rx
 
-ROOT = Path(__file__).parents[1]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 LARGE = 2**53 + 1  # an item id that no JavaScript number holds
 
 
@@ -49,27 +31,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     ids = [*range(100, 159), LARGE]
     index = rx.TrieIndex.build(sids, item_ids=ids, vocab=rx.SIDVocab([8, 8, 8], offset=3))
     rx.CatalogueStore(folder / "store").publish(index)
-    command = [sys.executable, "-m", "raddpo_ext", "serve", "--model", folder / "model", "--store", folder / "store"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [*command, "--port", "0", "--beam-width", "6"], env=environment, stdout=subprocess.PIPE, text=True
-    ) as service:
-        try:
-            assert service.stdout is not None
-            yield service.stdout.readline().removeprefix("serving on ").strip()
-        finally:
-            service.send_signal(signal.SIGTERM)
-            service.wait(30)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium: no chromium, chromium-browser or google-chrome in PATH")
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
+    with serving(folder / "model", folder / "store", "--beam-width", "6") as url:
+        yield url
 
 
 @pytest.fixture
