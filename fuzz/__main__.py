@@ -25,6 +25,8 @@ TARGETS = {
     "index_check": "index",
     "index_file": "index",
     "sid_files": "sid_files",
+    "tables": "tables",
+    "id_map": "id_map",
     "session_logs": "session_logs",
     "catalogues": "catalogues",
     "request_body": "request_body",

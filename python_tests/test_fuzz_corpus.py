@@ -11,7 +11,7 @@ import pytest
 from fuzz.__main__ import TARGETS
 
 CORPUS = Path(__file__).parents[1] / "fuzz/corpus"
-NEEDS = {"session_logs": "datasets", "request_body": "pydantic"}
+NEEDS = {"session_logs": "datasets", "request_body": "pydantic", "tables": "pyarrow"}
 CASES = [
     pytest.param(target, path, id=f"{target}-{path.name}")
     for target, corpus in TARGETS.items()
@@ -33,6 +33,23 @@ def test_changed_index_files() -> None:
     for _ in range(100):
         data = index_file.mutate(data, 16384, rng.randrange(2**32))
         index_file.run(data)
+
+
+@pytest.mark.parametrize("target", ["tables", "id_map"])
+def test_changed_catalogues(target: str) -> None:
+    """Whatever a table or an id map holds, it is read as it is or refused by its name, of a table also by its row."""
+    pytest.importorskip("pyarrow", reason="needs pyarrow, which comes with datasets")
+    tables, module = importlib.import_module("fuzz.tables"), importlib.import_module(f"fuzz.{target}")
+    whole = [path.read_bytes() for path in sorted((CORPUS / target).iterdir())]
+    rng, refusals = random.Random(0), 0
+    for _ in range(400):
+        data = rng.choice(whole)
+        data = data[:1] + tables.changed(data[1:], rng)
+        refused = module.run(data)
+        refusals += refused is not None
+        if target == "tables" and refused is not None:
+            assert tables.names_a_row(str(refused)), refused
+    assert 100 < refusals < 400
 
 
 def test_corpus_is_small() -> None:

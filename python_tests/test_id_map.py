@@ -54,6 +54,9 @@ def test_titles_alone(path: Path) -> None:
     [
         ({}, "ids or titles must be given"),
         ({"ids": ["a", "a"]}, "ids hold 'a' twice"),
+        ({"ids": "abc"}, "ids must be a list, got 'abc'"),
+        ({"ids": {"a": "b"}}, "ids must be a list, got {'a': 'b'}"),
+        ({"titles": {"Hat"}}, "titles must be a list, got {'Hat'}"),
         ({"ids": ["a", 7]}, "ids must hold strings, got 7"),
         ({"ids": ["a"], "titles": ["x", "y"]}, "must have one entry an item"),
         ({"ids": ["a", "b"], "items": [1, 1]}, "items hold 1 twice"),
@@ -79,7 +82,18 @@ def test_damage_is_refused(path: Path) -> None:
     whole = file.read_bytes()
     damaged = [whole[:end] for end in range(len(whole))]
     damaged += [whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :] for at in range(len(whole))]
-    for content in ("[]", "{}", '{"ids": 7}', '{"ids": ["a", "a"]}', '{"ids": [1]}', '{"name": []}', "[" * 99_999):
+    for content in (
+        "[]",
+        "{}",
+        '{"ids": 7}',
+        '{"ids": "abc"}',
+        '{"ids": {"a": 1}}',
+        '{"titles": ["Hat"], "items": [1e3]}',
+        '{"ids": ["a", "a"]}',
+        '{"ids": [1]}',
+        '{"name": []}',
+        "[" * 99_999,
+    ):
         head = json.loads(whole.split(b"\n")[0]) | {"sha256": hashlib.sha256(content.encode()).hexdigest()}
         damaged.append(json.dumps(head).encode() + b"\n" + content.encode())
     for content in damaged:

@@ -272,8 +272,10 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     [
         ("", "holds no items"),
         ("id,sid\n", "holds no items"),
-        (b"id,sid\n\xff,1", "not a CSV file of UTF-8 text"),
-        ('id,sid\n"1,2', "not a CSV file of UTF-8 text"),
+        (b"id,sid\n\xff,1", "line 2: not UTF-8 text: invalid start byte"),
+        ('id,sid\n"1,2', "line 2: not a CSV file: unexpected end of data"),
+        ('id,sid\n7,1\n8,"2"3\n', "line 3: not a CSV file: "),
+        ("id,sid\n7,1\n8," + "9" * 200_000, "line 3: not a CSV file: field larger than field limit"),
         ("id,sid\n1\n", "row 1 has 1 fields, the first line 2"),
         ("id,id,sid\n1,2,3\n", "has two columns 'id'"),
         ("name,sid\na,1\n", "which column is the item's id\\? It has only 'name', 'sid': say item"),
@@ -297,9 +299,9 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
         ("id,sid\n1,1--2\n", "row 1: level 0: expected a token"),
         ("id,sid\n1,99999999999\n", "row 1: codes must be from 0 to 2147483646"),
         ("id,sid\n1," + "1-" * 32 + "1\n", "row 1: a SID has at most 32 codes, got 33"),
-        ("id,sid\n,1\n", "item '' is empty"),
-        ("id,sid\nA,1\nA,2\n", "item 'A' appears twice"),
-        ("id,sid\n-4,1\n", f"item '-4' is no integer from 0 to {2**63 - 1}"),
+        ("id,sid\n,1\n", "row 1: item '' is empty"),
+        ("id,sid\nA,1\n\nA,2\n", "row 3: item 'A' appears twice"),
+        ("id,sid\n-4,1\n", f"row 1: item '-4' is no integer from 0 to {2**63 - 1}"),
     ],
 )
 def test_bad_tables(tmp_path, content, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -21,11 +22,13 @@ class Columns(NamedTuple):
     """What a table says of each of its ``N`` items.
 
     Attributes:
+        rows: their numbers in the file, for errors.
         items: their ids as text.
         codes: their SIDs, at least one code each.
         titles: or None without such a column.
     """
 
+    rows: list[int]
     items: list[str]
     codes: list[list[int]]
     titles: list[str] | None
@@ -46,10 +49,12 @@ def read_columns(path: Path, item: str | None, sid: Sequence[str] | None, title:
     item_at = _column(names, lower, item, _ITEM, "the item's id", "item")
     sid_at, of_codes = _sid_columns(names, lower, sid)
     title_at = _column(names, lower, title, _TITLE, "the title", "title") if title or "title" in lower else None
+    numbers: list[int] = []
     items: list[str] = []
     codes: list[list[int]] = []
     titles: list[str] = []
     for number, row in rows:
+        numbers.append(number)
         try:
             items.append(_text(row[item_at], "the item's id"))
             codes.append(_codes(row[at] for at in sid_at) if of_codes else codes_of(_plain(row[sid_at[0]])))
@@ -59,7 +64,7 @@ def read_columns(path: Path, item: str | None, sid: Sequence[str] | None, title:
             raise ValueError(f"row {number}: {error}") from None
     if not items:
         raise ValueError("holds no items")
-    return Columns(items, codes, None if title_at is None else titles)
+    return Columns(numbers, items, codes, None if title_at is None else titles)
 
 
 def _column(names: list[str], lower: list[str], given: str | None, usual: Sequence[str], what: str, option: str) -> int:
@@ -96,16 +101,19 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _csv(path: Path) -> tuple[list[str], Iterator[tuple[int, Sequence[Any]]]]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        try:
-            first = file.readline()
-            file.seek(0)
-            between = "\t" if path.suffix == ".tsv" else ";" if ";" in first and "," not in first else ","
-            lines = [
-                (number, row) for number, row in enumerate(csv.reader(file, delimiter=between, strict=True)) if row
-            ]
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"not a {path.suffix[1:].upper()} file of UTF-8 text: {error}") from None
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {line}: not UTF-8 text: {error.reason}") from None
+    first = re.split("[\r\n]", text, maxsplit=1)[0]
+    between = "\t" if path.suffix == ".tsv" else ";" if ";" in first and "," not in first else ","
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=between, strict=True)
+    try:
+        lines = [(number, row) for number, row in enumerate(reader) if row]
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num}: not a {path.suffix[1:].upper()} file: {error}") from None
     if not lines:
         raise ValueError("holds no items")
     names = lines[0][1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,9 @@ class IdMap:
         self, ids: Sequence[str] | None = None, titles: Sequence[str] | None = None, items: Sequence[int] | None = None
     ) -> None:
         given = {"ids": ids, "titles": titles, "items": items}
+        for name, value in given.items():
+            if isinstance(value, (str, bytes, Mapping, Set)):
+                raise TypeError(f"{name} must be a list, got {shown(value)}")
         counts = {name: len(value) for name, value in given.items() if value is not None}
         if ids is None and titles is None:
             raise ValueError("ids or titles must be given")

@@ -93,22 +93,25 @@ def _read_table(path: Path, item: str | None, sid: Sequence[str] | None, title: 
         columns = read_columns(path, item, sid, title)
     except ValueError as error:
         _refuse(path, str(error))
-    item_ids, ids = _item_ids(path, columns.items)
+    item_ids, ids = _item_ids(path, columns.items, columns.rows)
     sids, lengths = _padded(columns.codes)
     return SIDTable(sids, lengths, item_ids, _sizes(sids), ids, columns.titles)
 
 
-def _item_ids(path: Path, names: Sequence[str]) -> tuple[np.ndarray | None, list[str] | None]:
-    """The ids as integers, or as the strings that they are."""
+def _item_ids(
+    path: Path, names: Sequence[str], rows: Sequence[int] | None = None
+) -> tuple[np.ndarray | None, list[str] | None]:
+    """The ids as integers, or as the strings that they are; ``rows`` are the numbers that errors give them."""
     seen: set[str] = set()
     integers = True
-    for name in names:
+    for at, name in enumerate(names):
+        what = f"item {shown(name)}" if rows is None else f"row {rows[at]}: item {shown(name)}"
         if name in seen:
-            _refuse(path, f"item {shown(name)} appears twice")
+            _refuse(path, f"{what} appears twice")
         if re.fullmatch("-[0-9]+", name):
-            _refuse(path, f"item {shown(name)} is no integer from 0 to {LARGEST_ITEM}")
+            _refuse(path, f"{what} is no integer from 0 to {LARGEST_ITEM}")
         if not name or name != name.strip() or not name.isprintable():
-            _refuse(path, f"item {shown(name)} is empty, or has blanks around it or characters that cannot be shown")
+            _refuse(path, f"{what} is empty, or has blanks around it or characters that cannot be shown")
         seen.add(name)
         integers = integers and integer_id(name) is not None
     return (np.array([*map(int, names)], np.int64), None) if integers else (None, list(names))
