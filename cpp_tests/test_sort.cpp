@@ -42,19 +42,21 @@ TEST(an_interrupt_stops_every_thread) {
       raddpo::Interrupt interrupt([&] {
         if (stops) throw std::runtime_error("stop");
       });
-      std::atomic<std::int64_t> rows{0};
-      const std::int64_t size = 1 << 20;
-      std::string error;
+      std::vector<std::atomic<std::int64_t>> rows(threads);
+      std::vector<std::int64_t> shares(threads);
+      const std::int64_t size = std::int64_t(1) << (stops ? 30 : 20);  // seconds, or milliseconds
       raddpo::parallel_shares(threads, size, [&](int t, std::int64_t begin, std::int64_t end) {
-        interrupt.for_rows(t, begin, end, [&](std::int64_t) { rows.fetch_add(1, std::memory_order_relaxed); });
+        shares[t] = end - begin;
+        interrupt.for_rows(t, begin, end, [&](std::int64_t) { rows[t].fetch_add(1, std::memory_order_relaxed); });
       });
+      std::string error;
       try {
         interrupt.check();
       } catch (const std::runtime_error& stop) {
         error = stop.what();
       }
       CHECK_EQUAL(error, std::string(stops ? "stop" : ""));
-      CHECK(stops ? rows < size : rows == size);
+      for (int t = 0; t < threads; ++t) CHECK(stops ? rows[t] < shares[t] : rows[t] == shares[t]);
     }
 }
 
