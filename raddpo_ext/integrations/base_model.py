@@ -83,7 +83,9 @@ def context(config: Any) -> int | None:
 
 
 _SLOT_WINDOW = re.compile(r"window|chunk_size|topk|local_attention")
-_NO_WINDOW = re.compile(r"max_window_layers|topk_group|topk_method|^(mamba|ssm|conv|time|audio|vision)")
+_NO_WINDOW = re.compile(
+    r"max_window_layers|pattern|topk_group|topk_method|moe_topk|^(mamba|ssm|conv|time|audio|vision|speech)"
+)
 _POSITION_WINDOWS = ("sliding_window", "attention_chunk_size")
 
 
@@ -131,6 +133,12 @@ def slot_windows(model: Any) -> dict[str, int]:
         if is_mask and buffer.dim() > 1 and buffer.shape[-1] == buffer.shape[-2] > 1:
             found[name] = buffer.shape[-1]
     return found
+
+
+def expert_capacities(model: Any) -> dict[str, float]:
+    """Settings by which an expert takes so many tokens and drops others: a number of them, or a part of the batch."""
+    config = model.config.get_text_config(decoder=True).to_dict()
+    return {k: v for k, v in config.items() if "capacity" in k and type(v) in (int, float)}
 
 
 def head_scale(model: Any) -> float:

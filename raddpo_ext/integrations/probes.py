@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from raddpo_ext.integrations.base_model import base_model, decoder_start, forward_parameters, head_logits
+from raddpo_ext.integrations.base_model import (
+    base_model,
+    decoder_start,
+    expert_capacities,
+    forward_parameters,
+    head_logits,
+)
 from raddpo_ext.integrations.decoders import (
     Decoder,
     EncoderDecoder,
@@ -67,7 +73,13 @@ def tolerance(model: Any) -> Tolerance:
     device = model.device.type
     exact = model.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(device)
     exact = exact and not (device == "cuda" and torch.backends.cuda.matmul.allow_tf32)
-    return Tolerance(1e-4, 1e-5, 1e-3) if exact else Tolerance(0.02, 1e-4, 0.3)
+    return Tolerance(1e-4, 1e-5, 1e-3) if exact else Tolerance(0.02, 1e-5, 0.3)
+
+
+def has_experts(model: Any) -> bool:
+    """Whether a model sorts its tokens by experts, which then round by how many they are given."""
+    config = base_model(model).config.get_text_config(decoder=True).to_dict()
+    return any("expert" in name and type(value) is int and value > 1 for name, value in config.items())
 
 
 def probe_tokens(model: Any, count: int) -> list[int]:
@@ -98,19 +110,18 @@ class _Probe:
     """
 
     lengths = (6, 3)
-    parents = torch.tensor([[[0, 0, 0], [0, 0, 0]], [[2, 0, 0], [1, 1, 2]]])
-    # What the first query's first beam decides: its own outputs of both steps, and those of its children.
-    owned = torch.tensor([False, True, False, False, True, True, True])
+    parents = torch.tensor([[[0, 0, 0], [0, 0, 0]], [[2, 0, 1], [1, 1, 2]]])
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.base = base_model(model)
-        tokens = torch.tensor(probe_tokens(model, 27), device=self.base.device)
+        tokens = torch.tensor(probe_tokens(model, 24), device=self.base.device)
         mask = torch.tensor([[i >= 6 - n for i in range(6)] for n in self.lengths], device=tokens.device)
         pad = pad_right if self.base.config.is_encoder_decoder else pad_left
         self.prompts, self.mask = pad(tokens[:12].view(2, 6), mask)
-        self.steps = tokens[12:24].view(2, 2, 3)
-        self.others = tokens[24:]
+        self.steps = tokens[12:].view(2, 2, 3)
+        others = tokens.roll(5)  # another token in every place
+        self.other_prompts, self.other_steps = others[:12].view(2, 6), others[12:].view(2, 2, 3)
         self.expected = self.plain()
         self.spread = size(self.expected[:, 1:] - self.expected[:, 1:].roll(1, 1))
 
@@ -136,24 +147,42 @@ class _Probe:
         return logits.float()
 
     def outputs(
-        self, kind: Callable[..., Decoder], head: dict[str, Any], prompts: Tensor | None = None, *, turn: bool = False
+        self,
+        kind: Callable[..., Decoder],
+        head: dict[str, Any],
+        prompts: Tensor | None = None,
+        steps: Tensor | None = None,
     ) -> Tensor:
-        """States, or logits, of every step: ``[2, 7, H or V]``.
+        """States, or logits, of every step: ``[2, 7, H or V]``: of the prompts, and of each step's beams.
 
         Args:
             kind: of decoder.
             head: see :class:`Decoder`.
-            prompts: in place of the probe's.
-            turn: give the first query's first beam other tokens.
+            prompts, steps: in place of the probe's.
         """
         prompts = self.prompts.masked_fill(~self.mask, 0) if prompts is None else prompts
-        steps, parents = self.steps.clone(), self.parents.to(prompts.device)
-        if turn:
-            steps[:, 0, 0] = self.others[:2]
+        steps = self.steps if steps is None else steps
+        parents = self.parents.to(prompts.device)
         decoder = kind(self.model, head, prompts, self.mask)
         rows = [decoder(torch.full_like(steps[0, :, :1], -1), parents[0, :, :1], 0)]
         rows += [decoder(steps[level - 1], parents[level - 1], level) for level in (1, 2)]
         return torch.cat(rows, 1).float()
+
+    def paths(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Prompts and steps where only one path is as it was, and which outputs are its own: bool ``[2, 7]``.
+
+        The path is a prompt and a last beam with its parent. All other beams, those of its siblings too, the other
+        query, and what is under the padding are other tokens. Every slot of a step is on some path.
+        """
+        for query, last in ((0, 0), (0, 1), (0, 2), (1, 1)):
+            prompts, steps = self.other_prompts.clone(), self.other_steps.clone()
+            prompts[query] = torch.where(self.mask[query], self.prompts[query], prompts[query])
+            first = int(self.parents[1, query, last])
+            for level, beam in ((0, first), (1, last)):
+                steps[level, query, beam] = self.steps[level, query, beam]
+            kept = torch.zeros(2, 7, dtype=torch.bool, device=steps.device)
+            kept[query, [0, 1 + first, 4 + last]] = True
+            yield prompts, steps, kept
 
     def error(self, kind: Callable[..., Decoder], head: dict[str, Any]) -> float:
         """How far a way's logits are from the plain ones, relative to their spread; infinite for one that fails."""
@@ -167,22 +196,41 @@ class _Probe:
         difference = logits - self.expected
         return ratio(size(difference - difference.mean(-1, keepdim=True)), self.spread)
 
-    def leaks(self, kind: Callable[..., Decoder], head: dict[str, Any]) -> bool:
-        """Whether a beam's outputs depend on another beam, on the other query, or on what is under the padding."""
-        found = attempt(lambda: self._leaks(kind, head))
+    def leaks(self, kind: Callable[..., Decoder], head: dict[str, Any], least: float = 0.0) -> bool:
+        """Whether outputs depend on another beam, on the other query, or on what is under the padding, by more than
+        ``least``."""
+        found = attempt(lambda: self._leaks(kind, head, least))
         return found is None or found
 
-    def _leaks(self, kind: Callable[..., Decoder], head: dict[str, Any]) -> bool:
-        limits = tolerance(self.base)
+    def _leaks(self, kind: Callable[..., Decoder], head: dict[str, Any], least: float) -> bool:
         before = self.outputs(kind, head)
-        beam = (self.outputs(kind, head, turn=True) - before).abs()
-        prompts = self.prompts.clone()
-        prompts[0] = self.prompts[0].flip(0)
-        query = (self.outputs(kind, head, prompts) - before).abs()
-        own = size(beam[0, self.owned])
-        # Experts round by how many tokens they are given: as much as another query's beam changes this one.
-        noise = ratio(max(size(beam[1]), size(query[1])), own)
-        return noise > limits.rounding or ratio(size(beam[0, ~self.owned]), own) > max(limits.leak, 4 * noise)
+        # The same computation on the same tokens: what it changes is no leak, as a kernel that sums in any order.
+        noise = size(self.outputs(kind, head) - before)
+        if has_experts(self.base):
+            prompts, steps = self.prompts.clone(), self.steps.clone()
+            prompts[1], steps[:, 1] = self.other_prompts[1], self.other_steps[:, 1]
+            noise = max(noise, size((self.outputs(kind, head, prompts, steps) - before)[0]))
+        changes = [(self.outputs(kind, head, *tokens) - before, kept) for *tokens, kept in self.paths()]
+        return any(leaked(self.base, change[kept], change[~kept], noise, least) for change, kept in changes)
+
+
+def leaked(model: Any, others: Tensor, own: Tensor, noise: float, least: float = 0.0) -> bool:
+    """Whether changed tokens changed the states of those that must not see them.
+
+    The measure is what they changed in the states that are to see them, so that a leak that is faint only because the
+    weights are small is as large as any.
+
+    Args:
+        model: whose precision tells what rounding may do.
+        others: changes of the states that must stay, ``[N, H]``.
+        own: changes of those that must not, ``[M, H]``.
+        noise: a change without a leak; more than rounding is none.
+        least: a smaller part than this is not called a leak.
+    """
+    limits = tolerance(model)
+    noise = ratio(noise, size(own))
+    worst = ratio(max(size(row) for row in others), size(own))
+    return noise > limits.rounding or not worst <= max(least, limits.leak, min(8 * noise, limits.rounding))
 
 
 def ratio(part: float, whole: float) -> float:
@@ -198,6 +246,20 @@ def attempt(run: Callable[[], Any]) -> Any:
         raise
     except Exception:
         return None
+
+
+@torch.no_grad()
+def rows_compete(model: Any) -> bool:
+    """Whether experts with a capacity drop tokens of one row for those of another: two equal rows then differ."""
+    base = base_model(model)
+    capacities = expert_capacities(base)
+    if not capacities:
+        return False
+    columns = min(1024, max(8, *(int(value) for value in capacities.values())))
+    tokens = torch.full((2, columns), probe_tokens(model, 1)[0], device=base.device)
+    decoder = {"decoder_input_ids": tokens} if base.config.is_encoder_decoder else {}
+    logits = base(input_ids=tokens, use_cache=False, **decoder).logits.float()
+    return not bool(torch.allclose(logits[0], logits[1], rtol=1e-4, atol=tolerance(base).leak))
 
 
 @torch.no_grad()
@@ -219,6 +281,12 @@ def verify(model: Any, head: dict[str, Any], shared: Callable[..., Decoder] = Sh
         raise
     except Exception as error:
         raise TypeError(f"model must take input_ids and give logits, {name} fails: {error}") from error
+    if rows_compete(model):
+        settings = ", ".join(f"{name} = {value}" for name, value in expert_capacities(base).items())
+        raise TypeError(
+            f"model must give every row of a batch its own logits, the experts of {name} drop tokens of one for those "
+            f"of another ({settings})"
+        )
     takes_positions = not base.config.is_encoder_decoder and "position_ids" in forward_parameters(model)
     if not bool(probe.expected.isfinite().all()):
         return Ways(False, False, False, True)  # nothing can be told by such logits: the slow way is the model's own
@@ -240,6 +308,9 @@ def verify(model: Any, head: dict[str, Any], shared: Callable[..., Decoder] = Sh
         except Exception as error:
             raise TypeError(f"{what}: {name} fails: {error}") from error
         raise TypeError(f"{what}: {name} does not")
+    # There is no slower way: one that rounds by its neighbours is its own, one that mixes them has none.
+    if probe.leaks(ways.kind(model), {}, limits.rounding):
+        raise TypeError(f"model must give every row of a batch its own logits, those of {name} depend on other rows")
     limit = max(limits.rounding, 4 * alone)
     padded = ways._replace(padded=True)
     if probe.error(padded.kind(model), {}) <= limit and not probe.leaks(padded.kind(model), {}):

@@ -21,6 +21,7 @@ from raddpo_ext.integrations.base_model import (
     windows,
 )
 from raddpo_ext.integrations.decoders import Decoder, SharedPrefixDecoder, pad_left, pad_right
+from raddpo_ext.integrations.lengths import ProvenLengths, holds_at
 from raddpo_ext.integrations.probes import PROBE_BEAMS, Ways, verify
 from raddpo_ext.trie import TrieIndex
 
@@ -35,7 +36,8 @@ class SIDRetriever:
     (only ``decoder_start_token_id`` is read).
 
     What a model allows is found out at the first call: a few tokens run through it in each way, against plain forwards
-    without a cache, and tokens that must not matter are changed. One that cannot share a prefix (an encoder-decoder,
+    without a cache, and tokens that must not matter are changed. Whenever prompts are longer than before, one of their
+    length is tried as well, which costs about six prompts. One that cannot share a prefix (an encoder-decoder,
     flash attention, a window shorter than the prompt, positions worked out from the mask) has a row of the KV cache a
     beam, which follows the beams. Where padding changes its logits, prompts are searched in groups of one length. One
     whose head cannot be taken apart (behind ``torch.compile``, with adapters) makes its logits itself.
@@ -87,6 +89,7 @@ class SIDRetriever:
         self._vocab_size: int = config.vocab_size
         self._window = context(config)
         self._ways: Ways | None = None
+        self._lengths = ProvenLengths()
         self._graphs: Any = None
         if cuda_graph:
             from raddpo_ext.integrations.graphed import SearchGraphs
@@ -168,11 +171,11 @@ class SIDRetriever:
         return kind(self.model, head, prompts.to(device), mask.to(device))
 
     def _replay(self, prompts: Tensor, mask: Tensor, options: dict[str, Any]) -> BeamResult:
-        from raddpo_ext.integrations.graphed import COLUMNS, CapturedDecoder, check_capturable
+        from raddpo_ext.integrations.graphed import CapturedDecoder, check_capturable
 
         check_capturable(self.model)
         head = head_arguments(self.model) if self._find_ways(mask).head else {}
-        prompts, mask = pad_left(prompts, mask, COLUMNS)
+        prompts, mask = pad_left(prompts, mask, self._multiple())
         model, index, widths = (
             self.model,
             self.index,
@@ -189,27 +192,47 @@ class SIDRetriever:
     def _find_ways(self, mask: Tensor) -> Ways:
         """What the model allows with these prompts."""
         if self._ways is None:
-            self._ways = verify(self.model, head_arguments(self.model), self._shared_decoder())
+            self._ways = verify(self.model, head_arguments(self.model), self._shared_decoder(PROBE_BEAMS))
         ways, base = self._ways, base_model(self.model)
-        # Beams that share a prompt see all of it, whatever slides over a beam of its own; and their slots add up.
         lengths = mask.sum(1)
-        tokens, steps = int(lengths.max()), self.index.levels - 1
-        widths = _check.widths(self.beam_width, self.index.levels, self.index.most_levels)
-        slots = (tokens if self._graphs is None else -(-tokens // 64) * 64) + sum(widths[:-1])
-        shares = ways.shared and all(slots <= window for window in slot_windows(base).values())
-        outgrown = {} if base.config.is_encoder_decoder else windows(base)
-        outgrown = {name: window for name, window in outgrown.items() if tokens + steps > window}
-        shares = shares and not outgrown
-        if outgrown.keys() - {"sliding_window"}:
-            ways = ways._replace(padded=False)  # chunks and ropes are not counted from where a padded prompt begins
         self._check_rope(changing_rope(base), lengths)
+        tokens, steps = int(lengths.max()), self.index.levels - 1
+        fed = _check.widths(self.beam_width, self.index.levels, self.index.most_levels)[:-1]
+        # Beams that share a prompt see all of it, whatever slides over a beam of its own; and their slots add up.
+        unit = self._multiple()
+        slots = {name: (window - sum(fed)) // unit * unit for name, window in slot_windows(base).items()}
+        positions = {name: window - steps for name, window in windows(base).items()}
+        if base.config.is_encoder_decoder:
+            slots, positions = {}, {}
+        outgrown = {name for name, window in positions.items() if tokens > window}
+        if outgrown - {"sliding_window"}:
+            ways = ways._replace(padded=False)  # chunks and ropes are not counted from where a padded prompt begins
+        limit = min((n for n in (*slots.values(), *positions.values()) if n >= tokens), default=1 << 62)
+
+        def holds(ways: Ways) -> bool:
+            head = head_arguments(self.model) if ways.head else {}
+            shared = self._shared_decoder(sum(fed))
+            return self._lengths.cover(
+                (ways, *fed), tokens, limit, lambda n: holds_at(self.model, ways, shared, head, n, fed, -n % unit)
+            )
+
+        shares = ways.shared and self.shared_prefix is not False and not outgrown
+        shares = shares and all(tokens <= window for window in slots.values()) and holds(ways)
         if not shares and (self.shared_prefix or self._graphs is not None):
             name = "shared_prefix" if self.shared_prefix else "cuda_graph"
             raise ValueError(
                 f"{name} = True, but {type(self.model).__name__} cannot share a prompt of {tokens} tokens: it looks "
                 "past a mask, or at a window of the last tokens"
             )
-        return ways._replace(shared=shares and self.shared_prefix is not False)
+        ways = ways._replace(shared=shares)
+        if not shares and ways.padded and not holds(ways):
+            ways = ways._replace(padded=False)
+        if not shares and not ways.padded and not holds(ways):
+            raise TypeError(
+                "model must give the same logits with a KV cache, reordered from step to step, as without: "
+                f"{type(base).__name__} does not after {tokens} tokens"
+            )
+        return ways
 
     def _check_rope(self, window: int | None, lengths: Tensor) -> None:
         """A rope that changes in the middle of a SID leaves keys in the cache that a plain forward would not have."""
@@ -223,12 +246,20 @@ class SIDRetriever:
             ),
         )
 
-    def _shared_decoder(self) -> Callable[..., Decoder]:
+    def _multiple(self) -> int:
+        """Prompts are padded to a multiple of so many columns."""
+        if self._graphs is None:
+            return 1
+        from raddpo_ext.integrations.graphed import COLUMNS
+
+        return COLUMNS
+
+    def _shared_decoder(self, fed: int) -> Callable[..., Decoder]:
         if self._graphs is None:
             return SharedPrefixDecoder
         from raddpo_ext.integrations.graphed import CapturedDecoder
 
-        return partial(CapturedDecoder, fed=PROBE_BEAMS)
+        return partial(CapturedDecoder, fed=fed)
 
     def _check_prompts(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The prompts, 0 where there is no token, and the mask of real tokens, bool ``[B, T]``: on the CPU, where
