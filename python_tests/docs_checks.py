@@ -150,6 +150,16 @@ def training_negatives(page: Page) -> None:
     assert sorted(page.found[0].tolist()) == [-1, -1, 0, 2]  # the two other items under the code 3
 
 
+def training_metrics(page: Page) -> None:
+    """By hand: 3 and 1 are wanted and stand at the places 2 and 4."""
+    at = {place: 1 / math.log2(1 + place) for place in (1, 2, 4)}
+    first = {name: float(values[0]) for name, values in page.metrics.items()}
+    expected = {"recall@2": 0.5, "recall@4": 1, "mrr": 0.5}
+    expected |= {"ndcg@2": at[2] / (at[1] + at[2]), "ndcg@4": (at[2] + at[4]) / (at[1] + at[2])}
+    assert first.keys() == expected.keys()
+    assert all(abs(first[name] - value) < 1e-9 for name, value in expected.items())
+
+
 def own_loop_before(page: Page) -> None:
     close(page.logps, log_probs(page.model, page.prompt, page.candidates))
     rewards = 2 * page.logps.double().mean(1)
@@ -338,7 +348,14 @@ def mathematics_helpers(page: Page) -> None:
 CHECKS: dict[str, list[Callable[[Page], None] | None]] = {
     "README.md": [readme_search, readme_retrieval, readme_loss, readme_loop, readme_trainer],
     "docs/losses.md": [losses_functions, losses_module],
-    "docs/training.md": [training_rows, training_loop, training_trainer, training_packing, training_negatives],
+    "docs/training.md": [
+        training_rows,
+        training_loop,
+        training_trainer,
+        training_packing,
+        training_negatives,
+        training_metrics,
+    ],
     "docs/howto/index.md": [howto_model],
     "docs/howto/minionerec.md": [minionerec_files, minionerec_before, minionerec_after, None, minionerec_split],
     "docs/howto/own-loop.md": [own_loop_before, None, None, None, None],

@@ -85,6 +85,21 @@ def test_text_that_is_no_sid(chosen: str, why: str, splits: bool, with_index: bo
         made.data_collator([ROWS[0], bad])
 
 
+@pytest.mark.parametrize("splits", [False, True])
+def test_text_that_is_no_sid_in_a_stream(splits: bool, tmp_path: Path) -> None:
+    """At the start where it is among the first rows, else when it is met, also in a worker's process."""
+    bad = {**ROWS[0], "chosen": "<a_99><b_1><c_1>"}
+    extra = {"processing_class": tokenizer(splits), "vocab": VOCAB}
+    with pytest.raises(ValueError, match=r"train_dataset\[2\]: rows\[0\]\['chosen'\]\[0\] = .* is no SID"):
+        trainer(Stream([*ROWS[:2], bad]), tmp_path, extra=extra)
+    for workers in (0, 1):
+        late = Stream([*ROWS * 4, ROWS[1], bad])
+        made = trainer(late, tmp_path, extra=extra, batch=2, max_steps=20, dataloader_num_workers=workers)
+        with pytest.raises(ValueError, match=r"rows\[1\]\['chosen'\]\[0\] = .* is no SID"):
+            made.train()
+        assert made.state.global_step <= 16
+
+
 def test_messages(tmp_path: Path) -> None:
     """What a chat template adds behind ``vocab.eos`` is no part of a SID; before it, it is refused."""
     ask = [{"role": "user", "content": "history"}]
