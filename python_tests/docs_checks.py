@@ -337,6 +337,13 @@ def tutorial_retrieval(page: Page) -> None:
         assert page.before[f"recall@{k}"] == round(float(recall), 2)
 
 
+def tutorial_names(page: Page) -> None:
+    assert page.sid == ",".join(map(str, page.stock[7]))
+    assert page.names.ids == [f"SKU-{item:04}" for item in range(len(page.stock))]
+    assert page.names.titles == [page.title(item) for item in range(len(page.stock))]
+    assert torch.equal(rx.TrieIndex.load(page.named).sids_of([7, 100]), page.index.sids_of([7, 100]))
+
+
 def mathematics_helpers(page: Page) -> None:
     assert page.session([1, 2], [3]).lengths.tolist() == [2, 1]
     assert page.same(1.0, 1.0 + 1e-13)
@@ -375,5 +382,6 @@ CHECKS: dict[str, list[Callable[[Page], None] | None]] = {
         tutorial_retrieval,
         None,
         None,
+        tutorial_names,
     ],
 }
