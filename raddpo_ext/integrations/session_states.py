@@ -15,6 +15,7 @@ from torch import Tensor
 from raddpo_ext import _check
 from raddpo_ext.integrations.base_model import (
     base_model,
+    context,
     decoder_start,
     expert_capacities,
     head_logits,
@@ -124,13 +125,19 @@ def verify_packing(model: Any) -> None:
 
     Some models look past a mask (recurrent layers), or do more after the head than :func:`logits_map` knows. Such a
     model would learn from wrong log-probs without a sign of it. All that a candidate must not see is changed: its
-    states must stay, however faint the leak would be at the model's initialization. A window that counts a row's
-    columns is no hindrance here: :func:`session_states` refuses rows that are longer.
+    states must stay, however faint the leak would be at the model's initialization. A model whose window counts a
+    row's columns is refused where that window is below its context, as a packed row may be longer.
 
     Raises:
         ValueError: they differ, or the model cannot be packed at all.
     """
     inner = base_model(model)
+    longest = context(inner.config.get_text_config(decoder=True)) or 0
+    for name, window in slot_windows(inner).items():
+        if not inner.config.is_encoder_decoder and window < longest:
+            raise ValueError(
+                f"{type(inner).__name__} cannot be packed: {name} = {window} counts a row's columns, not positions"
+            )
     was_training = inner.training
     inner.eval()
     try:
