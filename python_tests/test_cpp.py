@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cuda_on_cpu.ptx_kernels import nvcc
 
 import raddpo_ext as rx
 
@@ -74,6 +77,45 @@ def test_subdirectory(build: Path, tmp_path: Path) -> None:
     inputs = run("ninja", "-C", tmp_path / "build", "-t", "query", "beam_search")  # building takes as long again
     assert "raddpo_ext/libraddpo_ext.so" in inputs
     assert (tmp_path / "build" / "raddpo_ext" / "include" / "raddpo_ext" / "trie.h").exists()
+
+
+TORCH_WITH_CUDA = """
+include("{share}/public/utils.cmake")
+include("{share}/public/cuda.cmake")
+set(TORCH_FOUND TRUE)
+set(TORCH_INCLUDE_DIRS "{share}")
+"""
+OURS = {"80,code=sm_80", "90,code=sm_90", "100,code=sm_100", "100,code=compute_100"}
+
+
+@pytest.mark.parametrize(
+    ("with_cuda", "options", "expected"),
+    [
+        (True, (), OURS),
+        (True, ("-DTORCH_CUDA_ARCH_LIST=9.0",), {"90,code=sm_90"}),
+        (False, (), OURS),
+    ],
+    ids=["cuda", "cuda_narrowed", "cpu"],
+)
+def test_kernels_are_compiled_for_our_architectures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_cuda: bool, options: tuple[str, ...], expected: set[str]
+) -> None:
+    """A torch with CUDA takes architectures its own way, which the one without holds too; here it has nothing else."""
+    if shutil.which("cmake") is None or nvcc() is None:
+        pytest.skip("needs cmake, and nvcc in CUDA_HOME or /usr/local/cuda")
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    prefix = Path(torch.utils.cmake_prefix_path)
+    if with_cuda:
+        (tmp_path / "TorchConfig.cmake").write_text(TORCH_WITH_CUDA.format(share=prefix / "Caffe2"))
+        options = (*options, f"-DTorch_DIR={tmp_path}", f"-DCUDA_TOOLKIT_ROOT_DIR={nvcc().parents[1]}")
+    configure(ROOT, tmp_path / "build", str(prefix), f"-DCMAKE_CUDA_COMPILER={nvcc()}", *options)
+    commands = json.loads((tmp_path / "build" / "compile_commands.json").read_text())
+    kernels = [command["command"] for command in commands if command["file"].endswith(".cu")]
+    assert len(kernels) == len(list((ROOT / "csrc").rglob("*.cu")))
+    for command in kernels:
+        text = re.sub(r"[\[\]\\\"]", "", command)
+        found = re.findall(r"-gen(?:code |erate-code=)arch=compute_(\d+),code=([\w,]+)", text)
+        assert {f"{arch},code={code}" for arch, codes in found for code in codes.split(",")} == expected
 
 
 def shops() -> dict[str, rx.TrieIndex]:
