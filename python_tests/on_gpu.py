@@ -10,6 +10,8 @@ import torch
 
 import raddpo_ext as rx
 
+#: How often a test that looks for a rare outcome runs again.
+REPEATS = 100
 NEEDS_GPU = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
     pytest.mark.skipif(

@@ -11,7 +11,7 @@ import torch
 from agreement import assert_states_equal
 from beam_cases import NORMALIZE, exact_logits, generator_of, six_beams, wide_index
 from logit_cases import MAPS, SUPPORTS, random_call, random_grad
-from on_gpu import NEEDS_GPU, moved, no_synchronisation
+from on_gpu import NEEDS_GPU, REPEATS, moved, no_synchronisation
 from torch import Tensor
 
 import raddpo_ext as rx
@@ -73,7 +73,7 @@ def test_identical_runs(beam_width: int) -> None:
     index, state = wide_index().to("cuda"), moved(six_beams(), "cuda")
     logits = torch.randn(2, 6, 1601, device="cuda", dtype=torch.bfloat16)  # few distinct values: many ties
     first = rx.beam_step(logits, state, index, beam_width)
-    for _ in range(100):
+    for _ in range(REPEATS):
         again = rx.beam_step(logits, state, index, beam_width)
         assert all(torch.equal(a, b) for a, b in zip(vars(first).values(), vars(again).values(), strict=True))
 
@@ -111,7 +111,7 @@ def test_streams_of_several_threads() -> None:
         expected = rx.beam_step(values, state, index, 70)
         with torch.cuda.stream(torch.cuda.Stream()):
             values = values.cuda()
-            for _ in range(200):
+            for _ in range(2 * REPEATS):
                 got = moved(rx.beam_step(values, device_state, on_device, 70), "cpu")
                 if got.nodes.tolist() != expected.nodes.tolist():
                     wrong.append(got)
@@ -171,7 +171,7 @@ def test_token_logps_identical_runs(support: str, dtype: torch.dtype) -> None:
         return logps, lse, torch.ops.raddpo.token_logps_backward(*call.backward(grad, lse))
 
     first = run()
-    for _ in range(100):
+    for _ in range(REPEATS):
         assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(first, run(), strict=True))
 
 

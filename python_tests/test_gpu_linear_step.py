@@ -19,7 +19,7 @@ from beam_cases import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from on_gpu import NEEDS_GPU, moved, no_synchronisation
+from on_gpu import NEEDS_GPU, REPEATS, moved, no_synchronisation
 from strategies import Catalogue, catalogues
 from test_linear_beam_step import assert_equals_reference, module
 from torch import Tensor
@@ -47,7 +47,7 @@ def on_gpu(hidden: Tensor, weight: Tensor, state: rx.BeamState, index: rx.TrieIn
     return moved(got, "cpu")
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=REPEATS, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(catalogues(), st.integers(0, 2**32), st.sampled_from(DTYPES), st.sampled_from([0.0, 1.0]), st.data())
 def test_equals_reference(
     way: str, catalogue: Catalogue, seed: int, dtype: torch.dtype, penalty: float, data: st.DataObject

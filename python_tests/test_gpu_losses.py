@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from on_gpu import NEEDS_GPU, no_synchronisation
+from on_gpu import NEEDS_GPU, REPEATS, no_synchronisation
 from session_cases import CORES, Case, assert_close, build, name_of, run, scale_of
 from torch import Tensor
 
@@ -42,7 +42,7 @@ def test_session_loss_equals_the_cpu(core: dict[str, Any], dtype: torch.dtype) -
 def test_session_loss_is_the_same_every_time() -> None:
     case = build([(3, 40)] * 500, 4, 1, torch.float32)
     first = on_cuda(case, {"positives": "each"})
-    for _ in range(20):
+    for _ in range(REPEATS):
         assert all(torch.equal(a, b) for a, b in zip(first, on_cuda(case, {"positives": "each"}), strict=True))
 
 

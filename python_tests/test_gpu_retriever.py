@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from on_gpu import NEEDS_GPU
+from on_gpu import NEEDS_GPU, REPEATS
 
 pytest.importorskip("transformers")
 
@@ -115,7 +115,7 @@ def test_a_graph_among_threads() -> None:
     def work(turn: int) -> None:
         ids, mask = calls()[turn]
         with torch.cuda.stream(torch.cuda.Stream()):
-            for _ in range(50):
+            for _ in range(REPEATS // 2):
                 got = retriever.retrieve(ids.cuda(), mask.cuda())
                 if got.scores.tolist() != expected[turn].scores.tolist():
                     wrong.append(turn)

@@ -31,7 +31,7 @@ from logit_cases import (
     random_grad,
     strided,
 )
-from on_gpu import NEEDS_GPU, moved
+from on_gpu import NEEDS_GPU, REPEATS, moved
 from strategies import Catalogue, catalogues
 from torch import Tensor
 
@@ -65,7 +65,7 @@ def assert_matches_cpu(logits: Tensor, state: rx.BeamState, index: rx.TrieIndex,
     assert_states_equal(dataclasses.replace(got, scores=expected.scores), expected)
 
 
-@settings(max_examples=200)
+@settings(max_examples=2 * REPEATS)
 @given(catalogues(), st.integers(0, 2**32), st.sampled_from(DTYPES), st.data())
 def test_equals_reference(catalogue: Catalogue, seed: int, dtype: torch.dtype, data: st.DataObject) -> None:
     assert_equals_reference(on_gpu, catalogue, seed, dtype, data)
@@ -219,7 +219,7 @@ def assert_token_logps_close(call: Call, seed: int) -> None:
     assert_kept(on_device.logits)
 
 
-@settings(max_examples=200)
+@settings(max_examples=2 * REPEATS)
 @given(
     st.one_of(st.integers(1, 5), st.tuples(st.integers(1, 3), st.integers(1, 3))),
     st.one_of(st.integers(1, 40), st.integers(1, 3000)),

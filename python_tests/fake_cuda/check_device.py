@@ -85,6 +85,8 @@ def test_pins_only_what_lies_on_the_host() -> None:
     assert torch.ones(2).pin_memory().is_pinned()
     with pytest.raises(RuntimeError, match="cannot pin"):
         torch.ones(2, device="cuda").pin_memory()
+    with pytest.raises(RuntimeError, match="single memory location"):
+        torch.ones(3).expand(2, 3).pin_memory()
 
 
 def test_a_graph_replays_what_was_captured() -> None:

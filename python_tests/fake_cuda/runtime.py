@@ -81,16 +81,22 @@ class CUDAGraph:
 
     def record(self, func: Any, args: Any, kwargs: Any, outputs: Any) -> None:
         inputs = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        self.calls.append((func, args, kwargs, outputs, inputs))
+        made = [
+            (place, x)
+            for place, x in enumerate(tree_leaves(outputs))
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in inputs
+        ]
+        if made or func._schema.is_mutable:  # the rest are views, which follow their memory
+            self.calls.append((func, args, kwargs, made))
 
     @torch.no_grad()
     def replay(self) -> None:
-        wait_allowed = State.capture
-        assert wait_allowed is None, "a graph cannot be replayed while another is captured"
-        for func, args, kwargs, outputs, inputs in self.calls:
-            for old, new in zip(tree_leaves(outputs), tree_leaves(func(*args, **kwargs)), strict=True):
-                if isinstance(old, Tensor) and old.untyped_storage()._cdata not in inputs:
-                    old.copy_(new)
+        assert State.capture is None, "a graph cannot be replayed while another is captured"
+        for func, args, kwargs, made in self.calls:
+            outputs = func(*args, **kwargs)
+            outputs = [outputs] if isinstance(outputs, Tensor) else tree_leaves(outputs)
+            for place, old in made:
+                old.copy_(outputs[place])
 
     def pool(self) -> tuple[int, int]:
         return (0, id(self))
@@ -169,6 +175,13 @@ def set_sync_debug_mode(mode: Any) -> None:
     assert State.sync_debug_mode in names
 
 
+def _compile(model: Any = None, **_: Any) -> Any:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("the fake device compiles nothing")
+
+    return (lambda model: refused) if model is None else refused
+
+
 def _moved(make: Any) -> Any:
     """torch.tensor and its kin, which make the values on the host and copy them."""
 
@@ -192,7 +205,7 @@ def _moved(make: Any) -> Any:
 def _pin_memory(self: Tensor, device: Any = None) -> Tensor:
     if isinstance(self, FakeTensor):
         raise RuntimeError(f"cannot pin '{self.type()}' only dense CPU tensors can be pinned")
-    pinned = self.clone()
+    pinned = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype).copy_(self)  # not where rows overlap
     State.pinned.add(pinned.untyped_storage().data_ptr())
     return pinned
 
@@ -250,7 +263,7 @@ def install() -> None:
     torch.accelerator.current_accelerator = lambda *_, **__: CUDA
     torch.accelerator.device_count = lambda: 1
     torch.accelerator.current_device_index = number
-    torch.profiler.profile = Profile
+    torch.profiler.profile, torch.compile = Profile, _compile
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     torch._C._dispatch_has_kernel_for_dispatch_key = lambda name, key: (
         (key == "CUDA" and name.startswith("raddpo::")) or has_kernel(name, key)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from functools import cache
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 CUDA = torch.device("cuda", 0)
-aten = torch.ops.aten
 
 # What reads a value, or a number of results, back to the host. `isin` does so unless one side is small.
 SYNCHRONISES = {
@@ -20,6 +20,9 @@ SYNCHRONISES = {
 COPIES = {"copy_", "_to_copy", "_copy_from"}
 INDEXES = {"index", "index_put", "index_put_", "_index_put_impl_"}
 TAKES_SCALARS = {"fill_", "fill", "masked_fill", "masked_fill_", "index_put", "index_put_", "_index_put_impl_"}
+
+
+_DEVICE = torch.ops.prim.device.default
 
 
 class State:
@@ -41,6 +44,33 @@ def wait(what: str) -> None:
     State.on_wait()
 
 
+class Facts(NamedTuple):
+    """Of an operator; asked of it once, as every call passes here."""
+
+    name: str
+    ours: bool
+    mutable: bool
+
+
+@cache
+def facts_of(func: Any) -> Facts:
+    return Facts(func.overloadpacket.__name__, func.namespace == "raddpo", func._schema.is_mutable)
+
+
+def _unwrap(x: Any, given: dict[int, FakeTensor], host: dict[int, Tensor]) -> Any:
+    """The CPU's tensors in place of the device's; notes which there were, and which lay on the host."""
+    if isinstance(x, FakeTensor):
+        given[id(x.elem)] = x
+        return x.elem
+    if isinstance(x, Tensor):
+        host[id(x)] = x
+    elif isinstance(x, (tuple, list)):
+        return type(x)([_unwrap(one, given, host) for one in x])
+    elif isinstance(x, dict):
+        return {name: _unwrap(one, given, host) for name, one in x.items()}
+    return x
+
+
 class FakeTensor(torch.Tensor):
     """A CPU tensor's memory and shape under the device's name and dispatch keys; ``elem`` is the CPU's tensor."""
 
@@ -56,34 +86,39 @@ class FakeTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:
+        if func is _DEVICE:
             return CUDA
+        facts = facts_of(func)
         kwargs = dict(kwargs or {})
-        check_devices(func, args, kwargs)
-        check_waits(func, args, kwargs)
-        target = torch.device(kwargs.get("device") or CUDA)
+        given: dict[int, FakeTensor] = {}  # by the identity of the CPU's tensor
+        host: dict[int, Tensor] = {}
+        plain_args, plain_kwargs = _unwrap(args, given, host), _unwrap(kwargs, given, host)
+        if host and facts.name not in COPIES:
+            check_devices(func, facts, args, kwargs)
+        check_waits(func, facts, args, kwargs)
+        target = kwargs.get("device") or CUDA
         if "device" in kwargs:
-            kwargs["device"] = torch.device("cpu")
-        kwargs.pop("pin_memory", None)
-        given = {id(x.elem): x for x in tree_leaves((args, kwargs)) if isinstance(x, FakeTensor)}
-        plain_args, plain_kwargs = tree_map_only(FakeTensor, lambda x: x.elem, (args, kwargs))
+            plain_kwargs["device"] = torch.device("cpu")
+        plain_kwargs.pop("pin_memory", None)
         outputs = func(*plain_args, **plain_kwargs)
-        if func.namespace == "raddpo":
-            name = func.overloadpacket.__name__
-            State.calls[name] = State.calls.get(name, 0) + 1
+        if facts.ours:
+            State.calls[facts.name] = State.calls.get(facts.name, 0) + 1
         if State.capture is not None:
             State.capture.record(func, plain_args, plain_kwargs, outputs)
-        for wrapped in given.values():
-            if wrapped.shape != wrapped.elem.shape or wrapped.stride() != wrapped.elem.stride():
-                wrapped.data = FakeTensor(wrapped.elem)  # it was resized
-        plain = {id(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        if facts.mutable:
+            for wrapped in given.values():
+                if wrapped.shape != wrapped.elem.shape or wrapped.stride() != wrapped.elem.stride():
+                    wrapped.data = FakeTensor(wrapped.elem)  # it was resized
+        on_device = torch.device(target).type == "cuda"
 
-        def wrap(x: Tensor) -> Tensor:
-            if id(x) in given:
-                return given[id(x)]
-            return x if id(x) in plain or target.type != "cuda" else FakeTensor(x)
+        def wrap(x: Any) -> Any:
+            if isinstance(x, (tuple, list)):
+                return type(x)(map(wrap, x))
+            if not isinstance(x, Tensor) or id(x) in host:
+                return x
+            return given[id(x)] if id(x) in given else FakeTensor(x) if on_device else x
 
-        return tree_map_only(Tensor, wrap, outputs)
+        return wrap(outputs)
 
     def tolist(self) -> Any:
         return self.detach().cpu().tolist()
@@ -102,18 +137,16 @@ def on_device(values: Tensor) -> Tensor:
     return values.to(CUDA)
 
 
-def check_devices(func: Any, args: Any, kwargs: Any) -> None:
+def check_devices(func: Any, facts: Facts, args: Any, kwargs: Any) -> None:
     """All tensors lie on the device, but for what CUDA's own kernels take from the host."""
-    name = func.overloadpacket.__name__
-    if name in COPIES:
-        return
+    name = facts.name
     schema = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
     scalars = torch.Tag.pointwise in func.tags or name in TAKES_SCALARS or name.startswith("_foreach")
     for argument, value in schema.items():
         for x in tree_leaves(value):
             if not isinstance(x, Tensor) or isinstance(x, FakeTensor):
                 continue
-            if (scalars and x.dim() == 0) or (func.namespace == "raddpo" and argument == "header"):
+            if (scalars and x.dim() == 0) or (facts.ours and argument == "header"):
                 continue
             if name in INDEXES and argument == "indices":
                 wait(f"{func} copies its indices to the device")
@@ -124,11 +157,11 @@ def check_devices(func: Any, args: Any, kwargs: Any) -> None:
             )
 
 
-def check_waits(func: Any, args: Any, kwargs: Any) -> None:
-    name = func.overloadpacket.__name__
+def check_waits(func: Any, facts: Facts, args: Any, kwargs: Any) -> None:
+    name = facts.name
     if name in COPIES:
         blocking = not (kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
-        ends = {isinstance(args[0], FakeTensor), target_of(func, args, kwargs)}
+        ends = {isinstance(args[0], FakeTensor), target_of(name, args, kwargs)}
         if len(ends) == 2:
             host = args[0] if not isinstance(args[0], FakeTensor) else args[1] if name == "copy_" else None
             pageable = host is None or host.untyped_storage().data_ptr() not in State.pinned
@@ -143,9 +176,9 @@ def check_waits(func: Any, args: Any, kwargs: Any) -> None:
             wait(f"{func} counts the True of a mask")
 
 
-def target_of(func: Any, args: Any, kwargs: Any) -> bool:
+def target_of(name: str, args: Any, kwargs: Any) -> bool:
     """Whether a copy's other end lies on the device."""
-    if func.overloadpacket.__name__ == "copy_":
+    if name == "copy_":
         return isinstance(args[1], FakeTensor)
     return torch.device(kwargs.get("device") or CUDA).type == "cuda"
 
