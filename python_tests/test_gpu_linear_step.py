@@ -34,7 +34,7 @@ WAYS = ["children", "level", "all"]
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which logits are made: the children's alone, the whole level's, or under ``"vocab"`` all of one query at a time."""
+    """Which logits are made: the children's alone, the whole level's, or, under ``"vocab"``, all of a query's."""
     monkeypatch.setattr(module, "_level_is_cheaper", lambda *_: request.param == "level")
     monkeypatch.setattr(module, "_queries_at_once", lambda *_: int(request.param == "all"))
     return request.param

@@ -17,7 +17,8 @@ constexpr int kFewKeys = 128;              // that are faster sorted by counting
 struct TopKeysShared {
   unsigned count;  // keys held
   unsigned histogram[kSliceThreads];
-  unsigned scratch[kSliceThreads / 32];
+  // Aligned: otherwise its wide reads begin in the histogram, which racecheck takes for a race.
+  alignas(16) unsigned scratch[kSliceThreads / 32];
   Key key_scratch[2 * kSliceThreads / 32];
   unsigned bin, before, inside;
 };
