@@ -23,8 +23,7 @@ LIMITS = {
     "opcheck": "opcheck traces with fake tensors of torch's own, which know no other tensor subclass",
     "beyond_int32": "its logits are 4 GB",
     "151936": "its logits are large, and the CPU's kernels are tested elsewhere",
-    "test_gpu_bench": "the probes refuse its tiny bfloat16 model, for rows that depend on others; not understood yet",
-    "test_graph[gpt2": "an operator of GPT-2's forward ends in torch's own CUDA code",
+    "test_graph[gpt2": "an operator that GPT-2's forward calls has no kernel of the fake device",
     "malformed_lists": "the CPU's kernels leave that check to Python",
 }
 REASON = "not on the fake device: "

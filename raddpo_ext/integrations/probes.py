@@ -181,7 +181,8 @@ class _Probe:
             for level, beam in ((0, first), (1, last)):
                 steps[level, query, beam] = self.steps[level, query, beam]
             kept = torch.zeros(2, 7, dtype=torch.bool, device=steps.device)
-            kept[query, [0, 1 + first, 4 + last]] = True
+            for output in (0, 1 + first, 4 + last):
+                kept[query, output] = True
             yield prompts, steps, kept
 
     def error(self, kind: Callable[..., Decoder], head: dict[str, Any]) -> float:
@@ -199,10 +200,11 @@ class _Probe:
     def leaks(self, kind: Callable[..., Decoder], head: dict[str, Any], least: float = 0.0) -> bool:
         """Whether outputs depend on another beam, on the other query, or on what is under the padding, by more than
         ``least``."""
-        found = attempt(lambda: self._leaks(kind, head, least))
+        found = attempt(lambda: self.mixes(kind, head, least))
         return found is None or found
 
-    def _leaks(self, kind: Callable[..., Decoder], head: dict[str, Any], least: float) -> bool:
+    def mixes(self, kind: Callable[..., Decoder], head: dict[str, Any], least: float) -> bool:
+        """:meth:`leaks`, but an error of the model stays one."""
         before = self.outputs(kind, head)
         # The same computation on the same tokens: what it changes is no leak, as a kernel that sums in any order.
         noise = size(self.outputs(kind, head) - before)
@@ -309,7 +311,7 @@ def verify(model: Any, head: dict[str, Any], shared: Callable[..., Decoder] = Sh
             raise TypeError(f"{what}: {name} fails: {error}") from error
         raise TypeError(f"{what}: {name} does not")
     # There is no slower way: one that rounds by its neighbours is its own, one that mixes them has none.
-    if probe.leaks(ways.kind(model), {}, limits.rounding):
+    if probe.mixes(ways.kind(model), {}, limits.rounding):
         raise TypeError(f"model must give every row of a batch its own logits, those of {name} depend on other rows")
     limit = max(limits.rounding, 4 * alone)
     padded = ways._replace(padded=True)
