@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,13 +77,8 @@ def test_gpt_neo(window: int, longest: int, shared: bool) -> None:
     assert_plain(model, prompts, shared_prefix=False)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scale", [0.02, 0.15])
-@pytest.mark.parametrize(("longest", "shared"), [(30, True), (90, False)])
-def test_a_window_of_no_name(
-    longest: int, shared: bool, scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It counts slots, as GPT-Neo's; nothing in the config says so."""
+def plant_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every attention then sees the last 96 columns alone, and no setting says so."""
     attend = F.scaled_dot_product_attention
 
     def windowed(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **options: Any) -> Tensor:
@@ -93,10 +89,23 @@ def test_a_window_of_no_name(
         return attend(query, key, value, attn_mask=seen, **{**options, "is_causal": False})
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", windowed)
+
+
+def qwen3(scale: float, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
     config = transformers.Qwen3Config(**{**TEXT, "max_position_embeddings": 512}, initializer_range=scale)
-    prompts = batch(longest, 4)
-    model = transformers.Qwen3ForCausalLM(config).to(dtype).eval()
+    return transformers.Qwen3ForCausalLM(config).to(dtype).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.02, 0.15])
+@pytest.mark.parametrize(("longest", "shared"), [(30, True), (90, False)])
+def test_a_window_of_no_name(
+    longest: int, shared: bool, scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts slots, as GPT-Neo's; nothing in the config says so."""
+    plant_window(monkeypatch)
+    model, prompts = qwen3(scale, dtype), batch(longest, 4)
     retriever = rx.SIDRetriever(model, make_index(12), beam_width=BEAMS)
     if dtype == torch.float32:
         assert_plain(model, prompts)
@@ -139,6 +148,62 @@ def test_gpt_neo_is_packed_within_its_window() -> None:
     torch.testing.assert_close(states.hidden[states.rows][3], plain, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match=r"rows of 17 tokens \(row 1 is the longest\), more than window_size = 16"):
         session_states(model, rx.pack_sessions([[3, 4], list(range(20, 33))], sessions))
+
+
+def packed_rows(prompt: int, candidates: int) -> rx.PackedSessions:
+    """A prompt with candidates of two tokens, and a short one."""
+    sizes = [candidates, 2]
+    ids = torch.randint(3, 50, (prompt,), generator=torch.Generator().manual_seed(1)).tolist()
+    tokens = torch.arange(2 * sum(sizes)).view(-1, 2) % 40 + 5
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    sessions = rx.SessionBatch(tokens, torch.full_like(tokens[:, 0], 2), offsets, torch.tensor([1, 1]))
+    return rx.pack_sessions([ids, ids[:4]], sessions)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.02, 0.15])
+@pytest.mark.parametrize(("prompt", "candidates"), [(92, 2), (4, 46)])
+def test_a_window_of_no_name_in_a_packed_row(
+    prompt: int, candidates: int, scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = qwen3(scale, dtype).train()
+    session_states(model, packed_rows(prompt + 40, candidates + 40))
+    plant_window(monkeypatch)
+    model = qwen3(scale, dtype).train()
+    verify_packing(model)
+    session_states(model, packed_rows(prompt, candidates))
+    assert all(module.training for module in model.modules())
+    with pytest.raises(ValueError, match=r"Qwen3ForCausalLM cannot be packed in rows of 104 tokens"):
+        session_states(model, packed_rows(prompt, candidates + 4))
+
+
+def test_a_window_of_no_name_in_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    from trainer_runs import trainer_for
+
+    plant_window(monkeypatch)
+    rows = [{"prompt_ids": [5, 6, 7] * n, "positives": [[8, 9]], "negatives": [[10, 11]]} for n in (2, 40)]
+    options = {"use_reference": False, "similarity_weighting": False, "max_steps": 1, "output_dir": str(tmp_path)}
+    trainer_for(qwen3(0.15), rows[:1], **options).train()
+    with pytest.raises(
+        ValueError, match=r"train_dataset\[1\]: Qwen3ForCausalLM cannot be packed in rows of 122 tokens"
+    ):
+        trainer_for(qwen3(0.15), rows, **options)
+    trainer = trainer_for(qwen3(0.15), rows[:1], **options)
+    with pytest.raises(ValueError, match="Qwen3ForCausalLM cannot be packed in rows of 122 tokens"):
+        trainer._prepare_inputs(trainer.data_collator(rows))
+
+
+def test_prompts_near_a_context_that_is_no_power_of_two() -> None:
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=48, decoder_ffn_dim=48,
+        encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=100, pad_token_id=0,
+        decoder_start_token_id=2,
+    )  # fmt: skip
+    model = transformers.BartForConditionalGeneration(config).eval()
+    assert_plain(model, batch(70, 5))
+    session_states(model, packed_rows(98, 2))
 
 
 def test_settings_that_are_no_window() -> None:

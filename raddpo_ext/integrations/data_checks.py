@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from transformers.utils import logging
 
 from raddpo_ext.integrations.session_collator import SessionCollator, named_candidates
+from raddpo_ext.pack_sessions import PackedSessions
 from raddpo_ext.session_sids import SIDCheck, contained
 from raddpo_ext.trie import TrieIndex
 from raddpo_ext.vocab import SIDVocab
@@ -42,7 +43,13 @@ def check_vocabulary(vocab: SIDVocab | None, index: TrieIndex | None, vocab_size
 
 
 def check_rows(
-    datasets: dict[str, Any], collator: Any, vocab: SIDVocab | None, index: TrieIndex | None, *, need_index: bool
+    datasets: dict[str, Any],
+    collator: Any,
+    vocab: SIDVocab | None,
+    index: TrieIndex | None,
+    *,
+    need_index: bool,
+    check_packed: Callable[[PackedSessions], None],
 ) -> None:
     """Collates some rows of each data set and looks their candidates up; logs how many the index lacks.
 
@@ -51,6 +58,7 @@ def check_rows(
         collator: does nothing but for empty data sets where it is no :class:`SessionCollator`.
         vocab, index: of the trainer.
         need_index: refuse a candidate that the index lacks, whose log-prob among the index's SIDs is ``-inf``.
+        check_packed: raises ValueError for a packed row that the model cannot take.
 
     Raises:
         ValueError, TypeError: a data set without rows; a row that the collator refuses; a candidate that is no SID of
@@ -59,13 +67,19 @@ def check_rows(
     for name, dataset in datasets.items():
         if isinstance(dataset, dict):
             parts = {f"{name}[{key!r}]": part for key, part in dataset.items()}
-            check_rows(parts, collator, vocab, index, need_index=need_index)
+            check_rows(parts, collator, vocab, index, need_index=need_index, check_packed=check_packed)
         elif dataset is not None:
-            _check_dataset(name, dataset, collator, vocab, index, need_index)
+            _check_dataset(name, dataset, collator, vocab, index, need_index, check_packed)
 
 
 def _check_dataset(
-    name: str, dataset: Any, collator: Any, vocab: SIDVocab | None, index: TrieIndex | None, need_index: bool
+    name: str,
+    dataset: Any,
+    collator: Any,
+    vocab: SIDVocab | None,
+    index: TrieIndex | None,
+    need_index: bool,
+    check_packed: Callable[[PackedSessions], None],
 ) -> None:
     check = None if vocab is None else SIDCheck(vocab)
     lacking: list[str] = []
@@ -75,7 +89,9 @@ def _check_dataset(
         if not isinstance(collator, SessionCollator):
             continue
         try:
-            found = list(named_candidates(collator([row])["packed"].sessions, [row]))
+            packed = collator([row])["packed"]
+            check_packed(packed)
+            found = list(named_candidates(packed.sessions, [row]))
             for place, tokens in found:
                 why = None if check is None else check.why_not(tokens)
                 if why is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from raddpo_ext.integrations.checkpoints import CheckpointedTrainer
 from raddpo_ext.integrations.session_collator import SessionCollator
+from raddpo_ext.integrations.session_states import check_lengths
 from raddpo_ext.pack_sessions import PackedSessions
 
 _BY_LENGTH = ("group_by_length", "batch_rebalance")
@@ -34,7 +35,10 @@ class SessionDataTrainer(CheckpointedTrainer):
 
     def _prepare_input(self, data: Any) -> Any:
         if isinstance(data, PackedSessions):
-            return data.to(self.args.device, non_blocking=True)
+            packed = data.to(self.args.device, non_blocking=True)
+            # Before a forward that torch.compile may trace.
+            check_lengths(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), packed)
+            return packed
         return super()._prepare_input(data)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

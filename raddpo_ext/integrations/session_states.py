@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -22,8 +23,8 @@ from raddpo_ext.integrations.base_model import (
     head_scale,
     logits_map,
     slot_windows,
-    windows,
 )
+from raddpo_ext.integrations.packed_lengths import prove_lengths
 from raddpo_ext.integrations.probes import (
     has_experts,
     leaked,
@@ -74,17 +75,50 @@ def session_states(model: Any, packed: PackedSessions) -> SessionStates:
 
     Raises:
         ValueError: a model without a head, of another attention, wrapped for data parallelism (which works through its
-            ``forward``: see :func:`accept_sessions`), or whose window is shorter than a prompt with its candidate.
+            ``forward``: see :func:`accept_sessions`), whose window is shorter than a prompt with its candidate, or
+            whose states in rows as long are not those of one row a candidate: see :func:`check_lengths`.
     """
     _check.instance(packed, "packed", PackedSessions)
     model = base_model(model)
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ValueError(f"model must have a language modelling head, {type(model).__name__} has none")
+    check_lengths(model, packed)
+    return _states(model, packed)
+
+
+def _states(model: Any, packed: PackedSessions) -> SessionStates:
     decode = _encoder_decoder if model.config.is_encoder_decoder else _decoder_only
     hidden, rows, embeddings = decode(model, packed)
     # Read after the body has run: before, FSDP may hold the weight in shards.
+    head = _head(model)
     return SessionStates(hidden, rows, embeddings, head.weight, getattr(head, "bias", None))
+
+
+def _head(model: Any) -> Any:
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"model must have a language modelling head, {type(model).__name__} has none")
+    return head
+
+
+def _predictors(model: Any, packed: PackedSessions) -> Tensor:
+    """The states that predict each candidate's tokens ``[C, L, H]``."""
+    states = _states(model, packed)
+    return states.hidden if states.rows is None else states.hidden[states.rows]
+
+
+def check_lengths(model: Any, packed: PackedSessions) -> None:
+    """The checks of the rows' length that :func:`session_states` makes, for a model that is to be sharded or compiled.
+
+    Args:
+        model, packed: see :func:`session_states`; of ``packed`` only the longest row counts.
+
+    Raises:
+        ValueError: rows as long leave other states than one row a candidate, or a window is shorter than they are.
+    """
+    model = base_model(model)
+    _head(model)
+    if not model.config.is_encoder_decoder:
+        _check_attention(model.get_decoder(), packed)
+    prove_lengths(model, packed, partial(_predictors, model))
 
 
 def accept_sessions(model: Any) -> Any:
@@ -170,9 +204,9 @@ def _packing_faults(model: Any) -> tuple[float, bool]:
     def run(prompts: list[list[int]], candidates: Tensor) -> tuple[Tensor, Tensor]:
         """The states that predict each candidate's tokens ``[6, 2, H]``, and their logits."""
         sessions = SessionBatch(candidates, torch.full((6,), 2), offsets, positives)
-        states = session_states(model, pack_sessions(prompts, sessions).to(model.device))
-        hidden = states.hidden if states.rows is None else states.hidden[states.rows]
-        return hidden.float(), head_logits(hidden, states.weight, states.bias, **logits_map(model))
+        hidden, head = _predictors(model, pack_sessions(prompts, sessions).to(model.device)), _head(model)
+        logits = head_logits(hidden, head.weight, getattr(head, "bias", None), **logits_map(model))
+        return hidden.float(), logits
 
     def plain(session: int) -> Tensor:
         prompt = torch.tensor([prompts[session]] * 3, device=model.device)
@@ -205,7 +239,6 @@ def _packing_faults(model: Any) -> tuple[float, bool]:
 
 
 def _decoder_only(model: Any, packed: PackedSessions) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    _check_window(model, packed)
     body = model.get_decoder()
     output = body(
         input_ids=packed.input_ids,
@@ -219,41 +252,23 @@ def _decoder_only(model: Any, packed: PackedSessions) -> tuple[Tensor, Tensor | 
     return packed.distinct_hidden(states), packed.rows, embeddings
 
 
+def _check_attention(body: Any, packed: PackedSessions) -> None:
+    attention, device = body.config._attn_implementation, packed.input_ids.device
+    if attention == "flex_attention" and device.type != "cuda":
+        raise ValueError(f"flex_attention needs CUDA to train, got {device}; use 'sdpa'")
+    if attention not in ("sdpa", "eager", "flex_attention"):
+        raise ValueError(
+            f"model has the attention {attention!r}, which takes no mask of its own; call "
+            "model.set_attn_implementation('sdpa'), or 'eager', or 'flex_attention'"
+        )
+
+
 def _mask(body: Any, packed: PackedSessions) -> Any:
+    _check_attention(body, packed)
     attention = body.config._attn_implementation
-    if attention == "sdpa":
-        return packed.mask()
     if attention == "eager":
         return packed.mask(body.dtype)  # it adds its mask to the scores
-    if attention == "flex_attention":
-        if packed.input_ids.device.type != "cuda":
-            raise ValueError(f"flex_attention needs CUDA to train, got {packed.input_ids.device}; use 'sdpa'")
-        return packed.block_mask()
-    raise ValueError(
-        f"model has the attention {attention!r}, which takes no mask of its own; call "
-        "model.set_attn_implementation('sdpa'), or 'eager', or 'flex_attention'"
-    )
-
-
-def _check_window(model: Any, packed: PackedSessions) -> None:
-    columns = packed.input_ids.shape[1]
-    for name, window in slot_windows(model).items():
-        if columns > window:
-            sessions = packed.sessions
-            row = int(packed.prompt_lengths.index_add(0, sessions.owners(), sessions.lengths).argmax())
-            raise ValueError(
-                f"packed has rows of {columns} tokens (row {row} is the longest), more than {name} = {window} of "
-                f"{type(model).__name__}, which counts a row's columns; give fewer candidates a session, or max_length"
-            )
-    for name, window in windows(model).items():
-        if packed.input_ids.shape[1] <= window:
-            continue
-        longest = int(packed.position_ids.max()) + 1
-        if longest > window:
-            raise ValueError(
-                f"packed holds a prompt and candidate of {longest} tokens, more than the model's config.{name} = "
-                f"{window}; give max_length to the collator or to pack_sessions"
-            )
+    return packed.mask() if attention == "sdpa" else packed.block_mask()
 
 
 def _encoder_decoder(model: Any, packed: PackedSessions) -> tuple[Tensor, Tensor | None, Tensor | None]:

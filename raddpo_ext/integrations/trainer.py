@@ -23,7 +23,7 @@ from raddpo_ext.integrations.session_collator import SessionCollator
 from raddpo_ext.integrations.session_data import SessionDataTrainer
 from raddpo_ext.integrations.session_objective import METRICS, ROWS, SessionObjective
 from raddpo_ext.integrations.session_retrieval import retrieval_names, retrieval_rows
-from raddpo_ext.integrations.session_states import accept_sessions, verify_packing
+from raddpo_ext.integrations.session_states import accept_sessions, check_lengths, verify_packing
 from raddpo_ext.integrations.trainer_config import RADDPOConfig
 from raddpo_ext.pack_sessions import PackedSessions
 from raddpo_ext.similarity_weighting import SimilarityWeighting
@@ -118,7 +118,12 @@ class RADDPOTrainer(SessionDataTrainer):
             data_collator = _collator(inner, args, vocab, processing_class)
         check_vocabulary(vocab, index, inner.get_input_embeddings().weight.shape[0], processing_class)
         self._check_rows = partial(
-            check_rows, collator=data_collator, vocab=vocab, index=index, need_index=args.normalize == "trie"
+            check_rows,
+            collator=data_collator,
+            vocab=vocab,
+            index=index,
+            need_index=args.normalize == "trie",
+            check_packed=partial(check_lengths, inner),  # once sharded, it cannot be
         )
         self._check_rows({"train_dataset": train_dataset, "eval_dataset": eval_dataset})
         super().__init__(

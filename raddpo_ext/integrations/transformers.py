@@ -5,6 +5,7 @@ from raddpo_ext.integrations.session_collator import SessionCollator
 from raddpo_ext.integrations.session_states import (
     SessionStates,
     accept_sessions,
+    check_lengths,
     session_states,
     verify_packing,
 )
@@ -17,6 +18,7 @@ __all__ = [
     "SessionCollator",
     "SessionStates",
     "accept_sessions",
+    "check_lengths",
     "logits_map",
     "session_states",
     "verify_packing",

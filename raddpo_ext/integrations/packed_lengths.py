@@ -1,0 +1,153 @@
+"""Whether packed rows leave a model's states what they are, however long the rows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raddpo_ext.integrations.base_model import slot_windows, windows
+from raddpo_ext.integrations.lengths import FAR_OFF, PADDING, LongProbe, ProvenLengths
+from raddpo_ext.integrations.probes import tolerance
+from raddpo_ext.pack_sessions import PackedSessions, pack_sessions
+from raddpo_ext.session import SessionBatch
+
+_NO_ROUNDING = 0.5  # of what the far tokens do: no precision is that low
+_SHORT, _CANDIDATE = 8, 2  # tokens of a short prompt, and of a candidate
+_UNLIMITED = 1 << 62  # tokens
+_proven: WeakKeyDictionary[Any, ProvenLengths] = WeakKeyDictionary()  # of each model's rows
+
+
+def prove_lengths(model: Any, packed: PackedSessions, predictors: Callable[[PackedSessions], Tensor]) -> None:
+    """Checks, once per power of two, that rows as long as the longest one leave a model's states what they are.
+
+    So windows are found that no setting names. Where a model's weights are in shards, no pass is run, as it would wait
+    for the other ranks, whose rows may be shorter: a warning says which rows were not checked.
+
+    Args:
+        model: behind its wrappers.
+        packed: the rows.
+        predictors: the packed states that predict each candidate's tokens, ``[C, L, H]``.
+
+    Raises:
+        ValueError: they do not, or a window that is known is too short.
+    """
+    is_encoder_decoder = model.config.is_encoder_decoder
+    if not is_encoder_decoder:
+        _check_windows(model, packed)
+    if torch.compiler.is_compiling() or model.device.type == "meta" or packed.sessions.num_sessions == 0:
+        return
+    columns = int(packed.prompt_lengths.max()) if is_encoder_decoder else packed.input_ids.shape[1]
+    lengths, way = _proven.setdefault(model, ProvenLengths()), model.config._attn_implementation
+    if columns <= lengths.longest(way):
+        return
+    if any(hasattr(parameter, "placements") for parameter in model.parameters()):
+        warnings.warn(
+            f"packed rows of more than {lengths.longest(way)} tokens are not checked, as the weights of "
+            f"{type(model).__name__} are in shards: call check_lengths(model, packed) before they are, with such rows",
+            stacklevel=2,
+        )
+        return
+    longest = min(windows(model).values(), default=_UNLIMITED)
+    limit = _UNLIMITED if is_encoder_decoder else min(slot_windows(model).values(), default=_UNLIMITED)
+    refused = f"{type(model).__name__} cannot be packed in rows of {columns} tokens"
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        holds = lengths.cover(way, columns, limit, lambda n: _holds_at(model, n, longest, predictors))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{refused}: {type(error).__name__}: {error}") from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if not holds:
+        raise ValueError(
+            f"{refused}: its states are others than those of one row a candidate, as with a window of the last tokens; "
+            "give fewer candidates a session, or max_length"
+        )
+
+
+def _check_windows(model: Any, packed: PackedSessions) -> None:
+    columns = packed.input_ids.shape[1]
+    for name, window in slot_windows(model).items():
+        if columns > window:
+            sessions = packed.sessions
+            row = int(packed.prompt_lengths.index_add(0, sessions.owners(), sessions.lengths).argmax())
+            raise ValueError(
+                f"packed has rows of {columns} tokens (row {row} is the longest), more than {name} = {window} of "
+                f"{type(model).__name__}, which counts a row's columns; give fewer candidates a session, or max_length"
+            )
+    for name, window in windows(model).items():
+        if packed.input_ids.shape[1] <= window:
+            continue
+        longest = int(packed.position_ids.max()) + 1
+        if longest > window:
+            raise ValueError(
+                f"packed holds a prompt and candidate of {longest} tokens, more than the model's config.{name} = "
+                f"{window}; give max_length to the collator or to pack_sessions"
+            )
+
+
+@torch.no_grad()
+def _holds_at(model: Any, columns: int, longest: int, predictors: Callable[[PackedSessions], Tensor]) -> bool:
+    """Whether packed rows of so many columns give the states that the model's own head reads.
+
+    Two rows are packed together: a long prompt with two candidates, and a short one behind whose last candidate all
+    columns lie. It costs about what six such rows cost, without a gradient.
+
+    Args:
+        model: behind its wrappers.
+        columns: of the rows; of an encoder-decoder, the prompts' tokens.
+        longest: most positions of a prompt with its candidate.
+        predictors: the packed states that predict each candidate's tokens, ``[C, L, H]``.
+    """
+    room = 0 if model.config.is_encoder_decoder else 2 * _CANDIDATE
+    lengths = [max(1, min(n, columns - room, longest - _CANDIDATE)) for n in (columns, _SHORT)]
+    probes = [LongProbe(model, n, _CANDIDATE - 1, partial(_head_inputs, model)) for n in lengths]
+    counts = [max(2, (columns - n) // _CANDIDATE) if room else 2 for n in lengths]
+    ends = torch.tensor(counts).cumsum(0)
+
+    def packed(version: int) -> Tensor:
+        path = probes[0].path.cpu()
+        candidates = path[1:].repeat(sum(counts), 1)
+        candidates[ends - 1] = path[:_CANDIDATE]
+        offsets = F.pad(ends, (1, 0))
+        sessions = SessionBatch(
+            candidates, torch.full_like(candidates[:, 0], _CANDIDATE), offsets, torch.ones(2).long()
+        )
+        prompts = [probe.prompts[version].tolist() for probe in probes]
+        return predictors(pack_sessions(prompts, sessions).to(model.device))[ends - 1]
+
+    found = torch.stack([packed(version) for version in range(2)]).float()
+    return all(_is_rounded(probe, found[:, i]) for i, probe in enumerate(probes))
+
+
+def _is_rounded(probe: LongProbe, outputs: Tensor) -> bool:
+    """Whether a probe's outputs are off by no more than the model itself is, if it masks some padding."""
+    limits = tolerance(probe.base)
+    wrong, far = probe.error(lambda: outputs)
+    if wrong <= limits.rounding and far <= FAR_OFF:
+        return True
+    alone, noise = probe.error(lambda: probe.counted(probe.plain(PADDING)))
+    if wrong > max(limits.rounding, min(4 * alone, limits.wrong)):
+        return False
+    return far <= max(FAR_OFF, min(8 * noise, _NO_ROUNDING))
+
+
+def _head_inputs(model: Any, **inputs: Any) -> Tensor:
+    """The states that a model's own forward gives its head."""
+    states: list[Tensor] = []
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda head, given: states.append(given[0]))
+    try:
+        model(**inputs)
+    finally:
+        handle.remove()
+    return states[0]
