@@ -29,8 +29,9 @@ $(BUILT): $(SOURCES) $(PACKAGES)
 	$(PY) setup.py --quiet build_ext --inplace
 	mkdir -p build && touch $@
 
+# On every core, a file on one; an interpreter named by PYTHON need not have pytest-xdist.
 test: build
-	$(PY) -m pytest python_tests -q $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest python_tests -q $(if $(PACKAGES),-n $(shell nproc) --dist loadfile) $(ARGS)
 
 # DATA=../shared/data/instruments runs it on a real catalogue.
 demo: build

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -54,9 +55,14 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.fixture(scope="session")
-def shim_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the CUDA kernels' source is compiled for the CPU, once."""
-    return tmp_path_factory.mktemp("cuda_on_cpu")
+def shim_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the CUDA kernels' source is compiled for the CPU, once for all of pytest-xdist's workers."""
+    folder = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):
+        folder = folder.parent
+    folder /= "cuda_on_cpu"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session", params=["source", "ptx"])
@@ -64,13 +70,14 @@ def shim(request: pytest.FixtureRequest, shim_folder: Path) -> Shim:
     """The CUDA kernels, compiled for the CPU: from their source, and from what nvcc makes of it."""
     if compiler() is None:
         pytest.skip("needs a C++ compiler (g++, or the one named by CXX)")
-    if request.param == "source":
-        return Shim(shim_folder)
-    if SANITIZE in os.environ:
-        pytest.skip("the compiled PTX is not sanitized")
-    if nvcc() is None:
-        pytest.skip("needs nvcc, in CUDA_HOME or /usr/local/cuda")
-    return Shim(shim_folder, compiled_ptx(shim_folder))
+    if request.param == "ptx":
+        if SANITIZE in os.environ:
+            pytest.skip("the compiled PTX is not sanitized")
+        if nvcc() is None:
+            pytest.skip("needs nvcc, in CUDA_HOME or /usr/local/cuda")
+    with (shim_folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker compiles, the others wait
+        return Shim(shim_folder, compiled_ptx(shim_folder) if request.param == "ptx" else ())
 
 
 @pytest.fixture(scope="module")

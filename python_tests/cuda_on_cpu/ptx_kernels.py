@@ -47,7 +47,10 @@ def compiled(name: str, kernels: list[Kernel], folder: Path) -> Path:
 
 
 def compiled_ptx(folder: Path) -> Sequence[Path]:
-    """Object files of all kernels, and of the faulty ones."""
+    """Object files of all kernels, and of the faulty ones; kept in ``folder`` for the next."""
+    objects = [folder / f"ptx_{i}.o" for i in range(_PARTS)]
+    if all(path.exists() for path in objects):
+        return objects
     sources = [*sorted(CSRC.rglob("*.cu")), FOLDER / "faults.cuh"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         texts = pool.map(lambda source: ptx_of(source, folder), sources)
@@ -55,4 +58,4 @@ def compiled_ptx(folder: Path) -> Sequence[Path]:
         parts: list[list[Kernel]] = [[] for _ in range(_PARTS)]
         for kernel in sorted(kernels, key=lambda kernel: -len(kernel.body)):
             min(parts, key=lambda part: sum(len(kernel.body) for kernel in part)).append(kernel)
-        return list(pool.map(lambda i: compiled(f"ptx_{i}", parts[i], folder), range(_PARTS)))
+        return list(pool.map(lambda i: compiled(objects[i].stem, parts[i], folder), range(_PARTS)))
