@@ -97,8 +97,8 @@ MUTANTS = [
         fault="no barrier between reading the keys and moving them to the front",
         op="beam_search, CUDA",
         file="csrc/beam_search/top_keys.cuh",
-        old="const Key key = i < used ? keys[i] : 0;\n      __syncthreads();",
-        new="const Key key = i < used ? keys[i] : 0;",
+        old="        key[i] = at < used ? keys[at] : 0;\n      }\n      __syncthreads();",
+        new="        key[i] = at < used ? keys[at] : 0;\n      }",
     ),
     Mutant(
         fault="parents are counted from the first beam of their tile",
@@ -331,9 +331,8 @@ MUTANTS = [
         fault="the cache does not follow the beams",
         op="retriever",
         file="raddpo_ext/integrations/decoders.py",
-        old="            self.cache.reorder_cache(rows)\n            self.mask = torch.cat(",
-        new="            if len(rows) != len(self.mask):\n                self.cache.reorder_cache(rows)\n"
-        "            self.mask = torch.cat(",
+        old="            self.reorder(rows)",
+        new="            if len(rows) != len(self.mask):\n                self.reorder(rows)",
     ),
     Mutant(
         fault="a version is published before its checksum is verified",

@@ -300,7 +300,7 @@ def verify(model: Any, head: dict[str, Any], shared: Callable[..., Decoder] = Sh
         if alone <= limits.wrong:
             break
     else:
-        if ratio(probe.ahead, probe.spread) > limits.wrong:
+        if probe.ahead > limits.wrong * probe.spread:
             raise TypeError(f"model must give logits that no later token changes: {name} does not")
         what = "model must give the same logits with a KV cache, reordered from step to step, as without"
         try:
