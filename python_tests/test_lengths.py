@@ -194,6 +194,18 @@ def test_a_window_of_no_name_in_training(monkeypatch: pytest.MonkeyPatch, tmp_pa
         trainer._prepare_inputs(trainer.data_collator(rows))
 
 
+@pytest.mark.parametrize("wrapper", ["zero3", "fsdp1"])
+def test_rows_of_a_model_in_shards_are_not_tried(wrapper: str) -> None:
+    """A pass would wait for the other ranks: a warning instead."""
+    model = qwen3(0.02)
+    if wrapper == "zero3":
+        next(model.parameters()).ds_id = 0
+    else:
+        model.model.layers[0].add_module("_fsdp_wrapped_module", torch.nn.Identity())
+    with pytest.warns(UserWarning, match="more than 0 tokens are not checked, as the weights of .* are in shards"):
+        session_states(model, packed_rows(10, 2))
+
+
 def test_prompts_near_a_context_that_is_no_power_of_two() -> None:
     torch.manual_seed(0)
     config = transformers.BartConfig(

@@ -47,7 +47,7 @@ def prove_lengths(model: Any, packed: PackedSessions, predictors: Callable[[Pack
     lengths, way = _proven.setdefault(model, ProvenLengths()), model.config._attn_implementation
     if columns <= lengths.longest(way):
         return
-    if any(hasattr(parameter, "placements") for parameter in model.parameters()):
+    if _in_shards(model):
         warnings.warn(
             f"packed rows of more than {lengths.longest(way)} tokens are not checked, as the weights of "
             f"{type(model).__name__} are in shards: call check_lengths(model, packed) before they are, with such rows",
@@ -73,6 +73,14 @@ def prove_lengths(model: Any, packed: PackedSessions, predictors: Callable[[Pack
             f"{refused}: its states are others than those of one row a candidate, as with a window of the last tokens; "
             "give fewer candidates a session, or max_length"
         )
+
+
+def _in_shards(model: Any) -> bool:
+    """Whether a forward waits for other ranks: under FSDP, tensor parallelism or DeepSpeed ZeRO-3."""
+    marks = ("placements", "ds_id")
+    if any(hasattr(parameter, mark) for parameter in model.parameters() for mark in marks):
+        return True
+    return any("_fsdp_wrapped_module" in name for name, _ in model.named_modules())
 
 
 def _check_windows(model: Any, packed: PackedSessions) -> None:
