@@ -34,18 +34,6 @@ settings.register_profile(
 settings.load_profile("raddpo")
 
 
-COMPILER = os.environ.get("CXX")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup() -> None:
-    """Each test meets the compiler that was asked for: something that tests import sets ``CXX`` to gcc, which does not
-    link C++."""
-    os.environ.pop("CXX", None)
-    if COMPILER is not None:
-        os.environ["CXX"] = COMPILER
-
-
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once per instruction set."""

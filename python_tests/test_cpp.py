@@ -27,7 +27,9 @@ def run(*command: str | Path) -> str:
 
 
 def configure(source: Path, build: Path, prefix: str, *options: str) -> None:
-    run("cmake", "-G", "Ninja", "-S", source, "-B", build, f"-DCMAKE_PREFIX_PATH={prefix}", *options)
+    # The compiler is named: CXX may be one that a test before has set.
+    options = (f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_CXX_COMPILER=g++", *options)
+    run("cmake", "-G", "Ninja", "-S", source, "-B", build, *options)
 
 
 @pytest.fixture(scope="module")

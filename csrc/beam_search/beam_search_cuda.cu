@@ -163,7 +163,7 @@ struct SliceShared {
 };
 
 // Pushes every stripe of 512 of a query's candidates whose number is `slice` modulo `slices`, so that each slice has
-// its share of the best beams; `total`: of candidates. Leaves the tile loaded that the beams end with.
+// its share of the best beams. Leaves the tile loaded that the beams end with.
 __device__ __forceinline__ void push_candidates(TopKeys& top, Tile& tile, const BeamStepArgs& a, const Workspace& w,
                                                 std::int64_t query, std::uint32_t slice, std::uint32_t slices) {
   constexpr int n = kRound / kSliceThreads;
