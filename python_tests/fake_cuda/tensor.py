@@ -120,6 +120,10 @@ class FakeTensor(torch.Tensor):
 
         return wrap(outputs)
 
+    def __getitem__(self, index: Any) -> Any:
+        """torch copies a list of indices to the device itself, where no kernel of ours is asked: it is made here."""
+        return super().__getitem__(tuple(map(_index, index)) if isinstance(index, tuple) else _index(index))
+
     def tolist(self) -> Any:
         return self.detach().cpu().tolist()
 
@@ -131,6 +135,10 @@ class FakeTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return on_device, (self.detach().cpu(),)
+
+
+def _index(one: Any) -> Any:
+    return torch.tensor(one).to(CUDA) if isinstance(one, list) else one
 
 
 def on_device(values: Tensor) -> Tensor:
