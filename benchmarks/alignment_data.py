@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import raddpo_ext as rx
-from raddpo_ext.catalogue import Case, Catalogue, load_catalogue
+from raddpo_ext.data.catalogue import Case, Catalogue, load_catalogue
 
 START = 0  # opens every sequence, and pads it
 HISTORY = 10  # purchases that the model looks back on

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import raddpo_ext as rx
 from benchmarks.alignment_data import HISTORY, START, Data
+from raddpo_ext.data.metrics import invalid_share, retrieval_metrics
 from raddpo_ext.integrations.decoders import SharedPrefixDecoder
-from raddpo_ext.metrics import invalid_share, retrieval_metrics
 
 BATCH = 32  # prompts of one length; more leave the cache
 KS = (5, 10, 50)

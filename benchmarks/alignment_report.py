@@ -12,7 +12,7 @@ from benchmarks.alignment_cells import Cell, Lab
 from benchmarks.alignment_evaluate import KS
 from benchmarks.alignment_statistics import Difference, ndcg, over_seeds, paired_bootstrap, unpack
 from benchmarks.report import RESULTS, ROOT, environment, markdown, write_json
-from raddpo_ext.catalogue import known_version
+from raddpo_ext.data.catalogue import known_version
 
 METRICS = [*(f"recall@{k}" for k in KS), "ndcg@10", "mrr"]
 DRIFT = ("winner", "positives", "negatives")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import raddpo_ext as rx
 from benchmarks.alignment_data import Data
-from raddpo_ext.negatives import BeamNegatives, PopularityNegatives, SiblingNegatives, sample_negatives
+from raddpo_ext.data.negatives import BeamNegatives, PopularityNegatives, SiblingNegatives, sample_negatives
 
 FURTHER = 2  # most positives after the winner
 KINDS = {"beam": 2, "siblings": 3, "popularity": 3}  # negatives a session

@@ -15,8 +15,8 @@ import raddpo_ext as rx
 from benchmarks.alignment_data import Data
 from benchmarks.alignment_sessions import FURTHER, KINDS, Sessions
 from benchmarks.alignment_sft import rate
+from raddpo_ext.data.metrics import squeezing
 from raddpo_ext.integrations.transformers import session_states
-from raddpo_ext.metrics import squeezing
 
 BATCH = 32
 WARM_UP = 0.1  # share of the steps

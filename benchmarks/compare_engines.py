@@ -33,7 +33,7 @@ import raddpo_ext as rx
 from benchmarks import alignment_sft, catalogues, report
 from benchmarks.alignment_data import HISTORY, Data, load
 from benchmarks.timing import Cost, middle, timed
-from raddpo_ext.catalogue import Case
+from raddpo_ext.data.catalogue import Case
 from raddpo_ext.integrations.decoders import SharedPrefixDecoder
 
 MODULE = "benchmarks.compare_engines"

@@ -28,7 +28,7 @@ from benchmarks import catalogues, gpu_losses, gpu_retriever
 from benchmarks.gpu_report import gpu_environment, kernel_name, require_gpu
 from benchmarks.gpu_timing import STEPS, copy_bandwidth, graph_us, product_rate
 from benchmarks.report import RESULTS, markdown, write_json
-from raddpo_ext.row_lse import row_lse
+from raddpo_ext.decoding.row_lse import row_lse
 
 QWEN_VOCAB = 151_936
 

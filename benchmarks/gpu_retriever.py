@@ -190,7 +190,7 @@ def measure_step(model: Any, index: rx.TrieIndex, batch: int, width: int, level:
     """A beam step from hidden states in each way, beside the head's bare product and the step from its logits."""
     import sys
 
-    module = sys.modules["raddpo_ext.linear_beam_step"]
+    module = sys.modules["raddpo_ext.decoding.linear_beam_step"]
     weight = model.lm_head.weight
     hidden = [torch.randn(batch, width, weight.shape[1], device="cuda", dtype=weight.dtype) for _ in range(4)]
     state = rx.BeamState.start(index, batch)

@@ -19,7 +19,7 @@ from torch import Tensor
 import raddpo_ext as rx
 from benchmarks.token_logps_cases import BETA, BUDGET, CANDIDATES, GAMMA, LEVELS, Case, Problem
 from raddpo_ext.bench.compare import Missing
-from raddpo_ext.row_lse import row_lse
+from raddpo_ext.decoding.row_lse import row_lse
 
 Step = Callable[[], Tensor]
 Method = Callable[[Problem], Step]

@@ -1,5 +1,5 @@
 // Bit streams as functions to call, once for each instruction set.
-#include "../csrc/trie/bit_stream.h"
+#include "../csrc/trie_index/bit_stream.h"
 
 namespace raddpo::RADDPO_ISA {
 

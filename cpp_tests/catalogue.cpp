@@ -50,7 +50,7 @@ void Catalogue::add(const Catalogue& other, std::size_t row) {
 
 namespace {
 
-// As raddpo_ext/trie_input.py makes it.
+// As raddpo_ext/index/trie_input.py makes it.
 LevelSymbols symbols_of(const Catalogue& c, int level) {
   if (c.vocab == Vocab::none) return {};
   const std::vector<std::int32_t>& tokens = c.tokens[level];

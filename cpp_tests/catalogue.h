@@ -5,8 +5,8 @@
 #include <random>
 #include <vector>
 
-#include "trie/trie_build.h"
-#include "trie/trie_view.h"
+#include "trie_index/trie_build.h"
+#include "trie_index/trie_view.h"
 
 using Sid = std::vector<std::int64_t>;
 

@@ -2,7 +2,7 @@
 #include "catalogue.h"
 #include "check.h"
 #include "search.h"
-#include "trie/trie_live.h"
+#include "trie_index/trie_live.h"
 
 using namespace raddpo;
 

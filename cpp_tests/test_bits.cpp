@@ -6,7 +6,7 @@
 #include "catalogue.h"
 #include "check.h"
 #include "common/math.h"
-#include "trie/trie_math.h"
+#include "trie_index/trie_math.h"
 
 #define RADDPO_KERNELS "../../cpp_tests/bits.inl"
 #include "common/foreach_isa.h"

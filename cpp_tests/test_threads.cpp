@@ -8,8 +8,8 @@
 #include "catalogue.h"
 #include "check.h"
 #include "search.h"
-#include "trie/trie_live.h"
-#include "trie/trie_merge.h"
+#include "trie_index/trie_live.h"
+#include "trie_index/trie_merge.h"
 #include "trie/trie_ops.h"
 
 using namespace raddpo;

@@ -8,10 +8,10 @@
 
 #include "common/huge_pages.h"
 #include "common/isa.h"
-#include "trie/trie_build.h"
-#include "trie/trie_check.h"
-#include "trie/trie_live.h"
-#include "trie/trie_merge.h"
+#include "trie_index/trie_build.h"
+#include "trie_index/trie_check.h"
+#include "trie_index/trie_live.h"
+#include "trie_index/trie_merge.h"
 
 namespace py = pybind11;
 

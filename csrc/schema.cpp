@@ -1,5 +1,6 @@
 // Every operator of the package, in one place. `trie` is a TrieIndex's block of bytes on the op's device, `header` its
-// header words on the CPU (csrc/trie/trie.h), `live` which of its nodes and items are left, beside it (trie_view.h).
+// header words on the CPU (csrc/trie_index/trie.h), `live` which of its nodes and items are left, beside it
+// (trie_view.h).
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(raddpo, m) {

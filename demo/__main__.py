@@ -23,7 +23,7 @@ from demo.latency import latencies
 from demo.mining import Session, cut_sessions, mine
 from demo.model import Tokens, train
 from demo.shop import make_shop
-from raddpo_ext.catalogue import Case, Catalogue, load_catalogue
+from raddpo_ext.data.catalogue import Case, Catalogue, load_catalogue
 
 FREE_CASES = 300  # on which the unconstrained search runs
 TIMED_CASES = 20

@@ -14,8 +14,8 @@ from transformers import PrinterCallback, ProgressCallback, Qwen3ForCausalLM, Tr
 
 import raddpo_ext as rx
 from demo.model import Tokens
+from raddpo_ext.data.metrics import squeezing
 from raddpo_ext.integrations.transformers import RADDPOConfig, RADDPOTrainer, SessionCollator, session_states
-from raddpo_ext.metrics import squeezing
 
 LEARNING_RATE = 2e-5
 BETA = 0.5

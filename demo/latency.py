@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import raddpo_ext as rx
 from demo.model import START, Tokens, generate
-from raddpo_ext.catalogue import Case
+from raddpo_ext.data.catalogue import Case
 
 
 def latencies(retriever: rx.SIDRetriever, tokens: Tokens, cases: list[Case], beams: int) -> tuple[float, float]:

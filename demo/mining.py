@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 import raddpo_ext as rx
 from demo.model import HISTORY, Tokens
-from raddpo_ext.catalogue import Catalogue
-from raddpo_ext.negatives import BeamNegatives, PopularityNegatives, SiblingNegatives, sample_negatives
-from raddpo_ext.session_log import read_sessions, write_sessions
+from raddpo_ext.data.catalogue import Catalogue
+from raddpo_ext.data.negatives import BeamNegatives, PopularityNegatives, SiblingNegatives, sample_negatives
+from raddpo_ext.data.session_log import read_sessions, write_sessions
 
 POSITIVES = 3  # at most: the winner is the next purchase, the further positives are the one or two after it
 BEAM, SIBLINGS, POPULAR = 2, 3, 3  # negatives of each kind

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import raddpo_ext as rx
-from raddpo_ext.catalogue import Catalogue
+from raddpo_ext.data.catalogue import Catalogue
 
 START = 0  # opens every sequence, and pads it
 HISTORY = 10  # purchases that the model looks back on

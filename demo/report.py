@@ -13,8 +13,8 @@ from transformers import Qwen3ForCausalLM
 
 import raddpo_ext as rx
 from demo.model import Tokens, generate
-from raddpo_ext.catalogue import Case, Catalogue
-from raddpo_ext.metrics import invalid_share, retrieval_metrics
+from raddpo_ext.data.catalogue import Case, Catalogue
+from raddpo_ext.data.metrics import invalid_share, retrieval_metrics
 
 BEAMS = 50
 CUTS = (5, 10, 50)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from raddpo_ext.catalogue import CODES, Case, Catalogue
+from raddpo_ext.data.catalogue import CODES, Case, Catalogue
 
 COLOURS = ["black", "white", "blue", "red", "green", "grey", "brown", "yellow", "pink", "purple", "orange", "turquoise"]
 CLOTHES_SIZES, SHOE_SIZES, NO_SIZE = ("S", "M", "L", "XL"), ("38", "40", "42", "44"), ()

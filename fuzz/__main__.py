@@ -31,8 +31,8 @@ TARGETS = {
     "catalogues": "catalogues",
     "request_body": "request_body",
 }
-SOURCES = [f"trie/trie_{part}.cpp" for part in ("block", "build", "check", "check_cpu", "live", "live_cpu", "merge")]
-SOURCES += ["common/isa.cpp"]
+CSRC = FOLDER.parent / "csrc"
+SOURCES = [*sorted((CSRC / "trie_index").glob("*.cpp")), CSRC / "common/isa.cpp"]
 CXX_FLAGS = ["-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-pthread", "-Wno-unknown-pragmas"]
 CXX_FLAGS += ["-Wno-ignored-pragmas", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=undefined"]
 CXX_FLAGS += ["-mavx2", "-mbmi", "-mbmi2", "-mfma", "-mf16c", "-mpopcnt"]  # clang ignores GCC's pragma for these
@@ -102,7 +102,7 @@ def _command(target: str) -> list[str]:
         sys.exit("index_check needs clang++ with libFuzzer (Debian: clang-19 and libclang-rt-19-dev); CLANG names it")
     WORK.mkdir(parents=True, exist_ok=True)
     binary = WORK / "index_check.bin"
-    sources = [FOLDER / "index_check.cpp", *(FOLDER.parent / "csrc" / source for source in SOURCES)]
+    sources = [FOLDER / "index_check.cpp", *SOURCES]
     subprocess.run([compiler, *CXX_FLAGS, *map(str, sources), "-o", str(binary)], check=True)
     return [str(binary), "-use_value_profile=1"]
 

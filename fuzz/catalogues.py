@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import raddpo_ext.catalogue as catalogue
+import raddpo_ext.data.catalogue as catalogue
 from fuzz.scratch import FOLDER, names
 
 FILES = ("x.index.json", "x.item.json", "x.inter.json", "valid.csv", "test.csv", "train.csv")

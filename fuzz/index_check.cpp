@@ -7,10 +7,10 @@
 #include <vector>
 
 #include "../csrc/common/isa.h"
-#include "../csrc/trie/trie_build.h"
-#include "../csrc/trie/trie_check.h"
-#include "../csrc/trie/trie_live.h"
-#include "../csrc/trie/trie_merge.h"
+#include "../csrc/trie_index/trie_build.h"
+#include "../csrc/trie_index/trie_check.h"
+#include "../csrc/trie_index/trie_live.h"
+#include "../csrc/trie_index/trie_merge.h"
 #include "../csrc/trie/trie_ops.h"
 #include "index_mutator.h"
 

@@ -6,9 +6,9 @@
 #include <random>
 #include <vector>
 
-#include "../csrc/trie/trie_build.h"
-#include "../csrc/trie/trie_check.h"
-#include "../csrc/trie/trie_view.h"
+#include "../csrc/trie_index/trie_build.h"
+#include "../csrc/trie_index/trie_check.h"
+#include "../csrc/trie_index/trie_view.h"
 
 extern "C" std::size_t LLVMFuzzerMutate(std::uint8_t* data, std::size_t size, std::size_t most);
 

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 
 import raddpo_ext as rx
 from fuzz.scratch import FOLDER, names
-from raddpo_ext.session_log import read_sessions, write_sessions
+from raddpo_ext.data.session_log import read_sessions, write_sessions
 
 VOCAB = rx.SIDVocab([4, 4], offset=10, eos=9)
 INDEX = rx.TrieIndex.build([[0, 1], [1, 2], [3, 3]], vocab=VOCAB)

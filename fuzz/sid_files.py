@@ -12,7 +12,7 @@ import torch
 
 import raddpo_ext as rx
 from fuzz.scratch import FOLDER, names
-from raddpo_ext.readers import read_sids
+from raddpo_ext.index.readers import read_sids
 
 MEMBERS = ("sids", "lengths", "item_ids")
 SEPARATOR = b"|/|"  # between the members of an archive

@@ -7,8 +7,8 @@ import re
 
 import raddpo_ext as rx
 from fuzz.scratch import FOLDER, names
-from raddpo_ext.readers import read_sids
-from raddpo_ext.sid_text import LARGEST_CODE, MOST_LEVELS
+from raddpo_ext.index.readers import read_sids
+from raddpo_ext.index.sid_text import LARGEST_CODE, MOST_LEVELS
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
 #: What a table's readers may stumble over.

@@ -42,7 +42,7 @@ class Mutant:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256("\0".join((self.file, self.old, self.new, *self.tests)).encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{self.old}\0{self.new}".encode()).hexdigest()[:16]  # whatever its file is called
 
     def applied_to(self, text: str) -> str:
         """The file's text with the fault.
@@ -82,7 +82,7 @@ MUTANTS = [
     Mutant(
         fault="of several items of one SID the last is skipped",
         op="beam_search",
-        file="raddpo_ext/beam_search.py",
+        file="raddpo_ext/decoding/beam_search.py",
         old="beam = torch.searchsorted(ends, rank, right=True)",
         new="beam = torch.searchsorted(ends, rank + 1, right=True)",
     ),
@@ -124,63 +124,63 @@ MUTANTS = [
     Mutant(
         fault="the log-sum-exps of the tiles are added up in the type of the hidden states",
         op="linear_beam_step",
-        file="raddpo_ext/linear_beam_step.py",
+        file="raddpo_ext/decoding/linear_beam_step.py",
         old="parts = hidden.new_empty((-(-vocab // step), rows), dtype=torch.float32)",
         new="parts = hidden.new_empty((-(-vocab // step), rows))",
     ),
     Mutant(
         fault="no room in a packed key for the symbol that says that a SID has ended",
         op="trie, build",
-        file="csrc/trie/trie_build.cpp",
+        file="csrc/trie_index/trie_build.cpp",
         old="bits[l] = bit_width(num_symbols[l] - 1 + absent);",
         new="bits[l] = bit_width(num_symbols[l] - 1);",
     ),
     Mutant(
         fault="hints of the zeros' places name the block after the right one",
         op="trie, build",
-        file="csrc/trie/trie_block.cpp",
+        file="csrc/trie_index/trie_block.cpp",
         old="hints[hint] = static_cast<std::uint32_t>(block);",
         new="hints[hint] = static_cast<std::uint32_t>(block + 1);",
     ),
     Mutant(
         fault="the largest item id may be there twice",
         op="trie, build",
-        file="csrc/trie/trie_build.cpp",
+        file="csrc/trie_index/trie_build.cpp",
         old="for (std::int64_t i = 1; i < n_; ++i)\n      if (b.keys[i] == b.keys[i - 1])",
         new="for (std::int64_t i = 1; i + 1 < n_; ++i)\n      if (b.keys[i] == b.keys[i - 1])",
     ),
     Mutant(
         fault="the carry from one word of nodes to the next is lost",
         op="trie, live",
-        file="csrc/trie/trie_live_cpu.inl",
+        file="csrc/trie_index/trie_live_cpu.inl",
         old="carry = n < 64 ? total >> n : sum < run || total < sum;",
         new="carry = n < 64 ? total >> n : sum < run;",
     ),
     Mutant(
         fault="a second filter lets through what the first one took out",
         op="trie, live",
-        file="csrc/trie/trie_live.cpp",
+        file="csrc/trie_index/trie_live.cpp",
         old="& (old.live_items.bits ? old.live_items.bits[w] : valid);",
         new="& valid;",
     ),
     Mutant(
         fault="the rank of what is left leaves out a block's first word",
         op="trie, live",
-        file="csrc/trie/trie_math.h",
+        file="csrc/trie_index/trie_math.h",
         old="for (std::int64_t w = block * (kBlockBits / 64); w < word; ++w)",
         new="for (std::int64_t w = block * (kBlockBits / 64) + 1; w < word; ++w)",
     ),
     Mutant(
         fault="SIDs that both indexes hold are counted twice",
         op="trie, merge",
-        file="csrc/trie/trie_merge.cpp",
+        file="csrc/trie_index/trie_merge.cpp",
         old="fresh_sids_ += !place.found && count == 0;",
         new="fresh_sids_ += count == 0;",
     ),
     Mutant(
         fault="item ids of 64 bits are added to an index of 32 bits",
         op="trie, merge",
-        file="csrc/trie/trie_merge.cpp",
+        file="csrc/trie_index/trie_merge.cpp",
         old="    shape.wide_items |= added.wide_items;\n",
         new="",
     ),
@@ -203,7 +203,7 @@ MUTANTS = [
     Mutant(
         fault="the softmax runs over the next level's tokens",
         op="token_logps",
-        file="raddpo_ext/support.py",
+        file="raddpo_ext/logps/support.py",
         old="known = torch.where(outside, 0, levels)",
         new="known = torch.where(outside, 0, (levels + 1).clamp(max=num_levels - 1))",
     ),
@@ -224,21 +224,21 @@ MUTANTS = [
     Mutant(
         fault="NaN where every logit of the tiles so far is -inf",
         op="linear_token_logps",
-        file="raddpo_ext/linear_product.py",
+        file="raddpo_ext/logps/linear_product.py",
         old="shift = both.masked_fill(both == -torch.inf, 0.0)",
         new="shift = both",
     ),
     Mutant(
         fault="tiles of rows add up to the weight's gradient in bfloat16",
         op="linear_token_logps",
-        file="raddpo_ext/linear_product.py",
+        file="raddpo_ext/logps/linear_product.py",
         old="piece = (logits.T @ hidden).to(gradients.sum_dtype)",
         new="piece = logits.T @ hidden",
     ),
     Mutant(
         fault="the first token after a level's last counts as one of the level",
         op="linear_token_logps",
-        file="raddpo_ext/linear_parts.py",
+        file="raddpo_ext/logps/linear_parts.py",
         old="outside = (local < 0) | (local >= width)",
         new="outside = (local < 0) | (local > width)",
     ),
@@ -294,14 +294,14 @@ MUTANTS = [
     Mutant(
         fault="quantiles are not interpolated",
         op="similarity_weighting",
-        file="raddpo_ext/similarity_weighting.py",
+        file="raddpo_ext/losses/similarity_weighting.py",
         old="low, high = ascending[below], ascending[math.ceil(rank)]",
         new="low, high = ascending[below], ascending[below]",
     ),
     Mutant(
         fault="similarities are appended in the reverse order of the ranks",
         op="similarity_weighting",
-        file="raddpo_ext/similarity_weighting.py",
+        file="raddpo_ext/losses/similarity_weighting.py",
         old="torch.cat(arrived)",
         new="torch.cat(arrived[::-1])",
     ),
@@ -337,14 +337,14 @@ MUTANTS = [
     Mutant(
         fault="a version is published before its checksum is verified",
         op="catalogue_store",
-        file="raddpo_ext/catalogue_store.py",
+        file="raddpo_ext/index/catalogue_store.py",
         old="                TrieIndex.load(staged)\n",
         new="",
     ),
     Mutant(
         fault="a reader goes back to an older version",
         op="catalogue_store",
-        file="raddpo_ext/catalogue_store.py",
+        file="raddpo_ext/index/catalogue_store.py",
         old="if at_hand is not None and version <= at_hand.version:",
         new="if at_hand is not None and version == at_hand.version:",
     ),

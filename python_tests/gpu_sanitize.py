@@ -32,7 +32,7 @@ from python_tests.logit_cases import (
     random_call,
     random_grad,
 )
-from raddpo_ext.row_lse import row_lse
+from raddpo_ext.decoding.row_lse import row_lse
 
 TOOLS = {
     "memcheck": [],

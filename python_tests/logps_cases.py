@@ -20,7 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import raddpo_ext as rx
-from raddpo_ext import linear_product
+from raddpo_ext.logps import linear_product
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(), (1,), (5,), (0,), (2, 3), (2, 0, 3), (2, 1, 3), (2, 1, 2, 2)]
@@ -154,7 +154,7 @@ def assert_result_close(got: Result, expected: Result, op: str) -> None:
 @contextmanager
 def tiles(rows: int, columns: int, look: bool, huge: int = 1 << 25) -> Iterator[None]:
     """Lets small shapes take the paths of large ones."""
-    module = sys.modules["raddpo_ext.linear_token_logps"]  # the package's attribute is the function
+    module = sys.modules["raddpo_ext.logps.linear_token_logps"]
     worth = 0 if look else 1 << 60
     sizes = {"_LEAST_ROWS": rows, "_LEAST_COLUMNS": columns, "_HUGE": huge, "WORTH_A_LOOK": worth}
     with mock.patch.multiple(linear_product, **sizes), mock.patch.object(module, "WORTH_A_LOOK", worth):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import raddpo_ext as rx
 from raddpo_ext import reference
-from raddpo_ext.row_lse import row_lse
+from raddpo_ext.decoding.row_lse import row_lse
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NORMALIZE = ("vocab", "level", "trie")

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from catalogue_files import row, write_letter, write_minionerec
 
-from raddpo_ext.catalogue import KNOWN_HASHES, Case, known_version, load_catalogue
+from raddpo_ext.data.catalogue import KNOWN_HASHES, Case, known_version, load_catalogue
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import raddpo_ext as rx
-from raddpo_ext.store_service import StoreService
+from raddpo_ext.index.store_service import StoreService
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 

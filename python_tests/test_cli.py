@@ -11,7 +11,7 @@ import pytest
 
 import raddpo_ext as rx
 from raddpo_ext.__main__ import main
-from raddpo_ext.store_service import StoreService
+from raddpo_ext.index.store_service import StoreService
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 

@@ -24,7 +24,7 @@ from demo.figure import draw
 from demo.mining import BEAM, POPULAR, SIBLINGS, Session, cut, cut_sessions, mine
 from demo.model import HISTORY, START, Tokens, train
 from demo.shop import make_shop
-from raddpo_ext.catalogue import Case, load_catalogue
+from raddpo_ext.data.catalogue import Case, load_catalogue
 
 FIGURES = ("recall@5", "recall@10", "recall@50", "ndcg@10", "mrr")
 

@@ -20,7 +20,7 @@ import torch
 import raddpo_ext as rx
 from benchmarks.report import write_json
 from raddpo_ext._files import replacing
-from raddpo_ext.session_log import write_sessions
+from raddpo_ext.data.session_log import write_sessions
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {

@@ -15,7 +15,7 @@ from on_gpu import NEEDS_GPU, REPEATS, moved, no_synchronisation
 from torch import Tensor
 
 import raddpo_ext as rx
-from raddpo_ext.row_lse import row_lse
+from raddpo_ext.decoding.row_lse import row_lse
 
 pytestmark = NEEDS_GPU
 

@@ -41,7 +41,7 @@ def test_the_command_line_starts_without_torch() -> None:
     """``python -m raddpo_ext`` alone: another program that Python runs by ``-m`` finds everything loaded."""
     start = "import sys; sys.argv, sys.orig_argv = ['-m', '--help'], ['python', '-m', {!r}, '--help']; "
     start += "import raddpo_ext as rx; print('torch' in sys.modules, rx.__version__); "
-    later = "import raddpo_ext.beam_search; rx._load(); print(rx.beam_search.__name__, 'torch' in sys.modules)"
+    later = "import raddpo_ext.decoding.beam_search; rx._load(); print(rx.beam_search.__name__, 'torch' in sys.modules)"
     done = run(start.format("raddpo_ext") + later, ROOT)
     assert done.stdout == f"False {rx.__version__}\nbeam_search True\n"
     assert run(start.format("raddpo_ext.bench"), ROOT).stdout == f"True {rx.__version__}\n"

@@ -19,7 +19,7 @@ from torch import Tensor
 import raddpo_ext as rx
 from raddpo_ext import reference
 
-module = sys.modules["raddpo_ext.linear_beam_step"]  # the package gives the function this name
+module = sys.modules["raddpo_ext.decoding.linear_beam_step"]
 SIZES = [1, 5, 8, 33]  # features; products of such small integers are exact in every type
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import raddpo_ext as rx
-from raddpo_ext.metrics import invalid_share, retrieval_metrics, squeezing
+from raddpo_ext.data.metrics import invalid_share, retrieval_metrics, squeezing
 
 
 def expected(found, wanted, ks):

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import raddpo_ext as rx
-from raddpo_ext.catalogue import load_catalogue
-from raddpo_ext.negatives import BeamNegatives, PopularityNegatives, SiblingNegatives, sample_negatives
+from raddpo_ext.data.catalogue import load_catalogue
+from raddpo_ext.data.negatives import BeamNegatives, PopularityNegatives, SiblingNegatives, sample_negatives
 
 SIDS = [[0, 1], [0, 2], [0, 2], [0, 3], [1, 0], [1, -1], [2, 5]]  # 1 and 2 share a SID
 COUNTS = [5, 1, 2, 0, 4, 3, 0]

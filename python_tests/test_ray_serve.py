@@ -28,8 +28,8 @@ from ray import serve
 from tiny_models import qwen3, seeded
 
 import raddpo_ext as rx
-from raddpo_ext.integrations.ray_serve import deployment
 from raddpo_ext.serve.protocol import Answer, Query
+from raddpo_ext.serve.ray import deployment
 from raddpo_ext.serve.search import Search
 
 ITEMS, WIDTH = 60, 10

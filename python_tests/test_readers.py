@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import raddpo_ext as rx
-from raddpo_ext.readers import read_sids
+from raddpo_ext.index.readers import read_sids
 
 
 def write(path, content):

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raddpo_ext import _C, reference
-from raddpo_ext.row_lse import row_lse
+from raddpo_ext.decoding.row_lse import row_lse
 
 ISAS = ("scalar", "avx2", "avx512")  # ascending
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import raddpo_ext as rx
+from raddpo_ext.data.session_log import read_sessions, write_sessions
 from raddpo_ext.integrations.session_collator import SessionCollator
-from raddpo_ext.session_log import read_sessions, write_sessions
 
 pytest.importorskip("datasets")
 pa = pytest.importorskip("pyarrow")
@@ -79,7 +79,7 @@ def test_items(tmp_path, suffix, rows):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_items_that_begin_late(tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr("raddpo_ext.session_log._CHUNK", 3)
+    monkeypatch.setattr("raddpo_ext.data.session_log._CHUNK", 3)
     path = tmp_path / f"log.{suffix}"
     write_sessions(path, [*[GOOD] * 7, {**GOOD, "items": [1]}])
     assert read_sessions(path, index=INDEX)["items"][:] == [[]] * 7 + [[1]]
@@ -93,7 +93,7 @@ def test_items_that_begin_late(tmp_path, monkeypatch, suffix):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_more_rows_than_a_chunk(tmp_path, monkeypatch, caplog, suffix):
-    monkeypatch.setattr("raddpo_ext.session_log._CHUNK", 3)
+    monkeypatch.setattr("raddpo_ext.data.session_log._CHUNK", 3)
     rows = [{**GOOD, "prompt_ids": [number]} for number in range(10)]
     path = tmp_path / f"log.{suffix}"
     write_sessions(path, rows)
@@ -154,7 +154,7 @@ def test_bad_row(tmp_path, caplog, suffix, reason):
     (record,) = caplog.records
     places = "line 3, 5" if suffix == "jsonl" else "row 2, 4"
     assert record.getMessage().startswith(f"{path}: skipped 2 of 5 rows: 2 {reason} ({places});")
-    assert (record.name, record.levelno) == ("raddpo_ext.session_log", logging.WARNING)
+    assert (record.name, record.levelno) == ("raddpo_ext.data.session_log", logging.WARNING)
     with pytest.raises(ValueError, match=rf"^rows\[1\]: {message}$"):
         write_sessions(path, [GOOD, row])
     assert read_sessions(path, on_error="skip").to_list() == [GOOD] * 3  # the old file

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from session_cases import CORES, Case, assert_close, build, cases, name_of, options, run, scale_of
 
 import raddpo_ext as rx
-from raddpo_ext import reference, session_loss_op
+from raddpo_ext import reference
+from raddpo_ext.losses import session_loss_op
 
 BOTH = (torch.float64, torch.float32)
 CORE = pytest.mark.parametrize("core", CORES, ids=name_of)

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import raddpo_ext as rx
-from raddpo_ext import reference, similarity_weighting
+from raddpo_ext import reference
+from raddpo_ext.losses import similarity_weighting
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 CLOSE = {"rtol": 0, "atol": 1e-6}  # where a weight stands decides the last bit of its sigmoid

@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 # Modules whose names are imported from them, beside the package's own `__all__` and those of the modules below.
-MODULES = ("readers", "catalogue", "session_log", "negatives", "metrics", "integrations/ray_serve", "integrations/trl")
+MODULES = ("index/readers", "data/catalogue", "data/session_log", "data/negatives", "data/metrics", "serve/ray")
+MODULES += ("integrations/preference_rows",)
 EXPORTS = ("_public", "integrations/transformers", "reference/__init__")
 
 
@@ -36,8 +37,12 @@ def exported(module: str) -> set[str]:
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    modules = {f"raddpo_ext.{name}" for name in names}  # have pages of their own
-    return {origin[name] for name in names} - modules
+    return {origin[name] for name in names if not is_module(origin[name])}  # modules have pages of their own
+
+
+def is_module(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").exists()
 
 
 def defined(module: str) -> set[str]:

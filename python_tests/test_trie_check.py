@@ -169,7 +169,7 @@ def test_a_small_file_takes_little_memory(tmp_path: Path, monkeypatch: pytest.Mo
         raise AssertionError("the vocab is made")
 
     with monkeypatch.context() as without:
-        without.setattr("raddpo_ext.trie.SIDVocab", forbidden)
+        without.setattr("raddpo_ext.index.trie.SIDVocab", forbidden)
         index = rx.TrieIndex.load(tmp_path / "small.trie")
         assert index.eos == vocab.eos
         logits = torch.zeros(1, 1, 2**24 + 1)

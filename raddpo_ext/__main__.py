@@ -14,10 +14,10 @@ import raddpo_ext
 
 # What a command needs beyond this it imports when it runs: --help answers at once, without torch.
 if TYPE_CHECKING:
-    from raddpo_ext.id_map import IdMap
-    from raddpo_ext.readers import SIDTable
-    from raddpo_ext.trie import TrieIndex
-    from raddpo_ext.vocab import SIDVocab
+    from raddpo_ext.index.id_map import IdMap
+    from raddpo_ext.index.readers import SIDTable
+    from raddpo_ext.index.trie import TrieIndex
+    from raddpo_ext.index.vocab import SIDVocab
 
 _BAR = 40  # characters
 _CHUNK = 1 << 20  # nodes looked at together
@@ -40,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
-    from raddpo_ext.id_map import IdMap, map_path
-    from raddpo_ext.readers import read_sids
-    from raddpo_ext.trie import TrieIndex
+    from raddpo_ext.index.id_map import IdMap, map_path
+    from raddpo_ext.index.readers import read_sids
+    from raddpo_ext.index.trie import TrieIndex
 
     if not options.output.parent.is_dir():
         raise ValueError(f"{options.output.parent}: no such directory")
@@ -77,7 +77,7 @@ def _build(options: argparse.Namespace) -> int:
 
 def _vocab(options: argparse.Namespace, table: SIDTable) -> SIDVocab | None:
     """None, a code is its token id, unless an option says where the tokens are."""
-    from raddpo_ext.vocab import SIDVocab
+    from raddpo_ext.index.vocab import SIDVocab
 
     if options.tokenizer is not None:
         if options.sizes is not None or options.offset is not None:
@@ -112,8 +112,8 @@ def _described(names: IdMap) -> str:
 
 
 def _load(file: Path) -> tuple[TrieIndex, IdMap | None]:
-    from raddpo_ext.id_map import IdMap
-    from raddpo_ext.trie import TrieIndex
+    from raddpo_ext.index.id_map import IdMap
+    from raddpo_ext.index.trie import TrieIndex
 
     return TrieIndex.load(file), IdMap.load(file)
 
@@ -156,8 +156,8 @@ def _lookup(options: argparse.Namespace) -> int:
 
 
 def _find(options: argparse.Namespace) -> int:
-    from raddpo_ext.item_ids import integer_id
-    from raddpo_ext.trie_items import UnknownItem
+    from raddpo_ext.index.item_ids import integer_id
+    from raddpo_ext.index.trie_items import UnknownItem
 
     index, names = _load(options.file)
     item: Any = options.item if names is not None and names.ids is not None else integer_id(options.item)
@@ -177,7 +177,7 @@ def _written(sid: Sequence[int]) -> str:
 
 
 def _publish(options: argparse.Namespace) -> int:
-    from raddpo_ext.catalogue_store import CatalogueStore
+    from raddpo_ext.index.catalogue_store import CatalogueStore
 
     version = CatalogueStore(options.store).publish(options.file, force=options.force)
     print(f"{options.store}: version {version}")
@@ -185,7 +185,7 @@ def _publish(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from raddpo_ext.catalogue_store import CatalogueStore
+    from raddpo_ext.index.catalogue_store import CatalogueStore
     from raddpo_ext.serve.options import config_of
 
     try:

@@ -2,27 +2,28 @@
 
 import torch  # noqa: F401  loaded first: the extension's libraries are torch's
 
-from raddpo_ext import _C, metrics, negatives, reference  # noqa: F401  _C registers torch.ops.raddpo
-from raddpo_ext import row_lse as _row_lse  # noqa: F401  its fake kernel
-from raddpo_ext.beam_search import BeamResult, beam_search
-from raddpo_ext.beam_step import BeamState, beam_step
-from raddpo_ext.catalogue_store import CatalogueStore, CatalogueVersion
-from raddpo_ext.id_map import IdMap
+from raddpo_ext import _C, reference  # noqa: F401  _C registers torch.ops.raddpo
+from raddpo_ext.data import metrics, negatives
+from raddpo_ext.data.pack_sessions import PackedSessions, pack_sessions
+from raddpo_ext.data.session_log import read_sessions, write_sessions
+from raddpo_ext.decoding import row_lse as _row_lse  # noqa: F401  its fake kernel
+from raddpo_ext.decoding.beam_search import BeamResult, beam_search
+from raddpo_ext.decoding.beam_step import BeamState, beam_step
+from raddpo_ext.decoding.linear_beam_step import linear_beam_step
+from raddpo_ext.index.catalogue_store import CatalogueStore, CatalogueVersion
+from raddpo_ext.index.id_map import IdMap
+from raddpo_ext.index.item_tokens import history_prompts, item_tokens
+from raddpo_ext.index.readers import read_sids
+from raddpo_ext.index.trie import TrieIndex
+from raddpo_ext.index.vocab import SIDVocab
 from raddpo_ext.integrations.logits_processor import TrieLogitsProcessor
 from raddpo_ext.integrations.retriever import SIDRetriever
-from raddpo_ext.item_tokens import history_prompts, item_tokens
-from raddpo_ext.linear_beam_step import linear_beam_step
-from raddpo_ext.linear_token_logps import linear_token_logps
-from raddpo_ext.pack_sessions import PackedSessions, pack_sessions
-from raddpo_ext.raddpo_loss import RADDPOLoss, RADDPOOutput
-from raddpo_ext.readers import read_sids
-from raddpo_ext.session import SessionBatch
-from raddpo_ext.session_log import read_sessions, write_sessions
-from raddpo_ext.session_loss import PRESETS, SessionLoss, multilabel_contrastive_loss, rad_dpo_loss
-from raddpo_ext.similarity_weighting import SimilarityWeighting
-from raddpo_ext.token_logps import token_logps
-from raddpo_ext.trie import TrieIndex
-from raddpo_ext.vocab import SIDVocab
+from raddpo_ext.logps.linear_token_logps import linear_token_logps
+from raddpo_ext.logps.token_logps import token_logps
+from raddpo_ext.losses.raddpo_loss import RADDPOLoss, RADDPOOutput
+from raddpo_ext.losses.session import SessionBatch
+from raddpo_ext.losses.session_loss import PRESETS, SessionLoss, multilabel_contrastive_loss, rad_dpo_loss
+from raddpo_ext.losses.similarity_weighting import SimilarityWeighting
 
 __all__ = [
     "PRESETS",

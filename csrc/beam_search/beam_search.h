@@ -3,7 +3,7 @@
 #include <cstdint>
 
 #include "../common/logit_type.h"
-#include "../trie/trie.h"
+#include "../trie_index/trie.h"
 
 namespace raddpo {
 

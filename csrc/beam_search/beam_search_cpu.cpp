@@ -2,7 +2,7 @@
 #include <cstdint>
 
 #include "../common/math.h"
-#include "../trie/live_chunks.h"
+#include "../trie_index/live_chunks.h"
 #include "beam_search_math.h"
 
 #define RADDPO_KERNELS "../beam_search/beam_search_cpu.inl"

@@ -1,6 +1,6 @@
 #pragma once
 // Which columns of the logits a level needs, on host and device.
-#include "../trie/trie_math.h"
+#include "../trie_index/trie_math.h"
 #include "beam_search.h"
 
 namespace raddpo {

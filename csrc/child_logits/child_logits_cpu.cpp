@@ -1,7 +1,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "../trie/live_chunks.h"
+#include "../trie_index/live_chunks.h"
 #include "child_logits_math.h"
 
 #define RADDPO_KERNELS "../child_logits/child_logits_cpu.inl"

@@ -1,6 +1,6 @@
 #pragma once
 // Which children a beam has at the level, on host and device.
-#include "../trie/trie_math.h"
+#include "../trie_index/trie_math.h"
 #include "child_logits.h"
 
 namespace raddpo {

@@ -13,7 +13,7 @@ enum class Weighting : int { loss, reward };
 enum class Positives : int { winner, each, pooled };
 enum class Reduction : int { mean, sum, none };
 
-// Candidates lie session after session, positives first; pairs too, positive-major (raddpo_ext/session.py).
+// Candidates lie session after session, positives first; pairs too, positive-major (raddpo_ext/losses/session.py).
 struct Sessions {
   const std::int64_t* lengths;        // [candidates]
   const std::int64_t* offsets;        // [sessions + 1]

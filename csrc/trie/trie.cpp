@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "trie_check.h"
+#include "../trie_index/trie_check.h"
 #include "trie_ops.h"
 #include "trie_tensor.h"
 

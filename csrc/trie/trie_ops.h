@@ -1,6 +1,6 @@
 #pragma once
 // Kernel interface of the lookups in a trie: one independent row or node each, raw pointers only.
-#include "trie_math.h"
+#include "../trie_index/trie_math.h"
 
 namespace raddpo {
 

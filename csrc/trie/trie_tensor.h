@@ -1,7 +1,7 @@
 #pragma once
 // A TrieIndex's two tensors as the view that kernels take.
 #include "../common/tensor.h"
-#include "trie_view.h"
+#include "../trie_index/trie_view.h"
 
 namespace raddpo {
 

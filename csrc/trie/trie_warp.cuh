@@ -2,7 +2,7 @@
 // children_of (trie_math.h) worked out by a whole warp: 32 probes at each step of the search instead of one, for a
 // single lookup that everything else waits for. Every lane gets the result.
 #include "../common/cuda_block.cuh"
-#include "trie_math.h"
+#include "../trie_index/trie_math.h"
 
 namespace raddpo::cuda {
 

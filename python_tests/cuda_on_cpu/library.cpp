@@ -5,7 +5,7 @@
 #include "../../csrc/session_loss/session_loss_cuda.cu"
 #include "../../csrc/token_logps/token_logps_cuda.cu"
 #include "../../csrc/trie/trie_cuda.cu"
-#include "../../csrc/trie/trie_view.h"
+#include "../../csrc/trie_index/trie_view.h"
 #include "faults.cuh"
 
 using namespace raddpo;

@@ -9,7 +9,7 @@ from on_gpu import no_synchronisation
 import raddpo_ext as rx
 from fake_cuda import FakeTensor
 from fake_cuda.tensor import State
-from raddpo_ext.row_lse import row_lse
+from raddpo_ext.decoding.row_lse import row_lse
 
 
 def test_says_cuda_and_computes() -> None:

@@ -63,7 +63,7 @@ def test_gpu_bench(tiny: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def test_measure_step_asks_for_rows_of_states(tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["raddpo_ext.linear_beam_step"]
+    module = sys.modules["raddpo_ext.decoding.linear_beam_step"]
     shapes = []
     real = module._level_is_cheaper
     monkeypatch.setattr(

@@ -11,8 +11,8 @@ from torch import Tensor
 from raddpo_ext.bench.beam_search_peers import agree, bare_lse, dict_trie, gather_lse, hf_style, ours
 from raddpo_ext.bench.compare import Comparison, Run
 from raddpo_ext.bench.searches import Level, Search
-from raddpo_ext.trie import TrieIndex
-from raddpo_ext.vocab import SIDVocab
+from raddpo_ext.index.trie import TrieIndex
+from raddpo_ext.index.vocab import SIDVocab
 
 
 def comparison(

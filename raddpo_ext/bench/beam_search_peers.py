@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raddpo_ext.beam_step import beam_step
 from raddpo_ext.bench.compare import Run, require
 from raddpo_ext.bench.searches import Level, Search
-from raddpo_ext.row_lse import row_lse
+from raddpo_ext.decoding.beam_step import beam_step
+from raddpo_ext.decoding.row_lse import row_lse
 
 
 def ours(search: Search, level: Level) -> Run:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from raddpo_ext.bench.compare import Comparison, Missing, require
+from raddpo_ext.index.trie import TrieIndex
+from raddpo_ext.index.vocab import SIDVocab
 from raddpo_ext.integrations.retriever import SIDRetriever
-from raddpo_ext.trie import TrieIndex
-from raddpo_ext.vocab import SIDVocab
 
 CODES, LEVELS, HEAD_DIM = 256, 3, 64
 TOLERANCE = 1e-4  # relative, of scores

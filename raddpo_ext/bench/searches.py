@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from raddpo_ext.beam_step import BeamState, beam_step
-from raddpo_ext.trie import TrieIndex
+from raddpo_ext.decoding.beam_step import BeamState, beam_step
+from raddpo_ext.index.trie import TrieIndex
 
 
 @dataclass

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raddpo_ext.bench.compare import Comparison, Missing, Run
-from raddpo_ext.linear_token_logps import linear_token_logps
-from raddpo_ext.row_lse import row_lse
-from raddpo_ext.token_logps import token_logps
+from raddpo_ext.decoding.row_lse import row_lse
+from raddpo_ext.logps.linear_token_logps import linear_token_logps
+from raddpo_ext.logps.token_logps import token_logps
 
 SPREAD = 3.0  # standard deviation of the logits: peaked as a trained model's, so that the softmax counts in gradients
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from raddpo_ext.bench.compare import Comparison, require
-from raddpo_ext.trie import TrieIndex
+from raddpo_ext.index.trie import TrieIndex
 
 
 def comparison(device: torch.device, *, items: int, codes: int, levels: int) -> Comparison:

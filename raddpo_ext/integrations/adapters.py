@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from raddpo_ext import _check
+from raddpo_ext.data.pack_sessions import PackedSessions, pack_sessions
 from raddpo_ext.integrations.base_model import base_model, head_logits, logits_map
 from raddpo_ext.integrations.session_states import verify_packing
-from raddpo_ext.pack_sessions import PackedSessions, pack_sessions
-from raddpo_ext.session import SessionBatch
+from raddpo_ext.losses.session import SessionBatch
 
 #: What these types need beyond their layers, which the packed pass does not give them.
 _REFUSED = {

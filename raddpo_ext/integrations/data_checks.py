@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from raddpo_ext.data.pack_sessions import PackedSessions
+from raddpo_ext.data.session_sids import SIDCheck, contained
+from raddpo_ext.index.trie import TrieIndex
+from raddpo_ext.index.vocab import SIDVocab
 from raddpo_ext.integrations.session_collator import SessionCollator, named_candidates
-from raddpo_ext.pack_sessions import PackedSessions
-from raddpo_ext.session_sids import SIDCheck, contained
-from raddpo_ext.trie import TrieIndex
-from raddpo_ext.vocab import SIDVocab
 
 #: How many rows of a data set are looked at, evenly spread; of a stream its first ones.
 SAMPLED, SAMPLED_OF_STREAM = 256, 32

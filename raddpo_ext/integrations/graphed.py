@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from raddpo_ext.beam_search import BeamResult
+from raddpo_ext.decoding.beam_search import BeamResult
 from raddpo_ext.integrations.base_model import base_model
 from raddpo_ext.integrations.decoders import SharedPrefixDecoder
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from raddpo_ext import _check
-from raddpo_ext.trie import TrieIndex
+from raddpo_ext.index.trie import TrieIndex
 
 
 class TrieLogitsProcessor:

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raddpo_ext.data.pack_sessions import PackedSessions, pack_sessions
 from raddpo_ext.integrations.base_model import slot_windows, windows
 from raddpo_ext.integrations.lengths import FAR_OFF, PADDING, LongProbe, ProvenLengths
 from raddpo_ext.integrations.probes import tolerance
-from raddpo_ext.pack_sessions import PackedSessions, pack_sessions
-from raddpo_ext.session import SessionBatch
+from raddpo_ext.losses.session import SessionBatch
 
 _NO_ROUNDING = 0.5  # of what the far tokens do: no precision is that low
 _SHORT, _CANDIDATE = 8, 2  # tokens of a short prompt, and of a candidate

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from raddpo_ext import _check
-from raddpo_ext.beam_search import BeamResult, beam_search
-from raddpo_ext.beam_step import BeamState
+from raddpo_ext.decoding.beam_search import BeamResult, beam_search
+from raddpo_ext.decoding.beam_step import BeamState
+from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.integrations.base_model import (
     base_model,
     changing_rope,
@@ -23,7 +24,6 @@ from raddpo_ext.integrations.base_model import (
 from raddpo_ext.integrations.decoders import Decoder, SharedPrefixDecoder, pad_left, pad_right
 from raddpo_ext.integrations.lengths import ProvenLengths, holds_at
 from raddpo_ext.integrations.probes import PROBE_BEAMS, Ways, verify
-from raddpo_ext.trie import TrieIndex
 
 
 class SIDRetriever:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from raddpo_ext import _check
-from raddpo_ext.integrations.trl import TEXT, TOKENS, tokenize_row
-from raddpo_ext.pack_sessions import PackedSessions, pack_sessions
-from raddpo_ext.session import SessionBatch
-from raddpo_ext.session_sids import SIDCheck
-from raddpo_ext.vocab import SIDVocab
+from raddpo_ext.data.pack_sessions import PackedSessions, pack_sessions
+from raddpo_ext.data.session_sids import SIDCheck
+from raddpo_ext.index.vocab import SIDVocab
+from raddpo_ext.integrations.preference_rows import TEXT, TOKENS, tokenize_row
+from raddpo_ext.losses.session import SessionBatch
 
 _logger = logging.getLogger(__name__)
 

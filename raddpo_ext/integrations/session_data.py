@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from raddpo_ext.data.pack_sessions import PackedSessions
 from raddpo_ext.integrations.checkpoints import CheckpointedTrainer
 from raddpo_ext.integrations.session_collator import SessionCollator
 from raddpo_ext.integrations.session_states import check_lengths
-from raddpo_ext.pack_sessions import PackedSessions
 
 _BY_LENGTH = ("group_by_length", "batch_rebalance")
 

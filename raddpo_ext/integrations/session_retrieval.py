@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raddpo_ext.data.metrics import retrieval_metrics
+from raddpo_ext.data.pack_sessions import PackedSessions
+from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.integrations.retriever import SIDRetriever
-from raddpo_ext.metrics import retrieval_metrics
-from raddpo_ext.pack_sessions import PackedSessions
-from raddpo_ext.session import SessionBatch
-from raddpo_ext.trie import TrieIndex
+from raddpo_ext.losses.session import SessionBatch
 
 
 def retrieval_names(ks: Sequence[int]) -> list[str]:
@@ -28,7 +28,7 @@ def retrieval_rows(retriever: SIDRetriever, packed: PackedSessions, items: Tenso
         retriever: its model in evaluation mode.
         packed: the sessions.
         items: int64 ``[S, P]`` item ids of the positives, padded with -1, or None.
-        ks: see :func:`raddpo_ext.metrics.retrieval_metrics`.
+        ks: see :func:`raddpo_ext.data.metrics.retrieval_metrics`.
 
     Returns:
         float64 ``[S, 2 * len(retrieval_names(ks))]``: each metric and 1, or 0 and 0 where a session has no positive.

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raddpo_ext import _check
+from raddpo_ext.data.pack_sessions import PackedSessions, pack_sessions
 from raddpo_ext.integrations.base_model import (
     base_model,
     context,
@@ -34,8 +35,7 @@ from raddpo_ext.integrations.probes import (
     size,
     tolerance,
 )
-from raddpo_ext.pack_sessions import PackedSessions, pack_sessions
-from raddpo_ext.session import SessionBatch
+from raddpo_ext.losses.session import SessionBatch
 
 
 class SessionStates(NamedTuple):

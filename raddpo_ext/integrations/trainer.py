@@ -15,6 +15,9 @@ from transformers.utils import logging
 
 from raddpo_ext import _check
 from raddpo_ext._files import replacing
+from raddpo_ext.data.pack_sessions import PackedSessions
+from raddpo_ext.index.trie import TrieIndex
+from raddpo_ext.index.vocab import SIDVocab
 from raddpo_ext.integrations.adapters import StartValues, add_adapters, has_adapters, refuse_adapters, verify_adapters
 from raddpo_ext.integrations.base_model import base_model, context, logits_map
 from raddpo_ext.integrations.data_checks import check_rows, check_vocabulary
@@ -25,10 +28,7 @@ from raddpo_ext.integrations.session_objective import METRICS, ROWS, SessionObje
 from raddpo_ext.integrations.session_retrieval import retrieval_names, retrieval_rows
 from raddpo_ext.integrations.session_states import accept_sessions, check_lengths, verify_packing
 from raddpo_ext.integrations.trainer_config import RADDPOConfig
-from raddpo_ext.pack_sessions import PackedSessions
-from raddpo_ext.similarity_weighting import SimilarityWeighting
-from raddpo_ext.trie import TrieIndex
-from raddpo_ext.vocab import SIDVocab
+from raddpo_ext.losses.similarity_weighting import SimilarityWeighting
 
 _logger = logging.get_logger(__name__)
 _WEIGHTING_FILE = "similarity_weighting.pt"

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-import raddpo_ext.trie as fused
-from raddpo_ext.beam_search import BeamResult
-from raddpo_ext.beam_step import BeamState
+import raddpo_ext.index.trie as fused
+from raddpo_ext.decoding.beam_search import BeamResult
+from raddpo_ext.decoding.beam_step import BeamState
 from raddpo_ext.reference.trie import TrieIndex
 
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import raddpo_ext.trie as fused
-from raddpo_ext.beam_step import BeamState
+import raddpo_ext.index.trie as fused
+from raddpo_ext.decoding.beam_step import BeamState
 from raddpo_ext.reference.beam_search import beam_step
 from raddpo_ext.reference.trie import TrieIndex
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from raddpo_ext.session import SessionBatch
-from raddpo_ext.session_loss import SessionLoss
+from raddpo_ext.losses.session import SessionBatch
+from raddpo_ext.losses.session_loss import SessionLoss
 
 Number = float | int | Tensor
 Sid = tuple[int, ...]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raddpo_ext.session import SessionBatch
+from raddpo_ext.losses.session import SessionBatch
 
 
 class SimilarityWeighting:

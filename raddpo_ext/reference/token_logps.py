@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raddpo_ext.trie import TrieIndex
-from raddpo_ext.vocab import SIDVocab
+from raddpo_ext.index.trie import TrieIndex
+from raddpo_ext.index.vocab import SIDVocab
 
 
 def token_logps(

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import raddpo_ext.trie as fused
-from raddpo_ext.trie import Lookup
-from raddpo_ext.vocab import SIDVocab
+import raddpo_ext.index.trie as fused
+from raddpo_ext.index.trie import Lookup
+from raddpo_ext.index.vocab import SIDVocab
 
 
 class TrieIndex:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationErr
 from pydantic_core import PydanticCustomError
 from starlette.requests import ClientDisconnect
 
-from raddpo_ext.item_ids import LARGEST_ITEM
+from raddpo_ext.index.item_ids import LARGEST_ITEM
 from raddpo_ext.serve.protocol import Limits, Query, ServiceError, bad_field
 
 HUNG_UP = 499  # a status that nobody reads, under which such a request is counted

@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raddpo_ext.beam_search import BeamResult
-from raddpo_ext.beam_step import BeamState
-from raddpo_ext.catalogue_store import CatalogueStore, CatalogueVersion
-from raddpo_ext.id_map import IdMap
+from raddpo_ext.decoding.beam_search import BeamResult
+from raddpo_ext.decoding.beam_step import BeamState
+from raddpo_ext.index.catalogue_store import CatalogueStore, CatalogueVersion
+from raddpo_ext.index.id_map import IdMap
+from raddpo_ext.index.item_tokens import history_prompts
+from raddpo_ext.index.store_service import StoreService
+from raddpo_ext.index.trie import TrieIndex
+from raddpo_ext.index.trie_items import UnknownItem
 from raddpo_ext.integrations.base_model import context
 from raddpo_ext.integrations.retriever import SIDRetriever
-from raddpo_ext.item_tokens import history_prompts
 from raddpo_ext.serve.config import ServeConfig
 from raddpo_ext.serve.model import load_model, load_tokenizer
 from raddpo_ext.serve.protocol import Answer, Limits, Query, ServiceError, bad_field
-from raddpo_ext.store_service import StoreService
-from raddpo_ext.trie import TrieIndex
-from raddpo_ext.trie_items import UnknownItem
 
 _FAILED = Answer(500, code="internal", message="the search failed")
 _LOG = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""Training data and its evaluation: sessions packed and logged, public catalogues, negatives, metrics."""

@@ -1,0 +1,333 @@
+"""Negatives for preference training: from the model's own beam search, from the winner's siblings, by popularity.
+
+Items are *row numbers* of a catalogue's ``sids``, in what goes in and in what comes out; where the catalogue has item
+ids, an item's is ``item_ids[row]``. :class:`BeamNegatives` alone speaks of the ids of its index: build that with row
+numbers, the default of ``TrieIndex.build``, to mix it with the others. Every sampler here keeps to
+:class:`NegativeSampler`, and :func:`sample_negatives` mixes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from raddpo_ext import _check
+from raddpo_ext.index.trie import TrieIndex
+
+MOST_WEIGHT = 2**53  # sums of counts are drawn from by way of a float64
+
+
+class NegativeSampler(Protocol):
+    """What gives negatives."""
+
+    def sample(
+        self, prompts: Sequence[Any], positives: Sequence[Sequence[int]], count: int, generator: torch.Generator
+    ) -> Tensor:
+        """Items that are no positives, for each prompt.
+
+        No negative has the SID of a positive of its prompt, or that of another of its negatives. Where fewer such items
+        exist than asked for, -1 follows them. A prompt without positives has no winner to be told from: -1 only.
+
+        Args:
+            prompts: ``B`` sequences of token ids.
+            positives: ``B`` sequences of items, the winner first: row numbers of ``sids``, not item ids.
+            count: negatives a prompt.
+            generator: on the CPU. Its state alone decides on the draws.
+
+        Returns:
+            int64 ``[B, count]`` on the CPU: row numbers too.
+
+        Raises:
+            ValueError, TypeError: naming the argument and the value.
+        """
+        ...
+
+
+class BeamNegatives:
+    """Items that the model itself retrieves: drawn uniformly from the SIDs of its constrained beam search.
+
+    The narrower the beam, the harder the negatives, and the more of them are items that the user takes later.
+
+    Args:
+        retriever: a :class:`raddpo_ext.SIDRetriever` with a model in evaluation mode. *The ids of its index are the
+            items*, in the positives and in the negatives: row numbers only if it was built with them. Of items that
+            share a SID it gives the first.
+        batch_size: prompts searched at once.
+    """
+
+    def __init__(self, retriever: Any, batch_size: int = 64) -> None:
+        if not hasattr(retriever, "retrieve") or not hasattr(retriever, "index"):
+            raise TypeError(f"retriever must be a SIDRetriever, got {type(retriever).__name__}")
+        self.retriever = retriever
+        self.batch_size = _check.integer(batch_size, "batch_size", 1)
+        index = retriever.index
+        nodes = torch.arange(index.node_bound, device=index.device)
+        first, number = (tensor.cpu() for tensor in index.item_ranges(nodes))
+        leaf = torch.repeat_interleave(number)
+        place = first[leaf] + torch.arange(len(leaf)) - (number.cumsum(0) - number)[leaf]
+        self._ids, order = index.items.cpu().long()[place].sort()
+        self._leaves = leaf[order]  # of each id
+
+    def sample(
+        self, prompts: Sequence[Any], positives: Sequence[Sequence[int]], count: int, generator: torch.Generator
+    ) -> Tensor:
+        """See :meth:`NegativeSampler.sample`. A positive that is not in the index is not found, thus no error."""
+        items = _checked(prompts, positives, count, generator)
+        beam = self._search(prompts, [row for row, winner in enumerate(items[:, 0].tolist()) if winner >= 0])
+        taken = self._leaves_of(items)
+        free = (beam >= 0) & (self._leaves_of(beam)[:, :, None] != taken[:, None]).all(2)
+        keys = torch.rand(beam.shape, generator=generator, dtype=torch.float64).masked_fill(~free, -1)
+        order = keys.argsort(1, descending=True)[:, :count]
+        chosen = beam.masked_fill(~free, -1).gather(1, order)
+        return torch.nn.functional.pad(chosen, (0, count - chosen.shape[1]), value=-1)
+
+    def _search(self, prompts: Sequence[Any], rows: list[int]) -> Tensor:
+        """The items found for some of the prompts, best first; -1 elsewhere: ``[B, R]``."""
+        for row in rows:
+            if not len(prompts[row]):
+                raise ValueError(f"prompts[{row}] must hold at least one token, got none")
+        tokens = {row: _check.integer_tensor(prompts[row], f"prompts[{row}]", 1) for row in rows}
+        rows = sorted(rows, key=lambda row: len(tokens[row]))  # little padding
+        device = self.retriever.index.device
+        beam = torch.full((len(prompts), 0), -1)
+        for at in range(0, len(rows), self.batch_size):
+            batch = rows[at : at + self.batch_size]
+            ids = torch.nn.utils.rnn.pad_sequence([tokens[row] for row in batch], batch_first=True)
+            lengths = torch.tensor([len(tokens[row]) for row in batch])
+            mask = torch.arange(ids.shape[1]) < lengths[:, None]
+            found = self.retriever.retrieve(ids.to(device), mask.to(device)).items.cpu()
+            if not beam.shape[1]:
+                beam = torch.full((len(prompts), found.shape[1]), -1)
+            beam[batch] = found
+        return beam
+
+    def _leaves_of(self, items: Tensor) -> Tensor:
+        """The SID of each item, as a node of the index; -1 for an item that it lacks."""
+        place = torch.searchsorted(self._ids, items).clamp(max=len(self._ids) - 1)
+        return torch.where(self._ids[place] == items, self._leaves[place], -1)
+
+
+class SiblingNegatives:
+    """Items whose SID shares its first codes with the winner's, drawn uniformly.
+
+    A random item shares hardly ever a prefix with the winner, and where none is shared there is nothing for TLGD to
+    protect.
+
+    Args:
+        sids: integer codes ``[N, L]``, -1 beyond a shorter SID's length.
+        prefix: codes shared at least, below ``L``; 0 draws from the whole catalogue. A winner with fewer codes than
+            that has no siblings.
+    """
+
+    def __init__(self, sids: Any, prefix: int = 1) -> None:
+        distinct, of_item = _distinct(sids)
+        self.prefix = _check.integer(prefix, "prefix", 0)
+        if prefix >= distinct.shape[1]:
+            raise ValueError(f"prefix must be below {distinct.shape[1]}, the number of levels, got {prefix}")
+        self._items = _SortedItems(of_item, torch.ones_like(of_item))
+        head = distinct[:, :prefix]
+        begins = torch.ones(len(head), dtype=torch.bool)
+        begins[1:] = (head[1:] != head[:-1]).any(1)
+        group = begins.cumsum(0) - 1
+        bounds = torch.cat([begins.nonzero()[:, 0], torch.tensor([len(head)])])
+        self._begin, self._end = bounds[group], bounds[group + 1]
+
+    def sample(
+        self, prompts: Sequence[Any], positives: Sequence[Sequence[int]], count: int, generator: torch.Generator
+    ) -> Tensor:
+        """See :meth:`NegativeSampler.sample`. The prompts are not looked at."""
+        taken = self._items.numbers(_checked(prompts, positives, count, generator))
+        winner = taken[:, 0].clamp(min=0)
+        end = torch.where(taken[:, 0] >= 0, self._end[winner], self._begin[winner])
+        return self._items.draw(self._begin[winner], end, taken, count, generator)
+
+
+class PopularityNegatives:
+    """Items in proportion to how often they were taken, one after another without replacement.
+
+    Args:
+        sids: integer codes ``[N, L]``, -1 beyond a shorter SID's length.
+        counts: integers ``[N]``, ``>= 0``, at least one of them above 0; an item of 0 is never drawn. For another
+            distribution scale and round its weights. Their sum stays below ``2**53``.
+    """
+
+    def __init__(self, sids: Any, counts: Any) -> None:
+        _, of_item = _distinct(sids)
+        weights = _check.integer_tensor(counts, "counts", 1).cpu()
+        if len(weights) != len(of_item):
+            raise ValueError(f"counts must have one entry a row of sids ({len(of_item)}), got {len(weights)}")
+        _check.none(weights < 0, lambda item: f"counts[{item}] = {int(weights[item])} is negative")
+        if not 0 < float(weights.double().sum()) < MOST_WEIGHT:
+            raise ValueError(f"counts must sum to 1 to 2**53 - 1, got {float(weights.double().sum()):g}")
+        self._items = _SortedItems(of_item, weights)
+
+    def sample(
+        self, prompts: Sequence[Any], positives: Sequence[Sequence[int]], count: int, generator: torch.Generator
+    ) -> Tensor:
+        """See :meth:`NegativeSampler.sample`. The prompts are not looked at."""
+        taken = self._items.numbers(_checked(prompts, positives, count, generator))
+        begin = torch.zeros(len(taken), dtype=torch.int64)
+        return self._items.draw(begin, (taken[:, 0] >= 0) * self._items.num_sids, taken, count, generator)
+
+
+def sample_negatives(
+    samplers: Sequence[tuple[NegativeSampler, int]],
+    sids: Any,
+    prompts: Sequence[Any],
+    positives: Sequence[Sequence[int]],
+    generator: torch.Generator,
+) -> Tensor:
+    """Negatives from several samplers, all of a prompt's SIDs distinct.
+
+    Each sampler is told of what those before it gave, as further positives. Whatever a sampler gives, an item with the
+    SID of a positive, or with that of a negative further to the left, becomes -1.
+
+    Args:
+        samplers: each with the number of negatives that it gives a prompt.
+        sids: integer codes ``[N, L]``, -1 beyond a shorter SID's length; the same rows as the samplers'.
+        prompts, positives, generator: see :meth:`NegativeSampler.sample`.
+
+    Returns:
+        int64 ``[B, sum of the numbers]``, row numbers of ``sids``, the samplers' columns side by side; -1 where a
+        sampler had too few.
+
+    Raises:
+        ValueError: naming the argument and the value; also where :class:`BeamNegatives` gives an item that has another
+            SID in its index than in ``sids``: the index's ids are no row numbers.
+        TypeError: naming the argument and the value.
+    """
+    distinct, of_item = _distinct(sids)
+    items = _checked(prompts, positives, 0, generator)
+    empty = items[:, :1] < 0
+    taken = _numbers(of_item, items, "positives")
+    known = [list(row) for row in positives]
+    columns = [items[:, :0]]
+    for place, (sampler, count) in enumerate(samplers):
+        name = f"samplers[{place}]"
+        chosen = sampler.sample(prompts, known, count, generator)
+        if chosen.shape != (len(items), count):
+            raise ValueError(f"{name} must give shape {(len(items), count)}, got {tuple(chosen.shape)}")
+        numbers = _numbers(of_item, chosen, name)
+        if isinstance(sampler, BeamNegatives):
+            _check_rows(sampler.retriever.index, chosen[chosen >= 0], distinct[numbers[chosen >= 0]], name)
+        clash = (numbers[:, :, None] == taken[:, None]).any(2) | empty
+        clash |= (numbers[:, :, None] == numbers[:, None]).tril(-1).any(2)
+        columns.append(chosen.masked_fill(clash, -1))
+        taken = torch.cat([taken, numbers.masked_fill(clash, -1)], 1)
+        known = [
+            [*before, *(item for item in row if item >= 0)]
+            for before, row in zip(known, columns[-1].tolist(), strict=True)
+        ]
+    return torch.cat(columns, 1)
+
+
+class _SortedItems:
+    """Items with integer weights in the order of their SIDs, to draw from ranges of SIDs without replacement."""
+
+    def __init__(self, of_item: Tensor, weights: Tensor) -> None:
+        self.of_item = of_item
+        self.order = of_item.argsort(stable=True)
+        self.reached = weights[self.order].cumsum(0)  # by each item and those before it
+        last = of_item.bincount().cumsum(0) - 1
+        self.bounds = torch.nn.functional.pad(self.reached[last], (1, 0))  # weight before each SID
+        self.num_sids = len(last)
+
+    def numbers(self, positives: Tensor) -> Tensor:
+        return _numbers(self.of_item, positives, "positives")
+
+    def draw(self, begin: Tensor, end: Tensor, taken: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """Items in proportion to their weights from SIDs ``begin`` to ``end - 1`` ``[B]`` that are not taken.
+
+        One number below the free weight decides on an item: the taken SIDs are skipped in ascending order. In integers
+        this is exact, takes no second try, and its cost does not grow with the catalogue.
+
+        Args:
+            taken: ``[B, F]`` SIDs, -1 for padding.
+
+        Returns:
+            int64 ``[B, count]``, -1 where nothing is free.
+        """
+        low, high = self.bounds[begin], self.bounds[end]
+        chosen = []
+        for _ in range(count):
+            taken = taken.sort(1).values
+            counted = (taken >= begin[:, None]) & (taken < end[:, None])
+            counted[:, 1:] &= taken[:, 1:] != taken[:, :-1]
+            starts = self.bounds[taken.clamp(min=0)]
+            weights = torch.where(counted, self.bounds[taken.clamp(min=0) + 1] - starts, 0)
+            free = high - low - weights.sum(1)
+            share = torch.rand(len(taken), generator=generator, dtype=torch.float64)
+            place = low + torch.minimum((share * free).long(), free - 1)
+            for column in range(taken.shape[1]):
+                place += torch.where(place >= starts[:, column], weights[:, column], 0)
+            position = torch.searchsorted(self.reached, place, right=True).clamp(max=len(self.order) - 1)
+            item = torch.where(free > 0, self.order[position], -1)
+            chosen.append(item)
+            taken = torch.cat([taken, self.numbers(item[:, None])], 1)
+        return torch.stack(chosen, 1) if chosen else taken[:, :0]
+
+
+def _distinct(sids: Any) -> tuple[Tensor, Tensor]:
+    """The distinct SIDs in lexicographic order, int64 ``[U, L]``, and the number of each item's among them, ``[N]``."""
+    codes = _check.integer_tensor(sids, "sids", 2).cpu()
+    if not codes.numel():
+        raise ValueError(f"sids must hold at least one SID of one code, got shape {tuple(codes.shape)}")
+    wrong = (codes < -1).any(1) | (codes[:, 0] < 0) | ((codes[:, 1:] >= 0) & (codes[:, :-1] < 0)).any(1)
+    _check.none(wrong, lambda row: f"sids[{row}] = {codes[row].tolist()} is no SID: codes >= 0, then -1 as padding")
+    distinct, of_item = torch.unique(codes, dim=0, return_inverse=True)
+    return distinct, of_item
+
+
+def _numbers(of_item: Tensor, items: Tensor, name: str) -> Tensor:
+    """The number of each item's SID, -1 for -1."""
+    outside = ((items < -1) | (items >= len(of_item))).any(1)
+    _check.none(
+        outside,
+        lambda row: (
+            f"{name}[{row}] holds an item outside [0, {len(of_item)}): {items[row].tolist()}; items are row numbers of "
+            "sids, not item ids"
+        ),
+    )
+    return torch.where(items >= 0, of_item[items.clamp(min=0)], -1)
+
+
+def _check_rows(index: TrieIndex, items: Tensor, codes: Tensor, name: str) -> None:
+    """Whether items ``[K]`` of an index have there the SIDs of the rows of these numbers, ``codes`` ``[K, L]``."""
+    theirs = index.sids_of(items).cpu()
+    columns = min(theirs.shape[1], codes.shape[1])
+    wrong = (theirs[:, :columns] != codes[:, :columns]).any(1)
+    _check.none(
+        wrong,
+        lambda place: (
+            f"{name} gives item {int(items[place])}, which is {theirs[place].tolist()} in its index, but that row of "
+            f"sids is {codes[place].tolist()}: build the index with row numbers as item ids"
+        ),
+    )
+
+
+def _checked(
+    prompts: Sequence[Any], positives: Sequence[Sequence[int]], count: int, generator: torch.Generator
+) -> Tensor:
+    """The positives, int64 ``[B, P]`` with at least one column, padded with -1."""
+    _check.integer(count, "count", 0)
+    _check.instance(generator, "generator", torch.Generator)
+    if generator.device.type != "cpu":
+        raise ValueError(f"generator must be on the CPU, got one on {generator.device}")
+    if len(prompts) != len(positives):
+        raise ValueError(f"positives must have one entry a prompt ({len(prompts)}), got {len(positives)}")
+    for place, row in enumerate(positives):
+        if not isinstance(row, Sequence):
+            raise TypeError(f"positives[{place}] must be a sequence of items, got {row!r}")
+    flat = [item for row in positives for item in row]
+    items = _check.integer_tensor(flat, "positives", 1) if flat else torch.empty(0, dtype=torch.int64)
+    lengths = torch.tensor([len(row) for row in positives], dtype=torch.int64)
+    padded = torch.full((len(positives), max([1, *lengths.tolist()])), -1)
+    padded[torch.arange(padded.shape[1]) < lengths[:, None]] = items
+    _check.none(
+        (padded < 0).sum(1) + lengths > padded.shape[1],
+        lambda row: f"positives[{row}] holds an item below 0: {list(positives[row])}",
+    )
+    return padded

@@ -1,0 +1,293 @@
+"""pack_sessions: one row a session, its prompt once and its candidates after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raddpo_ext import _check
+from raddpo_ext.index.vocab import SIDVocab
+from raddpo_ext.losses.session import SessionBatch
+
+LAYOUTS = ("candidates", "trie")
+_SIDES = ("right", "left")
+
+
+@dataclass(frozen=True)
+class PackedSessions:
+    """What :func:`pack_sessions` returns: ``S`` rows of ``T`` positions, for a model that runs once over them.
+
+    Attributes:
+        sessions: the candidates.
+        input_ids: int64 ``[S, T]`` token ids.
+        position_ids: int64 ``[S, T]``: a prompt counts from 0, each of its candidates goes on from its end.
+        ends: int64 ``[S, T]``: position ``q`` of a row sees position ``k`` if and only if ``k <= q < ends[k]``.
+        distinct: int64 ``[U]``: which of the ``S * T`` states predict candidates' tokens, each once and in order: the
+            prompt's last token is followed by every candidate's first, shared prefixes by several tokens.
+        rows: int64 ``[C, L]``: which of these predicts each token of a candidate; that of the prompt's last token
+            beyond the lengths.
+        last_tokens: int64 ``[C]``: which state is the one at a candidate's last token, the prompt's for a candidate of
+            length 0; None without ``embeddings``.
+        prompt_starts: int64 ``[S]``: the position of each prompt's first token.
+        prompt_lengths: int64 ``[S]``.
+        num_truncated: how many prompts lost their first tokens.
+    """
+
+    sessions: SessionBatch
+    input_ids: Tensor
+    position_ids: Tensor
+    ends: Tensor
+    distinct: Tensor
+    rows: Tensor
+    last_tokens: Tensor | None
+    prompt_starts: Tensor
+    prompt_lengths: Tensor
+    num_truncated: int
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedSessions:
+        """The same rows on another device."""
+        return self._each(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedSessions:
+        """The same rows in page-locked memory, from where they go to a GPU without waiting."""
+        return self._each(lambda part: part.pin_memory())
+
+    def _each(self, change: Any) -> PackedSessions:
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{k: change(v) for k, v in parts.items() if isinstance(v, (Tensor, SessionBatch))})
+
+    def mask(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Who sees whom, ``[S, 1, T, T]`` (query, key), for the attention of a decoder-only model.
+
+        Args:
+            dtype: None for a bool mask, True where a query sees a key: what ``scaled_dot_product_attention`` takes. A
+                float type for one that is added to the scores, 0 or the type's least number: eager attention adds.
+        """
+        columns = torch.arange(self.ends.shape[1], device=self.ends.device)
+        seen = (columns <= columns[:, None]) & (columns[:, None] < self.ends[:, None, None, :])
+        if dtype is None:
+            return seen
+        return torch.zeros((), dtype=dtype, device=seen.device).where(seen, torch.finfo(dtype).min)
+
+    def block_mask(self) -> Any:
+        """The same as a ``BlockMask`` of FlexAttention, whose backward pass needs CUDA."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        ends = self.ends
+
+        def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (key <= query) & (query < ends[row, key])
+
+        rows, columns = ends.shape
+        return create_block_mask(sees, rows, None, columns, columns, device=str(ends.device))
+
+    @property
+    def predictors(self) -> Tensor:
+        """Which of the ``S * T`` states predicts each token of a candidate: int64 ``[C, L]``."""
+        return self.distinct[self.rows]
+
+    def hidden(self, states: Tensor) -> Tensor:
+        """From the model's states ``[S, T, H]`` those that predict the candidates' tokens: ``[C, L, H]``."""
+        predictors = self.predictors
+        return self._flat(states).index_select(0, predictors.flatten()).view(*predictors.shape, states.shape[-1])
+
+    def distinct_hidden(self, states: Tensor) -> Tensor:
+        """The same without repetition: ``[U, H]``, to be multiplied by a head once each, with ``rows``."""
+        return self._flat(states).index_select(0, self.distinct)
+
+    def embeddings(self, states: Tensor) -> Tensor:
+        """From the model's states ``[S, T, H]`` those at the candidates' last tokens: ``[C, H]``."""
+        if self.last_tokens is None:
+            raise ValueError("embeddings need pack_sessions(embeddings=True): the last tokens were left out")
+        return self._flat(states).index_select(0, self.last_tokens)
+
+    def prompts(self) -> tuple[Tensor, Tensor]:
+        """The prompts alone, padded on the right: ``input_ids`` and ``attention_mask``, int64 ``[S, P]``."""
+        columns = torch.arange(
+            int(self.prompt_lengths.max()) if len(self.prompt_lengths) else 0, device=self.ends.device
+        )
+        mask = columns < self.prompt_lengths[:, None]
+        places = (self.prompt_starts[:, None] + columns).clamp(max=self.input_ids.shape[1] - 1)
+        return torch.where(mask, self.input_ids.gather(1, places), 0), mask.long()
+
+    def _flat(self, states: Tensor) -> Tensor:
+        if states.dim() != 3 or states.shape[:2] != self.input_ids.shape:
+            expected = tuple(self.input_ids.shape)
+            raise ValueError(f"states must have shape [S, T, H] with [S, T] = {expected}, got {tuple(states.shape)}")
+        return states.flatten(0, 1)
+
+
+def pack_sessions(
+    prompts: Sequence[Any],
+    sessions: SessionBatch,
+    *,
+    layout: str = "candidates",
+    padding_side: str = "right",
+    pad_token_id: int = 0,
+    pad_to_multiple_of: int | None = None,
+    max_length: int | None = None,
+    vocab: SIDVocab | None = None,
+    embeddings: bool = True,
+) -> PackedSessions:
+    """Packs each session's prompt and candidates into one row, so that a model reads the prompt once.
+
+    A candidate sees the prompt and itself; its positions go on from the prompt's end. Log-probs and gradients are those
+    of every candidate behind its own copy of the prompt.
+
+    Args:
+        prompts: ``S`` sequences of token ids (lists, arrays or tensors of one dimension), of at least one token each.
+        sessions: the candidates, on the CPU.
+        layout: ``"candidates"`` holds every candidate's tokens, ``"trie"`` every distinct prefix of a session once.
+        padding_side: where shorter rows are padded, ``"right"`` or ``"left"``.
+        pad_token_id: token id of the padding; nothing sees it.
+        pad_to_multiple_of: makes ``T`` a multiple of it.
+        max_length: most tokens of a prompt with its longest candidate: the model's window. A longer prompt loses its
+            first tokens, a candidate none.
+        vocab: makes a prompt that is cut begin with a token of the first level, so that no SID in it is broken; where
+            none is left, it is cut as without ``vocab``.
+        embeddings: also give candidates' last tokens positions. Only :class:`SimilarityWeighting` reads their states.
+
+    Returns:
+        :class:`PackedSessions`, on the CPU.
+
+    Raises:
+        ValueError: an empty prompt, a negative token id, a candidate that leaves its prompt no token within
+            ``max_length``, a number of prompts that is not that of the sessions.
+        TypeError: prompts that hold no integers.
+
+    Source: RAD-DPO (arXiv 2602.23964), label packing.
+    """
+    _check.instance(sessions, "sessions", SessionBatch)
+    if sessions.device.type != "cpu":
+        raise ValueError(f"sessions must be on the CPU, where batches are packed, got {sessions.device}")
+    trie = _check.choice(layout, "layout", LAYOUTS) == 1
+    left = _check.choice(padding_side, "padding_side", _SIDES) == 1
+    pad_token_id = _check.integer(pad_token_id, "pad_token_id", 0)
+    multiple_of = 1 if pad_to_multiple_of is None else _check.integer(pad_to_multiple_of, "pad_to_multiple_of", 1)
+    if vocab is not None:
+        _check.instance(vocab, "vocab", SIDVocab)
+    tokens, starts, lengths = _flatten(prompts, sessions.num_sessions)
+    num_truncated = 0
+    if max_length is not None:
+        starts, lengths, num_truncated = _truncate(
+            tokens, starts, lengths, sessions, _check.integer(max_length, "max_length", 1), vocab
+        )
+    prompt_lengths = torch.from_numpy(lengths)
+    input_ids, position_ids, ends, predictors, last_tokens, prompt_starts = torch.ops.raddpo.pack_sessions(
+        torch.from_numpy(tokens),
+        torch.from_numpy(starts),
+        prompt_lengths,
+        sessions.tokens.contiguous(),
+        sessions.lengths.contiguous(),
+        sessions.offsets.contiguous(),
+        trie,
+        embeddings,
+        left,
+        pad_token_id,
+        multiple_of,
+    )
+    distinct, rows = predictors.unique(return_inverse=True)
+    return PackedSessions(
+        sessions=sessions,
+        input_ids=input_ids,
+        position_ids=position_ids,
+        ends=ends,
+        distinct=distinct,
+        rows=rows,
+        last_tokens=last_tokens if embeddings else None,
+        prompt_starts=prompt_starts,
+        prompt_lengths=prompt_lengths,
+        num_truncated=num_truncated,
+    )
+
+
+def _flatten(prompts: Sequence[Any], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All prompts' tokens, where each prompt begins and how long it is."""
+    if not isinstance(prompts, Sequence) or isinstance(prompts, (str, bytes)):
+        raise TypeError(f"prompts must be a sequence of sequences of token ids, got {type(prompts).__name__}")
+    if len(prompts) != count:
+        raise ValueError(f"prompts must have one entry a session ({count}), got {len(prompts)}")
+    tokens: np.ndarray = np.empty(0, np.int64)
+    lengths: np.ndarray = np.empty(0, np.int64)
+    try:
+        if count:
+            lengths = np.array([len(prompt) for prompt in prompts], np.int64)
+        if count and all(isinstance(prompt, list) for prompt in prompts):
+            tokens = np.array(list(chain.from_iterable(prompts)))
+        elif count:
+            tokens = np.concatenate([np.asarray(prompt) for prompt in prompts])
+    except (TypeError, ValueError):
+        raise TypeError(f"prompts must hold token ids of one dimension: {_culprit(prompts)}") from None
+    if not lengths.all():
+        raise ValueError(f"prompts[{int(lengths.argmin())}] has no token: its state is to predict the first code")
+    if tokens.dtype.kind not in "iu" or tokens.ndim != 1:
+        raise TypeError(f"prompts must hold token ids of one dimension: {_culprit(prompts)}")
+    tokens = tokens.astype(np.int64, copy=False)
+    starts = np.cumsum(lengths) - lengths
+    if count and tokens.min() < 0:
+        place = int(tokens.argmin())
+        row = int(np.searchsorted(starts, place, "right")) - 1
+        raise ValueError(f"prompts[{row}][{place - starts[row]}] = {tokens[place]} is no token id")
+    return tokens, starts, lengths
+
+
+def _culprit(prompts: Sequence[Any]) -> str:
+    """The first prompt that is no vector of integers."""
+    for row, prompt in enumerate(prompts):
+        try:
+            _check.integer_array(prompt, f"prompts[{row}]", 1)
+        except (TypeError, ValueError) as error:
+            return str(error)
+    return "their types do not go together"
+
+
+def _truncate(
+    tokens: np.ndarray,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    sessions: SessionBatch,
+    max_length: int,
+    vocab: SIDVocab | None,
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """The starts and lengths that leave every session's longest candidate room, and how many prompts changed."""
+    longest = np.zeros(len(lengths), np.int64)
+    np.maximum.at(longest, sessions.owners().numpy(), sessions.lengths.numpy())
+    room = max_length - longest
+    if len(room) and room.min() < 1:
+        row = int(room.argmin())
+        raise ValueError(
+            f"max_length = {max_length} leaves prompts[{row}] no token beside a candidate of {longest[row]} tokens"
+        )
+    cut = lengths > room
+    ends = starts + lengths
+    starts = np.where(cut, ends - room, starts)
+    if vocab is not None and cut.any():
+        first = np.flatnonzero(np.isin(tokens, vocab.token_ids[0][vocab.token_ids[0] >= 0].numpy()))
+        after = np.append(first, len(tokens))[np.searchsorted(first, starts)]
+        starts = np.where(cut & (after < ends), after, starts)
+    return starts, ends - starts, int(cut.sum())
+
+
+@torch.library.register_fake("raddpo::pack_sessions")
+def _(
+    prompts: Tensor,
+    prompt_begins: Tensor,
+    prompt_lengths: Tensor,
+    tokens: Tensor,
+    lengths: Tensor,
+    offsets: Tensor,
+    trie: bool,
+    last_token: bool,
+    pad_left: bool,
+    pad_token_id: int,
+    multiple_of: int,
+) -> tuple[Tensor, ...]:
+    width = torch.library.get_ctx().new_dynamic_size()
+    rows = [tokens.new_empty((len(prompt_lengths), width)) for _ in range(3)]
+    return (*rows, torch.empty_like(tokens), torch.empty_like(lengths), torch.empty_like(prompt_lengths))

@@ -1,0 +1,125 @@
+"""Exact beam search constrained to a catalogue's trie."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from raddpo_ext import _check
+from raddpo_ext.decoding.beam_step import BeamState, beam_step, check_level_columns
+from raddpo_ext.decoding.linear_beam_step import linear_beam_step
+from raddpo_ext.index.trie import TrieIndex
+
+
+class BeamResult(NamedTuple):
+    """What :func:`beam_search` found, best first, ``R`` rows a query; an empty row has score ``-inf`` and item -1.
+
+    Take the parts by name: ``found.items``.
+
+    Attributes:
+        items: int64 ``[B, R]``.
+        scores: float32 ``[B, R]``, divided by ``length ** length_penalty``.
+        sids: int64 ``[B, R, L]`` codes, padded with -1.
+    """
+
+    items: Tensor
+    scores: Tensor
+    sids: Tensor
+
+
+def beam_search(
+    step_fn: Callable[[Tensor, Tensor, int], Tensor],
+    index: TrieIndex,
+    *,
+    batch_size: int,
+    beam_width: int | Sequence[int],
+    normalize: str = "vocab",
+    length_penalty: float = 0.0,
+    top_k: int | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    on_step: Callable[[int, BeamState], None] | None = None,
+    check: bool = False,
+) -> BeamResult:
+    """Constrained beam search with a model behind ``step_fn``.
+
+    With ``beam_width`` at least the number of live prefixes and finished SIDs at every level, the result is that of
+    scoring the whole catalogue.
+
+    Args:
+        step_fn: ``(tokens [B, W], parents [B, W], level) -> logits [B, W, V]``, or with ``weight`` hidden states
+            ``[B, W, H]``. At level 0 ``tokens`` is ``[B, 1]`` of -1 and ``parents`` 0; later they are the last step's,
+            ``parents`` the slots of the same query in the call before, by which a KV cache is reordered. Tokens are -1
+            in finished and empty slots; their logits are ignored. Called once a level, ``index.levels`` times.
+        index: the catalogue.
+        batch_size: ``B``.
+        beam_width: one width, or one for each call. A list may go on up to the vocabulary's levels, ``eos`` counted,
+            where the catalogue has no SID of that length; what goes beyond ``index.levels`` is not used.
+        normalize, length_penalty, check: see :func:`beam_step`.
+        top_k: return this many items a query, a collided SID repeated for each of its items. Default: one row a SID
+            of the last width, with its first item. More than the beams can hold is warned of.
+        weight, bias, temperature, logit_softcap: of the language model's head, see :func:`linear_beam_step`.
+        on_step: called with each level and the state after it: the beams that lived, best first. One that no
+            ``parents`` of the state after it names has died.
+
+    Returns:
+        :class:`BeamResult`, without gradient; ``R`` is ``top_k``, or the last width.
+    """
+    widths = _check.widths(beam_width, index.levels, index.most_levels)
+    if top_k is not None:
+        _check.width(top_k, "top_k")
+        _warn_if_too_many(top_k, widths[-1], index)
+    if weight is None and (bias is not None or temperature != 1 or logit_softcap is not None):
+        raise ValueError("bias, temperature and logit_softcap need weight: without it step_fn returns final logits")
+    options: dict[str, Any] = {"normalize": normalize, "length_penalty": length_penalty, "check": check}
+    head: dict[str, Any] = {"bias": bias, "temperature": temperature, "logit_softcap": logit_softcap}
+    state = BeamState.start(index, batch_size)
+    for level, width in enumerate(widths):
+        output = step_fn(state.tokens, state.parents, level)
+        if weight is None:
+            if isinstance(output, Tensor) and output.dim() == 3:
+                check_level_columns(output, index, level)
+            state = beam_step(output, state, index, width, **options)
+        else:
+            state = linear_beam_step(output, weight, state, index, width, level=level, **head, **options)
+        if on_step is not None:
+            on_step(level, state)
+    return _result(state, index, length_penalty, top_k)
+
+
+def _warn_if_too_many(top_k: int, width: int, index: TrieIndex) -> None:
+    if width < min(top_k, index.num_sids) and index.num_items == index.num_sids:
+        warnings.warn(
+            f"top_k = {top_k} items, but a last beam_width of {width} finds {width} at most: the other rows stay empty "
+            "(item -1)",
+            stacklevel=3,
+        )
+
+
+def _result(state: BeamState, index: TrieIndex, length_penalty: float, top_k: int | None) -> BeamResult:
+    sids, depths = index.paths(state.nodes)
+    scores = state.scores
+    if length_penalty:
+        scores = scores / depths.clamp(min=1).to(torch.float64).pow(length_penalty).to(torch.float32)
+    first, count = index.item_ranges(state.nodes)
+    if top_k is None:
+        items = torch.where(count > 0, index.items_at(first), -1)
+        return BeamResult(items, scores, sids)
+    # Item k of a query lies in the first beam whose items, added up, exceed k.
+    ends = count.cumsum(1)
+    rank = torch.arange(top_k, device=scores.device).expand(len(scores), top_k).contiguous()
+    beam = torch.searchsorted(ends, rank, right=True)
+    found = beam < scores.shape[1]
+    beam = beam.clamp(max=scores.shape[1] - 1)
+    position = first.gather(1, beam) + rank - (ends - count).gather(1, beam)
+    items = torch.where(found, index.items_at(torch.where(found, position, 0)), -1)
+    sids = sids.gather(1, beam[..., None].expand(-1, -1, sids.shape[2]))
+    scores = torch.where(found, scores.gather(1, beam), -math.inf)
+    return BeamResult(items, scores, torch.where(found[..., None], sids, -1))

@@ -1,0 +1,190 @@
+"""One fused step of the constrained beam search, from the logits of every beam."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from raddpo_ext import _check
+from raddpo_ext._autograd import refuse_transforms
+from raddpo_ext.index.trie import TrieIndex
+
+LOGIT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class BeamState:
+    """The beams of every query, best first; ``[B, W]`` each, ``[B, 1]`` at the start.
+
+    An empty slot has score ``-inf``, parent 0, token and node -1.
+
+    Attributes:
+        scores: float32 sums of log-probs, no length penalty applied.
+        tokens: int64 last token ids; -1 at the start and for a SID that was already finished a step before.
+        parents: int64 slots of the same query in the step before.
+        nodes: int64 trie nodes.
+    """
+
+    scores: Tensor
+    tokens: Tensor
+    parents: Tensor
+    nodes: Tensor
+
+    @classmethod
+    def start(cls, index: TrieIndex, batch_size: int, device: torch.device | str | None = None) -> BeamState:
+        """One beam a query, at the root."""
+        shape = (_check.integer(batch_size, "batch_size", 0), 1)
+        device = index.device if device is None else device
+        zeros = torch.zeros(shape, dtype=torch.int64, device=device)
+        scores = torch.zeros(shape, dtype=torch.float32, device=device)
+        return cls(scores, torch.full_like(zeros, -1), zeros, zeros.clone())
+
+
+@torch.no_grad()
+def beam_step(
+    logits: Tensor,
+    state: BeamState,
+    index: TrieIndex,
+    beam_width: int,
+    *,
+    normalize: str = "vocab",
+    length_penalty: float = 0.0,
+    check: bool = False,
+) -> BeamState:
+    """Extends every live beam by every child it has in the trie and keeps the best ``beam_width``, in one fused op.
+
+    A child's score is its parent's plus ``min(logit - logsumexp, 0)``, in float32; the log-sum-exp runs over the
+    softmax's support. A finished beam (a leaf) keeps its score and its node, with token -1 and its own slot as parent.
+    Candidates compete by ``score / length ** length_penalty``, length in tokens; ties go to the lower parent, then to
+    the lower token id. A candidate whose score is ``-inf`` or NaN is not kept, so a row of logits with a NaN, or all
+    ``-inf``, ends its beam.
+
+    Args:
+        logits: ``[B, W, V]`` float32, bfloat16 or float16, of the state's beams. Any strides with a contiguous last
+            dimension are read in place.
+        state: the beams before, ``[B, W]``.
+        index: on the device of ``logits``.
+        beam_width: beams kept, from 1 to ``2**31 - 1``; may exceed the catalogue.
+        normalize: support of the softmax. ``"vocab"``: all of ``V``. ``"level"``: the level's codes, and ``eos`` after
+            the first level (needs an index with a vocab). ``"trie"``: the children only.
+        length_penalty: finite exponent.
+        check: also raise ValueError for NaN logits, and on CUDA for the values of ``state.nodes`` (synchronises).
+
+    Returns:
+        The next state, ``[B, beam_width]``, without gradient.
+
+    Raises:
+        ValueError, TypeError: naming the argument and the value.
+    """
+    if not isinstance(logits, Tensor) or logits.dtype not in LOGIT_TYPES:
+        got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"logits must be a float32, bfloat16 or float16 tensor, got {got}")
+    refuse_transforms("beam_step", logits, state.scores if isinstance(state, BeamState) else None)
+    support = check_state(logits, "logits", state, index, normalize, length_penalty)
+    _check.width(beam_width, "beam_width")
+    if check:
+        _check_values(logits, state, index)
+    cheap = logits.device.type == "cpu" and not torch.compiler.is_compiling()  # a graph cannot depend on values
+    if logits.shape[2] <= max(index.max_tokens) and (check or cheap):
+        _check_columns(logits, state, index)
+    if logits.stride(2) != 1:
+        logits = logits.contiguous()
+    return BeamState(
+        *torch.ops.raddpo.beam_step(
+            logits,
+            state.scores.contiguous(),
+            state.nodes.contiguous(),
+            *index.block,
+            None,
+            -1,
+            beam_width,
+            support,
+            length_penalty,
+        )
+    )
+
+
+def check_state(
+    rows: Tensor, name: str, state: BeamState, index: TrieIndex, normalize: str, length_penalty: float
+) -> int:
+    """The support's number; raises what a step refuses. ``rows``: the logits or hidden states, by their name."""
+    _check.instance(state, "state", BeamState)
+    _check.instance(index, "index", TrieIndex)
+    if rows.dim() != 3 or rows.shape[:2] != state.nodes.shape:
+        raise ValueError(
+            f"{name} must have shape [B, W, {'H' if name == 'hidden' else 'V'}] with [B, W] = "
+            f"{tuple(state.nodes.shape)}, the state's, got {tuple(rows.shape)}"
+        )
+    if state.scores.shape != state.nodes.shape:
+        raise ValueError(f"state.scores must have shape {tuple(state.nodes.shape)}, got {tuple(state.scores.shape)}")
+    if state.scores.dtype != torch.float32 or state.nodes.dtype != torch.int64:
+        raise TypeError(
+            f"state must hold float32 scores and int64 nodes, got {state.scores.dtype}, {state.nodes.dtype}"
+        )
+    if not rows.device == state.nodes.device == state.scores.device == index.data.device:
+        raise ValueError(
+            f"{name}, state and index must be on one device, got {rows.device}, {state.nodes.device}, "
+            f"{state.scores.device}, {index.data.device}"
+        )
+    _check.number(length_penalty, "length_penalty")
+    if abs(length_penalty) * math.log(index.levels) > 80:  # the factor would leave float32
+        raise ValueError(f"length_penalty = {length_penalty} is too large for SIDs of {index.levels} tokens")
+    support = _check.choice(normalize, "normalize", _check.NORMALIZE)
+    if normalize == "level" and index.vocab is None:
+        raise ValueError("normalize = 'level' needs an index built with a vocab")
+    return support
+
+
+def is_extended(state: BeamState, index: TrieIndex) -> Tensor:
+    """The beams that have children: bool ``[B, W]``."""
+    _, children = index.child_ranges(state.nodes)
+    return (children > 0) & (state.scores > -math.inf)
+
+
+def _check_columns(logits: Tensor, state: BeamState, index: TrieIndex) -> None:
+    """A model with one head a level has as many columns as the level needs; any other has enough for all levels."""
+    for level in set(index.depths(state.nodes[is_extended(state, index)]).tolist()):
+        check_level_columns(logits, index, level)
+
+
+def check_level_columns(logits: Tensor, index: TrieIndex, level: int) -> None:
+    if logits.shape[2] <= index.max_tokens[level]:
+        raise ValueError(
+            f"logits of level {level} must have more than {index.max_tokens[level]} columns, the level's largest token "
+            f"id, got shape {tuple(logits.shape)}"
+        )
+
+
+def _check_values(logits: Tensor, state: BeamState, index: TrieIndex) -> None:
+    bad = logits.isnan().any(2) & is_extended(state, index)
+    if bool(bad.any()):
+        query, beam = bad.nonzero()[0].tolist()
+        raise ValueError(f"logits[{query}, {beam}] holds NaN")
+    outside = (state.nodes < -1) | (state.nodes >= index.node_bound)
+    if bool(outside.any()):
+        query, beam = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"state.nodes[{query}, {beam}] = {int(state.nodes[query, beam])} is no node of the index, which has "
+            f"{index.node_bound}"
+        )
+
+
+@torch.library.register_fake("raddpo::beam_step")
+def _(
+    logits: Tensor,
+    scores: Tensor,
+    nodes: Tensor,
+    trie: Tensor,
+    header: Tensor,
+    live: Tensor | None,
+    lse: Tensor | None,
+    level: int,
+    beam_width: int,
+    normalize: int,
+    length_penalty: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = (logits.shape[0], beam_width)
+    return scores.new_empty(shape), nodes.new_empty(shape), nodes.new_empty(shape), nodes.new_empty(shape)

@@ -1,0 +1,226 @@
+"""One step of the constrained beam search from hidden states: the head meets only the tokens that the step needs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from raddpo_ext import _check
+from raddpo_ext._autograd import refuse_transforms
+from raddpo_ext.decoding.beam_step import LOGIT_TYPES, BeamState, check_state, is_extended
+from raddpo_ext.decoding.row_lse import row_lse
+from raddpo_ext.index.trie import TrieIndex
+from raddpo_ext.logps.token_logps import check_map
+
+_WEIGHT_BYTES = 1 << 22  # of a tile's rows of the weight, on the CPU: in its cache, and enough to fill a product
+_LOGIT_BYTES = 1 << 30  # of the logits held at once, on CUDA
+_ROWS_A_READ = 128  # rows that a GPU multiplies by a row of the weight in the time that reading it takes, about
+
+
+@torch.no_grad()
+def linear_beam_step(
+    hidden: Tensor,
+    weight: Tensor,
+    state: BeamState,
+    index: TrieIndex,
+    beam_width: int,
+    *,
+    bias: Tensor | None = None,
+    normalize: str = "vocab",
+    length_penalty: float = 0.0,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    level: int | None = None,
+    check: bool = False,
+) -> BeamState:
+    """:func:`raddpo_ext.beam_step` of the logits ``hidden @ weight.T + bias``, most of which are never made.
+
+    Under ``"level"`` only the level's rows of ``weight`` are multiplied, under ``"trie"`` only those of the live beams'
+    children. ``"vocab"`` needs every row, for the log-sum-exp. On the CPU it is summed up tile by tile while a tile's
+    logits are in cache, and none is kept. On a GPU all logits are made, of as many queries at a time as fit 1 GiB; a
+    query that does not fit is summed up in tiles too. Children's logits are float32, or of the product's type where
+    more are made than theirs: under ``"level"``, and mostly on a GPU.
+
+    Args:
+        hidden: ``[B, W, H]`` float32, bfloat16 or float16: the states that predict each beam's next token.
+        weight: ``[V, H]`` of the language model's head, of the same type.
+        state, index, beam_width, normalize, length_penalty: see :func:`raddpo_ext.beam_step`.
+        bias: ``[V]`` of the head.
+        temperature: divides the logits.
+        logit_softcap: caps them before, ``softcap * tanh(logit / softcap)``.
+        level: depth of the beams that are extended, in tokens: all of a search's are of one. Default: it is read from
+            the state, which on CUDA waits for the GPU.
+        check: also raise ValueError for NaN in ``hidden`` (synchronises on CUDA).
+
+    Returns:
+        The next state, ``[B, beam_width]``, without gradient.
+
+    Raises:
+        ValueError, TypeError: naming the argument and the value; also for a state whose beams are of several levels.
+    """
+    _check_inputs(hidden, weight, bias)
+    refuse_transforms("linear_beam_step", hidden, weight, bias)
+    bias = None if bias is None else bias.contiguous()
+    support = check_state(hidden, "hidden", state, index, normalize, length_penalty)
+    _check.width(beam_width, "beam_width")
+    scale, softcap = check_map(temperature, logit_softcap)
+    if level is None:
+        level = _level_of(state, index)
+    elif not 0 <= _check.integer(level, "level") < index.levels:
+        raise ValueError(f"level must be in [0, {index.levels}), the index's levels, got {level}")
+    if len(weight) <= index.max_tokens[level]:
+        raise ValueError(
+            f"weight must have more than {index.max_tokens[level]} rows, the level's largest token id, got shape "
+            f"{tuple(weight.shape)}"
+        )
+    if check:
+        bad = hidden.isnan().any(2) & is_extended(state, index)
+        if bool(bad.any()):
+            query, beam = bad.nonzero()[0].tolist()
+            raise ValueError(f"hidden[{query}, {beam}] holds NaN")
+    scores, nodes = state.scores.contiguous(), state.nodes.contiguous()
+    tail = (beam_width, support, length_penalty)
+    queries = _queries_at_once(hidden, weight) if normalize == "vocab" else 0
+    if queries:
+        return _step_of_all_logits(hidden, weight, bias, scale, softcap, scores, nodes, index, queries, tail)
+    rows = hidden.reshape(-1, hidden.shape[2])
+    lse = None
+    if normalize == "level" or _level_is_cheaper(rows, index, level):
+        chosen = index.level_tokens(level)
+        logits = _mapped(F.linear(rows, weight[chosen], None if bias is None else bias[chosen]), scale, softcap)
+    else:
+        logits = torch.ops.raddpo.child_logits(
+            rows if rows.stride(1) == 1 else rows.contiguous(),
+            weight if weight.stride(1) == 1 else weight.contiguous(),
+            bias,
+            scores.view(-1),
+            nodes.view(-1),
+            *index.block,
+            scale,
+            softcap,
+            level,
+            index.num_symbols[level],
+        )
+    if normalize == "vocab":
+        lse = _vocab_lse(rows, weight, bias, scale, softcap)
+    return BeamState(
+        *torch.ops.raddpo.beam_step(
+            logits.view(*nodes.shape, -1),
+            scores,
+            nodes,
+            *index.block,
+            lse,
+            level,
+            *tail,
+        )
+    )
+
+
+def _queries_at_once(hidden: Tensor, weight: Tensor) -> int:
+    """Of how many queries all logits are made and held at once, on a GPU; 0: of none, they are made in tiles."""
+    if hidden.device.type == "cpu":
+        return 0
+    return min(len(hidden), _LOGIT_BYTES // max(1, hidden.shape[1] * len(weight) * hidden.element_size()))
+
+
+def _step_of_all_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float,
+    scores: Tensor,
+    nodes: Tensor,
+    index: TrieIndex,
+    queries: int,
+    tail: tuple[int, int, float],
+) -> BeamState:
+    """The step from whole rows of logits, of at most ``queries`` queries at a time."""
+    parts = -(-len(hidden) // queries)
+    steps = []
+    for states, *beams in zip(*(x.tensor_split(parts) for x in (hidden, scores, nodes)), strict=True):
+        logits = _mapped(F.linear(states, weight, bias), scale, softcap)
+        steps.append(torch.ops.raddpo.beam_step(logits, *beams, *index.block, None, -1, *tail))
+    return BeamState(*(steps[0] if parts == 1 else map(torch.cat, zip(*steps, strict=True))))
+
+
+def _level_is_cheaper(hidden: Tensor, index: TrieIndex, level: int) -> bool:
+    """Whether a product with all the level's rows of the weight takes less time than to read those of each beam's
+    children. On a GPU one read serves many beams, until the matrix units are busy."""
+    work = index.num_symbols[level] * max(1, len(hidden) / _ROWS_A_READ)
+    return hidden.device.type != "cpu" and len(hidden) * index.mean_children[level] >= work
+
+
+def _vocab_lse(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
+    """The log-sum-exp of all logits of each row: float32 ``[N]`` from ``[N, H]``."""
+    rows, size, vocab = len(hidden), weight.element_size(), len(weight)
+    if hidden.device.type == "cpu":
+        step = _WEIGHT_BYTES // (weight.shape[1] * size)
+    else:
+        step = _LOGIT_BYTES // (max(rows, 1) * size)
+    step = min(vocab, max(1024, step))
+    buffer = hidden.new_empty(rows * step)
+    parts = hidden.new_empty((-(-vocab // step), rows), dtype=torch.float32)
+    for part, begin in zip(parts, range(0, vocab, step), strict=True):
+        tile = weight[begin : begin + step]
+        logits = buffer[: rows * len(tile)].view(rows, len(tile))
+        if bias is None:
+            torch.mm(hidden, tile.T, out=logits)
+        else:
+            torch.addmm(bias[begin : begin + step], hidden, tile.T, out=logits)
+        part.copy_(row_lse(_mapped(logits, scale, softcap)))
+    return parts.logsumexp(0)
+
+
+def _mapped(logits: Tensor, scale: float, softcap: float) -> Tensor:
+    """The logits capped and scaled, in place."""
+    if softcap:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    return logits if scale == 1 else logits.mul_(scale)
+
+
+def _level_of(state: BeamState, index: TrieIndex) -> int:
+    levels = index.depths(state.nodes[is_extended(state, index)]).unique().tolist()
+    if len(levels) > 1:
+        raise ValueError(f"state must hold beams of one level, got levels {levels}")
+    return levels[0] if levels else 0
+
+
+def _check_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    for name, value, dims in (("hidden", hidden, 3), ("weight", weight, 2), ("bias", bias, 1)):
+        if name == "bias" and value is None:
+            continue
+        if not isinstance(value, Tensor) or value.dtype not in LOGIT_TYPES:
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name} must be a float32, bfloat16 or float16 tensor, got {got}")
+        if value.dim() != dims:
+            raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(value.shape)}")
+        if value.dtype != hidden.dtype:
+            raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}")
+        if value.device != hidden.device:
+            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {value.device}")
+    if hidden.shape[2] != weight.shape[1] or weight.shape[1] == 0:
+        raise ValueError(
+            f"weight must have one column a feature of hidden ({hidden.shape[2]}), got shape {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have one entry a row of weight ({len(weight)}), got shape {tuple(bias.shape)}")
+
+
+@torch.library.register_fake("raddpo::child_logits")
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scores: Tensor,
+    nodes: Tensor,
+    trie: Tensor,
+    header: Tensor,
+    live: Tensor | None,
+    scale: float,
+    softcap: float,
+    level: int,
+    columns: int,
+) -> Tensor:
+    return scores.new_empty((hidden.shape[0], columns))

@@ -1,0 +1,537 @@
+"""TrieIndex: the catalogue's semantic IDs (SIDs) as an immutable prefix tree that the decoder walks."""
+
+from __future__ import annotations
+
+import copy
+import mmap
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raddpo_ext import _C, _check
+from raddpo_ext._files import open_regular, replacing
+from raddpo_ext.index import trie_ops as _trie_ops  # noqa: F401  their fake kernels
+from raddpo_ext.index.trie_input import item_ids_of, level_symbols
+from raddpo_ext.index.trie_items import codes_of_items
+from raddpo_ext.index.vocab import SIDVocab
+
+_WORD = _C.HEADER
+_BYTES_A_THREAD = 2**20  # are checked in the time that a thread takes to start
+
+
+class Lookup(NamedTuple):
+    """Ragged items: those of row ``i`` are ``items[offsets[i]:offsets[i + 1]]``."""
+
+    items: Tensor
+    offsets: Tensor
+
+
+_SMALL_VOCAB = 2**20  # codes: 60 MB
+
+
+class TrieIndex:
+    """Immutable index of a catalogue; made by :meth:`build` or :meth:`load`.
+
+    One block of bytes, the same in memory, in a file and on a GPU: nodes numbered breadth first (root 0), the shape as
+    two bit sequences, one 16- or 32-bit symbol a node, and the item ids (``csrc/trie_index/trie.h``). About 21 bytes an
+    item for a million 8-level SIDs, 9 for 3 levels.
+
+    With ``vocab.eos`` every SID ends in that token, so a SID may be a prefix of another; its prefix's node then has
+    the end-of-sequence token as one more child. Leaves are whole SIDs, and one leaf may hold several items.
+
+    :meth:`restrict` and :meth:`discard` share the block and add two bits a node and an item, which of them are left.
+    Such an index behaves as one built from the items that are left, with the same vocab, but that nodes keep their
+    numbers (so numbers are missing, ``num_nodes`` of them below ``node_bound`` are left) and ``levels`` and
+    ``max_tokens`` are still those of the whole block.
+    """
+
+    def __init__(self, data: Tensor, header: Tensor) -> None:
+        self.data = data  # uint8, on the index's device
+        self.header = header  # its first words as int64, on the CPU
+        self.live: Tensor | None = None  # uint8, beside the data: which nodes and items are left; None: all
+        self.block: tuple[Tensor, Tensor, Tensor | None] = (data, header, None)  # as the operators take it
+        self._host = data if data.device.type == "cpu" else None  # the block on the CPU, where changes are worked out
+        self._node_tokens: Tensor | None = None
+        self._left_items: Tensor | None = None
+        self.num_items = self._word("num_items")
+        self.num_sids = self._word("num_sids")
+        self.num_nodes = self._word("num_nodes")
+        #: Every node's number is smaller.
+        self.node_bound = self.num_nodes
+        #: Tokens of the longest SID, its end-of-sequence token counted: the steps of a search.
+        self.levels = self._word("levels")
+        #: Columns of a SID.
+        self.sid_levels = self._word("sid_levels")
+        #: Tokens that a SID of these columns can have.
+        self.most_levels = self.sid_levels + (self._word("eos") >= 0)
+        #: Whether all SIDs have ``levels`` tokens.
+        self.fixed_length = self.num_nodes - self._word("first_node", self.levels) == self.num_sids
+        #: Largest token id of each level.
+        self.max_tokens = [self._word("max_token", level) for level in range(self.levels)]
+        #: Token ids of each level: its codes that have one, and the end-of-sequence token where it can follow.
+        self.num_symbols = [self._word("num_symbols", level) for level in range(self.levels)]
+        #: Children that a prefix has on average, of each level.
+        first = [self._word("first_node", depth) for depth in range(self.levels + 2)]
+        self.mean_children = [
+            (first[d + 2] - first[d + 1]) / max(1, first[d + 1] - first[d]) for d in range(self.levels)
+        ]
+        # Where each level's token ids begin in the block, or the first of them where they follow one another.
+        tables = [self._word("table", level) for level in range(self.levels)]
+        self._token_tables = [None if table < 0 else self._word("tokens") + 4 * table for table in tables]
+        self._first_tokens = [self._word("first_token", level) for level in range(self.levels)]
+        codes = sum(self._word("sizes", level) for level in range(self.sid_levels))
+        has_small_vocab = self._word("has_vocab") and codes <= _SMALL_VOCAB
+        self._vocab: SIDVocab | None = self._make_vocab() if has_small_vocab else None
+        # Of each depth from 1 on, beside the data: to copy them for every call would wait for the GPU.
+        self._first_nodes = torch.tensor(first[1 : self.levels + 1], dtype=torch.int64, device=data.device)
+
+    @classmethod
+    def build(
+        cls,
+        sids: Any,
+        *,
+        item_ids: Any = None,
+        lengths: Any = None,
+        vocab: SIDVocab | None = None,
+        progress: Callable[[float], None] | None = None,
+    ) -> TrieIndex:
+        """Builds the index from unsorted SIDs, on ``torch.get_num_threads()`` threads; Ctrl-C stops it.
+
+        Args:
+            sids: codes ``[N, L]`` of any integer type, numpy or torch; read up to each length.
+            item_ids: integers ``[N]``, distinct and ``>= 0``; default the row numbers. Stored in 32 bits where they
+                fit, else in 64. Several items may share a SID; they keep their input order.
+            lengths: integers ``[N]`` in ``[1, L]``; default all ``L``.
+            vocab: token ids of the codes; without one a code is its token id.
+            progress: called now and then with the share done, from 0 to 1.
+
+        Raises:
+            ValueError: no SIDs, a code outside its level or without a token, a repeated or negative item id, a length
+                out of range, more than 32 levels, or, without ``vocab.eos``, a SID that is a proper prefix of another.
+            TypeError: not integers.
+        """
+        if vocab is not None:
+            _check.instance(vocab, "vocab", SIDVocab)
+        codes = _check.integer_array(sids, "sids", 2)
+        rows, columns = codes.shape
+        if rows == 0 or columns == 0:
+            raise ValueError(f"sids must hold at least one SID of one code, got shape {codes.shape}")
+        if rows >= 2**32 - 1:
+            raise ValueError(f"sids must have fewer than 2**32 - 1 rows, got {rows}")
+        eos = None if vocab is None else vocab.eos
+        most_levels = _C.MAX_LEVELS - (eos is not None)
+        if columns > most_levels:
+            raise ValueError(f"sids must have at most {most_levels} levels, got shape {codes.shape}")
+        if vocab is not None and vocab.levels != columns:
+            raise ValueError(f"sids must have one column a level of vocab ({vocab.levels}), got shape {codes.shape}")
+        ends = None if lengths is None else _check.lengths(lengths, rows, 1, columns).numpy()
+        ids = None
+        if item_ids is not None:
+            ids = item_ids_of(item_ids, "item_ids")
+            if len(ids) != rows:
+                raise ValueError(f"item_ids must have one entry a row of sids ({rows}), got {len(ids)}")
+        data = torch.from_numpy(
+            _C.trie_build(
+                codes,
+                lengths=ends,
+                item_ids=ids,
+                levels=level_symbols(vocab, columns),
+                eos=-1 if eos is None else eos,
+                has_vocab=vocab is not None,
+                threads=torch.get_num_threads(),
+                progress=progress,
+            )
+        )
+        return cls(data, _header_of(data))
+
+    @property
+    def vocab(self) -> SIDVocab | None:
+        """The vocab that the index was built with; a large one is made on first use, as a small file may name 2**24
+        codes."""
+        if self._vocab is None and self._word("has_vocab"):
+            self._vocab = self._make_vocab()
+        return self._vocab
+
+    @property
+    def eos(self) -> int | None:
+        """The token that ends every SID, or None: ``vocab.eos`` without the vocab."""
+        eos = self._word("eos")
+        return None if eos < 0 else eos
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole index, header included."""
+        return self.data.numel() + (0 if self.live is None else self.live.numel())
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def to(self, device: torch.device | str) -> TrieIndex:
+        """The same index on another device. What :meth:`restrict`, :meth:`discard` and :meth:`add` need of it stays on
+        the CPU as well."""
+        live = None if self.live is None else self.live.to(device)
+        return self._but(
+            data=self.data.to(device),
+            live=live,
+            _first_nodes=self._first_nodes.to(device),
+            _node_tokens=None,
+            _left_items=None,
+        )
+
+    def restrict(self, item_mask: Any) -> TrieIndex:
+        """The index of the allowed items alone, for a request's filter.
+
+        Shares the block; a search in it is exact under the filter. ``restrict(a).restrict(b)`` allows what both allow.
+        May be empty: a search then gives empty rows.
+
+        Args:
+            item_mask: bool ``[M]`` by item id, ``M`` above the largest id of the index; or the allowed ids, integers
+                ``[K]``, of which those that the index lacks are ignored. Torch or numpy.
+
+        Raises:
+            ValueError: a mask that is too short (naming an item that it leaves out), or a negative id.
+            TypeError: neither bool nor integers.
+        """
+        kind = item_mask.dtype if isinstance(item_mask, (Tensor, np.ndarray)) else None
+        if kind not in (torch.bool, np.dtype(bool)):
+            return self._left(ids=item_ids_of(item_mask, "item_mask", least=0), keep=True)
+        mask = item_mask.detach().cpu().numpy() if isinstance(item_mask, Tensor) else item_mask
+        if mask.ndim != 1:
+            raise ValueError(f"item_mask must have 1 dimensions, got shape {mask.shape}")
+        return self._left(mask=np.ascontiguousarray(mask), keep=True)
+
+    def discard(self, item_ids: Any) -> TrieIndex:
+        """The index without some items, integers ``[K]``; shares the block as :meth:`restrict` does.
+
+        Raises:
+            ValueError: an id that the index lacks.
+            TypeError: not integers.
+        """
+        ids = item_ids_of(item_ids, "item_ids")
+        if len(ids) and ids.min() < 0:
+            raise ValueError(f"item_ids hold {ids.min()}, which is no item of the index")
+        return self._left(ids=ids, keep=False)
+
+    def add(self, sids: Any, *, item_ids: Any = None, lengths: Any = None) -> TrieIndex:
+        """A new index with more items, the same to the byte as one built from the items that are left and these.
+
+        Args:
+            sids, lengths: as in :meth:`build`; codes of the same vocab.
+            item_ids: as in :meth:`build`; default the numbers after the largest id.
+
+        Raises:
+            ValueError: as :meth:`build`; also another number of columns, or an id that the index has already.
+            TypeError: not integers.
+        """
+        codes = _check.integer_array(sids, "sids", 2)
+        if codes.shape[1] != self.sid_levels:
+            raise ValueError(f"sids must have {self.sid_levels} columns, as the index has, got shape {codes.shape}")
+        if item_ids is None:
+            first = int(self.items.max()) + 1 if self.num_items else 0
+            if first + len(codes) > 2**63:
+                raise ValueError(f"item_ids must be given: few ids are left above the largest, {first - 1}")
+            item_ids = first + np.arange(len(codes))
+        if not len(codes):
+            return self
+        added = TrieIndex.build(codes, item_ids=item_ids, lengths=lengths, vocab=self.vocab)
+        if not self.num_items:
+            return added.to(self.device)
+        kept = self._compact()
+        known = _C.trie_first_known(kept, added.items.long().numpy(), torch.get_num_threads())
+        if known >= 0:
+            raise ValueError(f"item_ids hold {known}, which is an item of the index already")
+        data = torch.from_numpy(_C.trie_merge(kept, added.data.numpy()))
+        return TrieIndex(data, _header_of(data)).to(self.device)
+
+    def _left(self, *, keep: bool, ids: np.ndarray | None = None, mask: np.ndarray | None = None) -> TrieIndex:
+        before = None if self.live is None else self.live.cpu().numpy()
+        live, items, sids, nodes, deepest = _C.trie_live(
+            self._host_data().numpy(), before, ids, mask, keep, torch.get_num_threads()
+        )
+        return self._but(
+            live=torch.from_numpy(live).to(self.device),
+            num_items=items,
+            num_sids=sids,
+            num_nodes=nodes,
+            fixed_length=deepest == sids,
+            _host=self._host,
+            _node_tokens=None,
+            _left_items=None,
+        )
+
+    def _but(self, **changes: Any) -> TrieIndex:
+        index = copy.copy(self)
+        vars(index).update(changes)
+        index.block = (index.data, index.header, index.live)
+        return index
+
+    def _host_data(self) -> Tensor:
+        if self._host is None:
+            self._host = self.data.cpu()
+        return self._host
+
+    def _compact(self) -> np.ndarray:
+        """The block of what is left."""
+        data = self._host_data().numpy()
+        return data if self.live is None else _C.trie_compact(data, self.live.cpu().numpy(), self.num_sids)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes what is left to one file, atomically: a reader sees the old file or the whole new one.
+
+        Raises:
+            ValueError: nothing is left.
+        """
+        if not self.num_items:
+            raise ValueError(f"{os.fspath(path)}: an index without items cannot be saved")
+        data = self._compact()
+        with replacing(Path(path)) as file:
+            file.write(data.data)  # numpy's own tofile hides why it failed
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TrieIndex:
+        """Maps a saved index into memory; processes that load the same file share its pages.
+
+        The file may come from anywhere: what loads is what :meth:`build` and :meth:`save` write, to the byte. Every
+        header word, bit, symbol and item id is checked, which takes about 0.1 s for 10 million 8-level SIDs, and a
+        few times that where item ids are sparse. What cannot be checked is what somebody writes into the file later
+        (``cp NEW FILE`` does): the index would change or the process die under a search. Replace a file as
+        :meth:`save` and ``mv`` do, which make a new one of the same name; the old one stays for those who have it.
+
+        Raises:
+            ValueError: the file is no index, no regular file, of another version, truncated, altered or malformed;
+                naming it and what is wrong.
+            OSError: it cannot be opened or mapped.
+            MemoryError: there is too little to check it.
+        """
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            # A private mapping: writable as torch wants it, yet the file stays as it is and its pages stay shared.
+            try:
+                content = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) if size else b""
+            except OSError as error:
+                error.filename = os.fspath(path)
+                raise
+        try:
+            _C.trie_check(content, min(torch.get_num_threads(), 1 + size // _BYTES_A_THREAD))
+        except (ValueError, MemoryError) as error:
+            raise type(error)(f"{os.fspath(path)}: {error}") from None
+        data = torch.frombuffer(content, dtype=torch.uint8)
+        return cls(data, _header_of(data))
+
+    def contains(self, sids: Any, lengths: Any = None) -> Tensor:
+        """Whether each SID is in the catalogue: bool ``[N]`` for ``sids`` ``[N, L]``; see :meth:`lookup`."""
+        _, count = self._items(self._leaves(sids, lengths))
+        return count > 0
+
+    def lookup(self, sids: Any, lengths: Any = None) -> Lookup:
+        """The items of each SID.
+
+        Args:
+            sids: integer codes ``[N, L]``, read up to each length. Codes that no SID has are not found, not an error.
+            lengths: integer ``[N]`` in ``[0, L]``; default all ``L``.
+
+        Returns:
+            ``(items, offsets)``: int64 item ids in input order and int64 ``[N + 1]`` offsets into them.
+        """
+        first, count = self._items(self._leaves(sids, lengths))
+        offsets = torch.zeros(len(count) + 1, dtype=torch.int64, device=self.device)
+        torch.cumsum(count, 0, out=offsets[1:])
+        rows = torch.repeat_interleave(count)
+        return Lookup(self.items_at(first[rows] + torch.arange(len(rows), device=self.device) - offsets[rows]), offsets)
+
+    def sids_of(self, item_ids: Any) -> Tensor:
+        """The SID of each item, :meth:`lookup` the other way round; one pass over the items, however many are asked.
+
+        Args:
+            item_ids: integers ``[K]``, in any order and more than once.
+
+        Returns:
+            int64 codes ``[K, sid_levels]``, -1 beyond a shorter SID's length; on the index's device.
+
+        Raises:
+            ValueError: an id that the index lacks, naming it.
+            TypeError: not integers.
+        """
+        return codes_of_items(self, torch.from_numpy(item_ids_of(item_ids, "item_ids")), "item_ids")
+
+    def nodes(self, tokens: Tensor) -> Tensor:
+        """The trie node before each token: int64 ``[C, L]`` for token ids ``[C, L]``, -1 once a prefix is off the trie.
+
+        ``nodes[:, 0]`` is the root. Padding (any id that is no child) gives -1 from there on.
+        """
+        return self._walk(tokens)[:, :-1]
+
+    def children(self, prefix: Sequence[int]) -> Tensor:
+        """Codes that can follow a prefix of codes, int64, in the order of their token ids; -1 stands for ``eos``.
+
+        Empty for a whole SID and for a prefix that no SID has.
+        """
+        codes = torch.tensor([[*map(int, prefix)]], dtype=torch.int64, device=self.device).reshape(1, -1)
+        depth = codes.shape[1]
+        if depth >= self.levels:
+            return codes.new_empty(0)
+        tokens = self._tokens(codes, codes.new_full((1,), depth))[:, :depth]
+        node = self._walk(tokens)[0, -1:]
+        first, count = (int(x) for x in self.child_ranges(node))
+        if depth == self.sid_levels:  # nothing but the end-of-sequence token
+            return codes.new_full((count,), -1)
+        return self.paths(self.nodes_at(torch.arange(first, first + count, device=self.device)))[0][:, depth]
+
+    def paths(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes on the way to each node and its depth in tokens.
+
+        Args:
+            nodes: int64, any shape ``[...]``.
+
+        Returns:
+            int64 codes ``[..., sid_levels]`` padded with -1 (also for ``eos``), int64 depths ``[...]``, -1 for no node.
+        """
+        self._check_nodes(nodes)
+        codes, depths = torch.ops.raddpo.trie_paths(nodes.contiguous(), *self.block, self.sid_levels)
+        return codes.view(*nodes.shape, self.sid_levels), depths.view(nodes.shape)
+
+    def depths(self, nodes: Tensor) -> Tensor:
+        """Depth of each node in tokens, int64, shaped like ``nodes``; 0 for the root."""
+        return torch.bucketize(nodes.contiguous(), self._first_nodes.to(nodes.device), right=True)
+
+    def item_ranges(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each node's items begin in :attr:`items` and how many they are, int64, shaped like ``nodes``."""
+        first, count = self._items(nodes)
+        return first.view(nodes.shape), count.view(nodes.shape)
+
+    def child_ranges(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each node's children begin among all nodes that are left (see :meth:`nodes_at`, :attr:`node_tokens`)
+        and how many they are, int64, shaped like ``nodes``. Unless restricted, that is the number of the first child.
+        """
+        self._check_nodes(nodes)
+        first, count = torch.ops.raddpo.trie_children(nodes.contiguous(), *self.block)
+        return first.view(nodes.shape), count.view(nodes.shape)
+
+    def level_tokens(self, level: int) -> Tensor | slice:
+        """The token ids of a level, ascending: int64 ``[num_symbols]``, or a slice where they follow one another."""
+        start, first, count = self._token_tables[level], self._first_tokens[level], self.num_symbols[level]
+        if start is None:
+            return slice(first, first + count)
+        return self.data[start : start + 4 * count].view(torch.int32).long()
+
+    def nodes_at(self, places: Tensor) -> Tensor:
+        """The nodes at these places (int64 ``[K]``) among all that are left, in ascending order of their numbers."""
+        return places if self.live is None else torch.ops.raddpo.trie_select(places.contiguous(), *self.block, False)
+
+    def items_at(self, places: Tensor) -> Tensor:
+        """``items[places]`` as int64, for places of any shape, without a copy of all that are left."""
+        items = self._all_items()
+        if self.live is None:
+            return items[places].long()
+        numbers = torch.ops.raddpo.trie_select(places.contiguous(), *self.block, True)
+        return items[numbers].long().view(places.shape)
+
+    @property
+    def has_node_tokens(self) -> bool:
+        return self._node_tokens is not None
+
+    @property
+    def node_tokens(self) -> Tensor:
+        """Token id on the edge into each node that is left, int32 ``[num_nodes]``, -1 for the root; made on first use
+        and kept."""
+        if self._node_tokens is None:
+            tokens = self._all_node_tokens()
+            if self.live is not None:
+                tokens = tokens[self.nodes_at(torch.arange(self.num_nodes, device=self.device))]
+            self._node_tokens = tokens
+        return self._node_tokens
+
+    @property
+    def items(self) -> Tensor:
+        """Every item id, leaf by leaf, int32 or int64 ``[num_items]``; of a restricted index made on first use."""
+        if self.live is None:
+            return self._all_items()
+        if self._left_items is None:
+            places = torch.arange(self.num_items, device=self.device)
+            self._left_items = self._all_items()[torch.ops.raddpo.trie_select(places, *self.block, True)]
+        return self._left_items
+
+    def _all_items(self) -> Tensor:
+        """Those of the block."""
+        size = self._word("item_bytes")
+        begin = self._word("items")
+        items = self.data[begin : begin + size * self._word("num_items")]
+        return items.view(torch.int32 if size == 4 else torch.int64)
+
+    def _all_node_tokens(self) -> Tensor:
+        size = 4 if self._word("wide") else 2
+        begin = self._word("symbols")
+        symbols = self.data[begin : begin + size * self.node_bound].view(torch.uint32 if size == 4 else torch.uint16)
+        tokens = torch.full((self.node_bound,), -1, dtype=torch.int32, device=self.device)
+        for level in range(self.levels):
+            nodes = slice(self._word("first_node", level + 1), self._word("first_node", level + 2))
+            ranks = symbols[nodes].to(torch.int32)
+            ids = self.level_tokens(level)
+            tokens[nodes] = ranks + ids.start if isinstance(ids, slice) else ids[ranks].int()
+        return tokens
+
+    def _check_nodes(self, nodes: Tensor) -> None:
+        if not isinstance(nodes, Tensor) or nodes.dtype != torch.int64:
+            raise TypeError(f"nodes must be int64, got {nodes.dtype if isinstance(nodes, Tensor) else nodes!r}")
+        if nodes.device != self.device:
+            raise ValueError(f"nodes must be on the index's device, {self.device}, got {nodes.device}")
+
+    def _items(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_nodes(nodes)
+        return torch.ops.raddpo.trie_items(nodes.contiguous(), *self.block)
+
+    def _walk(self, tokens: Tensor) -> Tensor:
+        tokens = _check.integer_tensor(tokens, "tokens", 2).to(self.device).contiguous()
+        return torch.ops.raddpo.trie_walk(tokens, *self.block)
+
+    def _leaves(self, sids: Any, lengths: Any) -> Tensor:
+        """The node at the end of each SID, -1 for one that is no path."""
+        codes = _check.integer_tensor(sids, "sids", 2).to(self.device)
+        rows, columns = codes.shape
+        if lengths is None:
+            ends = torch.full((rows,), columns, device=self.device)
+        else:
+            ends = _check.lengths(lengths, rows, 0, columns).to(self.device)
+        tokens = self._tokens(codes, ends)
+        last = ends + (tokens.shape[1] - columns)
+        return self._walk(tokens).gather(1, last[:, None])[:, 0]
+
+    def _tokens(self, codes: Tensor, ends: Tensor) -> Tensor:
+        if self.vocab is not None:
+            return self.vocab.lookup(codes, ends)
+        return torch.where(torch.arange(codes.shape[1], device=codes.device) < ends[:, None], codes, -1)
+
+    def _word(self, name: str, offset: int = 0) -> int:
+        return int(self.header[_WORD[name] + offset])
+
+    def _make_vocab(self) -> SIDVocab:
+        """From the tables."""
+        header_bytes = self.data if self.data.device.type == "cpu" else self.data.cpu()
+        token_ids = []
+        for level in range(self.sid_levels):
+            ids = torch.full((self._word("sizes", level),), -1, dtype=torch.int64, device="cpu")
+            count, table = self._word("num_symbols", level), self._word("table", level)
+            if table < 0:
+                ids[:] = torch.arange(count, device="cpu") + self._word("first_token", level)
+            else:
+                begin = [self._word(section) + 4 * table for section in ("codes", "tokens")]
+                codes, tokens = (header_bytes[b : b + 4 * count].view(torch.int32).long() for b in begin)
+                ids[codes[codes >= 0]] = tokens[codes >= 0]
+            token_ids.append(ids)
+        return SIDVocab([len(ids) for ids in token_ids], eos=self.eos, token_ids=token_ids)
+
+    def __repr__(self) -> str:
+        return (
+            f"TrieIndex(num_items={self.num_items}, num_sids={self.num_sids}, num_nodes={self.num_nodes}, "
+            f"levels={self.levels}, nbytes={self.nbytes}, device='{self.device}')"
+        )
+
+
+def _header_of(data: Tensor) -> Tensor:
+    return data[: _C.HEADER_WORDS * 8].view(torch.int64).clone()

@@ -1,0 +1,52 @@
+"""What TrieIndex hands to the builder in C++."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from raddpo_ext import _check
+from raddpo_ext.index.vocab import SIDVocab
+
+
+def level_symbols(vocab: SIDVocab | None, columns: int) -> list[tuple[Any, ...]]:
+    """For each level (size, first token, symbol of eos, symbol of each code, tokens, codes), as csrc/python.cpp takes
+    it: empty arrays where token = first token + code."""
+    empty = np.empty(0, np.int32)
+    if vocab is None:
+        return [(-1, 0, -1, empty, empty, empty)] * columns
+    levels: list[tuple[Any, ...]] = []
+    for level, ids in enumerate(vocab.token_ids):
+        size, first = len(ids), int(ids[0])
+        eos = vocab.eos if level > 0 else None
+        if eos is None and first >= 0 and torch.equal(ids, torch.arange(first, first + size, device="cpu")):
+            levels.append((size, first, -1, empty, empty, empty))
+            continue
+        end = torch.tensor([] if eos is None else [-1], dtype=torch.int64, device="cpu")
+        codes = torch.cat([(ids >= 0).nonzero()[:, 0], end])
+        tokens = torch.where(codes >= 0, ids[codes.clamp(min=0)], -1 if eos is None else eos)
+        order = tokens.argsort()
+        tokens, codes = tokens[order], codes[order]
+        symbols = torch.full((size,), -1, device="cpu")
+        symbols[codes[codes >= 0]] = (codes >= 0).nonzero()[:, 0]
+        eos_symbol = int((codes < 0).nonzero()[0, 0]) if eos is not None else -1
+        levels.append((size, 0, eos_symbol, symbols.int().numpy(), tokens.int().numpy(), codes.int().numpy()))
+    if vocab.eos is not None:
+        levels.append((0, 0, 0, empty, np.array([vocab.eos], np.int32), np.array([-1], np.int32)))
+    return levels
+
+
+def item_ids_of(value: Any, name: str, least: int | None = None) -> np.ndarray:
+    """int64 ``[N]``."""
+    if isinstance(value, Sequence) and not len(value):  # no type to tell
+        return np.empty(0, np.int64)
+    given = _check.integer_array(value, name, 1)
+    ids = given.astype(np.int64)
+    if given.dtype == np.uint64:
+        _check.none(torch.from_numpy(ids < 0), lambda row: f"{name}[{row}] = {given[row]} exceeds 2**63 - 1")
+    if least is not None:
+        _check.none(torch.from_numpy(ids < least), lambda row: f"{name}[{row}] = {given[row]} is negative")
+    return ids

@@ -1,0 +1,263 @@
+"""The matrix products behind linear_token_logps: a part's logits, whole or in tiles, and its share of the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from raddpo_ext import _C
+from raddpo_ext.logps.linear_parts import Part
+from raddpo_ext.logps.token_logps import Options, logps_and_lse, overwrite_by_gradient
+
+# A tile beyond the budget has at least this many columns and rows, or all of them: less would not fill a product.
+_LEAST_COLUMNS, _LEAST_ROWS = 1024, 256
+# Multiplications from which leaving rows out pays for looking which.
+WORTH_A_LOOK = 1 << 26
+_HUGE = 1 << 25  # bytes from which malloc maps fresh pages for every call
+
+
+class Plan(NamedTuple):
+    """What the parts have in common."""
+
+    dtype: torch.dtype  # of the products
+    scale: float
+    softcap: float
+    ignore_index: int
+    budget: int  # bytes of logits
+    wanted: bool  # whether a gradient is
+    accumulate: bool  # whether the weight's goes straight into weight.grad
+
+
+class Product:
+    """``hidden @ weight.T + bias`` of one part."""
+
+    def __init__(self, part: Part, plan: Plan, hidden: Tensor, weight: Tensor, bias: Tensor | None, room: int) -> None:
+        self.part, self.plan = part, plan
+        self.hidden = hidden if part.rows is None else hidden.index_select(0, part.rows)
+        if part.columns is None and part.width == weight.shape[0]:
+            self.weight, self.bias = weight, bias
+        else:
+            chosen = slice(part.first, part.first + part.width) if part.columns is None else part.columns
+            self.weight, self.bias = weight[chosen], None if bias is None else bias[chosen]
+        rows, columns = self.hidden.shape[0], part.width
+        room //= plan.dtype.itemsize
+        #: Whether the logits need no more than ``room`` bytes.
+        self.fits = rows * columns <= room
+        if not self.fits:
+            # All rows in a tile if they can be: its rows of the weight's gradient are then one product.
+            if part.lists is None:
+                columns = min(columns, max(_LEAST_COLUMNS, room // rows))
+            rows = min(rows, max(_LEAST_ROWS, room // columns))
+        self.row_tiles, self.column_tiles = _cut(self.hidden.shape[0], rows), _cut(part.width, columns)
+        self._tile_size = rows * columns
+
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs, log-sum-exps, and the last tile's logits."""
+        buffer = self._buffer()
+        logps: list[Tensor] = []
+        lses: list[Tensor] = []
+        for rows in self.row_tiles:
+            for columns in self.column_tiles:
+                logits = self._logits(rows, columns, buffer)
+                tile_targets = _cut_out(self.part.targets, rows)
+                tile_logp, tile_lse = logps_and_lse(logits, tile_targets, self._options(rows, columns))
+                if columns.start == 0:
+                    logp, lse = tile_logp, tile_lse
+                else:  # the target is in one tile, and -inf in the others
+                    both = torch.logaddexp(lse, tile_lse)
+                    shift = both.masked_fill(both == -torch.inf, 0.0)  # every logit so far is -inf
+                    logp = torch.maximum(logp + (lse - shift), tile_logp + (tile_lse - shift))
+                    lse = both
+            logps.append(logp)
+            lses.append(lse)
+        if len(logps) > 1:
+            logp, lse = torch.cat(logps), torch.cat(lses)
+        if len(self.column_tiles) > 1:
+            logp = logp.masked_fill(self.part.targets == self.part.ignored, 0.0)
+        if self.part.outside is not None:
+            logp = logp.masked_fill(self.part.outside, -torch.inf)
+        return logp, lse, logits
+
+    def backward(self, grad: Tensor, lse: Tensor, kept: Tensor | None, gradients: Gradients) -> None:
+        """Adds this part's share to the gradients, given that of its log-probs; overwrites the kept logits."""
+        buffer = self._buffer() if kept is None else None
+        for columns in self.column_tiles:
+            weight_sum = None
+            for rows in self.row_tiles:
+                logits = self._logits(rows, columns, buffer) if kept is None else kept
+                tile_grad, targets, tile_lse = (_cut_out(x, rows) for x in (grad, self.part.targets, lse))
+                live = self._live(tile_grad)
+                overwrite_by_gradient(tile_grad, logits, targets, tile_lse, self._options(rows, columns), live)
+                hidden = _cut_out(self.hidden, rows)
+                if live is not None:
+                    logits, hidden = logits[: len(live)], hidden[live]
+                if gradients.wants_hidden:
+                    gradients.add_hidden(self.part, rows, live, logits, _cut_out(self.weight, columns))
+                if gradients.bias is not None:
+                    gradients.add_bias(self.part, columns, logits.sum(0, dtype=gradients.bias.dtype))
+                if gradients.weight is None:
+                    continue
+                if len(self.row_tiles) == 1:
+                    gradients.add_weight(self.part, columns, logits.T, hidden)
+                else:
+                    piece = (logits.T @ hidden).to(gradients.sum_dtype)
+                    weight_sum = piece if weight_sum is None else weight_sum.add_(piece)
+            if weight_sum is not None:
+                gradients.add_weight(self.part, columns, weight_sum)
+
+    def _buffer(self) -> Tensor | None:
+        """For one tile after the other: two at once exceed the budget, and malloc maps fresh pages for a large one."""
+        alone = self.fits and self._tile_size * self.plan.dtype.itemsize < _HUGE
+        return None if alone or torch.compiler.is_compiling() else empty(self.hidden, (self._tile_size,))
+
+    def _logits(self, rows: slice, columns: slice, buffer: Tensor | None) -> Tensor:
+        hidden, weight = _cut_out(self.hidden, rows), _cut_out(self.weight, columns)
+        out = None
+        if buffer is not None:
+            shape = hidden.shape[0], weight.shape[0]
+            out = _cut_out(buffer, slice(0, shape[0] * shape[1])).view(shape)
+        if self.bias is None:
+            return torch.mm(hidden, weight.T, out=out)
+        return torch.addmm(_cut_out(self.bias, columns), hidden, weight.T, out=out)
+
+    def _options(self, rows: slice, columns: slice) -> Options:
+        plan, numbers, begins, counts = self.plan, None, None, None
+        if self.part.lists is not None:
+            numbers, begins, counts = self.part.lists[0], self.part.lists[1][rows], self.part.lists[2][rows]
+        limit = self.part.width if self.part.num_targets is None else self.part.num_targets
+        return numbers, begins, counts, plan.scale, plan.softcap, self.part.ignored, columns.start, limit
+
+    def _live(self, grad: Tensor) -> Tensor | None:
+        """The rows with a gradient, on the CPU where leaving out the others saves much."""
+        if grad.device.type != "cpu" or self.part.lists is not None or torch.compiler.is_compiling():
+            return None
+        if grad.shape[0] * self.weight.numel() < WORTH_A_LOOK:
+            return None
+        live = grad.nonzero()[:, 0]
+        return live if 10 * len(live) < 9 * grad.shape[0] else None
+
+
+class Gradients:
+    """Of the hidden states, the weight and the bias, each if it is wanted."""
+
+    def __init__(
+        self,
+        products: Sequence[Product],
+        plan: Plan,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        wanted: Sequence[bool],
+    ) -> None:
+        low = plan.dtype in (torch.bfloat16, torch.float16)
+        self.sum_dtype = torch.float32 if low else plan.dtype
+        self.wants_hidden = wanted[0]
+        self._hidden = hidden
+        self._hidden_dtype = self.sum_dtype if any(len(p.column_tiles) > 1 for p in products) else plan.dtype
+        self._hidden_grad: Tensor | None = None
+        self.bias = bias.new_zeros(bias.shape, dtype=self.sum_dtype) if bias is not None and wanted[2] else None
+        self._bias_dtype = None if bias is None else bias.dtype
+        # A single part with every row of the weight writes each row of its gradient once.
+        self._once = len(products) == 1 and products[0].part.columns is None and products[0].part.width == len(weight)
+        self._adds_to = weight if plan.accumulate else None
+        self.weight: Tensor | None = None
+        if wanted[1] and plan.accumulate and weight.grad is not None:
+            self.weight, self._once = weight.grad, False
+        elif wanted[1]:
+            self.weight = empty(weight, weight.shape)
+            if not self._once:
+                self.weight.zero_()
+
+    def add_hidden(self, part: Part, rows: slice, live: Tensor | None, left: Tensor, right: Tensor) -> None:
+        """Adds ``left @ right``."""
+        whole = part.rows is None and live is None
+        if whole and self._hidden_grad is None and left.shape[0] == self._hidden.shape[0]:
+            self._hidden_grad = (left @ right).to(self._hidden_dtype)
+            return
+        if self._hidden_grad is None:
+            self._hidden_grad = self._hidden.new_zeros(self._hidden.shape, dtype=self._hidden_dtype)
+        if whole and self._hidden_dtype == left.dtype:
+            self._hidden_grad[rows].addmm_(left, right)
+            return
+        place: slice | Tensor = rows
+        if not whole:
+            place = torch.arange(rows.start, rows.stop, device=left.device) if part.rows is None else part.rows[rows]
+            place = place if live is None else place[live]
+        self._hidden_grad[place] += left @ right
+
+    def add_bias(self, part: Part, columns: slice, piece: Tensor) -> None:
+        assert self.bias is not None
+        self.bias[_rows_of_weight(part, columns)] += piece
+
+    def add_weight(self, part: Part, columns: slice, left: Tensor, right: Tensor | None = None) -> None:
+        """Adds ``left @ right``, or ``left``."""
+        assert self.weight is not None
+        place = _rows_of_weight(part, columns)
+        if isinstance(place, Tensor) or right is None or self.weight.dtype != left.dtype:
+            piece = (left if right is None else left @ right).to(self.weight.dtype)
+            if isinstance(place, Tensor):
+                self.weight.index_add_(0, place, piece)
+            elif self._once:
+                self.weight[place] = piece
+            else:
+                self.weight[place] += piece
+        elif self._once:
+            torch.mm(left, right, out=_cut_out(self.weight, place))
+        else:
+            _cut_out(self.weight, place).addmm_(left, right)
+
+    def add_pairs(self, rows: Tensor, columns: Tensor, factors: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        """Adds that of single logits, whose gradients are ``factors`` and who stand in ``rows`` and ``columns``."""
+        if self.wants_hidden:
+            if self._hidden_grad is None:
+                self._hidden_grad = self._hidden.new_zeros(self._hidden.shape, dtype=self._hidden_dtype)
+            _add_rows(self._hidden_grad, rows, factors[:, None] * weight.index_select(0, columns))
+        if self.bias is not None:
+            _add_rows(self.bias, columns, factors)
+        if self.weight is not None:
+            _add_rows(self.weight, columns, factors[:, None] * hidden.index_select(0, rows))
+
+    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What goes back to autograd."""
+        hidden, weight = self._hidden_grad, self.weight
+        if self.wants_hidden and hidden is None:
+            hidden = torch.zeros_like(self._hidden)
+        if self._adds_to is not None and weight is not None:
+            self._adds_to.grad, weight = weight, None
+        return (
+            None if hidden is None else hidden.to(self._hidden.dtype),
+            weight,
+            None if self.bias is None else self.bias.to(self._bias_dtype),
+        )
+
+
+def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Uninitialised; on huge pages where it is large, see csrc/common/huge_pages.h."""
+    out = like.new_empty(shape)
+    if out.device.type == "cpu" and not torch.compiler.is_compiling() and out.nbytes >= _HUGE:
+        _C.advise_huge_pages(out.data_ptr(), out.nbytes)
+    return out
+
+
+def _cut(size: int, step: int) -> list[slice]:
+    """``[0, size)`` in slices of ``step``."""
+    return [slice(begin, min(begin + step, size)) for begin in range(0, size, step)]
+
+
+def _cut_out(x: Tensor, place: slice) -> Tensor:
+    """``x[place]``, without a view of the whole."""
+    return x if place.stop - place.start == x.shape[0] else x[place]
+
+
+def _add_rows(to: Tensor, places: Tensor, values: Tensor) -> None:
+    """Adds each row in its place, of which there may be several; on CUDA in an order that never changes."""
+    to.index_put_((places,), values.to(to.dtype), accumulate=True)
+
+
+def _rows_of_weight(part: Part, columns: slice) -> slice | Tensor:
+    if part.columns is not None:
+        return part.columns[columns]
+    return slice(part.first + columns.start, part.first + columns.stop)

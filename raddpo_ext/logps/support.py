@@ -1,0 +1,123 @@
+"""The support of a token's softmax: the whole vocabulary, its level's tokens, or its prefix's children in a trie."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from raddpo_ext import _check
+from raddpo_ext.index.trie import TrieIndex
+from raddpo_ext.index.vocab import SIDVocab
+
+
+class Support(NamedTuple):
+    """Ragged lists of token ids: row ``r`` has ``columns[begins[r] : begins[r] + counts[r]]``, in ascending order.
+
+    Attributes:
+        columns: int32.
+        begins, counts: int64, of the targets' shape.
+        groups: int64, of the targets' shape: rows that share most of their columns; the level, or the depth of the
+            prefix. -1 where the support is empty.
+        num_groups: see ``groups``.
+        vocab: whose levels the groups are, if they are levels.
+        period: of the groups, if they are the positions in the last dimension; else 0.
+    """
+
+    columns: Tensor
+    begins: Tensor
+    counts: Tensor
+    groups: Tensor
+    num_groups: int
+    vocab: SIDVocab | None
+    period: int
+
+    def flatten(self) -> Support:
+        """That of ``targets.reshape(-1)``."""
+        begins, counts, groups = (rows.reshape(-1) for rows in (self.begins, self.counts, self.groups))
+        return self._replace(begins=begins, counts=counts, groups=groups)
+
+
+def support_of(
+    targets: Tensor,
+    normalize: str,
+    vocab: SIDVocab | None,
+    levels: Tensor | None,
+    index: TrieIndex | None,
+    nodes: Tensor | None,
+    num_columns: int,
+    ignore_index: int,
+    check: bool,
+) -> Support | None:
+    """The support of each target, None for the whole vocabulary; arguments are those of :func:`token_logps`."""
+    _check.choice(normalize, "normalize", _check.NORMALIZE)
+    if normalize == "vocab":
+        return None
+    check = (check or targets.device.type == "cpu") and not torch.compiler.is_compiling()
+    if normalize == "level":
+        return _of_levels(targets, vocab, levels, num_columns, ignore_index, check)
+    return _of_nodes(targets, index, nodes, num_columns, check)
+
+
+def _of_levels(
+    targets: Tensor, vocab: SIDVocab | None, levels: Tensor | None, num_columns: int, ignore_index: int, check: bool
+) -> Support:
+    if vocab is None:
+        raise ValueError("normalize = 'level' needs vocab")
+    _check.instance(vocab, "vocab", SIDVocab)
+    if vocab.max_token >= num_columns:
+        raise ValueError(f"vocab has token {vocab.max_token}, beyond the {num_columns} columns of the logits")
+    num_levels = vocab.levels + (vocab.eos is not None)
+    period = 0
+    if levels is None:
+        if targets.dim() == 0:
+            raise ValueError("levels must be given for a target without dimensions")
+        period = targets.shape[-1]
+        levels = torch.arange(period, device=targets.device)
+    elif not isinstance(levels, Tensor) or levels.dtype != torch.int64:
+        raise TypeError(
+            f"levels must be an int64 tensor, got {levels.dtype if isinstance(levels, Tensor) else levels!r}"
+        )
+    if levels.device != targets.device:
+        raise ValueError(f"levels must be on the device of targets, {targets.device}, got {levels.device}")
+    try:
+        levels = levels.expand(targets.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"levels must broadcast to the shape of targets, {tuple(targets.shape)}, got {tuple(levels.shape)}"
+        ) from None
+    outside = (levels < 0) | (levels >= num_levels)
+    if check:
+        wrong = outside & (targets != ignore_index)
+        if bool(wrong.any()):
+            raise ValueError(f"levels hold {int(levels[wrong][0])}, outside [0, {num_levels}), the levels of vocab")
+    columns, begins, counts = vocab.level_columns(targets.device)
+    known = torch.where(outside, 0, levels)
+    counts = torch.where(outside, 0, counts.take(known))
+    return Support(columns, begins.take(known), counts, torch.where(outside, -1, levels), num_levels, vocab, period)
+
+
+def _of_nodes(targets: Tensor, index: TrieIndex | None, nodes: Tensor | None, num_columns: int, check: bool) -> Support:
+    if index is None or nodes is None:
+        raise ValueError(f"normalize = 'trie' needs {'index' if index is None else 'nodes'}")
+    _check.instance(index, "index", TrieIndex)
+    if not isinstance(nodes, Tensor) or nodes.dtype != torch.int64:
+        raise TypeError(f"nodes must be an int64 tensor, got {nodes.dtype if isinstance(nodes, Tensor) else nodes!r}")
+    if nodes.shape != targets.shape:
+        raise ValueError(f"nodes must have the shape of targets, {tuple(targets.shape)}, got {tuple(nodes.shape)}")
+    if not nodes.device == targets.device == index.device:
+        raise ValueError(
+            f"targets, nodes and index must be on one device, got {targets.device}, {nodes.device}, {index.device}"
+        )
+    if max(index.max_tokens) >= num_columns:
+        raise ValueError(f"index has token {max(index.max_tokens)}, beyond the {num_columns} columns of the logits")
+    if check:
+        wrong = (nodes < -1) | (nodes >= index.node_bound)
+        if bool(wrong.any()):
+            raise ValueError(f"nodes hold {int(nodes[wrong][0])}, no node of the index, which has {index.node_bound}")
+    if torch.compiler.is_compiling() and not index.has_node_tokens:
+        raise ValueError("index.node_tokens must be read once before torch.compile traces normalize = 'trie'")
+    first, count = index.child_ranges(nodes)
+    groups = torch.where(count > 0, index.depths(nodes), -1)
+    return Support(index.node_tokens, torch.where(count > 0, first, 0), count, groups, index.levels, None, 0)

@@ -1,0 +1,224 @@
+"""token_logps: log-probs of target tokens from logits, in one read forward and one read and write backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raddpo_ext import _check
+from raddpo_ext._autograd import below_autograd, differentiable_once, refuse_transforms, refuse_transforms_of_operator
+from raddpo_ext.index.trie import TrieIndex
+from raddpo_ext.index.vocab import SIDVocab
+from raddpo_ext.logps.support import support_of
+
+# What an op is called with after its tensors: columns, begin, count, scale, softcap, ignore_index, first_column,
+# vocab_size; csrc/token_logps/token_logps.h.
+Options = tuple[Tensor | None, Tensor | None, Tensor | None, float, float, int, int, int]
+
+
+def token_logps(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    vocab: SIDVocab | None = None,
+    levels: Tensor | None = None,
+    index: TrieIndex | None = None,
+    nodes: Tensor | None = None,
+    normalize: str = "vocab",
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    check: bool = False,
+) -> Tensor:
+    """Log-probs ``z[t] - log(sum over j in support of exp(z[j]))`` of target tokens ``t``, ``z`` being the logits.
+
+    ``z = logit_softcap * tanh(logits / logit_softcap) / temperature``: the cap belongs to the model, the temperature
+    to who reads its logits. The forward pass saves the log-sum-exp of each row only; the backward pass writes
+    ``g * (onehot - softmax)``, ``g`` being the log-prob's gradient, and exact zeros for a row with ``g = 0``.
+    Log-probs are at most 0, in float32 (float64 for float64 logits).
+
+    Args:
+        logits: ``[..., V]`` float32, bfloat16, float16 or float64. Rows at any strides are read in place.
+        targets: int64 ``[...]`` token ids in ``[0, V)``.
+        vocab: levels and their tokens, for ``"level"``.
+        levels: int64, broadcast to ``targets``: each target's level, ``vocab.levels`` standing for ``eos`` alone.
+            Default: its position in the last dimension.
+        index: the catalogue, for ``"trie"``.
+        nodes: int64, shaped like ``targets``: the node of each target's prefix, ``index.nodes(tokens)``.
+        normalize: support of the softmax: ``"vocab"`` all of ``V``, ``"level"`` the codes of the target's level and,
+            after the first, ``eos``; ``"trie"`` the children of the prefix. A target outside its support has log-prob
+            ``-inf`` and no gradient.
+        temperature: positive.
+        logit_softcap: positive, or None.
+        ignore_index: a target of this value has log-prob 0 and no gradient.
+        inplace_backward: write the gradient into the storage of ``logits``, which then no longer hold logits. Not for
+            rows that share memory (``expand``), nor while ``torch.compile`` traces: there the gradient gets storage of
+            its own.
+        check: also raise ValueError for NaN logits, and on CUDA for the values of integer tensors (synchronises).
+            On CUDA without it, a target outside ``[0, V)`` gives ``-inf``.
+
+    Returns:
+        ``[...]``, differentiable once, in reverse mode: anything else is an error.
+
+    Raises:
+        ValueError, TypeError: naming the argument and the value.
+        RuntimeError: from a second backward pass after ``inplace_backward``.
+
+    Source: the gather - logsumexp identity; Liger Kernel (arXiv 2410.10989) writes gradients in place.
+    """
+    _check_logits(logits, targets)
+    refuse_transforms("token_logps", logits)
+    scale, softcap = check_map(temperature, logit_softcap)
+    ignore_index = _check.integer(ignore_index, "ignore_index")
+    support = support_of(targets, normalize, vocab, levels, index, nodes, logits.shape[-1], ignore_index, check)
+    columns, begin, count = (None, None, None) if support is None else support[:3]
+    if check:
+        check_targets(targets, logits.shape[-1], ignore_index)
+        if bool(logits.isnan().any()):
+            raise ValueError(f"logits hold NaN, first at {logits.isnan().nonzero()[0].tolist()}")
+    options: Options = (columns, begin, count, scale, softcap, ignore_index, 0, logits.shape[-1])
+    return differentiable(logits, targets, options, inplace_backward, "token_logps")
+
+
+def differentiable(logits: Tensor, targets: Tensor, options: Options, inplace_backward: bool, op: str) -> Tensor:
+    """The op on logits of any leading shape, its autograd formula included; ``op`` is its name in errors."""
+    rows = _rows(logits)
+    if torch.compiler.is_compiling():
+        logps = torch.ops.raddpo.token_logps(rows, targets.contiguous(), *options)[0]
+    else:
+        try:
+            inplace = inplace_backward and not _share_memory(rows)
+            logps = _TokenLogps.apply(rows, targets.contiguous(), options, inplace, op)[0]
+        except RuntimeError:
+            check_targets(targets, logits.shape[-1], options[5])
+            raise
+    return logps if logps.shape == targets.shape else logps.view(targets.shape)
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """``logits`` as ``[rows, V]`` or ``[outer, inner, V]``, in place where their strides allow it."""
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        logits = logits.contiguous()
+    if logits.dim() == 1:
+        return logits[None]
+    return logits if logits.dim() <= 3 else logits.flatten(0, -3)
+
+
+def _share_memory(rows: Tensor) -> bool:
+    """Whether two entries may have one address."""
+    reach = 1
+    for stride, size in sorted(zip(rows.stride(), rows.shape, strict=True)):
+        if size > 1 and stride < reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def check_map(temperature: float, logit_softcap: float | None) -> tuple[float, float]:
+    """The factor on the logits and their cap, 0 for none."""
+    scale = 1.0 / _check.positive(temperature, "temperature")
+    return scale, 0.0 if logit_softcap is None else _check.positive(logit_softcap, "logit_softcap")
+
+
+def check_targets(targets: Tensor, num_columns: int, ignore_index: int) -> None:
+    """Raises ValueError for a target outside the vocabulary."""
+    wrong = ((targets < 0) | (targets >= num_columns)) & (targets != ignore_index)
+    if bool(wrong.any()):
+        place = wrong.nonzero()[0].tolist()
+        raise ValueError(f"targets{place} = {int(targets[wrong][0])} is outside [0, {num_columns})")
+
+
+def _check_logits(logits: Tensor, targets: Tensor) -> None:
+    _check.float_tensor(logits, "logits")
+    _check.int64_tensor(targets, "targets")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must have shape [..., V] with V >= 1, got {tuple(logits.shape)}")
+    check_rows(targets, logits, "logits")
+
+
+def check_rows(targets: Tensor, values: Tensor, name: str) -> None:
+    """Raises ValueError unless there is one target a row of ``values``, on its device."""
+    if targets.shape != values.shape[:-1]:
+        raise ValueError(
+            f"targets must have the shape of {name} without its last dimension, {tuple(values.shape[:-1])}, got "
+            f"{tuple(targets.shape)}"
+        )
+    if targets.device != values.device:
+        raise ValueError(f"targets must be on the device of {name}, {values.device}, got {targets.device}")
+
+
+class _TokenLogps(torch.autograd.Function):
+    """Log-probs and log-sum-exps. Run at once, the autograd kernel need not be reached through the dispatcher."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, options: Options, inplace_backward: bool, op: str
+    ) -> tuple[Tensor, Tensor]:
+        logps, lse = logps_and_lse(logits, targets, options)
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(logits, targets, lse)
+        ctx.options, ctx.inplace, ctx.overwritten, ctx.op = options, inplace_backward, False, op
+        return logps, lse
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, saved: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None, None, None]:
+        logits, targets, lse = saved
+        if ctx.inplace:
+            ctx.overwritten = True
+            logits = logits.detach()  # an alias that nobody else holds: autograd takes it as the gradient, uncopied
+            overwrite_by_gradient(grad, logits, targets, lse, ctx.options)
+        else:
+            logits = torch.ops.raddpo.token_logps_backward(grad.contiguous(), logits, targets, lse, *ctx.options)
+        return logits, None, None, None, None
+
+
+def logps_and_lse(logits: Tensor, targets: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """The op without the autograd formula that is registered for it."""
+    if torch.compiler.is_compiling():
+        return torch.ops.raddpo.token_logps(logits, targets, *options)
+    return below_autograd(torch.ops.raddpo.token_logps.default, logits, targets, *options)
+
+
+def overwrite_by_gradient(
+    grad: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, options: Options, live: Tensor | None = None
+) -> None:
+    """Writes the gradient of the logits over them; with ``live`` (CPU) only that of these rows, into the first rows."""
+    torch.ops.raddpo.token_logps_backward_(grad.contiguous(), logits, targets, lse, *options[:3], live, *options[3:])
+    torch.autograd.graph.increment_version(logits)
+
+
+@torch.library.register_fake("raddpo::token_logps")
+def _(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits.new_empty(logits.shape[:-1], dtype=dtype), logits.new_empty(logits.shape[:-1], dtype=dtype)
+
+
+@torch.library.register_fake("raddpo::token_logps_backward")
+def _(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("raddpo::token_logps_backward_")
+def _(*_: Any) -> None:
+    return None
+
+
+def _differentiable_operator(logits: Tensor, targets: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """The operator's autograd kernel."""
+    refuse_transforms_of_operator("token_logps", logits)
+    if logits.requires_grad and torch.is_grad_enabled():
+        return _TokenLogps.apply(logits, targets, options, False, "token_logps")
+    return below_autograd(torch.ops.raddpo.token_logps.default, logits, targets, *options)
+
+
+def _no_second_derivative(ctx: Any, grad: Tensor) -> None:
+    raise RuntimeError("token_logps has no second derivative")
+
+
+_library = torch.library.Library("raddpo", "FRAGMENT")
+_library.impl("token_logps", _differentiable_operator, "Autograd")
+torch.library.register_autograd("raddpo::token_logps_backward", _no_second_derivative)

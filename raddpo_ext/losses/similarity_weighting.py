@@ -1,0 +1,232 @@
+"""Similarity weighting (RDRW): the more a negative is like its positive, the less their pair weighs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from raddpo_ext import _check
+from raddpo_ext._autograd import refuse_transforms
+from raddpo_ext.losses.session import SessionBatch
+
+_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# How many embedding entries are multiplied at a time: on a CPU what stays in cache, on a GPU what is worth a launch.
+_CHUNK = {"cpu": 2**18, "cuda": 2**24}
+
+
+class SimilarityWeighting(nn.Module):
+    """Pair weights from the cosine similarity of the candidates' embeddings, measured by its recent quantiles.
+
+    With ``s`` the cosine of a pair's embeddings (its candidates' last-layer hidden states at the last token), and
+    ``q_lo <= q_mid <= q_hi`` the quantiles (linear interpolation) of the ``window`` most recent similarities::
+
+        w = 1                                                                 s <= q_lo, or s is not finite
+        w = min_weight                                                        s >= q_hi
+        w = min_weight + (1 - min_weight) * sigmoid(-u * steepness / 2)       between them
+        u = (s - q_mid) / (q_mid - q_lo) below q_mid, (s - q_mid) / (q_hi - q_mid) from there on
+
+    ``w = 1`` until ``window`` similarities have been seen. A call in training mode weighs, then appends its finite
+    similarities, except those of pairs that the losses drop (a length of 0, equal SIDs). In eval mode it only weighs.
+
+    What calls append counts from the next :meth:`commit` on. A trainer that commits once an optimizer step, after the
+    step's last call, gets the same from accumulated and from distributed batches as from one big batch. Until the
+    first :meth:`commit` every call in training mode commits by itself; to have the first step's calls wait too, commit
+    once before it.
+
+    Where ``torch.distributed`` is initialised, a commit gathers every rank's similarities and appends them in rank
+    order: all ranks must commit equally often and then hold the same state. Nothing synchronises with a GPU.
+
+    The state is in buffers, so that ``state_dict`` resumes it bit for bit, and stays float32 under ``half()``. In a
+    module wrapped by ``DistributedDataParallel`` its ``broadcast_buffers`` gives every rank rank 0's ``pending`` before
+    a forward: accumulate under its ``no_sync()``, or keep this module outside of the wrapped one.
+
+    Args:
+        window: number of similarities that the quantiles are taken of, at least 2.
+        quantiles: the levels of ``q_lo, q_mid, q_hi`` in ``[0, 1]``, not falling.
+        steepness: of the logistic, positive.
+        min_weight: the lowest weight, in ``(0, 1]``.
+        process_group: the ranks that share the state; default: all.
+
+    Attributes:
+        history: float32 ``[window]`` committed similarities, newest last; NaN where there is none yet.
+        pending: float32 ``[window]``, likewise those appended since the last commit.
+        thresholds: float32 ``[3]``: ``q_lo, q_mid, q_hi`` of ``history``, NaN until it is full.
+
+    Raises:
+        ValueError, TypeError: naming the argument and the value.
+
+    Source: RDRW of RAD-DPO (arXiv 2602.23964).
+    """
+
+    history: Tensor
+    pending: Tensor
+    thresholds: Tensor
+
+    def __init__(
+        self,
+        window: int = 4096,
+        quantiles: Sequence[float] = (0.5, 0.7, 0.9),
+        steepness: float = 12.0,
+        min_weight: float = 0.5,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        self.window = _check.integer(window, "window", 2)
+        self.quantiles = _levels(quantiles)
+        self.steepness = _check.positive(steepness, "steepness")
+        self.min_weight = _check.number(min_weight, "min_weight")
+        if not 0 < self.min_weight <= 1:
+            raise ValueError(f"min_weight must be in (0, 1], got {min_weight}")
+        self.process_group = process_group
+        self._commits_by_itself = True
+        for name, size in (("history", self.window), ("pending", self.window), ("thresholds", 3)):
+            self.register_buffer(name, torch.full((size,), math.nan, dtype=torch.float32))
+
+    @torch.no_grad()
+    def forward(self, embeddings: Tensor, sessions: SessionBatch) -> Tensor:
+        """The weight of each pair.
+
+        Args:
+            embeddings: ``[C, D]`` float32, bfloat16, float16 or float64, one row a candidate. A row that is zero or
+                not finite has no direction: its pairs weigh 1 and are not appended.
+            sessions: their layout.
+
+        Returns:
+            ``[M]`` weights in the order of ``sessions.pairs()``, float32 (float64 for float64), without gradient.
+
+        Raises:
+            ValueError, TypeError: naming the argument and the value.
+        """
+        self._check_arguments(embeddings, sessions)
+        refuse_transforms("SimilarityWeighting", embeddings)
+        positives, negatives = sessions.pairs()
+        dtype = torch.promote_types(embeddings.dtype, torch.float32)
+        similarities = _cosine(embeddings.to(dtype, copy=True), positives, negatives)
+        weights = self._weigh(similarities.to(dtype))
+        if self.training:
+            kept = similarities.masked_fill(~sessions.kept_pairs("each"), math.nan)
+            self.pending.copy_(_appended(self.pending, kept))
+            if self._commits_by_itself:
+                self._commit()
+        return weights
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Ends an optimizer step: what its calls have appended, on all ranks, counts from now on."""
+        self._commits_by_itself = False
+        self._commit()
+
+    def _commit(self) -> None:
+        arrived = [self.pending]
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1:
+            arrived = [torch.empty_like(self.pending) for _ in range(dist.get_world_size(self.process_group))]
+            dist.all_gather(arrived, self.pending, group=self.process_group)
+        self.history.copy_(_appended(self.history, torch.cat(arrived)))
+        self.pending.fill_(math.nan)
+        self.thresholds.copy_(_quantiles(self.history, self.quantiles))
+
+    def _weigh(self, similarities: Tensor) -> Tensor:
+        low, middle, high = self.thresholds.unbind()
+        below = (similarities - middle) / (middle - low)
+        above = (similarities - middle) / (high - middle)
+        # Equal thresholds divide by 0 here, but only where one of the two lines after the next takes over.
+        logistic = torch.sigmoid(torch.where(similarities < middle, below, above) * (-self.steepness / 2))
+        weights = self.min_weight + (1 - self.min_weight) * logistic
+        weights = weights.masked_fill(similarities >= high, self.min_weight)
+        return weights.masked_fill(~(similarities > low), 1.0)  # also where either of them is NaN
+
+    def _check_arguments(self, embeddings: Tensor, sessions: SessionBatch) -> None:
+        _check.instance(sessions, "sessions", SessionBatch)
+        _check.instance(embeddings, "embeddings", Tensor)
+        if embeddings.dtype not in _TYPES:
+            raise TypeError(f"embeddings must be float32, bfloat16, float16 or float64, got {embeddings.dtype}")
+        if embeddings.dim() != 2 or embeddings.shape[0] != sessions.num_candidates or embeddings.shape[1] == 0:
+            raise ValueError(
+                f"embeddings must have one row a candidate ({sessions.num_candidates}) and at least one column, got "
+                f"shape {tuple(embeddings.shape)}"
+            )
+        if embeddings.device != self.history.device:
+            raise ValueError(
+                f"embeddings must be on the device of the module, {self.history.device}, got {embeddings.device}"
+            )
+        if sessions.device != self.history.device:
+            raise ValueError(
+                f"sessions must be on the device of the module, {self.history.device}, got {sessions.device}"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SimilarityWeighting:
+        """Moves the buffers as ``fn`` does, and leaves them float32."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
+
+    def get_extra_state(self) -> Tensor:
+        """Whether :meth:`commit` has been called: a tensor, as file formats for tensors only need it."""
+        return torch.tensor(not self._commits_by_itself)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self._commits_by_itself = not bool(state)
+
+    def extra_repr(self) -> str:
+        return (
+            f"window={self.window}, quantiles={self.quantiles}, steepness={self.steepness}, "
+            f"min_weight={self.min_weight}"
+        )
+
+
+def _levels(quantiles: Sequence[float]) -> tuple[float, ...]:
+    if not isinstance(quantiles, Sequence) or isinstance(quantiles, str):
+        raise TypeError(f"quantiles must be a sequence of three numbers, got {quantiles!r}")
+    levels = tuple(_check.number(level, f"quantiles[{i}]") for i, level in enumerate(quantiles))
+    if len(levels) != 3 or not 0 <= levels[0] <= levels[1] <= levels[2] <= 1:
+        raise ValueError(f"quantiles must be three numbers in [0, 1] that do not fall, got {quantiles}")
+    return levels
+
+
+def _cosine(embeddings: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
+    """Cosine of each pair's rows, rounded to float32 as the history holds it; NaN for a row without a direction.
+
+    Overwrites ``embeddings``.
+    """
+    # Divided by its largest entry first, a row's squares neither overflow nor vanish.
+    embeddings /= torch.maximum(embeddings.amax(-1, keepdim=True), -embeddings.amin(-1, keepdim=True))
+    embeddings /= torch.linalg.vector_norm(embeddings, dim=-1, keepdim=True)
+    rows = max(1, _CHUNK.get(embeddings.device.type, _CHUNK["cuda"]) // embeddings.shape[1])
+    cosines = embeddings.new_empty(len(positives))
+    for start in range(0, len(positives), rows):
+        chunk = slice(start, start + rows)
+        products = embeddings.index_select(0, positives[chunk]).mul_(embeddings.index_select(0, negatives[chunk]))
+        torch.sum(products, -1, out=cosines[chunk])
+    return cosines.float()
+
+
+def _appended(old: Tensor, new: Tensor) -> Tensor:
+    """The last finite values of ``old`` and then ``new``, as many as ``old`` holds, behind NaN where they are fewer."""
+    window = len(old)
+    values = torch.cat((old, new))
+    finite = values.isfinite()
+    count = finite.cumsum(0)
+    place = count + (window - 1 - count[-1])
+    place = place.masked_fill(~finite | (place < 0), window)  # all the others share one place, behind the window
+    return values.new_full((window + 1,), math.nan).scatter_(0, place, values)[:window]
+
+
+def _quantiles(history: Tensor, levels: Sequence[float]) -> Tensor:
+    """Quantiles of a full history, NaN of another."""
+    ascending = history.double().sort().values  # in float64 rounding never makes a quantile pass its neighbour
+    found = []
+    for level in levels:
+        rank = level * (len(history) - 1)
+        below = math.floor(rank)
+        low, high = ascending[below], ascending[math.ceil(rank)]
+        found.append(low + (rank - below) * (high - low))
+    return torch.stack(found).float().masked_fill(history[0].isnan(), math.nan)
