@@ -60,10 +60,10 @@ mutants: build
 
 # On a machine with an NVIDIA GPU, nvcc and a torch with CUDA: TORCH_CUDA_ARCH_LIST=9.0 make gpu-test PYTHON=python3
 gpu-test: build
-	$(PY) -m python_tests.gpu_suite $(ARGS)
+	$(PY) -m python_tests.gpu.gpu_suite $(ARGS)
 
 gpu-sanitize: build
-	$(PY) -m python_tests.gpu_sanitize $(ARGS)
+	$(PY) -m python_tests.gpu.gpu_sanitize $(ARGS)
 
 gpu-bench: build
 	$(PY) -m benchmarks.gpu_kernels

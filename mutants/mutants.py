@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-#: Test files of each op. CUDA kernels are run on the CPU, by python_tests/cuda_on_cpu.
+#: Test files of each op. CUDA kernels are run on the CPU, by python_tests/support/cuda_on_cpu.
 TESTS = {
     "beam_search": ("test_beam_search", "test_beam_step"),
-    "beam_search, CUDA": ("test_cuda_on_cpu",),
+    "beam_search, CUDA": ("gpu/test_cuda_on_cpu",),
     "linear_beam_step": ("test_linear_beam_step",),
     "trie, build": ("test_trie", "test_trie_file"),
     "trie, live": ("test_trie_live",),

@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_on_cpu.ptx_kernels import compiled_ptx, nvcc
-from cuda_on_cpu.shim import SANITIZE, Shim, compiler
 from hypothesis import HealthCheck, Phase, settings
+from support.cuda_on_cpu.ptx_kernels import compiled_ptx, nvcc
+from support.cuda_on_cpu.shim import SANITIZE, Shim, compiler
+from support.instruction_sets import ISAS
 
 from raddpo_ext import _C
-
-ISAS = ("scalar", "avx2", "avx512")
 
 # Examples differ in cost by 100x, and fixtures that choose an instruction set or a thread count hold for all examples.
 # A failure is cut down to its least example only where somebody waits for it: that takes minutes.

@@ -10,10 +10,10 @@ from importlib import import_module
 import numpy as np
 import pytest
 import torch
-from agreement import ToyModel, assert_scores_close, assert_search_agrees
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Catalogue, catalogues
+from support.agreement import ToyModel, assert_scores_close, assert_search_agrees
+from support.strategies import Catalogue, catalogues
 from torch import Tensor
 
 import raddpo_ext as rx

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from agreement import ToyModel, assert_scores_close, assert_states_equal, assert_step_agrees
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Catalogue, catalogues
+from support.agreement import ToyModel, assert_scores_close, assert_states_equal, assert_step_agrees
+from support.strategies import Catalogue, catalogues
 from torch import Tensor
 
 import raddpo_ext as rx

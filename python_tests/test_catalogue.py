@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from catalogue_files import row, write_letter, write_minionerec
+from support.catalogue_files import row, write_letter, write_minionerec
 
 from raddpo_ext.data.catalogue import KNOWN_HASHES, Case, known_version, load_catalogue
 

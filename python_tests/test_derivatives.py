@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from session_cases import build
+from support.session_cases import build
 from torch import Tensor
 
 import raddpo_ext as rx

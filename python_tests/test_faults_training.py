@@ -14,8 +14,8 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from support.trainer_runs import assert_same, assert_same_history
 from test_trainer import ROWS, qwen3, run, seeded
-from trainer_runs import assert_same, assert_same_history
 
 from raddpo_ext.integrations.checkpoints import last_whole_checkpoint
 

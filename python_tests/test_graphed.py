@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("transformers")
 
-from graph_tape import Tape, play_graphs
+from support.graph_tape import Tape, play_graphs
 from test_retriever import VOCAB, make_index, make_model, prompts
 
 import raddpo_ext as rx

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Catalogue, catalogues
+from support.strategies import Catalogue, catalogues
 
 import raddpo_ext as rx
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 import transformers
-from graph_tape import play_graphs
+from support.graph_tape import play_graphs
 from test_leaks import TEXT
 from test_retriever import VOCAB, brute_force, make_index
 
@@ -179,7 +179,7 @@ def test_a_window_of_no_name_in_a_packed_row(
 
 def test_a_window_of_no_name_in_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
-    from trainer_runs import trainer_for
+    from support.trainer_runs import trainer_for
 
     plant_window(monkeypatch)
     rows = [{"prompt_ids": [5, 6, 7] * n, "positives": [[8, 9]], "negatives": [[10, 11]]} for n in (2, 40)]

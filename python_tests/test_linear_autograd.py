@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from logps_cases import Case, Watch, run, tiles
+from support.logps_cases import Case, Watch, run, tiles
 from test_token_logps_autograd import OPTIONS
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks

@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from agreement import assert_scores_close, assert_step_agrees
-from beam_cases import DTYPES, NORMALIZE, generator_of, random_state, state_of, wide_index, without_dead_slots
-from cuda_on_cpu.shim import Shim
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Catalogue, catalogues
+from support.agreement import assert_scores_close, assert_step_agrees
+from support.beam_cases import DTYPES, NORMALIZE, generator_of, random_state, state_of, wide_index, without_dead_slots
+from support.cuda_on_cpu.shim import Shim
+from support.strategies import Catalogue, catalogues
 from torch import Tensor
 
 import raddpo_ext as rx

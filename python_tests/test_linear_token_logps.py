@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from beam_cases import generator_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logps_cases import Case, Watch, assert_result_close, cases, run, tiles, truth
+from support.beam_cases import generator_of
+from support.logps_cases import Case, Watch, assert_result_close, cases, run, tiles, truth
 from torch import Tensor
 from torch.nn import functional as F
 

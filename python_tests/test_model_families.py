@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 transformers = pytest.importorskip("transformers")
-import model_families  # noqa: E402
+from support import model_families  # noqa: E402
 
 
 @pytest.mark.parametrize(("family", "name"), model_families.FAMILIES)

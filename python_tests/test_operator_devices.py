@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from session_cases import build
+from support.session_cases import build
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

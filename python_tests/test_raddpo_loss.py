@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import on_ranks
-from session_cases import common_prefix
+from support.distributed import on_ranks
+from support.session_cases import common_prefix
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -25,7 +25,7 @@ os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"  # a busy machine tak
 pytest.importorskip("ray.serve", reason="needs Ray Serve: pip install raddpo_ext[ray]")
 import ray
 from ray import serve
-from tiny_models import qwen3, seeded
+from support.tiny_models import qwen3, seeded
 
 import raddpo_ext as rx
 from raddpo_ext.serve.protocol import Answer, Query

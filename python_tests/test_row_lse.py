@@ -9,14 +9,14 @@ import sys
 
 import pytest
 import torch
-from agreement import assert_scores_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.agreement import assert_scores_close
+from support.instruction_sets import ISAS
 
 from raddpo_ext import _C, reference
 from raddpo_ext.decoding.row_lse import row_lse
 
-ISAS = ("scalar", "avx2", "avx512")  # ascending
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

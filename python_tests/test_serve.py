@@ -23,8 +23,8 @@ pytest.importorskip("prometheus_client")
 pytest.importorskip("uvicorn")
 
 import httpx
-import tiny_models
-from serve_fakes import make_index
+from support import tiny_models
+from support.serve_fakes import make_index
 
 import raddpo_ext as rx
 from raddpo_ext.__main__ import main

@@ -15,7 +15,7 @@ pytest.importorskip("httpx")
 pytest.importorskip("prometheus_client")
 
 import httpx
-from serve_fakes import LIMITS, FakeWorkers, echo, make_config, now, run
+from support.serve_fakes import LIMITS, FakeWorkers, echo, make_config, now, run
 
 from raddpo_ext.serve.app import Service, make_app
 from raddpo_ext.serve.process import WorkerDied

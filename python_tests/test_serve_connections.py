@@ -13,7 +13,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 pytest.importorskip("uvicorn")
 
-from serve_fakes import FakeWorkers, echo, make_config
+from support.serve_fakes import FakeWorkers, echo, make_config
 
 from raddpo_ext.serve import connection
 from raddpo_ext.serve.app import Service

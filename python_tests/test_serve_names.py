@@ -17,8 +17,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("fastapi", reason="needs the service: pip install raddpo_ext[serve]")
 pytest.importorskip("uvicorn")
-from serve_process import serving
-from tiny_models import qwen3, seeded
+from support.serve_process import serving
+from support.tiny_models import qwen3, seeded
 
 import raddpo_ext as rx
 from raddpo_ext.__main__ import main

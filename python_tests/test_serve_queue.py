@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("prometheus_client")
 
-from serve_fakes import LIMITS, FakeWorkers, echo, make_config, now, run
+from support.serve_fakes import LIMITS, FakeWorkers, echo, make_config, now, run
 
 from raddpo_ext.serve.batcher import Batcher, Ticket
 from raddpo_ext.serve.pool import Pool, StartError

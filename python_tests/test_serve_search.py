@@ -14,9 +14,9 @@ import torch
 
 pytest.importorskip("transformers")
 
-import tiny_models
 from safetensors.torch import load_file, save_file
-from serve_fakes import make_index
+from support import tiny_models
+from support.serve_fakes import make_index
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

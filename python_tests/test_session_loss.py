@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from session_cases import (
+from support.session_cases import (
     CORES,
     FIELDS,
     TOLERANCE,

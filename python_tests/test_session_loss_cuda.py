@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_on_cpu.shim import Shim
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from session_cases import CORES, Case, assert_close, build, cases, name_of, options, run, scale_of
+from support.cuda_on_cpu.shim import Shim
+from support.session_cases import CORES, Case, assert_close, build, cases, name_of, options, run, scale_of
 
 import raddpo_ext as rx
 from raddpo_ext import reference

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from session_cases import Case, assert_close, build, run
+from support.session_cases import Case, assert_close, build, run
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from session_cases import CORES, FIELDS, Case, assert_close, build, name_of, on, run
+from support.session_cases import CORES, FIELDS, Case, assert_close, build, name_of, on, run
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 import transformers
-from tiny_models import SHAPE, VOCAB, gpt2, llama, qwen3, seeded, session_rows, t5, t5_unscaled
+from support.tiny_models import SHAPE, VOCAB, gpt2, llama, qwen3, seeded, session_rows, t5, t5_unscaled
 
 import raddpo_ext as rx
 from raddpo_ext.integrations.transformers import (

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import on_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.distributed import on_ranks
 from torch import Tensor, nn
 
 import raddpo_ext as rx

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from agreement import assert_scores_close
-from beam_cases import generator_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logps_cases import DTYPES, Case, assert_result_close, cases, run, truth
+from support.agreement import assert_scores_close
+from support.beam_cases import generator_of
+from support.logps_cases import DTYPES, Case, assert_result_close, cases, run, truth
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from logps_cases import DTYPES, Watch
+from support.logps_cases import DTYPES, Watch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from beam_cases import generator_of
-from cuda_on_cpu.shim import Shim, token_logps_sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logit_cases import (
+from support.beam_cases import generator_of
+from support.cuda_on_cpu.shim import Shim, token_logps_sizes
+from support.logit_cases import (
     DTYPES,
     MAPS,
     SUPPORTS,

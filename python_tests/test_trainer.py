@@ -20,8 +20,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 import transformers
-from tiny_models import gpt2, llama, qwen3, seeded, session_rows, t5
-from trainer_runs import assert_same, assert_same_history, run, trainer_for
+from support.tiny_models import gpt2, llama, qwen3, seeded, session_rows, t5
+from support.trainer_runs import assert_same, assert_same_history, run, trainer_for
 
 import raddpo_ext as rx
 from raddpo_ext.integrations.transformers import RADDPOConfig, RADDPOTrainer, SessionCollator, session_states

@@ -16,8 +16,8 @@ pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as TYPES
-from tiny_models import qwen3, seeded, session_rows, t5
-from trainer_runs import assert_same, assert_same_history, run
+from support.tiny_models import qwen3, seeded, session_rows, t5
+from support.trainer_runs import assert_same, assert_same_history, run
 
 import raddpo_ext as rx
 from raddpo_ext.integrations.adapters import StartValues, verify_adapters, verify_gradients

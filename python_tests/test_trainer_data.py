@@ -16,8 +16,8 @@ pytest.importorskip("accelerate")
 pytest.importorskip("tokenizers")
 import tokenizers
 import transformers
-from tiny_models import qwen3, seeded, session_rows
-from trainer_runs import run, trainer_for
+from support.tiny_models import qwen3, seeded, session_rows
+from support.trainer_runs import run, trainer_for
 
 import raddpo_ext as rx
 from raddpo_ext.integrations.transformers import RADDPOConfig, SessionCollator

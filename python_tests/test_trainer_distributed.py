@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import on_ranks
+from support.distributed import on_ranks
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("peft")
-from tiny_models import qwen3, seeded, session_rows
-from trainer_runs import assert_same, assert_same_history, run
+from support.tiny_models import qwen3, seeded, session_rows
+from support.trainer_runs import assert_same, assert_same_history, run
 
 import raddpo_ext as rx
 

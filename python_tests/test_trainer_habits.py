@@ -20,8 +20,8 @@ pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 import datasets
 import transformers
-from tiny_models import qwen3, seeded, session_rows
-from trainer_runs import Run, assert_same, assert_same_history, parameters_of, run, trainer_for
+from support.tiny_models import qwen3, seeded, session_rows
+from support.trainer_runs import Run, assert_same, assert_same_history, parameters_of, run, trainer_for
 
 import raddpo_ext as rx
 from raddpo_ext.integrations.transformers import RADDPOConfig, RADDPOTrainer, SessionCollator

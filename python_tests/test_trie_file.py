@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from strategies import Catalogue, catalogues
+from support.strategies import Catalogue, catalogues
 
 import raddpo_ext as rx
 from raddpo_ext import _C

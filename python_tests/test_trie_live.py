@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from agreement import ToyModel, assert_scores_close, assert_search_agrees, assert_states_equal
-from beam_cases import DTYPES, NORMALIZE, exact_logits, generator_of, state_of, wide_index
-from cuda_on_cpu.shim import Shim
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from live_cases import assert_holds, part_of, tokens_of
-from strategies import Catalogue, catalogues
+from support.agreement import ToyModel, assert_scores_close, assert_search_agrees, assert_states_equal
+from support.beam_cases import DTYPES, NORMALIZE, exact_logits, generator_of, state_of, wide_index
+from support.cuda_on_cpu.shim import Shim
+from support.live_cases import assert_holds, part_of, tokens_of
+from support.strategies import Catalogue, catalogues
 
 import raddpo_ext as rx
 from raddpo_ext import _C, reference

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from strategies import Catalogue, catalogues
+from support.strategies import Catalogue, catalogues
 
 import raddpo_ext as rx
 
