@@ -268,30 +268,6 @@ def test_compiles_where_levels_differ_in_columns(columns: int) -> None:
     assert compiled(logits).tolist() == rx.beam_step(logits, state, index, 3).scores.tolist()
 
 
-def test_every_operator_has_an_opcheck() -> None:
-    names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("raddpo::")}
-    decoding = {
-        "beam_step",
-        "child_logits",
-        "row_lse",
-        "trie_check",
-        "trie_walk",
-        "trie_paths",
-        "trie_items",
-        "trie_children",
-        "trie_select",
-    }
-    losses = {"token_logps", "token_logps_backward", "token_logps_backward_", "session_loss", "session_loss_backward"}
-    assert names == decoding | losses | {"pack_sessions"}
-
-
-@pytest.mark.parametrize("normalize", [0, 1, 2])
-def test_opcheck(normalize: int) -> None:
-    index, logits, state = compile_case()
-    arguments = (logits, state.scores, state.nodes, *index.block, None, -1, 5, normalize, 0.5)
-    torch.library.opcheck(torch.ops.raddpo.beam_step, arguments)
-
-
 @pytest.mark.parametrize("source", sorted(glob.glob("csrc/**/*_cpu.cpp", root_dir=ROOT, recursive=True)))
 def test_kernels_share_no_code_across_instruction_sets(source: str, tmp_path: Path) -> None:
     """A weak symbol, emitted once per program, could be the AVX-512 copy that an older CPU then runs."""

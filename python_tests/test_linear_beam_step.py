@@ -327,12 +327,3 @@ def test_compiles(normalize: str) -> None:
     expected = step(hidden)
     assert nodes.tolist() == expected[1].tolist()
     assert_scores_close(scores, expected[0], "beam_step")
-
-
-def test_opcheck() -> None:
-    index = rx.TrieIndex.build([[0, 1], [1, 0], [1, 1]], vocab=rx.SIDVocab([2, 2]))
-    state = rx.BeamState.start(index, 3)
-    hidden, weight, bias = torch.randn(3, 4), torch.randn(6, 4), torch.randn(6)  # every column is a child's: written
-    scores, nodes = state.scores.view(-1), state.nodes.view(-1)
-    arguments = (hidden, weight, bias, scores, nodes, *index.block, 0.5, 2.0, 0, 2)
-    torch.library.opcheck(torch.ops.raddpo.child_logits, arguments)

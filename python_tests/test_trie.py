@@ -211,14 +211,6 @@ def test_public_catalogues(data_dir: Path, name: str) -> None:
     assert_same_index(index, reference.TrieIndex.build(sids, item_ids=[*map(int, rows)], vocab=vocab))
 
 
-@pytest.mark.parametrize("op", ["trie_walk", "trie_paths", "trie_items", "trie_children"])
-def test_opcheck(op: str) -> None:
-    index = rx.TrieIndex.build([[0, 1], [1, 0], [1, 2]], vocab=rx.SIDVocab([2, 3], eos=9))
-    argument = torch.tensor([[0, 3, 9], [1, 1, 1]]) if op == "trie_walk" else torch.arange(-1, 5)
-    sid_levels = (index.sid_levels,) if op == "trie_paths" else ()
-    torch.library.opcheck(getattr(torch.ops.raddpo, op), (argument, *index.block, *sid_levels))
-
-
 @pytest.mark.parametrize("place", [0, 1, 2, 3])
 def test_an_item_id_that_is_there_twice(place: int) -> None:
     """The least, the largest or one between, in rows that do not follow one another."""

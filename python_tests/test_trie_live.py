@@ -219,10 +219,8 @@ def test_compiles() -> None:
     assert compiled(logits).tolist() == rx.beam_step(logits, state, index, 5).nodes.tolist()
 
 
-@pytest.mark.parametrize("items", [False, True])
-def test_opcheck(items: bool) -> None:
+def test_places_outside_of_the_index_select_nothing() -> None:
     index = rx.TrieIndex.build([[0, 1], [1, 0], [1, 2]]).restrict([0, 2])
-    torch.library.opcheck(torch.ops.raddpo.trie_select, (torch.arange(-1, 5), *index.block, items))
     assert torch.ops.raddpo.trie_select(torch.arange(-1, 3), *index.block, True).tolist() == [-1, 0, 2, -1]
 
 

@@ -1,6 +1,6 @@
 #pragma once
 // float16 as its bits, converted by the CPU kernels' own function.
-#include "../../csrc/common/logit_type.h"
+#include "../../../csrc/common/logit_type.h"
 
 struct __half {
   unsigned short bits;

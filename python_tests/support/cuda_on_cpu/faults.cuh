@@ -1,6 +1,6 @@
 #pragma once
 // A sound kernel and its faulty variants, to show that the shim tells them apart.
-#include "../../csrc/common/cuda_block.cuh"
+#include "../../../csrc/common/cuda_block.cuh"
 
 namespace raddpo::cuda {
 

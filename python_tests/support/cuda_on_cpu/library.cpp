@@ -1,11 +1,11 @@
 // The kernels, compiled for the CPU from the very .cu files, behind C functions for ctypes.
-#include "../../csrc/beam_search/beam_search_cuda.cu"
-#include "../../csrc/child_logits/child_logits_cuda.cu"
-#include "../../csrc/row_lse/row_lse_cuda.cu"
-#include "../../csrc/session_loss/session_loss_cuda.cu"
-#include "../../csrc/token_logps/token_logps_cuda.cu"
-#include "../../csrc/trie/trie_cuda.cu"
-#include "../../csrc/trie_index/trie_view.h"
+#include "../../../csrc/beam_search/beam_search_cuda.cu"
+#include "../../../csrc/child_logits/child_logits_cuda.cu"
+#include "../../../csrc/row_lse/row_lse_cuda.cu"
+#include "../../../csrc/session_loss/session_loss_cuda.cu"
+#include "../../../csrc/token_logps/token_logps_cuda.cu"
+#include "../../../csrc/trie/trie_cuda.cu"
+#include "../../../csrc/trie_index/trie_view.h"
 #include "faults.cuh"
 
 using namespace raddpo;

@@ -9,7 +9,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "../../csrc/common/logit_type.h"
+#include "../../../csrc/common/logit_type.h"
 #include "cuda_runtime.h"
 
 namespace cuda_on_cpu::ptx {

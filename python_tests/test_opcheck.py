@@ -1,0 +1,75 @@
+"""Every operator under ``torch.library.opcheck``, with the very arguments that the public functions pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import raddpo_ext as rx
+
+OPERATORS = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("raddpo::"))
+
+
+class Recorder(TorchDispatchMode):
+    """Records the calls of this package's operators, below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, list[tuple[Any, tuple[Any, ...]]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "raddpo":
+            assert not kwargs
+            copies = tuple(arg.detach().clone() if isinstance(arg, Tensor) else arg for arg in args)
+            self.calls.setdefault(func.name(), []).append((func, copies))
+        return func(*args, **(kwargs or {}))
+
+
+def search(index: rx.TrieIndex) -> None:
+    """The steps of a search, and what is asked of an index."""
+    torch.ops.raddpo.trie_check(index.data, 2)
+    state = rx.BeamState.start(index, 2)
+    rx.beam_step(torch.randn(2, 1, 6), state, index, 3)
+    hidden, weight = torch.randn(2, 1, 4), torch.randn(6, 4)
+    for normalize in ("vocab", "level", "trie"):  # at the root, where every column is a child's: all are written
+        rx.linear_beam_step(hidden, weight, state, index, 3, normalize=normalize, level=0)
+    nodes = index.nodes(torch.tensor([[0, 3], [1, 2]]))
+    index.paths(nodes)
+    index.child_ranges(nodes)
+    index.item_ranges(nodes)
+    index.nodes_at(torch.arange(2))
+    index.items_at(torch.arange(2))
+
+
+def losses(index: rx.TrieIndex) -> None:
+    """Log-probs and losses, forward and backward, and the packing of their sessions."""
+    tokens = torch.tensor([[0, 3], [1, 2], [1, 4]])
+    sessions = rx.SessionBatch(tokens, torch.full((3,), 2), torch.tensor([0, 3]), torch.tensor([1]))
+    rx.pack_sessions([[1, 2]], sessions)
+    for where in ({}, {"normalize": "trie", "index": index, "nodes": index.nodes(tokens)}):
+        logps = rx.token_logps(torch.randn(3, 2, 6, requires_grad=True), tokens, **where)
+        rx.rad_dpo_loss(logps, sessions, ref_logps=torch.randn(3, 2), sft_weight=0.1).loss.backward()
+        hidden, weight = torch.randn(3, 2, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+        logps = rx.linear_token_logps(hidden, weight, tokens, **where)
+        rx.multilabel_contrastive_loss(logps.sum(1), sessions).backward()
+
+
+@pytest.fixture(scope="module")
+def calls() -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
+    index = rx.TrieIndex.build([[0, 1], [1, 0], [1, 2]], vocab=rx.SIDVocab([2, 3]))
+    with Recorder() as recorder:
+        for one in (index, index.restrict([0, 2])):
+            search(one)
+        losses(index)
+    return recorder.calls
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name: str, calls: dict[str, list[tuple[Any, tuple[Any, ...]]]]) -> None:
+    assert name in calls, f"no call of {name} is made here: add one"
+    for func, arguments in calls[name]:
+        torch.library.opcheck(func, arguments)
