@@ -7,15 +7,16 @@ from pathlib import Path
 from latex2mathml.converter import convert
 
 _FUNCTION = re.compile(r"<mi>(?:log|exp|tanh|max|min)</mi>(?!<mo stretchy|<mrow><mo stretchy)")
+_ROOT = re.compile(r"\]\((?:\.\./)?(CONTRIBUTING|CHANGELOG)\.md")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
 def on_page_markdown(markdown, page, config, **_):
     """A page whose front matter names a ``source`` shows that file of the repository, with its links made to fit."""
-    if "source" not in page.meta:
-        return markdown
-    text = Path(config.config_file_path).with_name(page.meta["source"]).read_text(encoding="utf-8")
-    return text.replace("](docs/", "](")
+    if "source" in page.meta:
+        text = Path(config.config_file_path).with_name(page.meta["source"]).read_text(encoding="utf-8")
+        markdown = text.replace("](docs/", "](")
+    return _ROOT.sub(lambda found: f"]({found[1].lower()}.md", markdown)
 
 
 def on_page_content(content, **_):
