@@ -39,7 +39,7 @@ demo: build
 
 # Hours; it says how many at the start, and stopped it goes on where it was. ARGS="--only trie" measures one part again.
 bench: build
-	$(PY) -m benchmarks.suite $(ARGS)
+	$(PY) -m benchmarks $(ARGS)
 
 # C++ tests and operators under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; needs cmake.
 sanitize: build
@@ -66,8 +66,8 @@ gpu-sanitize: build
 	$(PY) -m python_tests.gpu.gpu_sanitize $(ARGS)
 
 gpu-bench: build
-	$(PY) -m benchmarks.gpu_kernels
-	$(PY) -m benchmarks.gpu_bench $(ARGS)
+	$(PY) -m benchmarks.gpu.kernels
+	$(PY) -m benchmarks.gpu.bench $(ARGS)
 
 # The site, into build/site. It is built from the sources' text: the extension need not be.
 docs: .venv-docs/.installed

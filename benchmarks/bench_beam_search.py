@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks.beam_search_cases import CASES, Case, Level, Search
-from benchmarks.beam_search_peers import METHODS, check_same
+from benchmarks.peers.beam_search import METHODS, check_same
+from benchmarks.peers.beam_search_cases import CASES, Case, Level, Search
 from raddpo_ext.bench.compare import Missing
 
 SECONDS = 0.5  # a method and case, at least 3 rounds

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks.session_loss_peers import CASES, METHODS, Batch
+from benchmarks.peers.session_loss import CASES, METHODS, Batch
 from raddpo_ext.bench.compare import Missing
 
 SECONDS = 0.5  # a method and case, at least 3 rounds

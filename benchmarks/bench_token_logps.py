@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from benchmarks.token_logps_cases import CASES, Case, Problem
-from benchmarks.token_logps_peers import methods
-from benchmarks.token_logps_timing import check
+from benchmarks.peers.token_logps import methods
+from benchmarks.peers.token_logps_cases import CASES, Case, Problem
+from benchmarks.peers.token_logps_timing import check
 
 CHOSEN = [case for case in CASES if case.section == "logits" and not case.huge_pages]
 NAMES = list(dict.fromkeys(name for case in CHOSEN for name in methods(case)))

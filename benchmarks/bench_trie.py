@@ -29,9 +29,9 @@ import numpy as np
 import torch
 
 import raddpo_ext as rx
-from benchmarks import catalogues, report
-from benchmarks.report import markdown
-from benchmarks.timing import Cost, measured, middle, timed
+from benchmarks.harness import catalogues, report
+from benchmarks.harness.report import markdown
+from benchmarks.harness.timing import Cost, measured, middle, timed
 from raddpo_ext.bench.compare import Missing
 
 MODULE = "benchmarks.bench_trie"

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 import raddpo_ext as rx
-from benchmarks import catalogues, report
-from benchmarks.timing import timed
+from benchmarks.harness import catalogues, report
+from benchmarks.harness.timing import timed
 
 MODULE = "benchmarks.bench_trie_live"
 THREADS = 2

@@ -27,7 +27,8 @@ import numpy as np
 import torch
 
 import raddpo_ext as rx
-from benchmarks import catalogues, report, scaling_page
+from benchmarks.harness import catalogues, report
+from benchmarks.pages import scaling_page
 from raddpo_ext.bench import token_logps
 from raddpo_ext.bench.beam_search_peers import bare_lse
 from raddpo_ext.bench.compare import Comparison, Run, measure

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.catalogues import ROOT
-from benchmarks.report import environment, write_json
+from benchmarks.harness.catalogues import ROOT
+from benchmarks.harness.report import environment, write_json
 
 BUILD = ROOT / "build" / "sanitize"
 OPERATORS = (

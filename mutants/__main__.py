@@ -20,9 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.catalogues import ROOT
-from benchmarks.reliability_page import mutant_table
-from benchmarks.report import environment, write_json
+from benchmarks.harness.catalogues import ROOT
+from benchmarks.harness.report import environment, write_json
+from benchmarks.pages.reliability_page import mutant_table
 from mutants.mutants import MUTANTS, Mutant
 
 RESULT = ROOT / "mutants" / "results.json"

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import raddpo_ext as rx
-from benchmarks.report import write_json
+from benchmarks.harness.report import write_json
 from raddpo_ext._files import replacing
 from raddpo_ext.data.session_log import write_sessions
 
@@ -55,7 +55,7 @@ WRITE_AND_DIE = """
 import os, random, signal, sys, time
 import numpy as np
 import raddpo_ext as rx
-from benchmarks.report import write_json
+from benchmarks.harness.report import write_json
 path, kind, seed, kills = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 indexes = [rx.TrieIndex.build(np.random.default_rng(i).integers(0, 200, (60_000, 4))) for i in (0, 1)]
 

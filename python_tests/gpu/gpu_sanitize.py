@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 import raddpo_ext as rx
-from benchmarks.catalogues import ROOT
-from benchmarks.gpu_report import gpu_environment, require_gpu
-from benchmarks.report import RESULTS, write_json
+from benchmarks.gpu.report import gpu_environment, require_gpu
+from benchmarks.harness.catalogues import ROOT
+from benchmarks.harness.report import RESULTS, write_json
 from python_tests.support.beam_cases import (
     DTYPES,
     NORMALIZE,

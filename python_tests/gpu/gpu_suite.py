@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu_report import gpu_environment, require_gpu
-from benchmarks.report import RESULTS, write_json
+from benchmarks.gpu.report import gpu_environment, require_gpu
+from benchmarks.harness.report import RESULTS, write_json
 
 WRITE_SECONDS = 5.0
 

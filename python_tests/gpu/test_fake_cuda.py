@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.cuda_on_cpu.shim import compiler
 
-from benchmarks.gpu_report import kernel_name
+from benchmarks.gpu.report import kernel_name
 from python_tests.gpu.gpu_sanitize import DRIVEN, exit_code, verdict
 
 TESTS = Path(__file__).parents[1]

@@ -12,11 +12,16 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
-from benchmarks import alignment, alignment_cells, alignment_evaluate, alignment_grid, alignment_sessions, alignment_sft
-from benchmarks.alignment_cells import Lab, Scale
-from benchmarks.alignment_data import Data, load, windows
-from benchmarks.alignment_sessions import Sessions
-from benchmarks.alignment_statistics import choose, ndcg, pack, paired_bootstrap, unpack
+from benchmarks.alignment import cells as alignment_cells
+from benchmarks.alignment import evaluate
+from benchmarks.alignment import experiment as alignment
+from benchmarks.alignment import grid as alignment_grid
+from benchmarks.alignment import sessions as alignment_sessions
+from benchmarks.alignment import sft as alignment_sft
+from benchmarks.alignment.cells import Lab, Scale
+from benchmarks.alignment.data import Data, load, windows
+from benchmarks.alignment.sessions import Sessions
+from benchmarks.alignment.statistics import choose, ndcg, pack, paired_bootstrap, unpack
 
 TINY = Scale(
     name="tiny",
@@ -90,7 +95,7 @@ def test_the_unconstrained_search_finds_the_best_rows(data: Data, lab: Lab) -> N
     """A beam as wide as the vocabulary squared keeps every prefix of two tokens."""
     model = lab.start(0)
     history = data.test[0].history
-    rows = alignment_evaluate.retrieve_freely(model, dataclasses.replace(data, sids=data.sids[:, :2]), [history], 50)[0]
+    rows = evaluate.retrieve_freely(model, dataclasses.replace(data, sids=data.sids[:, :2]), [history], 50)[0]
     prompt = torch.from_numpy(data.prompt(history))
     tokens = torch.arange(data.vocab_size)
     with torch.no_grad():
@@ -108,16 +113,16 @@ def test_invalid_rows_are_counted(data: Data) -> None:
     good = data.tokens[:10]
     bad = good.clone()
     bad[:5, 1] = 0  # the start token is no code
-    assert alignment_evaluate.invalid_shares(data, good[None]) == {"invalid@10": 0.0, "invalid@50": 0.0}
-    assert alignment_evaluate.invalid_shares(data, bad[None]) == {"invalid@10": 0.5, "invalid@50": 0.5}
+    assert evaluate.invalid_shares(data, good[None]) == {"invalid@10": 0.0, "invalid@50": 0.0}
+    assert evaluate.invalid_shares(data, bad[None]) == {"invalid@10": 0.5, "invalid@50": 0.5}
     bad[:5] = good[:5]
     bad[0, 0], bad[0, 1] = good[0, 1], good[0, 0]  # codes in the wrong places
-    assert alignment_evaluate.invalid_shares(data, bad[None]) == {"invalid@10": 0.1, "invalid@50": 0.1}
+    assert evaluate.invalid_shares(data, bad[None]) == {"invalid@10": 0.1, "invalid@50": 0.1}
 
 
 def test_ranks() -> None:
     found = torch.tensor([[5, 3, 9], [1, 2, -1], [4, 6, 8]])
-    assert alignment_evaluate.ranks(found, [3, 7, 4]).tolist() == [2, 0, 1]
+    assert evaluate.ranks(found, [3, 7, 4]).tolist() == [2, 0, 1]
     for kind in (np.int64, np.uint8):  # as they are, and as files hold them
         gains = ndcg(np.array([2, 0, 1, 11, 10], kind))
         np.testing.assert_allclose(gains, [1 / np.log2(3), 0, 1, 0, 1 / np.log2(11)], rtol=1e-12)

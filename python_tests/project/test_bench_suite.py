@@ -15,18 +15,11 @@ import pytest
 import torch
 from test_bench import Clock
 
-from benchmarks import (
-    bench_trie,
-    catalogues,
-    figures,
-    reliability_page,
-    report,
-    suite,
-    suite_page,
-    timing,
-    token_logps_timing,
-)
-from benchmarks.suite import MEMBERS, Member
+from benchmarks import bench_trie
+from benchmarks.harness import catalogues, report, suite, timing
+from benchmarks.harness.suite import MEMBERS, Member
+from benchmarks.pages import figures, reliability_page, suite_page
+from benchmarks.peers import token_logps_timing
 from raddpo_ext.bench.compare import Missing, burst_of
 
 NAMES = [member.name for member in MEMBERS]
@@ -174,12 +167,12 @@ def committed() -> tuple[str, Path, dict]:
 
 def test_page_is_that_of_the_results() -> None:
     page, path, results = committed()
-    assert suite_page.render(page, results, path, NAMES) == page, "write it: python -m benchmarks.suite --report"
+    assert suite_page.render(page, results, path, NAMES) == page, "write it: python -m benchmarks --report"
 
 
 def test_reliability_page_is_that_of_the_records() -> None:
     page = reliability_page.PAGE.read_text()
-    assert reliability_page.render(page) == page, "write it: python -m benchmarks.suite --report"
+    assert reliability_page.render(page) == page, "write it: python -m benchmarks --report"
 
 
 def test_page_changes_with_the_results_only_between_markers() -> None:
@@ -224,7 +217,7 @@ def test_a_page_of_less_is_written_too() -> None:
     page, path, results = committed()
     for name in results:
         text = suite_page.render(page, {name: results[name]}, path, NAMES)
-        assert results[name]["command"] in text
+        assert f"commit {results[name]['commit']}" in text
         assert "Not measured yet" in text
         assert not re.search(r"\b(nan|inf)x", text)
     assert "Not measured yet" in suite_page.render(page, {}, path, NAMES)

@@ -25,7 +25,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python(?: \{requires=(\w+)\})?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PRINTED = re.compile(r"\n\n```text\n(.*?)```", re.DOTALL)
 FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)```", re.MULTILINE)
-PROGRAMS = "\n".join(path.read_text() for folder in ("benchmarks", "demo") for path in (ROOT / folder).glob("*.py"))
+PROGRAMS = "\n".join(path.read_text() for folder in ("benchmarks", "demo") for path in (ROOT / folder).rglob("*.py"))
 
 
 def name_of(page: Path) -> str:

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
-from benchmarks.load_check import Checker, Expected
-from benchmarks.load_client import Client, Lost, Reply, arrivals, closed_loop, drive, percentile
-from benchmarks.load_soak import by_minute, growth
+from benchmarks.load.check import Checker, Expected
+from benchmarks.load.client import Client, Lost, Reply, arrivals, closed_loop, drive, percentile
+from benchmarks.load.soak import by_minute, growth
 
 SIDS = {"even": {0: [1, 2], 2: [1, 3], 4: [2, 2]}, "odd": {1: [1, 2], 3: [3, 3]}}
 REFERENCE = {"even": {2: -1.0, 0: -1.5, 4: -3.0}, "odd": {3: -0.5, 1: -2.0}}

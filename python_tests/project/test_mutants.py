@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks.catalogues import ROOT
+from benchmarks.harness.catalogues import ROOT
 from mutants.__main__ import LEAST_CAUGHT, RESULT
 from mutants.mutants import MUTANTS, Mutant
 

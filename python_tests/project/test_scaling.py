@@ -12,8 +12,10 @@ import torch
 
 pytest.importorskip("matplotlib")
 import raddpo_ext as rx
-from benchmarks import report, scaling, scaling_page
-from benchmarks.page import fill
+from benchmarks import scaling
+from benchmarks.harness import report
+from benchmarks.pages import scaling_page
+from benchmarks.pages.page import fill
 from raddpo_ext.bench.searches import Search
 
 DOCS = Path(__file__).parents[2] / "docs"

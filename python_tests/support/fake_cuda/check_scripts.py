@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_bench, gpu_losses, gpu_report, gpu_retriever, gpu_timing
-from benchmarks.session_loss_peers import Case as SessionCase
-from benchmarks.token_logps_cases import Case as LossCase
+from benchmarks.gpu import bench as gpu_bench
+from benchmarks.gpu import losses as gpu_losses
+from benchmarks.gpu import report, timing
+from benchmarks.gpu import retriever as gpu_retriever
+from benchmarks.peers.session_loss import Case as SessionCase
+from benchmarks.peers.token_logps_cases import Case as LossCase
 from python_tests.gpu import gpu_sanitize, gpu_suite
 
 SMALL = {
@@ -26,7 +29,7 @@ BF16 = torch.bfloat16
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every constant that is a size."""
     for module, values in (
-        (gpu_timing, {"COPY_BYTES": 1 << 12, "PRODUCT_SIZE": 16, "REPLAYS": 2, "STEPS": 2}),
+        (timing, {"COPY_BYTES": 1 << 12, "PRODUCT_SIZE": 16, "REPLAYS": 2, "STEPS": 2}),
         (gpu_bench, {"STEPS": 2}),
         (gpu_retriever, {"PROMPT": 8, "CODES": 8, "ITEMS": 200, "VOCAB": 120, "SHAPE": SMALL, "TOP_K": 3, "CALLS": 1}),
         (gpu_retriever, {"CASES": [(2, 5, "vocab"), (1, 5, "trie")]}),
@@ -92,5 +95,5 @@ def test_gpu_suite_runs_the_tests_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_gpu_report() -> None:
-    assert gpu_report.gpu_environment("x")["gpu"]["capability"] == "9.0"
-    gpu_report.require_gpu()
+    assert report.gpu_environment("x")["gpu"]["capability"] == "9.0"
+    report.require_gpu()

@@ -1,0 +1,1 @@
+"""What each part of RAD-DPO does on real purchases."""

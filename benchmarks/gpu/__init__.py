@@ -1,0 +1,1 @@
+"""Times and kernels on a GPU."""

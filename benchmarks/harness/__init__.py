@@ -1,0 +1,1 @@
+"""What every benchmark uses: catalogues, timing, the run's environment, and the suite."""

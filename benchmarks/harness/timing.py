@@ -1,0 +1,48 @@
+"""What a call costs on the CPU: wall time, CPU time and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any, NamedTuple
+
+from benchmarks.harness import report
+from raddpo_ext.bench.compare import Cost, timed
+
+Call = Callable[[], Any]
+
+
+class Measured(NamedTuple):
+    """A call's value, its cost, and the peak of the process's memory over what it held before."""
+
+    value: Any
+    cost: Cost
+    peak_bytes: int
+
+
+def take_turns(calls: Mapping[str, Call], rounds: int, before: Call = lambda: None) -> dict[str, list[Cost]]:
+    """Each method's cost in each round."""
+    costs: dict[str, list[Cost]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            before()
+            costs[name].append(timed(call))
+    return costs
+
+
+def middle(costs: list[Cost]) -> Cost:
+    return Cost(*map(median, zip(*costs, strict=True)))
+
+
+def measured(call: Call) -> Measured:
+    """One call after unused memory was given back, so that its peak is its own."""
+    value = None
+
+    def keep() -> None:
+        nonlocal value
+        value = call()
+
+    report.reset_peak_memory()
+    held = report.memory_status("VmRSS")
+    cost = timed(keep)
+    return Measured(value, cost, report.memory_status("VmHWM") - held)

@@ -1,0 +1,236 @@
+"""``docs/benchmarks.md`` from a machine's results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isnan
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.harness.catalogues import ROOT
+from benchmarks.harness.report import MIB, markdown
+from benchmarks.pages.figures import CHARTS, Results, cases, dots, rates, save
+from benchmarks.pages.page import details, fill
+from raddpo_ext._files import replacing
+
+PAGE = ROOT / "docs" / "benchmarks.md"
+Ratios = dict[str, float]  # by case
+
+
+def render(page: str, results: Results, path: Path, members: Sequence[str]) -> str:
+    """The page with what stands between its markers written anew; ValueError unless each block has its markers."""
+    blocks = {
+        "machine": machine(results, path),
+        "summary": summary(results),
+        "floors": floors(results),
+        "missed": missed(results),
+    }
+    return fill(page, blocks | {name: member(results, name) for name in members})
+
+
+def write(results: Results, path: Path, members: Sequence[str]) -> None:
+    """The page and its figures."""
+    text = render(PAGE.read_text(), results, path, members)
+    for name, chart in CHARTS.items():
+        panels = chart(results)
+        if panels:
+            save(dots(panels), PAGE.parent / "figures" / f"bench-{name}.png")
+    with replacing(PAGE) as file:
+        file.write(text.encode())
+
+
+# What is measured, by case.
+
+
+def ratios(results: Results, name: str, ratio: str, start: str = "", without: str = "\n") -> Ratios:
+    """Of the cases whose name starts so; beam search and losses have a median and its spread, the retriever a list."""
+    found = {}
+    for case, row in cases(results, name).items():
+        value = row["ratios"].get(ratio)
+        if value and case.startswith(start) and without not in case:
+            found[case] = value[0] if isinstance(value, list) else value["median"]
+    return found
+
+
+def of_peers(results: Results, peer: str, key: str) -> Ratios:
+    """An index peer's number over ours."""
+    peers = {case: (row, row.get("peers", {}).get(peer, {})) for case, row in cases(results, "trie").items()}
+    return {case: theirs[key] / row[key] for case, (row, theirs) in peers.items() if theirs.get(key)}
+
+
+def packed(results: Results, layout: str, key: str) -> Ratios:
+    """A row a candidate over a packed row."""
+    rows = {case: row["layouts"] for case, row in cases(results, "packing").items()}
+    return {case: row["replicated"][key] / row[layout][key] for case, row in rows.items()}
+
+
+def lines(results: Results) -> list[tuple[str, str, Ratios]]:
+    """What, against whom, and their time (or bytes) over ours."""
+
+    def loss(ratio: str, start: str, without: str = "\n") -> Ratios:
+        return ratios(results, "losses", ratio, start, without)
+
+    step, retrieval = "decoding step", "whole retrieval"
+    tokens, head, session = "log-probs from logits", "loss with the head fused in", "session loss"
+    packing, index, pages = "packed training step", "index", "huge pages"
+    best = loss("best torch / ours", "logits")
+    size, lookups = of_peers(results, "marisa", "index_bytes_per_item"), of_peers(results, "marisa", "lookups_per_s")
+    return [
+        (step, "STATIC", ratios(results, "beam-search", "static")),
+        (step, "a Python dict trie", ratios(results, "beam-search", "dict_trie")),
+        (step, "the same, batched in numpy", ratios(results, "beam-search", "dict_trie_batched")),
+        (step, "what HF `generate` does", ratios(results, "beam-search", "hf_style")),
+        (retrieval, "HF `generate`", ratios(results, "retriever", "generate / shared vocab")),
+        (retrieval, "HF `generate`, ours over a level", ratios(results, "retriever", "generate / shared level")),
+        (retrieval, "ours, a row of the cache a beam", ratios(results, "retriever", "reordered vocab / shared vocab")),
+        (tokens, "torch, `log_softmax`", loss("log_softmax / ours", "logits", pages)),
+        (tokens, "torch, its best expression", loss("best torch / ours", "logits", pages)),
+        (tokens, "the same, huge pages for both", {k: v for k, v in best.items() if pages in k}),
+        (tokens, "torch.compile", loss("compiled / ours", "logits")),
+        (head, "TRL", loss("trl / ours", "peers")),
+        (head, "Liger", loss("liger / ours", "peers")),
+        (head, "Liger, compiled", loss("liger_compiled / ours", "peers")),
+        (head, "torch `linear_cross_entropy`", loss("torch_lce / ours", "peers")),
+        (head, "verl", loss("verl / ours", "peers")),
+        (head, "torch, its best expression", loss("best torch / ours", "peers")),
+        (session, "vectorised torch", loss("vectorised / ours", "session")),
+        (session, "torch.compile", loss("compiled / ours", "session")),
+        (packing, "a row a candidate", packed(results, "candidates", "seconds")),
+        (packing, "the same, ours as a trie", packed(results, "trie", "seconds")),
+        (f"{packing}, peak memory", "a row a candidate", packed(results, "trie", "peak_bytes")),
+        (f"{index}, build", "STATIC", of_peers(results, "static", "build_s")),
+        (f"{index}, build", "marisa-trie", of_peers(results, "marisa", "build_s")),
+        (f"{index}, bytes", "STATIC", of_peers(results, "static", "index_bytes_per_item")),
+        (f"{index}, bytes", "marisa-trie", size),
+        (f"{index}, time of a lookup", "marisa-trie", {case: 1 / value for case, value in lookups.items()}),
+    ]
+
+
+# Blocks.
+
+
+def machine(results: Results, path: Path) -> str:
+    found = [result["machine"] for result in results.values()]
+    names = list(dict.fromkeys(f"{one['cpu']}, {one['cores']} cores" for one in found)) or ["no machine yet"]
+    return f"Measured on: {'; '.join(names)}. All figures: `benchmarks/results/{path.name}`."
+
+
+def _times(value: float) -> str:
+    return f"{value:.3g}x" if value < 1000 else f"{value:.0f}x"
+
+
+def _spread(values: Ratios) -> list[str]:
+    least, most = min(values.values()), max(values.values())
+    return [_times(median(values.values())), f"{_times(least)} to {_times(most)}" if len(values) > 1 else ""]
+
+
+def summary(results: Results) -> str:
+    rows, before = [], ""
+    for what, peer, values in lines(results):
+        if not values:
+            continue
+        better = [case for case in values if values[case] < 1]
+        middle, spread = _spread(values)
+        lost = "no"
+        if better:
+            worst = min(better, key=values.__getitem__)
+            lost = f"**in {len(better)} of {len(values)}**, at worst {_times(values[worst])}: {worst}"
+            middle = f"**{middle}**" if median(values.values()) < 1 else middle
+        rows.append([what if what != before else "", peer, middle, spread, str(len(values)), lost])
+        before = what
+    return markdown(["", "against", "theirs / ours", "from case to case", "cases", "they beat us"], rows)
+
+
+def floors(results: Results) -> str:
+    _, operations = rates(results)
+    arithmetic = {
+        f"{case} {normalize}": row["seconds"][f"shared {normalize}"] * operations / (1e9 * row["gflop"][normalize])
+        for case, row in cases(results, "retriever").items()
+        if row["prompt"]
+        for normalize in ("vocab", "level")
+    }
+    packing = {
+        case: row["layouts"]["trie"]["seconds"] * operations / (1e9 * row["layouts"]["trie"]["gflop"])
+        for case, row in cases(results, "packing").items()
+    }
+    logits = {
+        case: row["ms"]["ours"] / row["ms"]["bytes"]
+        for case, row in cases(results, "losses").items()
+        if "bytes" in row["ms"]
+    }
+    rows = [
+        ["decoding step", "bare log-sum-exp of the logits", ratios(results, "beam-search", "bare_lse")],
+        ["whole retrieval", "its matrix products at the best rate", arithmetic],
+        ["log-probs from logits", "their bytes, read twice and written once", logits],
+        [
+            "loss with the head fused in",
+            "the three bare matrix products",
+            ratios(results, "losses", "ours / three GEMMs", "peers"),
+        ],
+        ["session loss", "its bytes", ratios(results, "losses", "ours / bytes", "session")],
+        ["packed training step, as a trie", "its matrix products at the best rate", packing],
+    ]
+    rows = [[*names, *_spread(values)] for *names, values in rows if values and not isnan(sum(values.values()))]
+    return markdown(["", "floor", "ours / floor", "from case to case"], rows)
+
+
+def missed(results: Results) -> str:
+    rows, asked = [], 0
+    for name in dict.fromkeys(key.split("/")[0] for key in results):
+        for case, row in cases(results, name).items():
+            for ratio, value in row.get("ratios", {}).items():
+                if isinstance(value, dict) and "target" in value:
+                    asked += 1
+                    if not value["reached"]:
+                        target = value["target"] if isinstance(value["target"], str) else f"target {value['target']}"
+                        rows.append([name, case, ratio, _times(value["median"]), target])
+            memory = row.get("memory", {})
+            if "reached" in memory:
+                asked += 1
+                if not memory["reached"]:
+                    peak, allowed = (
+                        f"{b / MIB:.0f} MiB" for b in (memory["peak_bytes"]["ours"], memory["allowed_bytes"])
+                    )
+                    rows.append([name, case, "peak memory", peak, f"at most {allowed}"])
+    table = markdown(["", "case", "ratio", "is", "asked"], rows)
+    return f"{len(rows)} of {asked} targets are missed." + ("\n\n" + details("Which", table) if rows else "")
+
+
+def member(results: Results, name: str) -> str:
+    """Commands, commits, what it took, the figure and, folded, the tables."""
+    parts = [key for key in results if key.split("/")[0] == name]
+    if not parts:
+        return f"Not measured yet: `python -m benchmarks --only {name}`."
+    text = []
+    if name in CHARTS and CHARTS[name](results):
+        text.append(f"![{name}](figures/bench-{name}.png)")
+    for key in parts:
+        result = results[key]
+        if "skipped" in result:
+            text.append(f"Skipped: {result['skipped']}.")
+            continue
+        tables = result["markdown"]
+        if isinstance(tables, dict):
+            tables = [line for table in tables.values() for line in [*table, ""]]
+        text.append(_origin(key, result))
+        text.append(details("All figures", "\n".join(tables).strip()))
+    return "\n\n".join(text)
+
+
+def _origin(name: str, result: dict[str, Any]) -> str:
+    facts = [
+        result["machine"]["cpu"],
+        f"torch {result['versions']['torch']}",
+        result["versions"]["isa"],
+        f"commit {result['commit']}",
+    ]
+    if "processes" in result:
+        facts.insert(0, f"{result['processes']} processes" if result["processes"] > 1 else "one process")
+    if "measured" in result:
+        took = result["measured"]
+        facts.append(f"{took['wall_s'] / 60:.0f} minutes, {took['cpu_s'] / 60:.0f} of CPU")
+        facts.append(f"{took['peak_bytes'] / 2**30:.1f} GiB at the peak")
+    part = "/" in name  # which may be history
+    command = f"Measured apart: *{result['command']}*" if part else f"`python -m benchmarks --only {name}`"
+    return f"{command} ({', '.join(facts)})."

@@ -1,0 +1,1 @@
+"""The ways that the operators are compared with, and the comparisons."""

@@ -1,0 +1,345 @@
+"""SIDRetriever against ``generate`` of transformers, whole retrievals on one CPU thread::
+
+    python -m benchmarks.peers.compare_retriever
+    python -m benchmarks.peers.compare_retriever --quick --cases head
+
+The model is a stock Qwen3 of transformers with random weights (hidden size 512, 4 layers, 8 heads of 64, as many for
+keys and values, intermediate size 1536, V = 152k, float32), the catalogue the real ``industrial`` one. ``generate``
+has the constraint in Python as its users write it (``prefix_allowed_tokens_fn`` over a dictionary of prefixes).
+``reordered`` is SIDRetriever with a row of the KV cache a beam: ``shared_prefix=False``.
+
+Cases run in fresh processes, methods take turns in them. Before, all are checked to give the same scores to 1e-5
+relative and, but for items whose scores are that close, the same items. Times are medians over rounds, ratios medians
+of each round's. Bytes of the cache are what its tensors hold after the last step; memory is the process's peak during a
+call over what it held before. The floor is arithmetic: operations of the matrix products that shared beams need.
+
+``head`` cases time one step alone, from hidden states: the product with the whole head and ``beam_step``, against
+``linear_beam_step``. Their floor is the bare product with the rows that the softmax's support needs (with
+``normalize="trie"`` the level's rows, of which only the children's are).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import torch
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+import raddpo_ext as rx
+from benchmarks.harness import catalogues, report
+from benchmarks.harness.report import MIB
+from benchmarks.harness.timing import measured, middle, take_turns
+from raddpo_ext.integrations import decoders
+
+MODULE = "benchmarks.peers.compare_retriever"
+VOCAB, HIDDEN, INTERMEDIATE, LAYERS, HEADS, HEAD_DIM = 151_936, 512, 1536, 4, 8, 64
+CODES, FIRST = 256, 151_000  # of a level; token id of the first code
+NORMALIZE = ("vocab", "level", "trie")
+TOLERANCE = 1e-5  # relative
+
+
+@dataclass(frozen=True)
+class Case:
+    """``batch`` prompts of ``prompt`` tokens and ``width`` beams; a case without a prompt is a step alone."""
+
+    prompt: int
+    width: int
+    batch: int
+    generate: bool = False
+    dtype: str = "float32"
+
+    @property
+    def name(self) -> str:
+        kind = f"prompt={self.prompt}" if self.prompt else f"head {self.dtype}"
+        return f"{kind} W={self.width} batch={self.batch}"
+
+
+CASES = [Case(256, 50, 4, generate=True)]
+CASES += [Case(prompt, width, 1) for prompt in (64, 256, 1024) for width in (10, 50, 200)]
+CASES += [Case(0, 50, 4, dtype=dtype) for dtype in ("float32", "bfloat16")]
+
+
+def catalogue() -> rx.TrieIndex:
+    sids = catalogues.real("industrial")
+    return rx.TrieIndex.build(sids, vocab=rx.SIDVocab([CODES] * sids.shape[1], offset=FIRST))
+
+
+def make_model() -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+    return Qwen3ForCausalLM(config).eval()
+
+
+class Search:
+    """The model, the catalogue and prompts, and a retrieval by method: ``(scores [B, W], tokens or SIDs)``."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.model, self.index = case, make_model(), catalogue()
+        generator = torch.Generator().manual_seed(1)
+        self.prompts = torch.randint(FIRST, (case.batch, case.prompt), generator=generator)
+        self.children: dict[tuple[int, ...], list[int]] = {}
+        for node in range(self.index.num_nodes):
+            sid = [code for code in self.index.paths(torch.tensor([node]))[0][0].tolist() if code >= 0]
+            tokens = tuple(FIRST + CODES * level + code for level, code in enumerate(sid))
+            if tokens:
+                self.children.setdefault(tokens[:-1], []).append(tokens[-1])
+
+    def retriever(self, normalize: str, shared: bool) -> rx.SIDRetriever:
+        return rx.SIDRetriever(
+            self.model, self.index, beam_width=self.case.width, normalize=normalize, shared_prefix=shared
+        )
+
+    def generate(self) -> tuple[Tensor, Tensor]:
+        length = self.prompts.shape[1]
+        found = self.model.generate(
+            input_ids=self.prompts,
+            attention_mask=torch.ones_like(self.prompts),
+            prefix_allowed_tokens_fn=lambda _, row: self.children[tuple(row[length:].tolist())],
+            num_beams=self.case.width,
+            num_return_sequences=self.case.width,
+            max_new_tokens=self.index.levels,
+            do_sample=False,
+            length_penalty=0.0,
+            pad_token_id=0,
+            eos_token_id=None,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        levels = torch.arange(self.index.levels)
+        sids = found.sequences[:, length:] - FIRST - CODES * levels
+        return found.sequences_scores.view(self.case.batch, -1), sids.view(self.case.batch, -1, len(levels))
+
+    def operations(self, normalize: str) -> float:
+        """Of the products that shared beams need; a position meets every key before it."""
+        case, steps = self.case, self.index.levels - 1
+        width = HEADS * HEAD_DIM
+        layer = 4 * HIDDEN * width + 3 * HIDDEN * INTERMEDIATE
+        tokens = case.prompt + steps * case.width
+        keys = case.prompt * case.prompt / 2 + case.width * steps * (case.prompt + (steps + 1) / 2)
+        rows = {"vocab": VOCAB, "level": CODES, "trie": 0}[normalize] * (1 + steps * case.width)
+        return 2.0 * case.batch * (LAYERS * (tokens * layer + 2 * width * keys) + rows * HIDDEN)
+
+
+def work(case: Case, rounds: int) -> dict[str, Any]:
+    """One process's measurements: seconds by method, one a round."""
+    return retrieval(case, rounds) if case.prompt else step(case, rounds)
+
+
+@torch.no_grad()
+def retrieval(case: Case, rounds: int) -> dict[str, Any]:
+    search = Search(case)
+    methods: dict[str, Callable[[], Any]] = {}
+    held: dict[str, int] = {}
+    for normalize in ("vocab", "level"):
+        for shared in (True, False):
+            retriever = search.retriever(normalize, shared)
+            name = f"{'shared' if shared else 'reordered'} {normalize}"
+            methods[name] = lambda retriever=retriever: retriever.retrieve(search.prompts)
+            if normalize == "vocab":
+                held[name.split()[0]] = cache_bytes(methods[name])
+        ours, theirs = methods[f"shared {normalize}"](), methods[f"reordered {normalize}"]()
+        agree(ours.scores, ours.sids, theirs.scores, theirs.sids)
+    if case.generate:
+        methods["generate"] = search.generate
+        found = methods["shared vocab"]()
+        agree(found.scores, found.sids, *search.generate())
+    costs = methods_costs(methods, rounds)
+    gflop = {normalize: search.operations(normalize) / 1e9 for normalize in ("vocab", "level")}
+    return {**costs, "cache_bytes": held, "gflop": gflop}
+
+
+def agree(scores: Tensor, sids: Tensor, other_scores: Tensor, other_sids: Tensor) -> None:
+    """The same SIDs by the same scores; two whose scores are that close may change places, or one end in the beam."""
+    torch.testing.assert_close(scores, other_scores, rtol=TOLERANCE, atol=0)
+    for query in range(len(scores)):
+        ours, theirs = (
+            dict(zip(map(tuple, found[query].tolist()), values[query].tolist(), strict=True))
+            for found, values in ((sids, scores), (other_sids, other_scores))
+        )
+        sure = min(ours.values()) * (1 - TOLERANCE)  # scores are negative
+        assert {sid for sid, score in ours.items() if score > sure} <= theirs.keys(), "other SIDs are found"
+        assert all(abs(ours[sid] / theirs[sid] - 1) < TOLERANCE for sid in ours.keys() & theirs.keys())
+
+
+def cache_bytes(retrieve: Callable[[], Any]) -> int:
+    """Bytes of keys and values after the last step."""
+    kept: list[Any] = []
+    forward = decoders.Decoder.forward
+
+    def watched(self: decoders.Decoder, *args: Any, **kwargs: Any) -> Tensor:
+        states = forward(self, *args, **kwargs)
+        kept[:] = self.cache.layers
+        return states
+
+    decoders.Decoder.forward = watched
+    try:
+        retrieve()
+    finally:
+        decoders.Decoder.forward = forward
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in kept)
+
+
+@torch.no_grad()
+def step(case: Case, rounds: int) -> dict[str, Any]:
+    """Of the last level, whose beams are the best of the level before by random scores."""
+    index, dtype = catalogue(), getattr(torch, case.dtype)
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(VOCAB, HIDDEN, generator=generator) / HIDDEN**0.5).to(dtype)
+    hidden = torch.randn(case.batch, case.width, HIDDEN, generator=generator).to(dtype)
+    state = rx.BeamState.start(index, case.batch)
+    for _ in range(index.levels - 1):
+        logits = torch.randn(*state.nodes.shape, VOCAB, generator=generator)
+        state = rx.beam_step(logits, state, index, case.width)
+    rows = hidden.view(-1, HIDDEN)
+    methods: dict[str, Callable[[], Any]] = {}
+    for normalize in NORMALIZE:
+        options = {"normalize": normalize}
+        dense = lambda options=options: rx.beam_step(hidden @ weight.T, state, index, case.width, **options)  # noqa: E731
+        fused = lambda options=options: rx.linear_beam_step(  # noqa: E731
+            hidden, weight, state, index, case.width, level=index.levels - 1, **options
+        )
+        atol = 1e-4 if dtype == torch.float32 else 0.1
+        torch.testing.assert_close(fused().scores, dense().scores, rtol=0, atol=atol)
+        needed = weight if normalize == "vocab" else weight[index.level_tokens(index.levels - 1)]
+        out = torch.empty(len(rows), len(needed), dtype=dtype)
+        methods[f"dense {normalize}"], methods[f"fused {normalize}"] = dense, fused
+        methods[f"floor {normalize}"] = lambda needed=needed, out=out: torch.mm(rows, needed.T, out=out)
+    return methods_costs(methods, 5 * rounds)
+
+
+def methods_costs(methods: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
+    peaks = {name: measured(run).peak_bytes for name, run in methods.items()}
+    costs = take_turns(methods, rounds)
+    return {
+        "seconds": {name: [cost.wall for cost in found] for name, found in costs.items()},
+        "cpu_seconds": {name: middle(found).cpu for name, found in costs.items()},
+        "peak_bytes": peaks,
+    }
+
+
+def summary(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the rounds of all processes, ratios within each round first."""
+    seconds = {name: [x for run in runs for x in run["seconds"][name]] for name in runs[0]["seconds"]}
+
+    def ratio(slow: str, fast: str) -> list[float]:
+        ratios = sorted(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
+        return [median(ratios), ratios[0], ratios[-1]]
+
+    found: dict[str, Any] = {"case": case.name, **asdict(case)}
+    found["seconds"] = {name: median(times) for name, times in seconds.items()}
+    found["costs"] = {
+        name: {
+            "ms": 1e3 * middle_of,
+            "cpu_ms": 1e3 * median(run["cpu_seconds"][name] for run in runs),
+            "peak_bytes": median(run["peak_bytes"][name] for run in runs),
+        }
+        for name, middle_of in found["seconds"].items()
+    }
+    pairs = []
+    for normalize in ("vocab", "level") if case.prompt else NORMALIZE:
+        if case.prompt:
+            slower = ["generate"] * case.generate + [f"reordered {normalize}"]
+            pairs += [(slow, f"shared {normalize}") for slow in slower]
+        else:
+            pairs += [(f"dense {normalize}", f"fused {normalize}"), (f"fused {normalize}", f"floor {normalize}")]
+    if case.prompt:
+        found |= {name: runs[0][name] for name in ("cache_bytes", "gflop")}
+    found["ratios"] = {f"{slow} / {fast}": ratio(slow, fast) for slow, fast in pairs}
+    return found
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    """Tables of whole retrievals, and of steps."""
+    tables = []
+    searches = [result for result in results if result["prompt"]]
+    if searches:
+        head = ["case", "normalize", "ms", "generate / ours", "reordered / ours"]
+        head += ["cache MiB", "reordered", "GFLOP", "GFLOP/s"]
+        rows = []
+        for result in searches:
+            for normalize in ("vocab", "level"):
+                ours = f"shared {normalize}"
+                seconds = result["seconds"][ours]
+                rows.append(
+                    [
+                        result["case"] if normalize == "vocab" else "",
+                        normalize,
+                        f"{1000 * seconds:.0f}",
+                        times(result, f"generate / {ours}"),
+                        times(result, f"reordered {normalize} / {ours}"),
+                        f"{result['cache_bytes']['shared'] / MIB:.1f}",
+                        f"{result['cache_bytes']['reordered'] / MIB:.1f}",
+                        f"{result['gflop'][normalize]:.1f}",
+                        f"{result['gflop'][normalize] / seconds:.0f}",
+                    ]
+                )
+        tables += [report.markdown(head, rows), report.costs_markdown(searches)]
+    steps = [result for result in results if not result["prompt"]]
+    if steps:
+        rows = [
+            [
+                result["case"] if normalize == "vocab" else "",
+                normalize,
+                f"{1000 * result['seconds'][f'fused {normalize}']:.2f}",
+                times(result, f"dense {normalize} / fused {normalize}"),
+                times(result, f"fused {normalize} / floor {normalize}"),
+            ]
+            for result in steps
+            for normalize in NORMALIZE
+        ]
+        tables.append(report.markdown(["case", "normalize", "ms", "dense step / ours", "ours / bare product"], rows))
+        tables.append(report.costs_markdown(steps))
+    return "\n\n".join(tables)
+
+
+def times(result: dict[str, Any], name: str) -> str:
+    if name not in result["ratios"]:
+        return ""
+    middle, low, high = result["ratios"][name]
+    return f"{middle:.2f}x ({low:.2f}-{high:.2f})"
+
+
+def main() -> None:
+    parser = report.parser(MODULE, __doc__, processes=2)
+    parser.add_argument("--rounds", type=int, default=3, help="rounds a process (3)")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # a case; JSON
+    args = parser.parse_args()
+    if args.worker is not None:
+        torch.set_num_threads(1)
+        print(json.dumps(work(CASES[args.worker], args.rounds)))
+        return
+    if not catalogues.present("industrial"):
+        raise SystemExit(f"no industrial catalogue under {catalogues.DATA}; RADDPO_DATA names the folder")
+    chosen = report.choose(parser, CASES, args.cases)[slice(1, 2) if args.quick else slice(None)]
+    processes, rounds = (1, 1) if args.quick else (args.processes, args.rounds)
+    environment = {**report.environment(MODULE), "threads": 1, "processes": processes, "rounds": rounds}
+    results: list[dict[str, Any]] = []
+    for i in chosen:
+        runs = [report.run_fresh(MODULE, "--worker", str(i), "--rounds", str(rounds)) for _ in range(processes)]
+        results.append(summary(CASES[i], runs))
+        print(markdown(results[-1:]), flush=True)
+        if args.out:
+            report.write_json(args.out, environment | {"markdown": markdown(results).splitlines(), "results": results})
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    main()
