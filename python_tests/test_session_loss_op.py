@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import raddpo_ext as rx
+from raddpo_ext.losses import session_loss
 
 DTYPE = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 EVERYTHING: dict[str, Any] = {
@@ -225,6 +226,19 @@ class Recorder(TorchDispatchMode):
         if func.namespace == "raddpo":
             self.calls.append((func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "named", "results"),
+    [
+        ("session_loss", session_loss.Arguments, session_loss.Results._fields),
+        ("session_loss_backward", session_loss.BackwardArguments, ("",)),
+    ],
+)
+def test_arguments_are_named_as_in_the_schema(name: str, named: Any, results: tuple[str, ...]) -> None:
+    schema = getattr(torch.ops.raddpo, name).default._schema
+    assert tuple(argument.name for argument in schema.arguments) == named._fields
+    assert tuple(result.name for result in schema.returns) == results
 
 
 @pytest.mark.parametrize("options", [*OPTIONS, None])

@@ -20,9 +20,10 @@ from raddpo_ext.integrations.logits_processor import TrieLogitsProcessor
 from raddpo_ext.integrations.retriever import SIDRetriever
 from raddpo_ext.logps.linear_token_logps import linear_token_logps
 from raddpo_ext.logps.token_logps import token_logps
-from raddpo_ext.losses.raddpo_loss import RADDPOLoss, RADDPOOutput
+from raddpo_ext.losses.multilabel_contrastive_loss import multilabel_contrastive_loss
+from raddpo_ext.losses.rad_dpo_loss import PRESETS, SessionLossOutput, rad_dpo_loss
+from raddpo_ext.losses.rad_dpo_module import RADDPOLoss, RADDPOOutput
 from raddpo_ext.losses.session import SessionBatch
-from raddpo_ext.losses.session_loss import PRESETS, SessionLoss, multilabel_contrastive_loss, rad_dpo_loss
 from raddpo_ext.losses.similarity_weighting import SimilarityWeighting
 
 __all__ = [
@@ -38,7 +39,7 @@ __all__ = [
     "SIDRetriever",
     "SIDVocab",
     "SessionBatch",
-    "SessionLoss",
+    "SessionLossOutput",
     "SimilarityWeighting",
     "TrieIndex",
     "TrieLogitsProcessor",

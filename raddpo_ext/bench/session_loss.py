@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from raddpo_ext.bench.compare import Comparison, Run
+from raddpo_ext.losses.rad_dpo_loss import rad_dpo_loss
 from raddpo_ext.losses.session import SessionBatch
-from raddpo_ext.losses.session_loss import rad_dpo_loss
 
 BETA = 2.0
 CODES = 8  # of a level: few, so that candidates share prefixes

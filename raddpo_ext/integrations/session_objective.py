@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from raddpo_ext.data.pack_sessions import PackedSessions
 from raddpo_ext.integrations.session_states import SessionStates
-from raddpo_ext.losses.raddpo_loss import RADDPOLoss
+from raddpo_ext.losses.rad_dpo_loss import rad_dpo_loss
+from raddpo_ext.losses.rad_dpo_module import RADDPOLoss
 from raddpo_ext.losses.session import SessionBatch
-from raddpo_ext.losses.session_loss import rad_dpo_loss
 from raddpo_ext.losses.similarity_weighting import SimilarityWeighting
 
 #: The metrics of a training batch, in the order of :meth:`SessionObjective.forward`'s table.

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from raddpo_ext import _check
-
-POSITIVES = ("winner", "each", "pooled")
+from raddpo_ext.losses.session_loss import POSITIVES
 
 
 class SessionBatch:
@@ -74,6 +73,11 @@ class SessionBatch:
     @property
     def device(self) -> torch.device:
         return self.tokens.device
+
+    def layout(self) -> dict[str, Any]:
+        """The sessions as the operators take them: contiguous tensors and ``num_pairs``, by their arguments' names."""
+        names = ("tokens", "lengths", "offsets", "num_positives", "pair_offsets")
+        return {name: getattr(self, name).contiguous() for name in names} | {"num_pairs": self.num_pairs}
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SessionBatch:
         """The same batch on another device."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from raddpo_ext.losses.rad_dpo_loss import SessionLossOutput
 from raddpo_ext.losses.session import SessionBatch
-from raddpo_ext.losses.session_loss import SessionLoss
 
 Number = float | int | Tensor
 Sid = tuple[int, ...]
@@ -36,7 +36,7 @@ def rad_dpo_loss(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     normalizer: tuple[Number, Number] | None = None,
-) -> SessionLoss:
+) -> SessionLossOutput:
     """See :func:`raddpo_ext.rad_dpo_loss`."""
     sids = _sids(sessions)
     levels = [1.0] * logps.shape[1] if level_weights is None else torch.as_tensor(level_weights).tolist()
@@ -92,7 +92,7 @@ def rad_dpo_loss(
     kept_and_tokens = (num_kept, num_tokens) if normalizer is None else normalizer
     preference = _reduced(preferences, zero, kept_and_tokens[0], reduction)
     sft = -_reduced(log_likelihoods, zero, kept_and_tokens[1], reduction)
-    return SessionLoss(
+    return SessionLossOutput(
         loss=preference + sft_weight * sft if sft_weight != 0 else preference,  # 0 * inf would be NaN
         preference=preference,
         sft=sft,

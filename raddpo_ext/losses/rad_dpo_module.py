@@ -12,8 +12,8 @@ from raddpo_ext import _check
 from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.index.vocab import SIDVocab
 from raddpo_ext.logps.linear_token_logps import linear_token_logps
+from raddpo_ext.losses.rad_dpo_loss import rad_dpo_loss
 from raddpo_ext.losses.session import SessionBatch
-from raddpo_ext.losses.session_loss import rad_dpo_loss
 from raddpo_ext.losses.similarity_weighting import SimilarityWeighting
 
 _IGNORED = -100

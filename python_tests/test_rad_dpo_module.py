@@ -286,7 +286,7 @@ def test_bad_options_are_named(arguments: dict[str, Any], message: str) -> None:
         (True, {"embeddings": torch.zeros(6, 2), "pair_weights": torch.ones(8)}, "pair_weights must be None"),
         (None, {"weight": torch.zeros(COLUMNS, FEATURES + 1)}, "weight must have one column"),
         (None, {"weight": torch.zeros(5, FEATURES)}, "targets.* outside \\[0, 5\\)"),
-        (None, {"normalizer": (0, 1)}, "normalizer\\[0\\] must be above 0, got 0"),
+        (None, {"normalizer": (0, 1)}, "normalizer\\[0\\] must be positive, got 0"),
     ],
 )
 def test_bad_arguments_are_named(weighting: bool | None, arguments: dict[str, Any], message: str) -> None:

@@ -1,0 +1,127 @@
+"""The arguments that rad_dpo_loss and multilabel_contrastive_loss share: checked, and as the operator takes them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raddpo_ext import _check
+from raddpo_ext.losses.session import SessionBatch
+from raddpo_ext.losses.session_loss import Arguments, Results, session_loss
+
+
+def run(arguments: Arguments) -> Results:
+    """The operator, with an error that names a bad pair weight, which it only refuses."""
+    try:
+        return session_loss(arguments)
+    except RuntimeError:
+        if arguments.pair_weights is not None and arguments.pair_weights.device.type == "cpu":
+            _check_weights(arguments.pair_weights, "pair_weights")
+        raise
+
+
+def check_input(value: Any, name: str, sessions: Any, dim: int) -> None:
+    _check.instance(value, name, Tensor)
+    _check.instance(sessions, "sessions", SessionBatch)
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float32 or float64, got {value.dtype}")
+    if value.dim() != dim:
+        raise ValueError(f"{name} must have {dim} dimension{'s' * (dim > 1)}, got shape {tuple(value.shape)}")
+    if value.device != sessions.device:
+        raise ValueError(f"{name} must be on the device of sessions, {sessions.device}, got {value.device}")
+
+
+def constant(value: Any, name: str, like: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """``value``, a tensor of this type and shape on the device of ``like``, contiguous and without gradient."""
+    _check.instance(value, name, Tensor)
+    if value.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {value.dtype}")
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {value.device}")
+    return (value.detach() if value.requires_grad else value).contiguous()
+
+
+def _reads_values(tensor: Tensor, check: bool) -> bool:
+    """Whether values are checked: not where that synchronises, nor in a graph, which cannot depend on them."""
+    return check or (tensor.device.type == "cpu" and not torch.compiler.is_compiling())
+
+
+def _check_weights(weights: Tensor, name: str) -> None:
+    """Raises for the first weight that is not finite and at least 0."""
+    if weights.numel():
+        least, most = weights.aminmax()  # NaN if there is one
+        if not (float(least) >= 0 and float(most) < math.inf):
+            _check.none(
+                ~((weights >= 0) & (weights < math.inf)),
+                lambda i: f"{name}[{i}] = {float(weights[i])} is not finite and at least 0",
+            )
+
+
+def check_nan(logps: Tensor, name: str, sessions: SessionBatch) -> None:
+    bad = (logps.isnan() & sessions.mask()).nonzero()
+    if len(bad):
+        row, column = bad[0].tolist()
+        raise ValueError(f"{name}[{row}, {column}] is NaN")
+
+
+def pair_weights(weights: Any, like: Tensor, sessions: SessionBatch, check: bool) -> Tensor | None:
+    if weights is None:
+        return None
+    _check.instance(weights, "pair_weights", Tensor)
+    if not weights.is_floating_point():
+        raise TypeError(f"pair_weights must hold floating-point numbers, got {weights.dtype}")
+    weights = constant(weights, "pair_weights", like, weights.dtype, (sessions.num_pairs,)).to(like.dtype)
+    if check:
+        _check_weights(weights, "pair_weights")
+    return weights
+
+
+def level_weights(weights: Any, like: Tensor, check: bool) -> Tensor | None:
+    if weights is None:
+        return None
+    if not isinstance(weights, Tensor):
+        if not isinstance(weights, Sequence):
+            raise TypeError(f"level_weights must be a sequence or a tensor of numbers, got {weights!r}")
+        numbers = [_check.not_negative(weight, f"level_weights[{i}]") for i, weight in enumerate(weights)]
+        # One by one on the device: a copy of the list would wait for a GPU.
+        given = torch.cat([like.new_full((1,), number) for number in numbers]) if numbers else like.new_empty(0)
+        return constant(given, "level_weights", like, like.dtype, like.shape[1:])
+    weights = constant(weights.to(like.dtype), "level_weights", like, like.dtype, like.shape[1:])
+    if _reads_values(weights, check):
+        _check_weights(weights, "level_weights")
+    return weights
+
+
+def divisors(normalizer: Sequence[Any] | Tensor | None, reduction: str, like: Tensor, check: bool) -> dict[str, Any]:
+    """What preference and SFT are divided by instead of the counts: a float64 tensor ``[2]``, or two numbers."""
+    if normalizer is None:
+        return {}
+    if reduction != "mean":
+        raise ValueError(f"normalizer must be None with reduction={reduction!r}, which divides nothing")
+    values = list(normalizer) if isinstance(normalizer, Sequence | Tensor) else [normalizer]
+    if len(values) != 2:
+        raise ValueError(f"normalizer must be (sessions, tokens), got {normalizer!r}")
+    if not any(isinstance(value, Tensor) for value in values):
+        sessions, tokens = (_check.positive(value, f"normalizer[{i}]") for i, value in enumerate(values))
+        return {"session_divisor": sessions, "token_divisor": tokens}
+    divisors = torch.stack([_divisor(value, f"normalizer[{i}]", like) for i, value in enumerate(values)])
+    if _reads_values(divisors, check):
+        _check.none(
+            ~((divisors > 0) & (divisors < math.inf)),
+            lambda i: f"normalizer[{i}] must be finite and positive, got {float(divisors[i])}",
+        )
+    return {"divisors": divisors}
+
+
+def _divisor(value: Any, name: str, like: Tensor) -> Tensor:
+    if not isinstance(value, Tensor):
+        return torch.full((), _check.positive(value, name), dtype=torch.float64, device=like.device)
+    if value.numel() != 1 or value.device != like.device:
+        raise ValueError(f"{name} must have one element, on {like.device}, got {value!r}")
+    return value.detach().reshape(()).to(torch.float64)
