@@ -63,7 +63,7 @@ SIZES: dict[str, Any] = {
     "decoder_start_token_id": 2,
 }  # fmt: skip
 PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")
-# What some families need besides.
+# Further settings that some families need.
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_expand": 2, "mamba_chunk_size": 16}
 QWEN4 = {
     "hc_lowrank": 16, "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64,
@@ -118,14 +118,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 SHARED, ROWS, GROUPS = "shared prefix", "one cache row per beam", "in groups by prompt length"
 LIMIT, LIMITS = 1e-5, {"zamba2": 5e-5}  # its scan takes differences of long sums, in float32 whatever the model has
-# What the retriever's own words do not tell.
+# Reasons that the retriever's error does not give.
 REASONS = {
     "cpmant": "a prompt's tokens see one another",
     "musicgen": "a list of heads, one per codebook of audio",
     "musicgen_melody": "a list of heads, one per codebook of audio",
-    "prophetnet": "its logits change with the length of what it is given",
+    "prophetnet": "its logits change with the length of its input",
     "recurrent_gemma": "it keeps its state in its layers, not in a cache",
-    "voxtral_realtime": "it wants audio",
+    "voxtral_realtime": "it needs audio",
     "xlm": "it looks ahead by default, and keeps no cache",
     "xlstm": "it keeps a state of its own, not a cache that can be reordered",
     "xlnet": "a prompt's tokens see one another",
@@ -141,7 +141,7 @@ class Found(NamedTuple):
 
 
 def small(config: Any, **options: Any) -> Any:
-    """A config of the same class, and the same in it, of few and small layers."""
+    """A config of the same class, with the same nested configs, and with few and small layers."""
     fields = [field.name for field in dataclasses.fields(config) if field.init]
     values = {name: SIZES[name] for name in fields if name in SIZES}
     for name in getattr(config, "sub_configs", {}):
@@ -150,7 +150,7 @@ def small(config: Any, **options: Any) -> Any:
     values |= {name: True for name in ("is_decoder", "add_cross_attention") if getattr(config, name, False)}
     if "kv_lora_rank" in fields:
         values["num_key_value_heads"] = SIZES["num_attention_heads"]
-    # Settings a layer: one layer of each kind there is, and two at least.
+    # Settings per layer: one layer of each kind, and at least two layers.
     by_layer = {name: getattr(config, name) for name in PER_LAYER if getattr(config, name, None)}
     by_layer = {name: list(value) for name, value in by_layer.items() if name in fields}
     if by_layer:
@@ -191,7 +191,7 @@ def build(family: str, name: str, attention: str | None = None) -> Any:
 
 
 def prompts() -> tuple[torch.Tensor, torch.Tensor]:
-    """Two, of 6 and 4 tokens."""
+    """Two prompts, of 6 and 4 tokens."""
     ids = torch.randint(3, 30, (2, 6), generator=torch.Generator().manual_seed(1))
     mask = torch.tensor([[1] * 6, [0] * 2 + [1] * 4])
     return ids * mask, mask
@@ -271,36 +271,36 @@ def page(rows: dict[tuple[str, str], Found]) -> str:
     table = "\n".join(line(*key, found) for key, found in sorted(rows.items()))
     return f"""# Models
 
-Which causal and encoder-decoder models of transformers the retriever and the trainer take.
+This page lists which causal and encoder-decoder classes of transformers the retriever and the trainer accept.
 {heading()}: {len(rows)} classes; {summary}; {packed} can be packed.
 
-Each class was built small from its own default config, with random weights, and asked. Wherever the retriever takes a
-model, its scores for two prompts of unequal length, in one padded batch and each by itself, equal those of plain
-forwards without a cache to {LIMIT:g} in float32 (Zamba2, whose scan rounds more, to {LIMITS["zamba2"]:g}). `make test`
-looks again; `python -m python_tests.support.model_families` looks with eager attention too, and writes this page anew.
+Settings can change an answer: another attention, adapters, a shorter window. The retriever and `verify_packing` check
+your model each time, and what they find counts.
 
 How the retriever ([serving](serving.md)) runs a model:
 
-- **{SHARED}**: all beams of a prompt share its keys and values; the fastest. Prompts longer than a model's window, and
-  models with flash attention, take a row a beam.
-- **{ROWS}**: the cache has a row a beam, which follows the beams. So with every encoder-decoder.
-- **{GROUPS}**: padding would change the scores, so that prompts of one length make a batch; give prompts of few
-  lengths.
-- **refused**: a `TypeError` that names the model. It keeps no cache that can follow beams (as most recurrent ones),
-  gives other scores with it than without, or looks ahead.
-- **not built**: no small model could be made, for the reason that follows; nothing is known until
-  the retriever finds out.
+- **{SHARED}**: all beams of a prompt share its keys and values. This is the fastest way. Prompts longer than the
+  model's window, and models with flash attention, use one cache row per beam instead.
+- **{ROWS}**: the cache has one row per beam, reordered every step. Every encoder-decoder runs in this way.
+- **{GROUPS}**: padding would change the scores, so only prompts of one length share a batch. Use few different lengths.
+- **refused**: a `TypeError` that names the model. Its cache cannot be reordered with the beams (as in most recurrent
+  models), or it gives other scores with the cache than without, or it looks ahead.
+- **not built**: no small model could be made, for the reason in the table. The retriever finds out with your model.
 
-Packing says whether the trainer packs a session's candidates into one row ([training](training.md#packing)). Where it
-says no, `verify_packing` and the trainer raise a `ValueError`. Such a model trains in
-[a loop of your own](howto/own-loop.md), one row per candidate: `rx.token_logps` of its own logits, then
+"Packing" says whether the trainer packs a session's candidates into one row ([training](training.md#packing)). If it
+says no, `verify_packing` and the trainer raise a `ValueError`. Train such a model in
+[a loop of your own](howto/own-loop.md) with one row per candidate: `rx.token_logps` of its own logits, then
 `rx.rad_dpo_loss`.
 
-Settings can change an answer: another attention, adapters, a shorter window. What counts is what the retriever and
-`verify_packing` find for your model, which they do each time.
+Sparse attention that keeps the best `index_topk` tokens (DeepSeek V3.2 and similar models) may keep any of the tokens
+that score exactly 0. Beyond that many tokens such a model gives other logits with a cache than without, in `generate`
+too.
 
-Sparse attention that keeps the best `index_topk` tokens (DeepSeek V3.2 and kin) keeps any of those that score exactly 0
-alike. Beyond that many tokens such a model gives other logits with a cache than without, in `generate` as here.
+How this was found: each class was built small from its own default config, with random weights, and checked. Wherever
+the retriever accepts a model, its scores for two prompts of unequal length, in one padded batch and each by itself,
+equal those of plain forwards without a cache to {LIMIT:g} in float32 (Zamba2, whose scan rounds more, to
+{LIMITS["zamba2"]:g}). `make test` repeats the check. `python -m python_tests.support.model_families` also checks eager
+attention, and writes this page anew.
 
 | Family | Class | Retrieval | Packing |
 |---|---|---|---|
