@@ -16,7 +16,7 @@ endif
 SOURCES := setup.py $(shell find csrc -type f)
 BUILT := build/.built-$(shell $(if $(PYTHON),$(PYTHON),python3) -c 'import sys; print(sys.implementation.cache_tag)')
 
-.PHONY: build test demo bench sanitize fuzz mutants gpu-test gpu-sanitize gpu-bench docs lint format clean
+.PHONY: build test test-fast demo bench sanitize fuzz mutants gpu-test gpu-sanitize gpu-bench docs lint format clean
 build: $(BUILT)
 
 .venv/.installed: requirements.txt
@@ -32,6 +32,11 @@ $(BUILT): $(SOURCES) $(PACKAGES)
 # On every core, a file on one; an interpreter named by PYTHON need not have pytest-xdist.
 test: build
 	OMP_NUM_THREADS=1 $(PY) -m pytest python_tests -q $(if $(PACKAGES),-n $(shell nproc) --dist loadfile) $(ARGS)
+
+# What to run while editing: the ops, the index, the losses and the checks of arguments.
+test-fast: build
+	OMP_NUM_THREADS=1 $(PY) -m pytest python_tests -q -m "not slow and not gpu and not browser and not ray" \
+	  $(if $(PACKAGES),-n $(shell nproc) --dist loadfile) $(ARGS)
 
 # DATA=../shared/data/instruments runs it on a real catalogue.
 demo: build

@@ -33,6 +33,16 @@ settings.register_profile(
 settings.load_profile("raddpo")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what a test's folder or fixtures say of it."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if "browser" in fixtures:
+            item.add_marker(pytest.mark.browser)
+        if "shim" in fixtures or item.path.parent.name in ("gpu", "project"):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once per instruction set."""

@@ -13,6 +13,8 @@ import raddpo_ext as rx
 from raddpo_ext.__main__ import main
 from raddpo_ext.index.store_service import StoreService
 
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 
 

@@ -22,6 +22,8 @@ from benchmarks.harness.report import write_json
 from raddpo_ext._files import replacing
 from raddpo_ext.data.session_log import write_sessions
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 ENVIRONMENT = {
     **os.environ,

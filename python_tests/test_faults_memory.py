@@ -12,7 +12,10 @@ from test_faults import output_of
 
 import raddpo_ext as rx
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads memory from /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads memory from /proc"),
+]
 
 # Each operation is tried with no memory beyond what the process holds, with 1 MB, 2 MB, ... until it works.
 LIMITED = """

@@ -19,6 +19,8 @@ from test_trainer import ROWS, qwen3, run, seeded
 
 from raddpo_ext.integrations.checkpoints import last_whole_checkpoint
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {"batch": 4, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
 STATE = "trainer_state.json"
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.tolerances import close
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,6 +21,8 @@ import raddpo_ext as rx
 from raddpo_ext.integrations import graphed
 from raddpo_ext.integrations.base_model import head_arguments
 from raddpo_ext.integrations.graphed import CapturedDecoder
+
+pytestmark = pytest.mark.slow
 
 WIDTHS = [5, 20, 12]
 
@@ -40,7 +43,7 @@ def calls() -> list[tuple[Tensor, Tensor]]:
 def assert_same(got: rx.BeamResult, expected: rx.BeamResult) -> None:
     assert got.items.tolist() == expected.items.tolist()
     assert got.sids.tolist() == expected.sids.tolist()
-    torch.testing.assert_close(got.scores, expected.scores, rtol=0, atol=2e-5)
+    torch.testing.assert_close(got.scores, expected.scores, **close("model"))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from raddpo_ext.integrations.base_model import head_arguments
 from raddpo_ext.integrations.probes import verify
 from raddpo_ext.integrations.session_states import verify_packing
 
+pytestmark = pytest.mark.slow
+
 TEXT: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 96, "pad_token_id": 0, "bos_token_id": 1,

@@ -23,6 +23,8 @@ from raddpo_ext.integrations.base_model import expert_capacities, slot_windows
 from raddpo_ext.integrations.lengths import ProvenLengths
 from raddpo_ext.integrations.session_states import session_states, verify_packing
 
+pytestmark = pytest.mark.slow
+
 BEAMS = 14  # with an index of 12: 28 slots beside the prompt
 
 

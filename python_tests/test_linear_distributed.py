@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import raddpo_ext as rx
 
+pytestmark = pytest.mark.slow
+
 TOKENS = torch.randint(0, 31, (8, 3), generator=torch.Generator().manual_seed(1))
 TARGETS = torch.randint(0, 31, (8, 3), generator=torch.Generator().manual_seed(2))
 STEPS = 2

@@ -7,6 +7,8 @@ import pytest
 transformers = pytest.importorskip("transformers")
 from support import model_families  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("family", "name"), model_families.FAMILIES)
 def test_page_says_what_is_found(family: str, name: str) -> None:

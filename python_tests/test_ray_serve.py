@@ -32,6 +32,8 @@ from raddpo_ext.serve.protocol import Answer, Query
 from raddpo_ext.serve.ray import deployment
 from raddpo_ext.serve.search import Search
 
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
 ITEMS, WIDTH = 60, 10
 
 

@@ -29,6 +29,8 @@ from support.serve_fakes import make_index
 import raddpo_ext as rx
 from raddpo_ext.__main__ import main
 
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(Path(__file__).parents[1]),
     "OMP_NUM_THREADS": "1",

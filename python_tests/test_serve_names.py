@@ -23,6 +23,8 @@ from support.tiny_models import qwen3, seeded
 import raddpo_ext as rx
 from raddpo_ext.__main__ import main
 
+pytestmark = pytest.mark.slow
+
 #: Ids and titles as shops have them; none of them may be read as a number, as HTML or as two.
 SHOP = {
     "007": "Golden gun",

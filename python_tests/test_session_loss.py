@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from support.session_cases import (
     CORES,
     FIELDS,
-    TOLERANCE,
     Case,
     Plan,
     assert_close,
@@ -26,6 +25,7 @@ from support.session_cases import (
     scale_of,
     settings_of_machine,
 )
+from support.tolerances import TOLERANCE
 from torch import Tensor
 
 import raddpo_ext as rx
@@ -50,7 +50,7 @@ def test_equals_reference(core: dict[str, Any], case: Case, chosen: dict[str, An
         assert value.dtype == case.logps.dtype
         assert value.requires_grad == (name in FIELDS[:3])
         assert_close(value, getattr(expected, name), scale)
-    near = expected.margins.abs() < scale * TOLERANCE[case.logps.dtype][1]
+    near = expected.margins.abs() < scale * TOLERANCE["session_loss", case.logps.dtype].atol
     if not (near & (expected.margins != 0)).any():  # else a margin's sign is a matter of rounding
         assert_close(got.accuracy, expected.accuracy)
     assert_close(gradient, expected_gradient, scale)

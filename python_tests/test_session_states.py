@@ -28,6 +28,8 @@ from raddpo_ext.integrations.transformers import (
     verify_packing,
 )
 
+pytestmark = pytest.mark.slow
+
 MODELS = [qwen3, llama, gpt2, t5, t5_unscaled]
 
 

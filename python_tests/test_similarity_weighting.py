@@ -14,6 +14,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.distributed import on_ranks
+from support.tolerances import close
 from torch import Tensor, nn
 
 import raddpo_ext as rx
@@ -21,7 +22,6 @@ from raddpo_ext import reference
 from raddpo_ext.losses import similarity_weighting
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-CLOSE = {"rtol": 0, "atol": 1e-6}  # where a weight stands decides the last bit of its sigmoid
 
 Batch = tuple[Tensor, rx.SessionBatch]
 
@@ -118,7 +118,9 @@ def test_equals_reference(data: st.DataObject) -> None:
             embeddings[torch.rand(embeddings.shape, generator=generator) < 0.03] = data.draw(
                 st.sampled_from([math.nan, math.inf, 0.0])
             )
-            torch.testing.assert_close(got(embeddings, sessions), expected(embeddings, sessions), **CLOSE)
+            torch.testing.assert_close(
+                got(embeddings, sessions), expected(embeddings, sessions), **close("similarity_weighting")
+            )
         assert state(got) == {
             "history": padded(expected.history, window),
             "pending": padded(expected.pending, window),
@@ -252,7 +254,7 @@ def test_accumulation_equals_one_big_batch(window: int) -> None:
     for step in range(6):
         batches = [batch_of(10 * step + micro, sessions=4) for micro in range(3)]
         weights = torch.cat([parts(*batch) for batch in batches])
-        torch.testing.assert_close(weights, whole(*joined(batches)), **CLOSE)
+        torch.testing.assert_close(weights, whole(*joined(batches)), **close("similarity_weighting"))
         assert state(parts) == state(whole)
         parts.commit()
         whole.commit()
@@ -496,7 +498,7 @@ def test_ranks_equal_one_process() -> None:
             expected = single(*joined([of_rank(rank, step, micro) for rank in ranks for micro in range(micros)]))
             single.commit()
             weights = torch.cat([results[rank][name][step][0] for rank in ranks])
-            torch.testing.assert_close(weights, expected, **CLOSE)
+            torch.testing.assert_close(weights, expected, **close("similarity_weighting"))
             assert [results[rank][name][step][1] for rank in ranks] == [state(single)] * len(ranks), name
             seen += expected.tolist()
         assert min(seen) < 0.7  # the window was full
@@ -521,6 +523,7 @@ def test_gathers_within_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(asked) == {group}
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_equals_cpu_and_never_synchronises() -> None:
     on_cpu = rx.SimilarityWeighting(50)

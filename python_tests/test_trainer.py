@@ -26,6 +26,8 @@ from support.trainer_runs import assert_same, assert_same_history, run, trainer_
 import raddpo_ext as rx
 from raddpo_ext.integrations.transformers import RADDPOConfig, RADDPOTrainer, SessionCollator, session_states
 
+pytestmark = pytest.mark.slow
+
 ROWS = session_rows(22)
 WHOLE = {"batch": 22, "train_sampling_strategy": "sequential"}  # all rows at every step, in their order
 

@@ -23,6 +23,8 @@ import raddpo_ext as rx
 from raddpo_ext.integrations.adapters import StartValues, verify_adapters, verify_gradients
 from raddpo_ext.integrations.session_states import accept_sessions, verify_packing
 
+pytestmark = pytest.mark.slow
+
 ROWS = session_rows(8, empty=False)
 PROMPTS = {"num_virtual_tokens": 2}
 # What a type's defaults do not allow on a model of 16 states.

@@ -22,6 +22,8 @@ from support.trainer_runs import run, trainer_for
 import raddpo_ext as rx
 from raddpo_ext.integrations.transformers import RADDPOConfig, SessionCollator
 
+pytestmark = pytest.mark.slow
+
 # The words come first; <a_0> is token 10, <b_0> 18, <c_0> 26.
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "history", "<", ">", "a", "_", "9"]
 VOCAB = rx.SIDVocab([8, 8, 8], offset=10, eos=2)

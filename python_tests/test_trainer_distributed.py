@@ -20,6 +20,8 @@ from support.trainer_runs import assert_same, assert_same_history, run
 
 import raddpo_ext as rx
 
+pytestmark = pytest.mark.slow
+
 STEPS = 5
 # The first four rows of every eight have no pair, and the first two nothing at all: with four rows a batch rank 0 then
 # never sees a pair, and it counts as little as it should. Every eight rows have 18 pairs: the window holds two steps.

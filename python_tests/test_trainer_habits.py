@@ -26,6 +26,8 @@ from support.trainer_runs import Run, assert_same, assert_same_history, paramete
 import raddpo_ext as rx
 from raddpo_ext.integrations.transformers import RADDPOConfig, RADDPOTrainer, SessionCollator
 
+pytestmark = pytest.mark.slow
+
 ROWS = session_rows(16, empty=False)
 SIDS = [[a, b, c] for a in range(4) for b in range(4) for c in range(2)]
 INDEX = rx.TrieIndex.build(torch.tensor(SIDS), vocab=rx.SIDVocab([4, 4, 4], offsets=[3, 7, 11]))

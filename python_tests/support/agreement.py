@@ -1,4 +1,4 @@
-"""What it means to be right: the tolerances, a step against its reference, a search against brute force."""
+"""What it means to be right: a step against its reference, a search against brute force."""
 
 from __future__ import annotations
 
@@ -8,28 +8,18 @@ from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
-from support.beam_cases import NORMALIZE, generator_of, random_state, without_dead_slots
-from support.strategies import Catalogue
 from torch import Tensor
 
 import raddpo_ext as rx
 from raddpo_ext import reference
 
-# (relative, absolute) difference from the float64 result on the same logits, already rounded to their type.
-TOLERANCE = {
-    "row_lse": (1e-6, 2e-6),
-    "beam_step": (1e-6, 4e-6),
-    "beam_search": (2e-6, 1e-5),
-    "token_logps": (1e-6, 4e-6),
-    "token_logps.grad": (1e-5, 1e-6),
-    "linear_token_logps": (2e-6, 2e-5),
-    "linear_token_logps.grad": (2e-5, 2e-5),
-}
+from .beam_cases import NORMALIZE, generator_of, random_state, without_dead_slots
+from .strategies import Catalogue
+from .tolerances import close
 
 
 def assert_scores_close(got: Tensor, expected: Tensor, op: str) -> None:
-    rtol, atol = TOLERANCE[op]
-    torch.testing.assert_close(got.double(), expected.double(), rtol=rtol, atol=atol, equal_nan=True)
+    torch.testing.assert_close(got.double(), expected.double(), **close(op), equal_nan=True)
 
 
 def assert_values_close(got: list[float], expected: list[float], op: str) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from support.agreement import ToyModel
-from support.strategies import Catalogue
 
 import raddpo_ext as rx
+
+from .agreement import ToyModel
+from .strategies import Catalogue
 
 
 def part_of(catalogue: Catalogue, rows: list[int]) -> Catalogue:

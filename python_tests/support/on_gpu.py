@@ -13,6 +13,7 @@ import raddpo_ext as rx
 #: How often a test that looks for a rare outcome runs again.
 REPEATS = 100
 NEEDS_GPU = [
+    pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
     pytest.mark.skipif(
         not torch._C._dispatch_has_kernel_for_dispatch_key("raddpo::beam_step", "CUDA"),

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from support.instruction_sets import ISAS
 from torch import Tensor
 
 import raddpo_ext as rx
 from raddpo_ext import _C
 
-# (relative, absolute) difference from the float64 reference; the absolute one times the largest reward, if above 1.
-TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 2e-6)}
+from .instruction_sets import ISAS
+from .tolerances import TOLERANCE
+
 FIELDS = ("loss", "preference", "sft", "rewards", "margins", "accuracy")
 # Equal in their lower 32 bits, two of them.
 TOKENS = torch.tensor([5, 6, 5 + 2**32])
@@ -212,7 +212,7 @@ def scale_of(result: Any) -> float:
 
 
 def assert_close(got: Tensor, expected: Tensor, scale: float = 1.0) -> None:
-    rtol, atol = TOLERANCE[got.dtype]
+    rtol, atol = TOLERANCE["session_loss", got.dtype]
     torch.testing.assert_close(
         got.detach().double(), expected.detach().double(), rtol=rtol, atol=scale * atol, equal_nan=True
     )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.fake_cuda import FakeTensor
-from support.fake_cuda.tensor import State
+from support.fake_cuda.tensor import FakeTensor, State
 from support.on_gpu import no_synchronisation
 
 import raddpo_ext as rx

@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.fake_cuda.runtime import install
+
+from .runtime import install
 
 install()
-from support import on_gpu  # noqa: E402  it asks for a device
+from .. import on_gpu  # noqa: E402  it asks for a device
 
 on_gpu.REPEATS = 2
 #: Words of a test's id, and why the fake device cannot run it.

@@ -15,10 +15,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from support.cuda_on_cpu.shim import compiler
-from support.fake_cuda.tensor import CUDA, FakeTensor, State, register_factories, wait
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+
+from ..cuda_on_cpu.shim import compiler
+from .tensor import CUDA, FakeTensor, State, register_factories, wait
 
 PROPERTIES = SimpleNamespace(
     name="fake", major=9, minor=0, multi_processor_count=4, total_memory=1 << 34, L2_cache_size=1 << 10
