@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 import raddpo_ext as rx
-from benchmarks.harness import catalogues, report
+from benchmarks.harness import catalogues, report, results
 from benchmarks.pages import scaling_page
 from raddpo_ext.bench import token_logps
 from raddpo_ext.bench.beam_search_peers import bare_lse
@@ -151,13 +151,7 @@ def vocabulary(counts: Sequence[int]) -> Iterator[Point]:
 def length(counts: Sequence[int]) -> Iterator[Point]:
     """A million items of codes of 2048; one query, 50 beams."""
     for count in counts:
-        point = step("length", count, Search(rx.TrieIndex.build(uniform(MILLION, 2048, count)), 2048, 1, 50))
-        yield point
-        search = {
-            name: {key: value if key == "calls" else count * value for key, value in times.items()}
-            for name, times in point["methods"].items()
-        }
-        yield point | {"panel": "whole search", "methods": search, "note": {}}
+        yield step("length", count, Search(rx.TrieIndex.build(uniform(MILLION, 2048, count)), 2048, 1, 50))
 
 
 def sessions(counts: Sequence[int]) -> Iterator[Point]:
@@ -248,10 +242,9 @@ def main() -> None:
         print(json.dumps(list(FAMILIES[family][0]([int(count) for count in counts]))))
         return
     points = run(args.quick)
-    tables = scaling_page.markdown(points)
-    print(*(line for lines in tables.values() for line in lines), sep="\n")
+    print(*(line for lines in scaling_page.markdown(points).values() for line in lines), sep="\n")
     if args.out:
-        report.write_json(args.out, report.environment(MODULE) | {"markdown": tables, "results": points})
+        results.write(args.out, {MODULE: report.environment(MODULE) | {"results": points}})
 
 
 if __name__ == "__main__":

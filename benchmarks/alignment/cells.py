@@ -1,8 +1,9 @@
-"""The experiment's cells: each is computed once and kept in a file of its own."""
+"""The experiment's cells: each is computed once and kept, a line of one file."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -23,7 +24,8 @@ from benchmarks.alignment.data import Data, load
 from benchmarks.alignment.sessions import Sessions
 from benchmarks.alignment.statistics import ndcg, pack
 from benchmarks.alignment.train import METHODS
-from benchmarks.harness.report import RESULTS, ROOT, write_json
+from benchmarks.harness import results
+from benchmarks.harness.report import RESULTS, ROOT, environment
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Lab:
         self.folder, self.scale = folder, scale
         self.cache = cache / f"{folder.name}-{scale.name}"
         full = scale.name == "full"
-        self.results = RESULTS / f"alignment-{folder.name}" if full else self.cache / "results"
+        self.results = RESULTS / f"alignment-{folder.name}.jsonl" if full else self.cache / "results.jsonl"
 
     @cached_property
     def data(self) -> Data:
@@ -92,12 +94,24 @@ class Lab:
             "cpu_seconds": round(time.process_time() - cpu, 2),
             "peak_mib": _peak_memory(),
         }
-        write_json(self.results / f"{cell.name}.json", record)
+        self.write(record)
         return record
 
     def read(self, cell: Cell) -> dict[str, Any] | None:
-        path = self.results / f"{cell.name}.json"
-        return json.loads(path.read_bytes()) if path.exists() else None
+        return self._records().get(cell.name)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Puts it in its former's place, or at the end; one process at a time."""
+        self.cache.mkdir(parents=True, exist_ok=True)
+        with (self.cache / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            records = self._records() | {record["cell"]: record}
+            run = environment("benchmarks.alignment") | {"results": list(records.values())}
+            results.write(self.results, {"alignment": run})
+
+    def _records(self) -> dict[str, dict[str, Any]]:
+        known = results.read(self.results).get("alignment", {"results": []})
+        return {record["cell"]: record for record in known["results"]}
 
     def _config(self, cell: Cell) -> dict[str, Any]:
         """Everything that the cell's result depends on."""

@@ -1,6 +1,6 @@
 """What each part of RAD-DPO does on real purchases: ``python -m benchmarks.alignment --data FOLDER``.
 
-Every cell (method, setting, seed) has a result file of its own and is skipped where that is there with the same
+Every cell (method, setting, seed) is a line of the result file and is skipped where that is there with the same
 configuration, so that a killed run goes on where it was. ``docs/alignment.md`` says what is done and why.
 """
 

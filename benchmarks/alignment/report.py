@@ -1,4 +1,4 @@
-"""The alignment experiment's summary: one JSON, Markdown tables and plots, from the cells' files."""
+"""The alignment experiment's summary: Markdown tables and plots, from the cells."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.alignment import grid
 from benchmarks.alignment.cells import Cell, Lab
 from benchmarks.alignment.evaluate import KS
 from benchmarks.alignment.statistics import Difference, ndcg, over_seeds, paired_bootstrap, unpack
-from benchmarks.harness.report import RESULTS, ROOT, environment, markdown, write_json
+from benchmarks.harness.report import ROOT, markdown
 from raddpo_ext.data.catalogue import known_version
 
 METRICS = [*(f"recall@{k}" for k in KS), "ndcg@10", "mrr"]
@@ -19,11 +19,10 @@ DRIFT = ("winner", "positives", "negatives")
 
 
 def write(lab: Lab) -> None:
-    """Writes the JSON, prints the tables and draws the plots; those of the full experiment go to the repository."""
+    """Prints the tables and draws the plots; those of the full experiment go to the repository."""
     full = lab.scale.name == "full"
     figures = ROOT / "docs" / "figures" if full else lab.cache / "figures"
     summary = summarise(lab)
-    write_json(RESULTS / f"alignment-{lab.folder.name}.json" if full else lab.cache / "summary.json", summary)
     print("\n\n".join(tables(summary)))
     from benchmarks.alignment import plots as alignment_plots
 
@@ -40,7 +39,6 @@ def summarise(lab: Lab) -> dict[str, Any]:
             groups.setdefault((cell.args["method"], cell.args["share"]), []).append(records[name])
     clean = {method: group for (method, share), group in groups.items() if not share}
     return {
-        "environment": environment("benchmarks.alignment"),
         "data": {"version": known_version(lab.folder), "users": len(lab.data.test), "items": len(lab.data.sids)},
         "scale": asdict(lab.scale),
         "rows": rows(clean, lab.scale.resamples),

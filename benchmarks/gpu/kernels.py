@@ -14,7 +14,8 @@ from pathlib import Path
 
 import raddpo_ext as rx
 from benchmarks.gpu.report import gpu_environment
-from benchmarks.harness.report import RESULTS, markdown, write_json
+from benchmarks.harness import results
+from benchmarks.harness.report import RESULTS, markdown
 
 MODULE = "benchmarks.gpu.kernels"
 _KERNEL = re.compile(r" Function (\S+):\n\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
@@ -59,12 +60,13 @@ def table(kernels: dict[str, dict[str, int]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS / "gpu_kernels.json", help="where the result goes")
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu_kernels.jsonl", help="where the result goes")
     arguments = parser.parse_args()
     found = resources(Path(rx._C.__file__))
     for arch, kernels in found.items():
         print(f"{arch}\n{table(kernels)}\n")
-    write_json(arguments.out, {**gpu_environment(MODULE), "kernels": found})
+    cells = [{"arch": arch, "kernel": name, **row} for arch, kernels in found.items() for name, row in kernels.items()]
+    results.write(arguments.out, {"gpu_kernels": gpu_environment(MODULE) | {"results": cells}})
 
 
 if __name__ == "__main__":

@@ -5,17 +5,17 @@
     python -m benchmarks --quick               # a minute a member, to see that all works: .benchmarks/, no page
     python -m benchmarks --report              # only docs/benchmarks.md and its figures
 
-``benchmarks/results/<machine>.json`` is ``{member: result}``. A result carries its own command, commit, machine and
-versions, and under ``measured`` the wall time and CPU time of the whole member, its processes together, and the peak
-memory of the largest of them. It is written after each member; a run that was stopped goes on where it was. A member
-that fails leaves what there was, and the others run; then the exit code is 1. A name ``member/part`` is a part that
-was measured by itself; it goes when the member is measured again.
+``benchmarks/results/<machine>.jsonl`` holds a run for each member (:mod:`benchmarks.harness.results`): its command,
+commit, machine and versions, the digest of the sources that the member's operators are built of, and under ``measured``
+the wall time and CPU time of the whole member, its processes together, and the peak memory of the largest of them. It
+is written after each member; a run that was stopped goes on where it was. A member that fails leaves what there was,
+and the others run; then the exit code is 1. A name ``member/part`` is a part that was measured by itself; it goes when
+the member is measured again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -27,23 +27,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import catalogues, report
+from benchmarks.harness import catalogues, report, results, sources
 from benchmarks.harness.catalogues import ROOT
+from benchmarks.harness.results import Results
 from benchmarks.pages import reliability_page, scaling_page, suite_page
-
-# The sources, but for results and what shows them.
-SHOWN = ("results", "pages", "harness/suite.py")
-MEASURED = ("csrc", "raddpo_ext", "benchmarks", *(f":!benchmarks/{name}" for name in SHOWN))
-Results = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Member:
-    """``python -m <command>``; ``quick`` are its further options under ``--quick``."""
+    """``python -m <command>``, which measures what is built of ``sources``; ``quick`` are its further options under
+    ``--quick``."""
 
     name: str
     command: tuple[str, ...]
     minutes: float
+    sources: tuple[str, ...]
     quick: tuple[str, ...] = ()
     data: tuple[str, ...] = ()  # real catalogues that it cannot do without
 
@@ -55,16 +53,18 @@ class Member:
 
 
 MEMBERS = [
-    Member("beam-search", ("benchmarks.peers.compare_beam_search",), 12, ("--cases", "V2048")),
-    Member("trie", ("benchmarks.bench_trie",), 30, ("--cases", "uniform 1M")),
-    Member("trie-live", ("benchmarks.bench_trie_live",), 6),
-    Member("losses", ("benchmarks.peers.compare_losses",), 35, ("--cases", "x1024 H512")),
-    Member("packing", ("benchmarks.peers.compare_packing",), 15, ("--cases", "prompt=32 candidates=4 ")),
-    Member("retriever", ("benchmarks.peers.compare_retriever",), 20, data=("industrial",)),
-    Member("engines", ("benchmarks.peers.compare_engines",), 15, data=("instruments",)),
-    Member("scaling", ("benchmarks.scaling",), 20),
-    Member("load", ("benchmarks.load",), 10, ("--cases", "small, 1 worker, max-batch 1")),
-    Member("load-soak", ("benchmarks.load", "--mode", "soak"), 32),
+    Member("beam-search", ("benchmarks.peers.compare_beam_search",), 12, sources.DECODING, ("--cases", "V2048")),
+    Member("trie", ("benchmarks.bench_trie",), 30, sources.INDEX, ("--cases", "uniform 1M")),
+    Member("trie-live", ("benchmarks.bench_trie_live",), 6, sources.DECODING),
+    Member("losses", ("benchmarks.peers.compare_losses",), 35, sources.LOSSES, ("--cases", "x1024 H512")),
+    Member(
+        "packing", ("benchmarks.peers.compare_packing",), 15, sources.PACKING, ("--cases", "prompt=32 candidates=4 ")
+    ),
+    Member("retriever", ("benchmarks.peers.compare_retriever",), 20, sources.RETRIEVAL, data=("industrial",)),
+    Member("engines", ("benchmarks.peers.compare_engines",), 15, sources.RETRIEVAL, data=("instruments",)),
+    Member("scaling", ("benchmarks.scaling",), 20, sources.OPERATORS),
+    Member("load", ("benchmarks.load",), 10, sources.SERVICE, ("--cases", "small, 1 worker, max-batch 1")),
+    Member("load-soak", ("benchmarks.load", "--mode", "soak"), 32, sources.SERVICE),
 ]
 
 
@@ -77,22 +77,16 @@ def machine_slug() -> str:
     return re.sub("[^a-z0-9]+", "-", f"{report.cpu_model()} {os.cpu_count()} cores".lower()).strip("-")
 
 
-def load(path: Path) -> Results:
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def up_to_date(result: dict[str, Any]) -> bool:
-    """Whether the sources are those of the result's commit."""
-    if "skipped" in result:
-        return False
-    command = ["git", "diff", "--quiet", result["commit"], "--", *MEASURED]
-    return subprocess.run(command, cwd=ROOT, stderr=subprocess.DEVNULL).returncode == 0
+def up_to_date(member: Member, found: Results) -> bool:
+    """Whether its sources are those that were measured; where they are not known any more, they are not."""
+    run = found.get(member.name, {})
+    return "skipped" not in run and run.get("sources") == sources.digest(member.sources)
 
 
 def run(member: Member, quick: bool = False) -> dict[str, Any]:
     """Its result, measured now."""
     with tempfile.TemporaryDirectory(prefix="suite-") as folder:
-        out = Path(folder) / "result.json"
+        out = Path(folder) / "result.jsonl"
         options = ("--quick", *member.quick) if quick else ()
         start = time.monotonic()
         process = subprocess.Popen(
@@ -110,27 +104,28 @@ def run(member: Member, quick: bool = False) -> dict[str, Any]:
             raise Failed(f"exit code {process.returncode}")
         if not out.exists():
             raise Failed("no result was written")
-        result = json.loads(out.read_text())
+        (result,) = results.read(out).values()
     whole = {
         "wall_s": time.monotonic() - start,
         "cpu_s": used.ru_utime + used.ru_stime,
         "peak_bytes": 1024 * used.ru_maxrss,
     }
-    return {**result, "command": " ".join(("python -m", *member.command, *options)), "measured": whole}
+    command = " ".join(("python -m", *member.command, *options))
+    return {**result, "command": command, "sources": sources.digest(member.sources), "measured": whole}
 
 
-def put(results: Results, name: str, result: dict[str, Any], members: Sequence[Member]) -> Results:
+def put(found: Results, name: str, result: dict[str, Any], members: Sequence[Member]) -> Results:
     """The results with this one, in the members' order, parts after their member; its former parts are gone."""
-    kept = {key: value for key, value in results.items() if key.split("/")[0] != name} | {name: result}
+    kept = {key: value for key, value in found.items() if key.split("/")[0] != name} | {name: result}
     order = {member.name: place for place, member in enumerate(members)}
     return dict(sorted(kept.items(), key=lambda item: (order.get(item[0].split("/")[0], len(order)), item[0])))
 
 
 def run_all(members: Sequence[Member], only: Sequence[str], path: Path, quick: bool = False) -> list[str]:
     """Runs what is named, or else what is not up to date; returns a line for each that failed."""
-    results = load(path)
-    chosen = [m for m in members if (m.name in only if only else not up_to_date(results.get(m.name, {"skipped": ""})))]
-    minutes = sum(results.get(m.name, {}).get("measured", {}).get("wall_s", 60 * m.minutes) / 60 for m in chosen)
+    found = results.read(path)
+    chosen = [m for m in members if (m.name in only if only else not up_to_date(m, found))]
+    minutes = sum(found.get(m.name, {}).get("measured", {}).get("wall_s", 60 * m.minutes) / 60 for m in chosen)
     duration = f"about {len(chosen)} minutes" if quick else f"about {minutes:.0f} minutes"
     print(f"{len(chosen)} of {len(members)} members to run, {duration}: {', '.join(m.name for m in chosen)}")
     print(f"results: {path}; stopped, the same command goes on where it was", flush=True)
@@ -139,17 +134,17 @@ def run_all(members: Sequence[Member], only: Sequence[str], path: Path, quick: b
         print(f"== {member.name}", flush=True)
         if member.lacks:
             print(f"skipped: {member.lacks}")
-            if member.name in results:
+            if member.name in found:
                 continue
-            result = {**report.environment(member.command[0]), "skipped": member.lacks}
+            result = {**report.environment(member.command[0]), "skipped": member.lacks, "results": []}
         else:
             try:
                 result = run(member, quick)
             except Failed as failed:
                 failures.append(f"{member.name}: {failed}")
                 continue
-        results = put(load(path), member.name, result, members)
-        report.write_json(path, results)
+        found = put(results.read(path), member.name, result, members)
+        results.write(path, found)
     return failures
 
 
@@ -162,15 +157,15 @@ def main() -> int:
     parser.add_argument("--report", action="store_true", help="measure nothing, write the pages of the results")
     args = parser.parse_args()
     folder = ROOT / ".benchmarks" if args.quick else report.RESULTS
-    path = folder / f"{args.machine}.json"
+    path = folder / f"{args.machine}.jsonl"
     if args.report and not path.exists():
         parser.error(f"there is no {path}; --machine names another machine's results")
     failures = [] if args.report else run_all(MEMBERS, args.only, path, args.quick)
     if path.exists() and not args.quick:
-        results = load(path)
-        suite_page.write(results, path, names)
-        if "scaling" in results:
-            scaling_page.write(results["scaling"], ROOT / "docs")
+        found = results.read(path)
+        suite_page.write(found, path, names)
+        if "scaling" in found:
+            scaling_page.write(found["scaling"], ROOT / "docs")
         reliability_page.write()
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)

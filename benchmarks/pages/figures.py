@@ -13,11 +13,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks.harness.results import Results, milliseconds
 from raddpo_ext._files import replacing
 
 Rows = list[tuple[str, dict[str, float], float]]  # a case's label, each method's value, the floor
 Panels = dict[str, tuple[str, str, Rows]]  # by title: the unit, what the floor is
-Results = dict[str, dict[str, Any]]  # by the suite's members
 MARKERS = "oDs^vPX<>*dhp8"
 STYLE = {
     "axes.axisbelow": True,
@@ -84,13 +84,13 @@ def cases(results: Results, name: str) -> dict[str, dict[str, Any]]:
 def rates(results: Results) -> tuple[float, float]:
     """Bytes a second of a bare read of the most logits, and operations a second of the fastest three bare float32
     products, one thread; nan where they were not measured."""
-    floors = [row["floor"] for row in cases(results, "beam-search").values()]
-    reads = {floor["bytes"]: 1e9 * floor["bytes"] / floor["read_ns"] for floor in floors}
+    steps = cases(results, "beam-search").values()
+    reads = {row["logit_bytes"]: 1e3 * row["logit_bytes"] / row["costs"]["read"]["ms"] for row in steps}
     products = []
     for case, row in cases(results, "losses").items():
         shape = re.match(r"head (\d+)x(\d+) H(\d+) float32", case)
         if shape:
-            products.append(6e3 * prod(map(int, shape.groups())) / row["ms"]["bare_gemms"])
+            products.append(6e3 * prod(map(int, shape.groups())) / row["costs"]["bare_gemms"]["ms"])
     return reads[max(reads)] if reads else nan, max(products, default=nan)
 
 
@@ -101,8 +101,8 @@ def beam_search_chart(results: Results) -> Panels:
     bytes_a_second, _ = rates(results)
     rows = []
     for case, row in cases(results, "beam-search").items():
-        values = {name: ns / 1e6 for name, ns in row["step_ns"].items() if name != "read"}
-        rows.append((case, values, 1e3 * row["floor"]["bytes"] / bytes_a_second))
+        values = {name: ms for name, ms in milliseconds(row).items() if name != "read"}
+        rows.append((case, values, 1e3 * row["logit_bytes"] / bytes_a_second))
     return {"One decoding step": ("ms", "the logits read once", rows)} if rows else {}
 
 
@@ -124,11 +124,12 @@ def losses_chart(results: Results) -> Panels:
     }
     panels = {}
     for title, (section, floor, text) in chosen.items():
-        rows = [
-            (case, {name: ms for name, ms in row["ms"].items() if name not in {floor, *hidden}}, row["ms"][floor])
-            for case, row in cases(results, "losses").items()
-            if row["section"] == section
-        ]
+        rows = []
+        for case, row in cases(results, "losses").items():
+            if row["section"] == section:
+                times = milliseconds(row)
+                floor_ms = times.pop(floor)
+                rows.append((case, {name: ms for name, ms in times.items() if name not in hidden}, floor_ms))
         if rows:
             panels[title] = ("ms", text, rows)
     return panels
@@ -140,13 +141,14 @@ def retriever_chart(results: Results) -> Panels:
     for normalize in ("vocab", "level"):
         rows = []
         for case, row in cases(results, "retriever").items():
-            if row["prompt"]:
+            if "gflop" in row:
                 named = {
                     "ours": f"shared {normalize}",
                     "ours, reordered": f"reordered {normalize}",
                     "generate": "generate",
                 }
-                values = {name: 1e3 * row["seconds"][key] for name, key in named.items() if key in row["seconds"]}
+                times = milliseconds(row)
+                values = {name: times[key] for name, key in named.items() if key in times}
                 rows.append((case, values, 1e3 * 1e9 * row["gflop"][normalize] / operations))
         if rows:
             panels[f'Whole retrievals, normalize="{normalize}"'] = ("ms", "the matrix products at the best rate", rows)

@@ -30,11 +30,22 @@ BYTES = "memory"  # the panel whose values are bytes an item
 
 
 def families(points: list[Point]) -> dict[str, Panels]:
-    """The points by family and panel, in their order."""
+    """The points by family and panel, in their order, and of SIDs of several lengths whole searches too."""
     found: dict[str, Panels] = {}
     for point in points:
         found.setdefault(point["family"], {}).setdefault(point["panel"], []).append(point)
+    if "length" in found:
+        found["length"]["whole search"] = [_whole(point) for point in found["length"]["beam step"]]
     return found
+
+
+def _whole(point: Point) -> Point:
+    """A search from its mean step, one for each code."""
+    methods = {
+        name: {key: value if key == "calls" else point["x"] * value for key, value in times.items()}
+        for name, times in point["methods"].items()
+    }
+    return point | {"panel": "whole search", "methods": methods, "note": {}}
 
 
 # Tables.
@@ -155,7 +166,7 @@ def write(result: dict[str, Any], docs: Path) -> None:
     page, machine, versions = docs / "scaling.md", result["machine"], result["versions"]
     where = f"{machine['cpu']} with {machine['cores']} cores, torch {versions['torch']}, {versions['isa']}"
     blocks = {"machine": f"`python -m benchmarks --only scaling` ({where}, commit {result['commit']})."}
-    blocks |= {family: _block(family, lines) for family, lines in result["markdown"].items()}
+    blocks |= {family: _block(family, lines) for family, lines in markdown(result["results"]).items()}
     text = fill(page.read_text(), {f"scaling-{name}": block for name, block in blocks.items()})
     (docs / "figures").mkdir(exist_ok=True)
     for family, panels in families(result["results"]).items():

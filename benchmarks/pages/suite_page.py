@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import isnan
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks import bench_trie_live
 from benchmarks.harness.catalogues import ROOT
-from benchmarks.harness.report import MIB, markdown
-from benchmarks.pages.figures import CHARTS, Results, cases, dots, rates, save
-from benchmarks.pages.page import details, fill
+from benchmarks.harness.report import markdown
+from benchmarks.harness.results import Results, milliseconds
+from benchmarks.load import tables as load_tables
+from benchmarks.pages.figures import CHARTS, cases, dots, rates, save
+from benchmarks.pages.page import fill
 from raddpo_ext._files import replacing
 
 PAGE = ROOT / "docs" / "benchmarks.md"
+DATA = "../benchmarks/results"  # from the page
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {  # of members without a figure or a page of their own
+    "trie-live": lambda run: bench_trie_live.tables(run["results"]),
+    "load": lambda run: load_tables.summary(run["results"], run["floors_ms"]),
+    "load-soak": lambda run: load_tables.soak(run["results"][0]),
+}
 Ratios = dict[str, float]  # by case
 
 
@@ -24,7 +33,6 @@ def render(page: str, results: Results, path: Path, members: Sequence[str]) -> s
         "machine": machine(results, path),
         "summary": summary(results),
         "floors": floors(results),
-        "missed": missed(results),
     }
     return fill(page, blocks | {name: member(results, name) for name in members})
 
@@ -44,13 +52,9 @@ def write(results: Results, path: Path, members: Sequence[str]) -> None:
 
 
 def ratios(results: Results, name: str, ratio: str, start: str = "", without: str = "\n") -> Ratios:
-    """Of the cases whose name starts so; beam search and losses have a median and its spread, the retriever a list."""
-    found = {}
-    for case, row in cases(results, name).items():
-        value = row["ratios"].get(ratio)
-        if value and case.startswith(start) and without not in case:
-            found[case] = value[0] if isinstance(value, list) else value["median"]
-    return found
+    """Medians, of the cases whose name starts so."""
+    found = {case: row["ratios"][ratio] for case, row in cases(results, name).items() if ratio in row["ratios"]}
+    return {case: r["median"] for case, r in found.items() if case.startswith(start) and without not in case}
 
 
 def of_peers(results: Results, peer: str, key: str) -> Ratios:
@@ -113,7 +117,8 @@ def lines(results: Results) -> list[tuple[str, str, Ratios]]:
 def machine(results: Results, path: Path) -> str:
     found = [result["machine"] for result in results.values()]
     names = list(dict.fromkeys(f"{one['cpu']}, {one['cores']} cores" for one in found)) or ["no machine yet"]
-    return f"Measured on: {'; '.join(names)}. All figures: `benchmarks/results/{path.name}`."
+    link = f"[`benchmarks/results/{path.name}`]({DATA}/{path.name})"
+    return f"Measured on: {'; '.join(names)}. All figures, a line for each case: {link}."
 
 
 def _times(value: float) -> str:
@@ -145,20 +150,17 @@ def summary(results: Results) -> str:
 def floors(results: Results) -> str:
     _, operations = rates(results)
     arithmetic = {
-        f"{case} {normalize}": row["seconds"][f"shared {normalize}"] * operations / (1e9 * row["gflop"][normalize])
+        f"{case} {normalize}": row["costs"][f"shared {normalize}"]["ms"] * operations / (1e12 * row["gflop"][normalize])
         for case, row in cases(results, "retriever").items()
-        if row["prompt"]
+        if "gflop" in row
         for normalize in ("vocab", "level")
     }
     packing = {
         case: row["layouts"]["trie"]["seconds"] * operations / (1e9 * row["layouts"]["trie"]["gflop"])
         for case, row in cases(results, "packing").items()
     }
-    logits = {
-        case: row["ms"]["ours"] / row["ms"]["bytes"]
-        for case, row in cases(results, "losses").items()
-        if "bytes" in row["ms"]
-    }
+    losses = {case: milliseconds(row) for case, row in cases(results, "losses").items()}
+    logits = {case: times["ours"] / times["bytes"] for case, times in losses.items() if "bytes" in times}
     rows = [
         ["decoding step", "bare log-sum-exp of the logits", ratios(results, "beam-search", "bare_lse")],
         ["whole retrieval", "its matrix products at the best rate", arithmetic],
@@ -175,30 +177,8 @@ def floors(results: Results) -> str:
     return markdown(["", "floor", "ours / floor", "from case to case"], rows)
 
 
-def missed(results: Results) -> str:
-    rows, asked = [], 0
-    for name in dict.fromkeys(key.split("/")[0] for key in results):
-        for case, row in cases(results, name).items():
-            for ratio, value in row.get("ratios", {}).items():
-                if isinstance(value, dict) and "target" in value:
-                    asked += 1
-                    if not value["reached"]:
-                        target = value["target"] if isinstance(value["target"], str) else f"target {value['target']}"
-                        rows.append([name, case, ratio, _times(value["median"]), target])
-            memory = row.get("memory", {})
-            if "reached" in memory:
-                asked += 1
-                if not memory["reached"]:
-                    peak, allowed = (
-                        f"{b / MIB:.0f} MiB" for b in (memory["peak_bytes"]["ours"], memory["allowed_bytes"])
-                    )
-                    rows.append([name, case, "peak memory", peak, f"at most {allowed}"])
-    table = markdown(["", "case", "ratio", "is", "asked"], rows)
-    return f"{len(rows)} of {asked} targets are missed." + ("\n\n" + details("Which", table) if rows else "")
-
-
 def member(results: Results, name: str) -> str:
-    """Commands, commits, what it took, the figure and, folded, the tables."""
+    """The figure, or a table where there is none, and where it was measured."""
     parts = [key for key in results if key.split("/")[0] == name]
     if not parts:
         return f"Not measured yet: `python -m benchmarks --only {name}`."
@@ -210,11 +190,9 @@ def member(results: Results, name: str) -> str:
         if "skipped" in result:
             text.append(f"Skipped: {result['skipped']}.")
             continue
-        tables = result["markdown"]
-        if isinstance(tables, dict):
-            tables = [line for table in tables.values() for line in [*table, ""]]
+        if name in TABLES:
+            text.append(TABLES[name](result))
         text.append(_origin(key, result))
-        text.append(details("All figures", "\n".join(tables).strip()))
     return "\n\n".join(text)
 
 

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import report
+from benchmarks.harness import report, results
+from benchmarks.harness.results import milliseconds
 from benchmarks.harness.timing import measured, middle
 from benchmarks.peers.beam_search import FLOORS, METHODS, check_same
 from benchmarks.peers.beam_search_cases import CASES, Case, Level, Search
@@ -100,64 +101,60 @@ def summary(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
     if "skipped" in runs[0]:
         return {"case": case.name, **runs[0]}
     steps = [step_seconds(run) for run in runs]
-    targets = TARGETS[case.catalogue, case.levels]
     ratios = {}
     for name in steps[0]:
         if name == "ours":
             continue
         values = [s["ours"] / s[name] if name in FLOORS else s[name] / s["ours"] for s in steps if name in s]
         ratios[name] = {"median": median(values), "least": min(values), "most": max(values), "processes": len(values)}
-        if name in targets:
-            reached = median(values) <= targets[name] if name in FLOORS else median(values) >= targets[name]
-            ratios[name] |= {"target": targets[name], "reached": reached}
     levels = {name: [run["levels"][name] for run in runs if name in run["levels"]] for name in steps[0]}
-    step_ns = {name: 1e9 * median(s[name] for s in steps if name in s) for name in steps[0]}
     return {
         "case": case.name,
-        **{key: runs[0][key] for key in ("items", "sids", "nodes", "index_bytes", "unavailable")},
-        "step_ns": step_ns,
+        **{key: runs[0][key] for key in ("items", "sids", "nodes", "index_bytes", "logit_bytes", "unavailable")},
         "level_ns": {
             name: [1e9 * median(wall for wall, _, _ in level) for level in zip(*runs_of, strict=True)]
             for name, runs_of in levels.items()
         },
         "costs": {
             name: {
-                "ms": step_ns[name] / 1e6,
+                "ms": 1e3 * median(s[name] for s in steps if name in s),
                 "cpu_ms": 1e3 * median(mean(cpu for _, cpu, _ in run) for run in runs_of),
                 "peak_bytes": median(max(peak for _, _, peak in run) for run in runs_of),
             }
             for name, runs_of in levels.items()
         },
-        "floor": {"bytes": runs[0]["logit_bytes"], **{f"{name}_ns": step_ns[name] for name in FLOORS}},
         "ratios": ratios,
     }
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def table(cells: list[dict[str, Any]]) -> str:
     """Ratios to ours, with their spread over the processes; an exclamation mark where a target is missed."""
+    targets = {case.name: TARGETS[case.catalogue, case.levels] for case in CASES}
 
     def ratio(result: dict[str, Any], name: str) -> str:
         r = result["ratios"].get(name)
         if r is None:
             return "-"
-        mark = "" if r.get("reached", True) else f" **!** (target {r['target']})"
+        target = targets[result["case"]].get(name)
+        missed = target is not None and (r["median"] > target if name in FLOORS else r["median"] < target)
+        mark = f" **!** (target {target})" if missed else ""
         return f"{r['median']:.2f}x ({r['least']:.2f}-{r['most']:.2f}){mark}"
 
     rows = []
-    for result in results:
+    for result in cells:
         if "skipped" in result:
             rows.append([result["case"], result["skipped"], *[""] * (3 + len(PEERS))])
             continue
-        ms = {name: f"{ns / 1e6:.3f}" for name, ns in result["step_ns"].items()}
-        floor = f"{ms['bare_lse']} ({result['floor']['bytes'] / 1e6:.1f} MB, read in {ms['read']})"
+        ms = {name: f"{value:.3f}" for name, value in milliseconds(result).items()}
+        floor = f"{ms['bare_lse']} ({result['logit_bytes'] / 1e6:.1f} MB, read in {ms['read']})"
         rows.append([result["case"], ms["ours"], floor, ratio(result, "bare_lse")])
         rows[-1] += [ratio(result, name) for name in PEERS]
     head = ["case", "ours, ms a step", "floor: bare log-sum-exp, ms", "ours / floor", *(f"{p} / ours" for p in PEERS)]
     return report.markdown(head, rows)
 
 
-def markdown(results: list[dict[str, Any]]) -> str:
-    return table(results) + "\n\n" + report.costs_markdown(results)
+def markdown(cells: list[dict[str, Any]]) -> str:
+    return table(cells) + "\n\n" + report.costs_markdown(cells)
 
 
 def main() -> None:
@@ -173,19 +170,19 @@ def main() -> None:
         return
     processes = 1 if args.quick else args.processes
     quick = ["--quick"] if args.quick else []
-    results = []
+    cells = []
     started = time.monotonic()
     for i in report.choose(parser, CASES, args.cases):
         worker = [MODULE, "--worker", str(i), *quick]
         runs = [report.run_fresh(*worker)]
         slow = [name for name, seconds in step_seconds(runs[0]).items() if seconds > SLOW]
         runs += [report.run_fresh(*worker, "--without", *slow) for _ in range(processes - 1)]
-        results.append(summary(CASES[i], runs))
+        cells.append(summary(CASES[i], runs))
         print(f"{time.monotonic() - started:5.0f} s  {CASES[i].name}", flush=True)
-    print(markdown(results))
+    print(markdown(cells))
     if args.out:
-        result = {**report.environment(MODULE), "processes": processes, "rounds": rounds, "threads": 1}
-        report.write_json(args.out, result | {"markdown": markdown(results).splitlines(), "results": results})
+        run = {**report.environment(MODULE), "processes": processes, "rounds": rounds, "threads": 1}
+        results.write(args.out, {MODULE: run | {"results": cells}})
 
 
 if __name__ == "__main__":

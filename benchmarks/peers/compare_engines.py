@@ -22,7 +22,7 @@ import argparse
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ from torch import Tensor
 import raddpo_ext as rx
 from benchmarks.alignment import sft
 from benchmarks.alignment.data import HISTORY, Data, load
-from benchmarks.harness import catalogues, report
+from benchmarks.harness import catalogues, report, results
 from benchmarks.harness.timing import Cost, middle, timed
 from raddpo_ext.data.catalogue import Case
 from raddpo_ext.integrations.decoders import SharedPrefixDecoder
@@ -197,8 +197,6 @@ def summary(found: Found, reference: Found, paths: Paths, cases: list[Case], wid
     wanted = paths.sids[torch.tensor([case.item for case in cases])]
     hits = rows == wanted[:, None]
     legal = found.legal.double()
-    requests = 1 + float(found.kept[:, :-1].sum(1).double().mean())
-    logps = requests * min(2 * width, paths.base)
     first, expected = (found_rows[:, :10].sort(1).values for found_rows in (rows, _items_first(reference, paths)))
     return {
         "beams_kept": found.kept.double().mean(0).tolist(),
@@ -207,9 +205,7 @@ def summary(found: Found, reference: Found, paths: Paths, cases: list[Case], wid
         "under_10_items": float((legal[:, -1] < 10).double().mean()),
         **{f"recall@{k}": float(hits[:, :k].any(1).double().mean()) for k in CUTS},
         "same_first_10": float((first == expected).all(1).double().mean()),
-        "requests": requests,
-        "logps_returned": logps,
-        "bytes_returned": logps * ENTRY,
+        "requests": 1 + float(found.kept[:, :-1].sum(1).double().mean()),
     }
 
 
@@ -247,8 +243,8 @@ def _spread(cases: list[Case], most: int) -> list[Case]:
     return cases[:: math.ceil(len(cases) / most)]
 
 
-def run_setting(data: Data, epochs: int, share: float, most: int) -> dict[str, Any]:
-    """The measurements with one model and one part of the catalogue, by width."""
+def run_setting(data: Data, epochs: int, share: float, most: int) -> Iterator[dict[str, Any]]:
+    """The measurements with one model and one part of the catalogue: a cell for each width."""
     state = sft.train(data, 0, report.ROOT / f".alignment/engines-{data.name}-{epochs}.pt", epochs)
     model = sft.make_model(data)
     model.load_state_dict(state["model"])
@@ -257,34 +253,33 @@ def run_setting(data: Data, epochs: int, share: float, most: int) -> dict[str, A
     index = rx.TrieIndex.build(data.sids[allowed], item_ids=allowed.nonzero()[:, 0], vocab=data.index.vocab)
     part, paths = dataclasses.replace(data, index=index), Paths(data, allowed)
     cases = _spread([case for case in data.test if allowed[case.item]], most)
-    widths = {}
+    setting = {"epochs": epochs, "loss": state["losses"][-1], "share": share, "cases": len(cases)}
     for width in WIDTHS:
         found = run(model, part, paths, cases, width)
-        widths[width] = {
+        yield {
+            **setting,
+            "width": width,
             "searches": {name: summary(one, found["ours"], paths, cases, width) for name, one in found.items()},
             "times": times(model, part, paths, _spread(cases, 60), width) if (epochs, share) == SETTINGS[0] else {},
         }
-    return {"epochs": epochs, "loss": state["losses"][-1], "share": share, "cases": len(cases), "widths": widths}
 
 
-def tables(settings: list[dict[str, Any]]) -> dict[str, str]:
-    def setting(one: dict[str, Any], width: int) -> list[str]:
-        return [f"{one['epochs']} epoch{'s' * (one['epochs'] > 1)}, {one['share']:.0%} of the items", str(width)]
-
+def tables(cells: list[dict[str, Any]], vocab_size: int) -> dict[str, str]:
     found, cost, times_rows = [], [], []
-    for one in settings:
-        for width, result in one["widths"].items():
-            for name, row in result["searches"].items():
-                shares = " / ".join(f"{100 * share:.1f}" for share in row["legal_share"])
-                recalls = [f"{row[f'recall@{k}']:.4f}" if k <= width else "-" for k in CUTS]
-                dead = [f"{100 * row[key]:.1f} %" for key in ("no_item", "under_10_items", "same_first_10")]
-                found.append([*setting(one, width), name, shares, *dead, *recalls])
-                if result["times"] and name != "ours":
-                    counts = [f"{row[key]:,.0f}" for key in ("requests", "logps_returned", "bytes_returned")]
-                    cost.append([*setting(one, width), name, *counts])
-            for name, row in result["times"].items():
-                ms = [f"{row['ms']:.1f}", f"{row['cpu_ms']:.1f}"]
-                times_rows.append([*setting(one, width), name, *ms, f"{row['times_ours']:.2f}x"])
+    for cell in cells:
+        width, epochs = cell["width"], cell["epochs"]
+        setting = [f"{epochs} epoch{'s' * (epochs > 1)}, {cell['share']:.0%} of the items", str(width)]
+        for name, row in cell["searches"].items():
+            shares = " / ".join(f"{100 * share:.1f}" for share in row["legal_share"])
+            recalls = [f"{row[f'recall@{k}']:.4f}" if k <= width else "-" for k in CUTS]
+            dead = [f"{100 * row[key]:.1f} %" for key in ("no_item", "under_10_items", "same_first_10")]
+            found.append([*setting, name, shares, *dead, *recalls])
+            if cell["times"] and name != "ours":
+                logps = row["requests"] * min(2 * width, vocab_size)
+                cost.append([*setting, name, *(f"{count:,.0f}" for count in (row["requests"], logps, logps * ENTRY))])
+        for name, row in cell["times"].items():
+            ms = [f"{row['ms']:.1f}", f"{row['cpu_ms']:.1f}"]
+            times_rows.append([*setting, name, *ms, f"{row['times_ours']:.2f}x"])
     recalls = [f"recall@{k}" for k in CUTS]
     shares = "beams that lead to an item, % of W by level"
     counts = ["requests a query", "log-probs returned", "bytes"]
@@ -306,14 +301,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     data = load(options.data)
-    results = [run_setting(data, *setting, most=200 if options.quick else 2000) for setting in SETTINGS]
-    markdown = tables(results)
-    print("\n\n".join(markdown.values()))
+    most = 200 if options.quick else 2000
+    cells = [cell for setting in SETTINGS for cell in run_setting(data, *setting, most=most)]
+    print("\n\n".join(tables(cells, data.vocab_size).values()))
     if options.out:
         head = {"threads": 1, "catalogue": data.name, "vocabulary": data.vocab_size}
-        lines = {name: table.splitlines() for name, table in markdown.items()}
-        result = {**report.environment(MODULE), **head, "settings": results, "markdown": lines}
-        report.write_json(options.out, result)
+        results.write(options.out, {MODULE: {**report.environment(MODULE), **head, "results": cells}})
 
 
 if __name__ == "__main__":

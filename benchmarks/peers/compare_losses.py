@@ -29,8 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import report
+from benchmarks.harness import report, results
 from benchmarks.harness.report import MIB
+from benchmarks.harness.results import milliseconds
 from benchmarks.peers import session_loss, token_logps_cases
 from benchmarks.peers.token_logps import PEERS, PLAIN, Step, methods
 from benchmarks.peers.token_logps_cases import Case, Problem
@@ -135,11 +136,13 @@ class Ratio:
         }
         if len(self.over) > 1:
             result["best"] = best.most_common(1)[0][0]
-        if self.least is not None:
-            result |= {"target": f"at least {self.least}", "reached": result["median"] >= self.least}
-        if self.most is not None:
-            result |= {"target": f"at most {self.most}", "reached": result["median"] <= self.most}
         return result
+
+    def missed(self, found: float) -> str:
+        """What was asked, where it is not so."""
+        if self.least is not None and found < self.least:
+            return f"target: at least {self.least}"
+        return f"target: at most {self.most}" if self.most is not None and found > self.most else ""
 
 
 def ratios(case: AnyCase) -> list[Ratio]:
@@ -193,61 +196,56 @@ def summary(case: AnyCase, runs: list[dict[str, Any]]) -> dict[str, Any]:
     peaks = {
         name: median(r["peak_bytes"][name] for r in runs if name in r["peak_bytes"]) for name in runs[0]["seconds"]
     }
-    memory: dict[str, Any] = {"peak_bytes": peaks}
-    if isinstance(case, Case):
-        memory |= {"output_bytes": case.output_bytes, "logit_bytes": case.logit_bytes}
-    if case.beyond_budget:
-        allowed = case.budget + case.output_bytes
-        memory |= {"allowed_bytes": allowed, "reached": peaks["ours"] <= allowed}
     ms = {name: 1e3 * median(s[name] for s in times if name in s) for name in times[0]}
     cpu = {name: 1e3 * median(r["cpu_seconds"][name] for r in runs if name in r["cpu_seconds"]) for name in peaks}
     return {
         "case": case.name,
         "section": case.section,
-        "ms": ms,
         "costs": {n: {"ms": ms[n], "cpu_ms": cpu[n], "peak_bytes": peaks[n]} for n in peaks},
-        "ratios": {ratio.name: ratio.of(times) for ratio in ratios(case)},
-        "memory": memory,
+        "ratios": {ratio.name: found for ratio in ratios(case) if (found := ratio.of(times))},
         "unavailable": runs[0]["unavailable"],
     }
 
 
-def _ratio_cell(ratio: dict[str, Any] | None) -> str:
-    if ratio is None:
+def _ratio_cell(ratio: Ratio, found: dict[str, Any] | None) -> str:
+    if found is None:
         return "-"
-    best = f" {ratio['best']}" if "best" in ratio else ""
-    missed = "" if ratio.get("reached", True) else f" **!** (target {ratio['target']})"
-    return f"{ratio['median']:.2f}x ({ratio['least']:.2f}-{ratio['most']:.2f}){best}{missed}"
+    best = f" {found['best']}" if "best" in found else ""
+    missed = ratio.missed(found["median"])
+    spread = f"({found['least']:.2f}-{found['most']:.2f})"
+    return f"{found['median']:.2f}x {spread}{best}" + (f" **!** ({missed})" if missed else "")
 
 
-def _memory_cell(memory: dict[str, Any]) -> str:
-    peak = f"{memory['peak_bytes']['ours'] / MIB:.0f}"
-    if "output_bytes" not in memory:
-        return peak
-    if "allowed_bytes" not in memory:
-        return f"{peak} (outputs {memory['output_bytes'] / MIB:.0f}, logits {memory['logit_bytes'] / MIB:.0f})"
-    missed = "" if memory["reached"] else " **!**"
-    return f"{peak} (budget + outputs {memory['allowed_bytes'] / MIB:.0f}){missed}"
+def _memory_cell(case: AnyCase, peak: float) -> str:
+    if not isinstance(case, Case):
+        return f"{peak / MIB:.0f}"
+    if not case.beyond_budget:
+        return f"{peak / MIB:.0f} (outputs {case.output_bytes / MIB:.0f}, logits {case.logit_bytes / MIB:.0f})"
+    allowed = case.budget + case.output_bytes
+    return f"{peak / MIB:.0f} (budget + outputs {allowed / MIB:.0f}){' **!**' if peak > allowed else ''}"
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """A Markdown table of results of one section, with an exclamation mark where a target is missed."""
-    names = list(results[0]["ratios"])
-    floors = [name for name in ("bytes", "bare_passes", "bare_gemms", "bare_level_gemms") if name in results[0]["ms"]]
+def table(cells: list[dict[str, Any]]) -> str:
+    """A Markdown table of one section's cells, with an exclamation mark where a target is missed."""
+    by_name = {case.name: case for case in CASES}
+    columns = ratios(by_name[cells[0]["case"]])
+    timed = milliseconds(cells[0])
+    floors = [name for name in ("bytes", "bare_passes", "bare_gemms", "bare_level_gemms") if name in timed]
     rows = []
-    for result in results:
-        ms = [f"{result['ms'][name]:.3f}" if name in result["ms"] else "-" for name in ("ours", *floors)]
-        cells = [_ratio_cell(result["ratios"][name]) for name in names]
-        rows.append([result["case"], *ms, *cells, _memory_cell(result["memory"])])
-    floor_heads = [f"floor: {name}, ms" for name in floors]
-    return report.markdown(["case", "ours, ms", *floor_heads, *names, "peak memory of ours, MiB"], rows)
+    for cell in cells:
+        case, times = by_name[cell["case"]], milliseconds(cell)
+        ms = [f"{times[name]:.3f}" if name in times else "-" for name in ("ours", *floors)]
+        found = [_ratio_cell(ratio, cell["ratios"].get(ratio.name)) for ratio in ratios(case)]
+        rows.append([cell["case"], *ms, *found, _memory_cell(case, cell["costs"]["ours"]["peak_bytes"])])
+    head = [f"floor: {name}, ms" for name in floors] + [ratio.name for ratio in columns]
+    return report.markdown(["case", "ours, ms", *head, "peak memory of ours, MiB"], rows)
 
 
-def markdown(results: list[dict[str, Any]]) -> str:
+def markdown(cells: list[dict[str, Any]]) -> str:
     """A table a section."""
     parts = []
     for section, title in TITLES.items():
-        chosen = [result for result in results if result["section"] == section]
+        chosen = [cell for cell in cells if cell["section"] == section]
         if chosen:
             parts += [f"**{title}**\n", table(chosen) + "\n", report.costs_markdown(chosen) + "\n"]
     return "\n".join(parts)
@@ -308,18 +306,17 @@ def main() -> None:
     chosen = report.choose(parser, CASES, args.cases)
     processes, rounds = (1, 1) if args.quick else (args.processes, args.rounds)
     environment = {**report.environment(MODULE), "packages": packages(), "threads": 1}
-    tables = ""
+    settings = {"processes": processes, "rounds": rounds}
+    measured: list[dict[str, Any]] = []
 
-    def save(results: list[dict[str, Any]]) -> None:
+    def save(cells: list[dict[str, Any]]) -> None:
         """After every group, so that a run cut short leaves what it has."""
-        nonlocal tables
-        tables = markdown(results)
+        measured[:] = cells
         if args.out:
-            settings = {"processes": processes, "rounds": rounds, "markdown": tables.splitlines()}
-            report.write_json(args.out, environment | settings | {"results": results})
+            results.write(args.out, {MODULE: environment | settings | {"results": cells}})
 
     measure(chosen, processes, rounds, save)
-    print(tables)
+    print(markdown(measured))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import raddpo_ext as rx
-from benchmarks.harness import catalogues, report
+from benchmarks.harness import catalogues, report, results
 from benchmarks.harness.report import MIB
 from benchmarks.harness.timing import measured, middle, take_turns, timed
 from raddpo_ext.integrations.transformers import SessionCollator
@@ -242,7 +242,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def markdown(results: list[dict[str, Any]]) -> str:
+def markdown(cells: list[dict[str, Any]]) -> str:
     head = [
         "case",
         "layout",
@@ -258,7 +258,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
         "peak MiB",
     ]
     rows = []
-    for result in results:
+    for result in cells:
         for layout in LAYOUTS:
             r = result["layouts"][layout]
             low, high = r["spread"]
@@ -300,14 +300,14 @@ def main() -> None:
     for line in environment["collator"]:
         rate = line["tokens_per_second"] / 1e6
         print(f"collator, prompt={line['prompt']}, {line['layout']}: {rate:.1f}M candidate tokens a second", flush=True)
-    results: list[dict[str, Any]] = []
+    cells: list[dict[str, Any]] = []
     for i in chosen:
         runs = [report.run_fresh(MODULE, "--worker", str(i), "--rounds", str(rounds)) for _ in range(processes)]
-        results.append({"case": CASES[i].name, "layouts": summary(runs)})
-        print(markdown(results[-1:]), flush=True)
+        cells.append({"case": CASES[i].name, "layouts": summary(runs)})
+        print(markdown(cells[-1:]), flush=True)
         if args.out:
-            report.write_json(args.out, environment | {"markdown": markdown(results).splitlines(), "results": results})
-    print(markdown(results))
+            results.write(args.out, {MODULE: environment | {"results": cells}})
+    print(markdown(cells))
 
 
 if __name__ == "__main__":

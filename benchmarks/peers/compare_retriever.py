@@ -24,7 +24,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import raddpo_ext as rx
-from benchmarks.harness import catalogues, report
+from benchmarks.harness import catalogues, report, results
 from benchmarks.harness.report import MIB
 from benchmarks.harness.timing import measured, middle, take_turns
 from raddpo_ext.integrations import decoders
@@ -239,19 +239,18 @@ def summary(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over the rounds of all processes, ratios within each round first."""
     seconds = {name: [x for run in runs for x in run["seconds"][name]] for name in runs[0]["seconds"]}
 
-    def ratio(slow: str, fast: str) -> list[float]:
-        ratios = sorted(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
-        return [median(ratios), ratios[0], ratios[-1]]
+    def ratio(slow: str, fast: str) -> dict[str, float]:
+        ratios = [a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)]
+        return {"median": median(ratios), "least": min(ratios), "most": max(ratios)}
 
-    found: dict[str, Any] = {"case": case.name, **asdict(case)}
-    found["seconds"] = {name: median(times) for name, times in seconds.items()}
+    found: dict[str, Any] = {"case": case.name}
     found["costs"] = {
         name: {
-            "ms": 1e3 * middle_of,
+            "ms": 1e3 * median(times),
             "cpu_ms": 1e3 * median(run["cpu_seconds"][name] for run in runs),
             "peak_bytes": median(run["peak_bytes"][name] for run in runs),
         }
-        for name, middle_of in found["seconds"].items()
+        for name, times in seconds.items()
     }
     pairs = []
     for normalize in ("vocab", "level") if case.prompt else NORMALIZE:
@@ -266,10 +265,15 @@ def summary(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def markdown(results: list[dict[str, Any]]) -> str:
+def is_retrieval(cell: dict[str, Any]) -> bool:
+    """Else it is a step alone."""
+    return "cache_bytes" in cell
+
+
+def markdown(cells: list[dict[str, Any]]) -> str:
     """Tables of whole retrievals, and of steps."""
     tables = []
-    searches = [result for result in results if result["prompt"]]
+    searches = [cell for cell in cells if is_retrieval(cell)]
     if searches:
         head = ["case", "normalize", "ms", "generate / ours", "reordered / ours"]
         head += ["cache MiB", "reordered", "GFLOP", "GFLOP/s"]
@@ -277,28 +281,28 @@ def markdown(results: list[dict[str, Any]]) -> str:
         for result in searches:
             for normalize in ("vocab", "level"):
                 ours = f"shared {normalize}"
-                seconds = result["seconds"][ours]
+                ms = result["costs"][ours]["ms"]
                 rows.append(
                     [
                         result["case"] if normalize == "vocab" else "",
                         normalize,
-                        f"{1000 * seconds:.0f}",
+                        f"{ms:.0f}",
                         times(result, f"generate / {ours}"),
                         times(result, f"reordered {normalize} / {ours}"),
                         f"{result['cache_bytes']['shared'] / MIB:.1f}",
                         f"{result['cache_bytes']['reordered'] / MIB:.1f}",
                         f"{result['gflop'][normalize]:.1f}",
-                        f"{result['gflop'][normalize] / seconds:.0f}",
+                        f"{1e3 * result['gflop'][normalize] / ms:.0f}",
                     ]
                 )
         tables += [report.markdown(head, rows), report.costs_markdown(searches)]
-    steps = [result for result in results if not result["prompt"]]
+    steps = [cell for cell in cells if not is_retrieval(cell)]
     if steps:
         rows = [
             [
                 result["case"] if normalize == "vocab" else "",
                 normalize,
-                f"{1000 * result['seconds'][f'fused {normalize}']:.2f}",
+                f"{result['costs'][f'fused {normalize}']['ms']:.2f}",
                 times(result, f"dense {normalize} / fused {normalize}"),
                 times(result, f"fused {normalize} / floor {normalize}"),
             ]
@@ -313,8 +317,8 @@ def markdown(results: list[dict[str, Any]]) -> str:
 def times(result: dict[str, Any], name: str) -> str:
     if name not in result["ratios"]:
         return ""
-    middle, low, high = result["ratios"][name]
-    return f"{middle:.2f}x ({low:.2f}-{high:.2f})"
+    ratio = result["ratios"][name]
+    return f"{ratio['median']:.2f}x ({ratio['least']:.2f}-{ratio['most']:.2f})"
 
 
 def main() -> None:
@@ -331,14 +335,14 @@ def main() -> None:
     chosen = report.choose(parser, CASES, args.cases)[slice(1, 2) if args.quick else slice(None)]
     processes, rounds = (1, 1) if args.quick else (args.processes, args.rounds)
     environment = {**report.environment(MODULE), "threads": 1, "processes": processes, "rounds": rounds}
-    results: list[dict[str, Any]] = []
+    cells: list[dict[str, Any]] = []
     for i in chosen:
         runs = [report.run_fresh(MODULE, "--worker", str(i), "--rounds", str(rounds)) for _ in range(processes)]
-        results.append(summary(CASES[i], runs))
-        print(markdown(results[-1:]), flush=True)
+        cells.append(summary(CASES[i], runs))
+        print(markdown(cells[-1:]), flush=True)
         if args.out:
-            report.write_json(args.out, environment | {"markdown": markdown(results).splitlines(), "results": results})
-    print(markdown(results))
+            results.write(args.out, {MODULE: environment | {"results": cells}})
+    print(markdown(cells))
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ import torch
 
 import raddpo_ext as rx
 from benchmarks.gpu.report import gpu_environment, require_gpu
+from benchmarks.harness import results
 from benchmarks.harness.catalogues import ROOT
-from benchmarks.harness.report import RESULTS, write_json
+from benchmarks.harness.report import RESULTS
 from python_tests.support.beam_cases import (
     DTYPES,
     NORMALIZE,
@@ -220,7 +221,7 @@ def exit_code(runs: list[dict[str, Any]]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=RESULTS / "gpu_sanitize.json", help="where the result goes")
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu_sanitize.jsonl", help="where the result goes")
     parser.add_argument("--seconds", type=float, default=100, help="for each tool")
     parser.add_argument("--drive", action="store_true", help="only call the kernels")
     arguments = parser.parse_args()
@@ -232,10 +233,10 @@ def main() -> None:
     if program is None:
         raise SystemExit("compute-sanitizer is neither on the PATH nor in CUDA_HOME/bin")
     runs: list[dict[str, Any]] = []
-    result = {**gpu_environment("python_tests.gpu.gpu_sanitize"), "runs": runs}
+    result = {**gpu_environment("python_tests.gpu.gpu_sanitize"), "results": runs}
     for tool in TOOLS:
         runs.append(run(program, tool, arguments.seconds))
-        write_json(arguments.out, result)
+        results.write(arguments.out, {"gpu_sanitize": result})
         print(f"{tool}: {runs[-1]['verdict']} {' '.join(runs[-1]['summary'])}", flush=True)
     raise SystemExit(exit_code(runs))
 

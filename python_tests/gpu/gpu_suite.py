@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu.report import gpu_environment, require_gpu
-from benchmarks.harness.report import RESULTS, write_json
+from benchmarks.harness import results
+from benchmarks.harness.report import RESULTS
 
 WRITE_SECONDS = 5.0
 
@@ -29,7 +30,6 @@ class Recorder:
         self.result: dict[str, Any] = {
             **gpu_environment("python_tests.gpu.gpu_suite"),
             "finished": False,
-            "files": self.files,
             "failures": self.failures,
         }
 
@@ -51,7 +51,8 @@ class Recorder:
     def write(self) -> None:
         self.written = time.perf_counter()
         self.result["seconds"] = round(self.written - self.begin, 1)
-        write_json(self.path, self.result)
+        cells = [{"file": file, **counts} for file, counts in self.files.items()]
+        results.write(self.path, {"gpu_test": self.result | {"results": cells}})
 
 
 def gpu_files() -> list[Path]:
@@ -61,7 +62,7 @@ def gpu_files() -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=RESULTS / "gpu_test.json", help="where the result goes")
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu_test.jsonl", help="where the result goes")
     parser.add_argument("pytest", nargs="*", help="passed on to pytest")
     arguments = parser.parse_args()
     require_gpu()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
-from benchmarks.alignment import cells as alignment_cells
 from benchmarks.alignment import evaluate
 from benchmarks.alignment import experiment as alignment
 from benchmarks.alignment import grid as alignment_grid
@@ -22,6 +22,7 @@ from benchmarks.alignment.cells import Lab, Scale
 from benchmarks.alignment.data import Data, load, windows
 from benchmarks.alignment.sessions import Sessions
 from benchmarks.alignment.statistics import choose, ndcg, pack, paired_bootstrap, unpack
+from benchmarks.harness import results
 
 TINY = Scale(
     name="tiny",
@@ -196,34 +197,41 @@ def test_supervised_training_resumes(data: Data, tmp_path: Path, monkeypatch: py
 
 def test_the_grid_writes_every_cell_and_a_report(lab: Lab) -> None:
     names = {cell.name for stage in alignment_grid.stages(lab) for cell in stage}
-    assert {path.stem for path in lab.results.glob("*.json")} >= names
+    records = {record["cell"]: record for record in results.read(lab.results)["alignment"]["results"]}
+    assert records.keys() >= names
     assert {"test-sft-s0", "test-rad_dpo-s1", "test-rad_dpo_no_rdrw-s0-false0.1", "validate-rad_dpo"} <= names
     for name in names:
-        record = json.loads((lab.results / f"{name}.json").read_text())
-        assert record["seconds"] > 0
-        assert record["peak_mib"] > 0
+        assert records[name]["seconds"] > 0
+        assert records[name]["peak_mib"] > 0
 
 
 def test_cells_that_are_there_are_skipped(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     again = Lab(lab.folder, lab.scale, lab.cache.parent)
-    before = {path: path.stat().st_mtime_ns for path in lab.results.glob("*.json")}
-    monkeypatch.setattr(alignment_cells, "write_json", None)  # a cell that is computed would be written
+    before = lab.results.stat().st_mtime_ns
+    monkeypatch.setattr(Lab, "write", None)  # a cell that is computed would be written
     for stage in alignment_grid.stages(again):
         alignment.compute(again, stage, 1)
-    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert lab.results.stat().st_mtime_ns == before
+
+
+def forget(lab: Lab, names: list[str]) -> list[dict]:
+    """Takes these cells' lines out of the file; their results."""
+    kept = results.read(lab.results)
+    lost = {record["cell"]: record["result"] for record in kept["alignment"]["results"] if record["cell"] in names}
+    kept["alignment"]["results"] = [record for record in kept["alignment"]["results"] if record["cell"] not in names]
+    results.write(lab.results, kept)
+    return [lost[name] for name in names]
 
 
 def test_a_lost_cell_comes_back_the_same(lab: Lab) -> None:
     """As after a kill between two cells, the cache of checkpoints gone too."""
     names = ["test-rad_dpo-s1", "tune-rad_dpo-lr2e-05-beta0.5"]
-    before = [json.loads((lab.results / f"{name}.json").read_text())["result"] for name in names]
-    for path in [lab.results / f"{name}.json" for name in names]:
-        path.unlink()
+    before = forget(lab, names)
     for path in lab.cache.glob("aligned-*.pt"):
         path.unlink()
     for stage in alignment_grid.stages(lab):
         alignment.compute(lab, [cell for cell in stage if cell.name in names], 1)
-    after = [json.loads((lab.results / f"{name}.json").read_text())["result"] for name in names]
+    after = forget(lab, names)
     for old, new in zip(before, after, strict=True):
         assert {k: v for k, v in old.items() if "seconds" not in k} == {
             k: v for k, v in new.items() if "seconds" not in k
@@ -233,7 +241,8 @@ def test_a_lost_cell_comes_back_the_same(lab: Lab) -> None:
 def test_a_worker_process_gives_the_same(lab: Lab) -> None:
     cells = next(iter(alignment_grid.stages(lab)))[:1]
     before = [lab.run(cell)["result"]["losses"] for cell in cells]
-    for path in [*lab.cache.glob("sft-*.pt"), *(lab.results / f"{cell.name}.json" for cell in cells)]:
+    forget(lab, [cell.name for cell in cells])
+    for path in lab.cache.glob("sft-*.pt"):
         path.unlink()
     alignment.compute(lab, cells, 2)
     assert [lab.run(cell)["result"]["losses"] for cell in cells] == before
@@ -242,9 +251,7 @@ def test_a_worker_process_gives_the_same(lab: Lab) -> None:
 def test_another_configuration_is_another_cell(lab: Lab) -> None:
     cell = next(iter(alignment_grid.stages(lab)))[0]
     wider = Lab(lab.folder, dataclasses.replace(lab.scale, epochs=1), lab.cache.parent)
-    wider.results = lab.cache / "others"
-    (lab.cache / "others").mkdir()
-    (wider.results / f"{cell.name}.json").write_text((lab.results / f"{cell.name}.json").read_text())
+    wider.results = Path(shutil.copy(lab.results, lab.cache / "others.jsonl"))
     assert len(wider.run(cell)["result"]["losses"]) == 1
 
 

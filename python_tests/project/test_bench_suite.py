@@ -1,9 +1,7 @@
 """The suite runs its members, keeps what it has, and writes the page that stands in docs/."""
 
-import json
 import math
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,7 +14,7 @@ import torch
 from test_bench import Clock
 
 from benchmarks import bench_trie
-from benchmarks.harness import catalogues, report, suite, timing
+from benchmarks.harness import catalogues, report, results, sources, suite, timing
 from benchmarks.harness.suite import MEMBERS, Member
 from benchmarks.pages import figures, reliability_page, suite_page
 from benchmarks.peers import token_logps_timing
@@ -30,32 +28,25 @@ held = bytearray(64 << 20)
 out = sys.argv[sys.argv.index("--out") + 1]
 open({ran!r}, "a").write("{name} ")
 machine = dict(cpu="abacus", cores=2)
-json.dump(dict(results=[], machine=machine, commit={commit!r}, command="of its own"), open(out, "w"))
+json.dump(dict(run="x", machine=machine, commit="c", command="of its own"), open(out, "w"))
 """
-
-
-def git(folder: Path, *command: str) -> str:
-    options = ("-c", "user.name=a", "-c", "user.email=a@b.c")
-    return subprocess.run(["git", *options, *command], cwd=folder, check=True, capture_output=True, text=True).stdout
 
 
 @pytest.fixture
 def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository of its own, and modules first, second and third, which note that they ran."""
-    (tmp_path / "csrc").mkdir()
-    (tmp_path / "csrc" / "code").write_text("1")
-    git(tmp_path, "init", "-q")
-    git(tmp_path, "add", ".")
-    git(tmp_path, "commit", "-qm", "x")
-    commit = git(tmp_path, "rev-parse", "HEAD").strip()
+    """Sources of its own, and modules first, second and third, which note that they ran."""
+    for folder in ("op", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "code.h").write_text(folder)
     for name in ("first", "second", "third"):
-        text = WORKING.format(name=name, ran=str(tmp_path / "ran"), commit=commit)
+        text = WORKING.format(name=name, ran=str(tmp_path / "ran"))
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.setattr(suite, "ROOT", tmp_path)
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
     return tmp_path
 
 
-STUBS = [Member(name, (name,), 1) for name in ("first", "second", "third")]
+STUBS = [Member(name, (name,), 1, ("op",)) for name in ("first", "second", "third")]
 
 
 def ran(lab: Path) -> list[str]:
@@ -66,19 +57,19 @@ def ran(lab: Path) -> list[str]:
 
 
 def test_collects_and_measures(lab: Path) -> None:
-    path = lab / "results.json"
+    path = lab / "results.jsonl"
     assert suite.run_all(STUBS, [], path) == []
-    results = json.loads(path.read_text())
-    assert list(results) == ["first", "second", "third"]
-    assert results["second"]["command"] == "python -m second"
-    took = results["second"]["measured"]
+    found = results.read(path)
+    assert list(found) == ["first", "second", "third"]
+    assert found["second"]["command"] == "python -m second"
+    took = found["second"]["measured"]
     assert took["wall_s"] > 0
     assert 0 < took["cpu_s"] < 60
     assert 64 << 20 < took["peak_bytes"] < 64 << 30
 
 
 def test_goes_on_where_it_was(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, run = lab / "results.json", suite.run
+    path, run = lab / "results.jsonl", suite.run
 
     def stopped(member: Member, quick: bool = False) -> dict:
         if member.name == "second":
@@ -94,23 +85,45 @@ def test_goes_on_where_it_was(lab: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert ran(lab) == ["second", "third"]
     suite.run_all(STUBS, [], path)
     assert ran(lab) == []
-    (lab / "notes").write_text("no source")
-    suite.run_all(STUBS, [], path)
-    assert ran(lab) == []
-    (lab / "csrc" / "code").write_text("2")
-    suite.run_all(STUBS, [], path)
-    assert ran(lab) == ["first", "second", "third"]
+
+
+def test_only_an_edit_of_its_sources_makes_a_result_stale(lab: Path) -> None:
+    path, members = lab / "results.jsonl", [*STUBS[:2], Member("third", ("third",), 1, ("other",))]
+
+    def again() -> list[str]:
+        suite.run_all(members, [], path)
+        return ran(lab)
+
+    assert again() == ["first", "second", "third"]
+    (lab / "op" / "notes").write_text("no source")
+    (lab / "op" / "code.h").rename(lab / "op" / "moved.h")
+    assert again() == []
+    (lab / "other" / "code.h").write_text("edited")
+    assert again() == ["third"]
+    (lab / "op" / "more.py").write_text("added")
+    assert again() == ["first", "second"]
+    found = results.read(path)
+    found["second"]["sources"] = "unknown"
+    results.write(path, found)
+    assert again() == ["second"]
+    (lab / "other" / "code.h").unlink()
+    with pytest.raises(FileNotFoundError, match="no sources at other"):
+        again()
+
+
+def test_every_member_is_built_of_sources_that_are_there() -> None:
+    assert all(len(sources.digest(member.sources)) == 16 for member in MEMBERS)
 
 
 def test_only_what_is_named(lab: Path) -> None:
-    path = lab / "results.json"
+    path = lab / "results.jsonl"
     suite.run_all(STUBS, [], path)
-    before = json.loads(path.read_text())
-    before["second/part"] = before["third/part"] = {"commit": "x"}
-    path.write_text(json.dumps(before))
+    before = results.read(path)
+    before["second/part"] = before["third/part"] = {"commit": "x", "results": []}
+    results.write(path, before)
     ran(lab)
     suite.run_all(STUBS, ["second"], path)
-    after = json.loads(path.read_text())
+    after = results.read(path)
     assert ran(lab) == ["second"]
     assert list(after) == ["first", "second", "third", "third/part"]
     assert after["first"] == before["first"]
@@ -119,9 +132,9 @@ def test_only_what_is_named(lab: Path) -> None:
 
 @pytest.mark.parametrize("body", ["raise SystemExit(3)", "pass"])
 def test_failure_keeps_the_others(lab: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
-    path = lab / "machine.json"
+    path = lab / "machine.jsonl"
     suite.run_all(STUBS, [], path)
-    before = json.loads(path.read_text())
+    before = results.read(path)
     (lab / "second.py").write_text(body)
     written = []
     monkeypatch.setattr(suite, "MEMBERS", STUBS)
@@ -132,7 +145,7 @@ def test_failure_keeps_the_others(lab: Path, monkeypatch: pytest.MonkeyPatch, bo
     ran(lab)
     assert suite.main() == 1
     assert ran(lab) == ["third"]
-    after = json.loads(path.read_text())
+    after = results.read(path)
     assert written == [after]
     assert after["second"] == before["second"]
     assert after["third"]["measured"] != before["third"]["measured"]
@@ -147,27 +160,27 @@ def test_failure_keeps_the_others(lab: Path, monkeypatch: pytest.MonkeyPatch, bo
 
 
 def test_skips_without_data(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = lab / "results.json"
+    path = lab / "results.jsonl"
     monkeypatch.setattr(catalogues, "DATA", lab / "nowhere")
-    members = [Member("first", ("first",), 1, data=("industrial",)), STUBS[1]]
+    members = [Member("first", ("first",), 1, ("op",), data=("industrial",)), STUBS[1]]
     assert suite.run_all(members, [], path) == []
-    results = json.loads(path.read_text())
-    assert "industrial" in results["first"]["skipped"]
-    assert "skipped" not in results["second"]
-    path.write_text(json.dumps({"first": {"results": [], "commit": "old"}}))
+    found = results.read(path)
+    assert "industrial" in found["first"]["skipped"]
+    assert "skipped" not in found["second"]
+    results.write(path, {"first": {"results": [], "commit": "old"}})
     suite.run_all(members, ["first"], path)
-    assert json.loads(path.read_text()) == {"first": {"results": [], "commit": "old"}}
+    assert results.read(path) == {"first": {"results": [], "commit": "old"}}
 
 
 def committed() -> tuple[str, Path, dict]:
     page = suite_page.PAGE.read_text()
-    path = report.ROOT / re.search(r"`(benchmarks/results/[\w-]+\.json)`", page)[1]
-    return page, path, json.loads(path.read_text())
+    path = report.ROOT / re.search(r"`(benchmarks/results/[\w-]+\.jsonl)`", page)[1]
+    return page, path, results.read(path)
 
 
 def test_page_is_that_of_the_results() -> None:
-    page, path, results = committed()
-    assert suite_page.render(page, results, path, NAMES) == page, "write it: python -m benchmarks --report"
+    page, path, found = committed()
+    assert suite_page.render(page, found, path, NAMES) == page, "write it: python -m benchmarks --report"
 
 
 def test_reliability_page_is_that_of_the_records() -> None:
@@ -176,14 +189,14 @@ def test_reliability_page_is_that_of_the_records() -> None:
 
 
 def test_page_changes_with_the_results_only_between_markers() -> None:
-    page, path, results = committed()
-    results["packing"]["markdown"] = ["| another | table |"]
-    changed = suite_page.render(page, results, path, NAMES)
+    page, path, found = committed()
+    found["packing"]["commit"] = "of another day"
+    changed = suite_page.render(page, found, path, NAMES)
     begin, end = page.index("<!-- begin packing -->"), page.index("<!-- end packing -->")
     assert changed[:begin] == page[:begin]
     assert changed.endswith(page[end:])
-    assert "| another | table |" in changed
-    assert suite_page.render(changed, results, path, NAMES) == changed
+    assert "of another day" in changed
+    assert suite_page.render(changed, found, path, NAMES) == changed
 
 
 @pytest.mark.parametrize(
@@ -198,14 +211,14 @@ def test_page_changes_with_the_results_only_between_markers() -> None:
     ],
 )
 def test_markers_are_checked(old: str, new: str) -> None:
-    page, path, results = committed()
+    page, path, found = committed()
     with pytest.raises(ValueError, match="marker"):
-        suite_page.render(page.replace(old, new), results, path, NAMES)
+        suite_page.render(page.replace(old, new), found, path, NAMES)
 
 
 def test_losses_are_as_plain_as_wins() -> None:
     def row(case: str, ratio: float) -> dict:
-        return {"case": case, "ratios": {"static": {"median": ratio}}, "floor": {"bytes": 1, "read_ns": 1}}
+        return {"case": case, "ratios": {"static": {"median": ratio}}, "logit_bytes": 1, "costs": {"read": {"ms": 1}}}
 
     won = {"beam-search": {"results": [row("a", 3.0), row("b", 2.0)]}}
     assert "| decoding step | STATIC | 2.5x | 2x to 3x | 2 | no |" in suite_page.summary(won)
@@ -214,26 +227,26 @@ def test_losses_are_as_plain_as_wins() -> None:
 
 
 def test_a_page_of_less_is_written_too() -> None:
-    page, path, results = committed()
-    for name in results:
-        text = suite_page.render(page, {name: results[name]}, path, NAMES)
-        assert f"commit {results[name]['commit']}" in text
+    page, path, found = committed()
+    for name in found:
+        text = suite_page.render(page, {name: found[name]}, path, NAMES)
+        assert f"commit {found[name]['commit']}" in text
         assert "Not measured yet" in text
         assert not re.search(r"\b(nan|inf)x", text)
     assert "Not measured yet" in suite_page.render(page, {}, path, NAMES)
 
 
 def test_parts_stand_for_their_member() -> None:
-    results = {"losses": {"results": [{"case": "a", "ms": 1}, {"case": "b", "ms": 2}]}}
-    results["losses/again"] = {"results": [{"case": "b", "ms": 3}]}
-    assert {case: row["ms"] for case, row in figures.cases(results, "losses").items()} == {"a": 1, "b": 3}
+    found = {"losses": {"results": [{"case": "a", "ms": 1}, {"case": "b", "ms": 2}]}}
+    found["losses/again"] = {"results": [{"case": "b", "ms": 3}]}
+    assert {case: row["ms"] for case, row in figures.cases(found, "losses").items()} == {"a": 1, "b": 3}
 
 
 def test_every_chart_has_its_floor() -> None:
-    _, _, results = committed()
+    _, _, found = committed()
     drawn = 0
     for chart in figures.CHARTS.values():
-        for *_, rows in chart(results).values():
+        for *_, rows in chart(found).values():
             drawn += len(rows)
             for _, values, floor in rows:
                 assert math.isfinite(floor)

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("matplotlib")
 import raddpo_ext as rx
 from benchmarks import scaling
-from benchmarks.harness import report
+from benchmarks.harness import report, results
 from benchmarks.pages import scaling_page
 from benchmarks.pages.page import fill
 from raddpo_ext.bench.searches import Search
@@ -148,22 +148,22 @@ def test_command(points, tmp_path, monkeypatch, capsys):
         return [point for point in points if point["family"] == family and (len(counts) > 1 or point["x"] == 30)]
 
     monkeypatch.setattr(report, "run_fresh", worker)
-    monkeypatch.setattr("sys.argv", ["scaling", "--quick", "--out", str(tmp_path / "result.json")])
+    monkeypatch.setattr("sys.argv", ["scaling", "--quick", "--out", str(tmp_path / "result.jsonl")])
     scaling.main()
     assert asked[:2] == [("items", ("10000",)), ("items", ("1000000",))]  # a process each
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert list(result["markdown"]) == list(scaling.FAMILIES)
+    tables = scaling_page.markdown(results.read(tmp_path / "result.jsonl")["benchmarks.scaling"]["results"])
+    assert list(tables) == list(scaling.FAMILIES)
     out = capsys.readouterr().out
-    assert all(line in out for lines in result["markdown"].values() for line in lines)
+    assert all(line in out for lines in tables.values() for line in lines)
 
 
 def test_page(points, tmp_path):
     """The repository's page with its tables anew and its prose as it was, and the figures that it shows."""
-    result = report.environment("benchmarks.scaling") | {"results": points, "markdown": scaling_page.markdown(points)}
+    result = report.environment("benchmarks.scaling") | {"results": points}
     page = Path(shutil.copy(DOCS / "scaling.md", tmp_path))
     scaling_page.write(result, tmp_path)
     text = page.read_text()
-    for family, lines in result["markdown"].items():
+    for family, lines in scaling_page.markdown(points).items():
         (block,) = re.findall(f"begin scaling-{family} -->(.*?)<!-- end scaling-{family} ", text, re.DOTALL)
         assert "\n".join(lines) in block
         (figure,) = re.findall(r"\]\((.*?)\)", block)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from benchmarks.gpu import bench as gpu_bench
 from benchmarks.gpu import losses as gpu_losses
 from benchmarks.gpu import report, timing
 from benchmarks.gpu import retriever as gpu_retriever
+from benchmarks.harness import results
 from benchmarks.peers.session_loss import Case as SessionCase
 from benchmarks.peers.token_logps_cases import Case as LossCase
 from python_tests.gpu import gpu_sanitize, gpu_suite
@@ -54,14 +55,13 @@ def run(monkeypatch: pytest.MonkeyPatch, module: Any, *arguments: str) -> None:
 
 
 def test_gpu_bench(tiny: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    run(monkeypatch, gpu_bench, "--out", str(tmp_path / "bench.json"))
-    result = json.loads((tmp_path / "bench.json").read_text())
-    assert len(result["retriever"]) == 2
-    assert len(result["linear_steps"]) == 4
-    assert len(result["steps"]) == 6
-    assert len(result["steps"][0]["kernels_us"]) >= 2, "kernels were merged under one name"
-    assert len(result["token_logps"]) == 2
-    assert len(result["losses"]) == 2
+    run(monkeypatch, gpu_bench, "--out", str(tmp_path / "bench.jsonl"))
+    result = results.read(tmp_path / "bench.jsonl")["gpu_bench"]
+    parts = Counter(cell["part"] for cell in result["results"])
+    expected = {"retriever": 2, "linear_steps": 4, "steps": 6, "token_logps": 2, "session_losses": 1, "losses": 2}
+    assert parts == expected
+    step = next(cell for cell in result["results"] if cell["part"] == "steps")
+    assert len(step["kernels_us"]) >= 2, "kernels were merged under one name"
     assert result["gpu"]["name"] == "fake"
 
 
@@ -87,11 +87,11 @@ def test_gpu_suite_runs_the_tests_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_
         pytest, "main", lambda arguments, plugins: given.append(arguments) or plugins[0].pytest_sessionfinish(0) or 0
     )
     with pytest.raises(SystemExit, match="0"):
-        run(monkeypatch, gpu_suite, "--out", str(tmp_path / "suite.json"))
+        run(monkeypatch, gpu_suite, "--out", str(tmp_path / "suite.jsonl"))
     files = [Path(argument).name for argument in given[0] if argument.endswith(".py")]
     assert files[0] == "test_gpu.py"
     assert all(name.startswith("test_gpu") for name in files)
-    assert json.loads((tmp_path / "suite.json").read_text())["finished"]
+    assert results.read(tmp_path / "suite.jsonl")["gpu_test"]["finished"]
 
 
 def test_gpu_report() -> None:

@@ -1,0 +1,31 @@
+"""What the measured operators are built of: when it changes, their results are stale."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+from benchmarks.harness.catalogues import ROOT
+
+SUFFIXES = {".cpp", ".h", ".inl", ".cu", ".cuh", ".py"}
+
+INDEX = ("csrc/common", "csrc/trie", "csrc/trie_index", "raddpo_ext/index", "raddpo_ext/_check.py")
+DECODING = (*INDEX, "csrc/beam_search", "csrc/child_logits", "csrc/row_lse", "raddpo_ext/decoding")
+LOGPS = ("csrc/common", "csrc/token_logps", "csrc/row_lse", "raddpo_ext/logps", "raddpo_ext/_check.py")
+LOSSES = (*LOGPS, "csrc/session_loss", "raddpo_ext/losses", "raddpo_ext/_autograd.py")
+PACKING = (*LOSSES, "csrc/pack_sessions", "raddpo_ext/data/pack_sessions.py", "raddpo_ext/integrations")
+RETRIEVAL = (*DECODING, "raddpo_ext/integrations")
+SERVICE = (*RETRIEVAL, "raddpo_ext/serve")
+OPERATORS = tuple(dict.fromkeys((*DECODING, *LOSSES, "csrc/pack_sessions", "raddpo_ext/data/pack_sessions.py")))
+
+
+def digest(places: Iterable[str]) -> str:
+    """Of the text of the sources in these folders and files, wherever they stand: a moved file is not an edit."""
+    texts = set()
+    for place in places:
+        path = ROOT / place
+        files = [path] if path.is_file() else [file for file in path.glob("*") if file.suffix in SUFFIXES]
+        if not files:
+            raise FileNotFoundError(f"there are no sources at {place}")
+        texts |= {hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()[:16]
