@@ -1,28 +1,37 @@
-"""The session loss with its gradient, ours and plain torch, under pytest-benchmark::
+"""The session loss with its gradient, ours and plain torch, and RADDPOLoss around it, under pytest-benchmark::
 
     python -m pytest benchmarks/bench_session_loss.py --benchmark-only
 
-Every method is first checked to give our loss and gradient. One thread.
+Every method is first checked to give our loss and gradient. One thread. RADDPOLoss is measured from the log-probs on,
+that is without its linear part; compared with the operator alone it should take at most 1.5 times as long.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
+import raddpo_ext as rx
 from benchmarks.peers.session_loss import CASES, METHODS, Batch
 from raddpo_ext.bench.compare import Missing
+from raddpo_ext.bench.session_loss import Problem
 
+MODULE_CASE = {"sessions": 64, "positives": (3, 3), "negatives": (13, 13), "levels": 4}
 SECONDS = 0.5  # a method and case, at least 3 rounds
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name.replace(" ", "-"))
-def batch(request: pytest.FixtureRequest) -> Iterator[Batch]:
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield Batch(request.param)
+    yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name.replace(" ", "-"))
+def batch(request: pytest.FixtureRequest) -> Batch:
+    return Batch(request.param)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -34,8 +43,22 @@ def test_session_loss(benchmark, batch: Batch, method: str) -> None:
         pytest.skip(str(missing))
     for got, expected in zip(step(), METHODS["ours"](batch)(), strict=True):  # also compiles and warms up
         torch.testing.assert_close(got.detach(), expected.detach(), rtol=1e-5, atol=1e-8)
+    run(benchmark, step)
+    benchmark.extra_info["pairs"] = batch.sessions.num_pairs
+
+
+@pytest.mark.parametrize("method", ["operator", "RADDPOLoss"])
+def test_module(benchmark, method: str) -> None:
+    benchmark.group = "RADDPOLoss without its linear part, 64 sessions of 3 and 13"
+    problem, module = Problem(**MODULE_CASE), rx.RADDPOLoss()
+    of_logps = {"operator": rx.rad_dpo_loss, "RADDPOLoss": module.of_logps}[method]
+    step = problem.differentiated(lambda: of_logps(problem.logps, problem.sessions).loss)
+    step()
+    run(benchmark, step)
+
+
+def run(benchmark, step: Callable[[], object]) -> None:
     start = time.perf_counter()
     step()
     rounds = int(SECONDS / (time.perf_counter() - start))
     benchmark.pedantic(step, rounds=max(3, min(rounds, 5000)))
-    benchmark.extra_info["pairs"] = batch.sessions.num_pairs

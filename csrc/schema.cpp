@@ -46,7 +46,7 @@ STABLE_TORCH_LIBRARY(raddpo, m) {
       "Tensor? divisors, float session_divisor, float token_divisor, float beta, float gamma, float sft_weight, float "
       "label_smoothing, bool length_normalized, int protect, int aggregation, int weighting, int positives, int "
       "reduction, bool need_gradient) -> (Tensor loss, Tensor preference, Tensor sft, Tensor rewards, Tensor margins, "
-      "Tensor accuracy, Tensor gradient, Tensor scales)");
+      "Tensor accuracy, Tensor kept, Tensor totals, Tensor gradient, Tensor scales)");
   m.def(
       "session_loss_backward(Tensor? grad_loss, Tensor? grad_preference, Tensor? grad_sft, Tensor logps, Tensor "
       "gradient, Tensor scales, Tensor lengths, Tensor offsets, Tensor num_positives, Tensor? level_weights, float "

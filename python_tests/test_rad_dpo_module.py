@@ -162,6 +162,7 @@ def test_metrics_by_brute_force(protect: str, positives: str) -> None:
         "rewards/accuracies": sum(margin > 0 for margin in margins) / len(margins),
         "pair_weights": sum(kept_weights) / len(kept_weights),
         "detached": detached / tokens,
+        "dropped_pairs": sum(not sids[p] or not sids[n] or sids[p] == sids[n] for p, n in numbers) / len(numbers),
     }
     got = {name: float(value) for name, value in output.metrics.items()}
     if protect == "detach":  # the reference above was not told; the values do not depend on it

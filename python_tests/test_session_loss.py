@@ -44,7 +44,9 @@ def test_equals_reference(core: dict[str, Any], case: Case, chosen: dict[str, An
         got, gradient = run(rx.rad_dpo_loss, case, arguments, (1, -0.7, 0.4))
     expected, expected_gradient = run(reference.rad_dpo_loss, case.to(torch.float64), arguments, (1, -0.7, 0.4))
     scale = max(scale_of(expected), chosen["beta"])
-    assert got._fields == FIELDS
+    assert got._fields == (*FIELDS, "kept", "totals")
+    assert_close(got.kept, expected.kept)
+    assert_close(got.totals, expected.totals, scale)
     for name in FIELDS[:-1]:
         value = getattr(got, name)
         assert value.dtype == case.logps.dtype

@@ -105,8 +105,8 @@ def test_extreme_values(
 ) -> None:
     factor = torch.rand(len(case.logps), 1, generator=torch.Generator().manual_seed(seed)) < 0.4
     case.logps *= torch.where(factor, size, 1.0).to(case.logps)
-    result = run_on_shim(shim, (2, 3), case, core | chosen)
-    assert not any(value.isnan().any() for value in result)
+    *parts, _, gradient = run_on_shim(shim, (2, 3), case, core | chosen)  # totals may have infinities of both signs
+    assert not any(value.isnan().any() for value in (*parts, gradient))
     assert_matches_cpu(shim, (4, 5), case, core | chosen)
 
 

@@ -115,7 +115,7 @@ def test_the_dtype_is_the_log_probs(dtype: torch.dtype) -> None:
         given = weights.to(kind)
         same = given.to(dtype) == weights.to(dtype)
         result = rx.rad_dpo_loss(case.logps, case.sessions, pair_weights=given)
-        assert {part.dtype for part in result} == {dtype}
+        assert {getattr(result, name).dtype for name in FIELDS} == {dtype}
         if same.all():
             assert all(map(torch.equal, result, expected))
     loss = rx.multilabel_contrastive_loss(scores_of(case), case.sessions, pair_weights=weights)
@@ -177,7 +177,7 @@ def test_empty_batches(dtype: torch.dtype, counts: list[tuple[int, int]], levels
         extra = {"ref_logps": given, "pair_weights": given, "level_weights": given, "reduction": reduction}
         result, gradient = run(rx.rad_dpo_loss, case, core | extra, (1, 1, 1))
         assert [getattr(result, name).shape for name in FIELDS] == [shape] * 3 + [(0,), (0,), ()]
-        assert all((part == 0).all() for part in result)
+        assert all((getattr(result, name) == 0).all() for name in FIELDS)
         assert gradient.shape == (0, levels)
     scores = torch.zeros(0, dtype=dtype, requires_grad=True)
     loss = rx.multilabel_contrastive_loss(scores, case.sessions, reduction=reduction)
@@ -190,7 +190,7 @@ def test_candidates_without_tokens() -> None:
     """``L = 0``: every length is 0."""
     case = build([(2, 3), (1, 1)], 0, seed=0)
     result, gradient = run(rx.rad_dpo_loss, case, {}, (1, 1, 1))
-    assert all((part == 0).all() for part in result)
+    assert all((getattr(result, name) == 0).all() for name in FIELDS)
     assert gradient.shape == (7, 0)
     assert result.margins.shape == (7,)
 

@@ -101,6 +101,7 @@ inline Tensor new_empty(const Tensor& like, std::initializer_list<std::int64_t> 
                             : type == ScalarType::Double   ? aoti_torch_dtype_float64()
                             : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
                             : type == ScalarType::Half     ? aoti_torch_dtype_float16()
+                            : type == ScalarType::Bool     ? aoti_torch_dtype_bool()
                                                            : aoti_torch_dtype_uint8();
   std::int32_t device = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));

@@ -13,7 +13,7 @@
 namespace raddpo {
 namespace {
 
-using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // What the operator takes, in its order.
 struct Inputs {
@@ -94,22 +94,28 @@ SessionLossArgs<T> prepare(const Inputs& in, Result& out) {
   a.positives = static_cast<Positives>(in.positives);
   a.reduction = static_cast<Reduction>(in.reduction);
   const auto scalar = [&] { return new_empty(in.logps, {}, type); };
-  const auto loss = [&] { return a.reduction == Reduction::none ? new_empty(in.logps, {sessions}, type) : scalar(); };
+  const bool by_session = a.reduction == Reduction::none;
+  const auto loss = [&] { return by_session ? new_empty(in.logps, {sessions}, type) : scalar(); };
   out = {loss(),
          loss(),
          loss(),
          new_empty(in.logps, {candidates}, type),
          new_empty(in.logps, {a.pairs}, type),
          scalar(),
+         new_empty(in.logps, {a.pairs}, ScalarType::Bool),
+         by_session ? new_empty(in.logps, {sessions, kTotals, 2}, ScalarType::Double)
+                    : new_empty(in.logps, {kTotals, 2}, ScalarType::Double),
          new_empty(in.logps, {in.need_gradient ? candidates : 0, a.columns}, type),
          new_empty(in.logps, {2}, type)};
-  auto& [total, preference, sft, rewards, margins, accuracy, gradient, scales] = out;
+  auto& [total, preference, sft, rewards, margins, accuracy, kept, totals, gradient, scales] = out;
   a.loss = total.mutable_data_ptr<T>();
   a.preference = preference.mutable_data_ptr<T>();
   a.sft = sft.mutable_data_ptr<T>();
   a.rewards = rewards.mutable_data_ptr<T>();
   a.margins = margins.mutable_data_ptr<T>();
   a.accuracy = accuracy.mutable_data_ptr<T>();
+  a.kept = kept.mutable_data_ptr<bool>();
+  a.totals = totals.mutable_data_ptr<double>();
   a.gradient = in.need_gradient ? gradient.mutable_data_ptr<T>() : nullptr;
   a.scales = scales.mutable_data_ptr<T>();
   return a;
@@ -140,7 +146,7 @@ void run_cpu(const SessionLossArgs<T>& a) {
   SessionSums total{};
   for (std::int64_t s = 0; s < sessions; ++s) add(total, sums[s]);
   STD_TORCH_CHECK(!total.bad_weights, "session_loss: pair_weights must be finite and at least 0");
-  write_totals(a, total);
+  write_batch(a, total);
 }
 
 template <typename T>

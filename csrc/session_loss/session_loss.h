@@ -46,16 +46,33 @@ struct SessionLossArgs {
   T* rewards;                  // [candidates]
   T* margins;                  // [pairs]
   T* accuracy;                 // [1]
+  bool* kept;                  // [pairs]: whether the pair is in the preference loss
+  double* totals;              // [kTotals, 2], or [sessions, kTotals, 2] under Reduction::none
   T* gradient;                 // [candidates, columns] of each session's preference term, or null
   T* scales;                   // [2]: what the sums of preference and sft are multiplied by
 };
 
+// The rows of the totals: what is summed, and over how many. raddpo_ext/losses/session_loss.py names them.
+enum Total : int {
+  kPreference,  // terms; sessions that keep a pair
+  kSft,         // minus log-probs; tokens of positives
+  kChosen,      // rewards of positives that are not empty
+  kRejected,    // rewards of negatives that are not empty
+  kMargins,     // of the loss's pairs
+  kWins,        // margins above 0; the loss's pairs
+  kWeights,     // of the loss's pairs
+  kDetached,    // tokens of those pairs' negatives without gradient; all of them
+  kDropped,     // pairs with an empty member or of equal SIDs; all pairs
+  kTotals
+};
+
+struct Sum {
+  double value, count;
+};
+
 // What a session adds to the totals.
 struct SessionSums {
-  double preference, sft;
-  std::int64_t kept;         // 1 if it keeps a pair
-  std::int64_t tokens;       // of its positives
-  std::int64_t wins, pairs;  // of the loss: with a margin above 0, and all
+  Sum of[kTotals];
   std::int64_t bad_weights;  // 1 if it has one; only the CPU looks
 };
 

@@ -56,83 +56,111 @@ RADDPO_HD void read_candidates(const SessionLossArgs<T>& a, const Session& v, co
   }
 }
 
-// Sets `prefixes` to 0, or to -1 for negatives that are empty or whose weight, in `weights`, is 0. Whether all weights
-// are finite and at least 0.
+// How many tokens a positive has in common with each negative, -1 where the pair is dropped. The number of those.
 template <typename T>
-RADDPO_HD bool open_pairs(const Session& v, const SessionLossScratch<T>& m, const T* weights) {
+RADDPO_HD std::int64_t find_prefixes(const SessionLossArgs<T>& a, const Session& v, const SessionLossScratch<T>& m,
+                                     std::int64_t p) {
+  const Sid positive{a.tokens + (v.first + p) * a.levels, m.lengths[p]};
+  const std::int64_t* tokens = a.tokens + (v.first + v.positives) * a.levels;
   const std::int32_t* lengths = m.lengths + v.positives;
-  std::int32_t bad = 0;
-  if (!weights) {
-    for (std::int64_t j = 0; j < v.negatives; ++j) m.prefixes[j] = lengths[j] ? 0 : -1;
-    return true;
+  std::int64_t dropped = 0;
+  for (std::int64_t j = 0; j < v.negatives; ++j, tokens += a.levels) {
+    std::int32_t k = positive.length && lengths[j] ? 0 : -1;
+    if (k == 0 && *tokens == *positive.tokens) {
+      k = common_prefix(positive, {tokens, lengths[j]});
+      if (no_pair(k, positive.length, lengths[j])) k = -1;
+    }
+    m.prefixes[j] = k;
+    dropped += k < 0;
   }
+  return dropped;
+}
+
+// Copies a positive's pair weights and drops its pairs of weight 0. Whether all are finite and at least 0.
+template <typename T>
+RADDPO_HD bool drop_weightless(const Session& v, const SessionLossScratch<T>& m, const T* weights) {
+  std::int32_t bad = 0;
 #pragma omp simd simdlen(8) reduction(+ : bad)
   for (std::int64_t j = 0; j < v.negatives; ++j) {
     const T weight = weights[j];
     m.weights[j] = weight;
-    m.prefixes[j] = (lengths[j] > 0) & (weight > 0) ? 0 : -1;
+    m.prefixes[j] = weight > 0 ? m.prefixes[j] : -1;
     bad += (weight >= 0) & (weight < INFINITY) ? 0 : 1;
   }
   return bad == 0;
 }
 
-// How many tokens a positive, not empty, has in common with each negative of an open pair; -1 if all.
+// The most tokens that each negative has in common with any positive. Drops those equal to one of them, and returns how
+// many pairs are of equal or empty SIDs.
 template <typename T>
-RADDPO_HD void find_prefixes(const SessionLossArgs<T>& a, const Session& v, const SessionLossScratch<T>& m,
-                             std::int64_t p) {
-  const Sid positive{a.tokens + (v.first + p) * a.levels, m.lengths[p]};
-  const std::int64_t* tokens = a.tokens + (v.first + v.positives) * a.levels;
+RADDPO_HD std::int64_t find_guarded(const SessionLossArgs<T>& a, const Session& v, const SessionLossScratch<T>& m) {
   const std::int32_t* lengths = m.lengths + v.positives;
-  for (std::int64_t j = 0; j < v.negatives; ++j, tokens += a.levels) {
-    if (m.prefixes[j] < 0 || *tokens != *positive.tokens) continue;
-    const std::int32_t k = common_prefix(positive, {tokens, lengths[j]});
-    m.prefixes[j] = no_pair(k, positive.length, lengths[j]) ? -1 : k;
-  }
-}
-
-// The most tokens that each negative has in common with any positive. Drops those equal to one of them.
-template <typename T>
-RADDPO_HD void find_guarded(const SessionLossArgs<T>& a, const Session& v, const SessionLossScratch<T>& m) {
-  const std::int32_t* lengths = m.lengths + v.positives;
+  std::int64_t dropped = 0;
   for (std::int64_t j = 0; j < v.negatives; ++j) m.guarded[j] = 0;
   for (std::int64_t p = 0; p < v.positives; ++p) {
     const Sid positive{a.tokens + (v.first + p) * a.levels, m.lengths[p]};
     const std::int64_t* tokens = a.tokens + (v.first + v.positives) * a.levels;
-    if (!positive.length) continue;
     for (std::int64_t j = 0; j < v.negatives; ++j, tokens += a.levels) {
-      if (!lengths[j] || *tokens != *positive.tokens) continue;
+      if (!positive.length || !lengths[j]) {
+        ++dropped;
+        continue;
+      }
+      if (*tokens != *positive.tokens) continue;
       const std::int32_t k = common_prefix(positive, {tokens, lengths[j]});
       m.guarded[j] = k > m.guarded[j] ? k : m.guarded[j];
-      if (no_pair(k, positive.length, lengths[j])) m.prefixes[j] = -1;
+      if (!no_pair(k, positive.length, lengths[j])) continue;
+      m.prefixes[j] = -1;
+      ++dropped;
     }
   }
+  return dropped;
 }
 
+// Writes the margins of a positive's pairs, and which of them the loss keeps.
 template <typename T>
-RADDPO_HD void find_margins(const SessionLossArgs<T>& a, const Session& v, const SessionLossScratch<T>& m,
-                            std::int64_t p) {
+RADDPO_HD void write_pairs(const SessionLossArgs<T>& a, const Session& v, const SessionLossScratch<T>& m,
+                           std::int64_t p, bool in_loss) {
   const T positive = a.rewards[v.first + p];
   T* margins = a.margins + v.first_pair + p * v.negatives;
+  bool* kept = a.kept + v.first_pair + p * v.negatives;
 #pragma omp simd simdlen(8)
   for (std::int64_t j = 0; j < v.negatives; ++j) {
     const T margin = margin_of(positive, m.rewards[j]);
     margins[j] = m.prefixes[j] >= 0 ? margin : T(0);
   }
+  for (std::int64_t j = 0; j < v.negatives; ++j) kept[j] = in_loss & (m.prefixes[j] >= 0);
 }
 
-// Counts the pairs that a positive of the loss keeps, and the margins above 0 among them.
+// Adds the pairs that a positive of the loss keeps to the sums. Their number.
 template <typename T>
 RADDPO_HD std::int32_t count_pairs(const SessionLossArgs<T>& a, const Session& v, const SessionLossScratch<T>& m,
                                    std::int64_t p, SessionSums& sums) {
+  const std::int64_t first_pair = v.first_pair + p * v.negatives;
+  const T* margins = a.margins + first_pair;
   const T positive = a.rewards[v.first + p];
-  std::int32_t wins = 0, pairs = 0;
-#pragma omp simd simdlen(8) reduction(+ : wins, pairs)
-  for (std::int64_t j = 0; j < padded(v.negatives); ++j) {
-    wins += (m.prefixes[j] >= 0) & (positive > m.rewards[j]);
-    pairs += m.prefixes[j] >= 0;
+  const std::int32_t* lengths = m.lengths + v.positives;
+  const std::int32_t* counts = a.detach ? m.guarded : m.prefixes;
+  std::int32_t wins = 0, pairs = 0, detached = 0, tokens = 0;
+  double margin = 0;
+#pragma omp simd simdlen(8) reduction(+ : wins, pairs, detached, tokens, margin)
+  for (std::int64_t j = 0; j < v.negatives; ++j) {
+    const bool kept = m.prefixes[j] >= 0;
+    wins += kept & (positive > m.rewards[j]);
+    pairs += kept;
+    detached += kept ? counts[j] : 0;
+    tokens += kept ? lengths[j] : 0;
+    margin += margins[j];  // 0 of a dropped pair
   }
-  sums.wins += wins;
-  sums.pairs += pairs;
+  double weight = pairs;
+  if (a.pair_weights) {
+    const T* weights = a.pair_weights + first_pair;
+    weight = 0;
+    for (std::int64_t j = 0; j < v.negatives; ++j) weight += m.prefixes[j] >= 0 ? weights[j] : T(0);
+  }
+  add(sums.of[kMargins], margin, pairs);
+  add(sums.of[kWins], wins, pairs);
+  add(sums.of[kWeights], weight, pairs);
+  add(sums.of[kDetached], detached, tokens);
   return pairs;
 }
 
@@ -189,9 +217,12 @@ RADDPO_HD LogSum<T> sum_negatives(const SessionLossArgs<T>& a, const Session& v,
   return {most, sum};
 }
 
-// Which tokens of the kept negatives are detached, from those they share with the winner.
+// How many leading tokens of the kept negatives are detached, from those they share with the winner; with `detach`
+// none, and `guarded` counts what that detaches.
 template <typename T>
-RADDPO_HD void choose_detached(const SessionLossArgs<T>& a, std::int64_t n, const SessionLossScratch<T>& m) {
+RADDPO_HD void choose_detached(const SessionLossArgs<T>& a, const Session& v, const SessionLossScratch<T>& m) {
+  const std::int64_t n = v.negatives;
+  for (std::int64_t j = 0; a.detach && j < n; ++j) m.guarded[j] = detached_of(a, v.first + v.positives + j);
   if (a.detach || a.protect == Protect::none) {
     for (std::int64_t j = 0; j < n; ++j) m.prefixes[j] = m.prefixes[j] < 0 ? -1 : 0;
   } else if (a.protect == Protect::positives || a.positives == Positives::pooled) {
@@ -215,7 +246,6 @@ template <typename T>
 RADDPO_HD void add_negatives(const SessionLossArgs<T>& a, const Session& v, const SessionLossScratch<T>& m, T factor) {
   const std::int32_t columns = static_cast<std::int32_t>(a.columns);
   const std::int32_t* lengths = m.lengths + v.positives;
-  choose_detached(a, v.negatives, m);
   factor *= a.beta;
   if (a.pair_weights && a.weighting == Weighting::reward)
     for (std::int64_t j = 0; j < v.negatives; ++j) m.shares[j] *= m.weights[j];
@@ -245,27 +275,25 @@ RADDPO_HD Term<T> add_term(const SessionLossArgs<T>& a, const Session& v, const 
 template <typename T>
 RADDPO_HD void add_winners(const SessionLossArgs<T>& a, const Session& v, const SessionLossScratch<T>& m,
                            SessionSums& sums) {
-  if (a.gradient && a.protect == Protect::positives && !a.detach) find_guarded(a, v, m);
+  if (a.protect == Protect::positives && !a.detach) find_guarded(a, v, m);
   std::int64_t terms = 0;
   double total = 0;
   for (std::int64_t p = 0; p < v.positives; ++p) {
-    const T* weights = a.pair_weights ? a.pair_weights + v.first_pair + p * v.negatives : nullptr;
-    if (!open_pairs(v, m, weights)) sums.bad_weights = 1;
-    if (m.lengths[p])
-      find_prefixes(a, v, m, p);
-    else
-      for (std::int64_t j = 0; j < v.negatives; ++j) m.prefixes[j] = -1;
-    find_margins(a, v, m, p);
+    const std::int64_t dropped = find_prefixes(a, v, m, p);
+    add(sums.of[kDropped], static_cast<double>(dropped), static_cast<double>(v.negatives));
+    if (a.pair_weights && !drop_weightless(v, m, a.pair_weights + v.first_pair + p * v.negatives)) sums.bad_weights = 1;
     const bool in_loss = p == 0 || a.positives == Positives::each;
-    if (!in_loss || !count_pairs(a, v, m, p, sums)) continue;
+    write_pairs(a, v, m, p, in_loss);
+    if (!in_loss) continue;
+    choose_detached(a, v, m);
+    if (!count_pairs(a, v, m, p, sums)) continue;
     const Term<T> term = add_term(a, v, m, a.rewards[v.first + p]);
     if (a.gradient) add_gradient(a, v.first + p, 0, -term.slope);
     total += term.value;
     ++terms;
   }
   if (!terms) return;
-  sums.kept = 1;
-  sums.preference = total / static_cast<double>(terms);
+  sums.of[kPreference] = {total / static_cast<double>(terms), 1};
   if (terms == 1 || !a.gradient) return;
   T* gradient = a.gradient + v.first * a.columns;
   for (std::int64_t i = 0; i < (v.positives + v.negatives) * a.columns; ++i) gradient[i] /= static_cast<T>(terms);
@@ -297,22 +325,27 @@ RADDPO_HD void add_pool(const SessionLossArgs<T>& a, const Session& v, const Ses
   if (a.pair_weights && !find_least(a, v, m)) sums.bad_weights = 1;
   for (std::int64_t j = 0; j < v.negatives; ++j)
     m.prefixes[j] = m.lengths[v.positives + j] && (!a.pair_weights || m.weights[j] > 0) ? 0 : -1;
-  find_guarded(a, v, m);
+  const std::int64_t dropped = find_guarded(a, v, m);
+  sums.of[kDropped] = {static_cast<double>(dropped), static_cast<double>(v.positives * v.negatives)};
+  choose_detached(a, v, m);
   T most = -INFINITY, sum = 0;
   for (std::int64_t p = 0; p < v.positives; ++p) most = m.lengths[p] && rewards[p] > most ? rewards[p] : most;
   for (std::int64_t p = 0; p < v.positives; ++p) {
     if (m.lengths[p]) {
-      find_margins(a, v, m, p);
+      write_pairs(a, v, m, p, true);
       count_pairs(a, v, m, p, sums);
       sum += share_of(rewards[p], most);
     } else {
-      for (std::int64_t j = 0; j < v.negatives; ++j) a.margins[v.first_pair + p * v.negatives + j] = 0;
+      const std::int64_t first_pair = v.first_pair + p * v.negatives;
+      for (std::int64_t j = 0; j < v.negatives; ++j) {
+        a.margins[first_pair + j] = 0;
+        a.kept[first_pair + j] = false;
+      }
     }
   }
-  if (!sums.pairs) return;
+  if (!(sums.of[kWins].count > 0)) return;
   const Term<T> term = add_term(a, v, m, most + fast_log(sum));
-  sums.kept = 1;
-  sums.preference = term.value;
+  sums.of[kPreference] = {static_cast<double>(term.value), 1};
   for (std::int64_t p = 0; a.gradient && p < v.positives; ++p)
     if (m.lengths[p]) add_gradient(a, v.first + p, 0, -term.slope * share_of(rewards[p], most) / sum);
 }
@@ -323,6 +356,8 @@ RADDPO_HD SessionSums run_session(const SessionLossArgs<T>& a, const SessionLoss
   const std::int64_t first = v.first * a.columns, end = first + (v.positives + v.negatives) * a.columns;
   read_candidates(a, v, m);
   for (std::int64_t p = v.first; p < v.first + v.positives; ++p) add_sft(a, p, sums);
+  for (std::int64_t c = 0; c < v.positives + v.negatives; ++c)
+    add(sums.of[c < v.positives ? kChosen : kRejected], a.rewards[v.first + c], m.lengths[c] > 0);
   if (a.gradient)
     for (std::int64_t i = first; i < end; ++i) a.gradient[i] = 0;
   if (a.positives == Positives::pooled)
@@ -341,8 +376,7 @@ RADDPO_HD void run(const SessionLossArgs<T>& args, const SessionLossScratch<T>& 
   const SessionLossScratch<T> m = scratch;
   for (std::int64_t s = begin; s < end; ++s) {
     sums[s] = run_session(a, m, session_of(a, s));
-    if (a.reduction == Reduction::none)
-      write_losses(a, s, static_cast<T>(sums[s].preference), static_cast<T>(sums[s].sft));
+    write_session(a, s, sums[s]);
   }
 }
 

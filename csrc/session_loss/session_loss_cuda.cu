@@ -9,7 +9,7 @@
 namespace raddpo::cuda {
 namespace {
 
-constexpr int kLossThreads = 128;
+constexpr int kLossThreads = 128, kLossWarps = kLossThreads / 32;
 constexpr std::int64_t kMaxLossBlocks = 4096;  // fill any GPU
 
 template <typename T>
@@ -18,22 +18,22 @@ struct LossWorkspace {
   unsigned long long* ticket;  // [1]
   T* weights;                  // [candidates] of negatives against a pool
   std::int32_t* prefixes;      // [candidates] detached tokens of negatives; -1: dropped
-  std::int64_t bytes;          // of all this
 };
 
-// With memory null only the size counts.
 template <typename T>
-LossWorkspace<T> lay_out(const SessionLossArgs<T>& a, void* memory) {
+std::int64_t workspace_bytes(const Sessions& b) {
+  const std::int64_t sums = sizeof(SessionSums), ticket = sizeof(unsigned long long);
+  return b.sessions * sums + ticket + b.candidates * static_cast<std::int64_t>(sizeof(T) + sizeof(std::int32_t));
+}
+
+// Arrays one after another, the most aligned ones first.
+template <typename T>
+LossWorkspace<T> lay_out(const Sessions& b, void* memory) {
   LossWorkspace<T> w{};
-  const auto take = [&](auto*& array, std::int64_t size) {
-    array =
-        reinterpret_cast<std::remove_reference_t<decltype(array)>>(reinterpret_cast<std::uintptr_t>(memory) + w.bytes);
-    w.bytes += size * sizeof(*array);
-  };
-  take(w.sums, a.batch.sessions);
-  take(w.ticket, 1);
-  take(w.weights, a.batch.candidates);
-  take(w.prefixes, a.batch.candidates);
+  w.sums = static_cast<SessionSums*>(memory);
+  w.ticket = reinterpret_cast<unsigned long long*>(w.sums + b.sessions);
+  w.weights = reinterpret_cast<T*>(w.ticket + 1);
+  w.prefixes = reinterpret_cast<std::int32_t*>(w.weights + b.candidates);
   return w;
 }
 
@@ -44,9 +44,9 @@ __device__ __forceinline__ bool ends_last(unsigned long long* ticket, unsigned b
 
 template <typename T>
 struct LossShared {
-  T values[kLossThreads / 32];
-  double sums[kLossThreads / 32];
-  std::int64_t counts[kLossThreads / 32];
+  T values[kLossWarps];
+  std::int64_t counts[kLossWarps];
+  Sum sums[kTotals][kLossWarps];
   bool last;
 };
 
@@ -59,13 +59,32 @@ __device__ __forceinline__ T block_max(T value, T* scratch) {
   return block_reduce<kLossThreads>(value, scratch, [](T x, T y) { return y > x ? y : x; });
 }
 
-// A block's work on one session. Negative j belongs to thread j % kLossThreads throughout.
+// The sums of a block's threads; complete for thread 0 only.
+__device__ __forceinline__ SessionSums block_total(const SessionSums& mine, Sum (*scratch)[kLossWarps]) {
+  const auto plus = [](double x, double y) { return x + y; };
+  __syncthreads();  // whoever used the scratch before is done
+#pragma unroll
+  for (int i = 0; i < kTotals; ++i) {
+    const Sum sum{warp_reduce(mine.of[i].value, plus), warp_reduce(mine.of[i].count, plus)};
+    if (lane_id() == 0) scratch[i][warp_id()] = sum;
+  }
+  __syncthreads();
+  SessionSums total{};
+  if (threadIdx.x > 0) return total;
+#pragma unroll
+  for (int i = 0; i < kTotals; ++i)
+    for (int w = 0; w < kLossWarps; ++w) add(total.of[i], scratch[i][w].value, scratch[i][w].count);
+  return total;
+}
+
+// A block's work on one session, whose sums are its threads' together. Negative j belongs to thread j % kLossThreads
+// throughout.
 template <typename T>
 struct SessionWorker {
   const SessionLossArgs<T>& a;
   const Session& v;
   LossShared<T>& shared;
-  std::int32_t* prefixes;  // [negatives]
+  std::int32_t* prefixes;  // [negatives] detached tokens; -1: dropped
   T* pool_weights;         // [negatives]
 
   template <typename Body>
@@ -84,11 +103,18 @@ struct SessionWorker {
     return a.weighting == Weighting::reward ? x * weights[negative] : x + fast_log(weights[negative]);
   }
 
-  // Writes the margin of a pair; whether it is above 0.
-  __device__ __forceinline__ bool wins(std::int64_t p, std::int64_t negative, bool kept) const {
+  // Writes a pair, which the loss keeps if it is one `of_loss`, and then adds it to the sums.
+  __device__ __forceinline__ void write_pair(std::int64_t p, std::int64_t negative, bool kept, bool of_loss,
+                                             std::int32_t detached, SessionSums& sums) const {
+    const std::int64_t pair = pair_of(p, negative);
     const T margin = kept ? margin_of(a.rewards[v.first + p], a.rewards[row_of(negative)]) : T(0);
-    a.margins[pair_of(p, negative)] = margin;
-    return margin > 0;
+    a.margins[pair] = margin;
+    a.kept[pair] = kept && of_loss;
+    if (!kept || !of_loss) return;
+    add(sums.of[kMargins], margin, 1);
+    add(sums.of[kWins], margin > 0, 1);
+    add(sums.of[kWeights], a.pair_weights ? a.pair_weights[pair] : T(1), 1);
+    add(sums.of[kDetached], detached, sid_of(a, row_of(negative)).length);
   }
 
   // The most tokens that a negative has in common with any positive.
@@ -102,6 +128,14 @@ struct SessionWorker {
     return most;
   }
 
+  // How many tokens of a negative with `prefix` tokens in common with its winner are detached.
+  __device__ __forceinline__ std::int32_t detached_tokens(std::int64_t negative, std::int32_t prefix) const {
+    if (a.detach) return detached_of(a, row_of(negative));
+    if (a.protect == Protect::none) return 0;
+    const bool longest = a.positives == Positives::pooled || a.protect == Protect::positives;
+    return longest ? longest_prefix(negative) : prefix;
+  }
+
   // The term of kept negatives, whose greatest exponent is `most`, against a winner's reward, and their gradient.
   __device__ __forceinline__ Term<T> add_term(T most, T winner, const T* weights) const {
     T sum = 0;
@@ -112,12 +146,10 @@ struct SessionWorker {
     const T gap = gap_of(a, most + std::log(sum), winner);
     const Term<T> term = term_of(gap, a.label_smoothing);
     if (!a.gradient) return term;
-    const bool whole = a.detach || a.protect == Protect::none;
-    const bool longest = a.positives == Positives::pooled || a.protect == Protect::positives;
     for_each(v.negatives, [&](std::int64_t j) {
       if (prefixes[j] < 0) return;
       const T share = share_of(exponent(j, weights), most);
-      const std::int32_t begin = whole ? 0 : longest ? longest_prefix(j) : prefixes[j];
+      const std::int32_t begin = a.detach ? 0 : prefixes[j];
       add_gradient(a, row_of(j), begin, term.slope / sum * pull_of(a, share, weights ? weights[j] : T(1)));
     });
     return term;
@@ -129,36 +161,35 @@ struct SessionWorker {
 
   __device__ __forceinline__ void add_winners(SessionSums& sums) const {
     std::int64_t terms = 0;
+    double total = 0;
     for (std::int64_t p = 0; p < v.positives; ++p) {
       const T* weights = a.pair_weights ? a.pair_weights + pair_of(p, 0) : nullptr;
       const Sid positive = sid_of(a, v.first + p);
-      std::int64_t won = 0, pairs = 0;
+      const bool in_loss = p == 0 || a.positives == Positives::each;
+      std::int64_t pairs = 0;
       T most = -INFINITY;
       for_each(v.negatives, [&](std::int64_t j) {
         const Sid negative = sid_of(a, row_of(j));
         const std::int32_t k = common_prefix(positive, negative);
-        const bool kept = !no_pair(k, positive.length, negative.length) && !(weights && !(weights[j] > 0));
-        prefixes[j] = kept ? k : -1;
-        won += wins(p, j, kept);
-        pairs += kept;
-        if (!kept) return;
+        const bool dropped = no_pair(k, positive.length, negative.length);
+        const bool kept = !dropped && !(weights && !(weights[j] > 0));
+        if (in_loss) prefixes[j] = kept ? detached_tokens(j, k) : -1;
+        write_pair(p, j, kept, in_loss, prefixes[j], sums);
+        add(sums.of[kDropped], dropped, 1);
+        if (!kept || !in_loss) return;
+        ++pairs;
         const T x = exponent(j, weights);
         most = x > most ? x : most;
       });
-      if (p > 0 && a.positives == Positives::winner) continue;
-      pairs = block_sum(pairs, shared.counts);
-      if (!pairs) continue;
-      sums.pairs += pairs;
-      sums.wins += block_sum(won, shared.counts);
+      if (!in_loss || !block_sum(pairs, shared.counts)) continue;
       most = block_max(most, shared.values);
       const Term<T> term = add_term(most, a.rewards[v.first + p], weights);
       if (threadIdx.x == 0) add_positive_gradient(p, -term.slope);
-      sums.preference += term.value;
+      total += term.value;
       ++terms;
     }
     if (!terms) return;
-    sums.kept = 1;
-    sums.preference /= static_cast<double>(terms);
+    if (threadIdx.x == 0) sums.of[kPreference] = {total / static_cast<double>(terms), 1};
     if (terms == 1 || !a.gradient) return;
     __syncthreads();  // the gradient is complete
     T* gradient = a.gradient + v.first * a.columns;
@@ -168,32 +199,32 @@ struct SessionWorker {
   __device__ __forceinline__ void add_pool(SessionSums& sums) const {
     const T* weights = a.pair_weights ? pool_weights : nullptr;
     const std::int64_t* lengths = a.batch.lengths + v.first;
-    std::int64_t won = 0, pairs = 0;
+    std::int64_t pairs = 0;
     T most = -INFINITY, most_positive = -INFINITY, sum = 0;
     for_each(v.negatives, [&](std::int64_t j) {
       const Sid negative = sid_of(a, row_of(j));
       bool kept = negative.length > 0;
       T least = INFINITY;
       for (std::int64_t p = 0; p < v.positives; ++p) {
-        if (lengths[p] <= 0) continue;
         const Sid positive = sid_of(a, v.first + p);
-        kept = kept && !no_pair(common_prefix(positive, negative), positive.length, negative.length);
+        const bool dropped = no_pair(common_prefix(positive, negative), positive.length, negative.length);
+        add(sums.of[kDropped], dropped, 1);
+        if (!positive.length) continue;
+        kept = kept && !dropped;
         if (weights) least = a.pair_weights[pair_of(p, j)] < least ? a.pair_weights[pair_of(p, j)] : least;
       }
       kept = kept && least > 0;
-      prefixes[j] = kept ? 0 : -1;
+      prefixes[j] = kept ? detached_tokens(j, 0) : -1;
       pool_weights[j] = least;
       for (std::int64_t p = 0; p < v.positives; ++p) {
-        won += wins(p, j, kept && lengths[p] > 0);
+        write_pair(p, j, kept && lengths[p] > 0, true, prefixes[j], sums);
         pairs += kept && lengths[p] > 0;
       }
       if (!kept) return;
       const T x = exponent(j, weights);
       most = x > most ? x : most;
     });
-    sums.pairs = block_sum(pairs, shared.counts);
-    if (!sums.pairs) return;
-    sums.wins = block_sum(won, shared.counts);
+    if (!block_sum(pairs, shared.counts)) return;
     for_each(v.positives, [&](std::int64_t p) {
       const T reward = a.rewards[v.first + p];
       if (lengths[p] > 0 && reward > most_positive) most_positive = reward;
@@ -208,8 +239,7 @@ struct SessionWorker {
     for_each(v.positives, [&](std::int64_t p) {
       if (lengths[p] > 0) add_positive_gradient(p, -term.slope * share_of(a.rewards[v.first + p], most_positive) / sum);
     });
-    sums.kept = 1;
-    sums.preference = term.value;
+    if (threadIdx.x == 0) sums.of[kPreference] = {static_cast<double>(term.value), 1};
   }
 
   __device__ __forceinline__ SessionSums run() const {
@@ -217,11 +247,18 @@ struct SessionWorker {
     const std::int64_t size = v.positives + v.negatives;
     T* gradient = a.gradient ? a.gradient + v.first * a.columns : nullptr;
     const bool* detach = a.detach ? a.detach + v.first * a.columns : nullptr;
-    for_each(size, [&](std::int64_t i) { a.rewards[v.first + i] = reward_of(a, v.first + i); });
+    for_each(size, [&](std::int64_t i) {
+      const T reward = reward_of(a, v.first + i);
+      a.rewards[v.first + i] = reward;
+      const bool counts = a.batch.lengths[v.first + i] > 0;
+      if (i < v.positives)  // an index that is known keeps the sums in registers
+        add(sums.of[kChosen], reward, counts);
+      else
+        add(sums.of[kRejected], reward, counts);
+    });
     if (gradient) for_each(size * a.columns, [&](std::int64_t i) { gradient[i] = 0; });
     for_each(v.positives, [&](std::int64_t p) { add_sft(a, v.first + p, sums); });
-    sums.sft = block_sum(sums.sft, shared.sums);  // whose barriers let all threads see the rewards and the zeros
-    sums.tokens = block_sum(sums.tokens, shared.counts);
+    __syncthreads();  // all threads see the rewards and the zeros
     if (a.positives == Positives::pooled)
       add_pool(sums);
     else
@@ -242,9 +279,10 @@ __global__ void __launch_bounds__(kLossThreads)
     const std::int64_t first_negative = v.first + v.positives;
     const SessionSums sums =
         SessionWorker<T>{a, v, shared, w.prefixes + first_negative, w.weights + first_negative}.run();
+    const SessionSums total = block_total(sums, shared.sums);
     if (threadIdx.x > 0) continue;
-    w.sums[s] = sums;
-    if (a.reduction == Reduction::none) write_losses(a, s, static_cast<T>(sums.preference), static_cast<T>(sums.sft));
+    w.sums[s] = total;
+    write_session(a, s, total);
   }
   // A block's sums, which its first thread wrote, are in memory before it counts as ended, and read only once all
   // blocks have.
@@ -257,13 +295,8 @@ __global__ void __launch_bounds__(kLossThreads)
   __threadfence();
   SessionSums sums{};
   for (std::int64_t s = threadIdx.x; s < a.batch.sessions; s += kLossThreads) add(sums, w.sums[s]);
-  sums.preference = block_sum(sums.preference, shared.sums);
-  sums.sft = block_sum(sums.sft, shared.sums);
-  sums.kept = block_sum(sums.kept, shared.counts);
-  sums.tokens = block_sum(sums.tokens, shared.counts);
-  sums.wins = block_sum(sums.wins, shared.counts);
-  sums.pairs = block_sum(sums.pairs, shared.counts);
-  if (threadIdx.x == 0) write_totals(a, sums);
+  const SessionSums total = block_total(sums, shared.sums);
+  if (threadIdx.x == 0) write_batch(a, total);
 }
 
 // One block a session: its rows are one range of elements, read and written in order.
@@ -292,13 +325,13 @@ std::int64_t loss_blocks(std::int64_t sessions) { return sessions < kMaxLossBloc
 
 template <typename T>
 std::int64_t session_loss_workspace(const SessionLossArgs<T>& a) {
-  return lay_out(a, nullptr).bytes;
+  return workspace_bytes<T>(a.batch);
 }
 
 template <typename T>
 int session_loss(const SessionLossArgs<T>& a, void* workspace, CUstream_st* stream) {
   const std::int64_t blocks = a.batch.sessions ? loss_blocks(a.batch.sessions) : 1;  // none: the totals of nothing
-  const LossWorkspace<T> w = lay_out(a, workspace);
+  const LossWorkspace<T> w = lay_out<T>(a.batch, workspace);
   if (const int error = cudaMemsetAsync(w.ticket, 0, sizeof(*w.ticket), stream)) return error;
   return launch(session_loss_kernel<T>, blocks, kLossThreads, stream, a, w);
 }

@@ -75,6 +75,15 @@ RADDPO_HD bool no_pair(std::int32_t prefix, std::int32_t length, std::int32_t ot
   return length == 0 || other == 0 || (prefix == length && prefix == other);
 }
 
+// How many of a row's tokens `detach` detaches.
+template <typename T>
+RADDPO_HD std::int32_t detached_of(const SessionLossArgs<T>& a, std::int64_t row) {
+  const std::int64_t length = clamp_length(a.batch.lengths[row], a.columns);
+  std::int32_t count = 0;
+  for (std::int64_t i = 0; i < length; ++i) count += a.detach[row * a.columns + i];
+  return count;
+}
+
 // 0 for equal infinities too.
 template <typename T>
 RADDPO_HD T margin_of(T positive, T negative) {
@@ -164,14 +173,24 @@ RADDPO_HD void add_gradient(const SessionLossArgs<T>& a, std::int64_t row, std::
   for (std::int64_t i = begin; i < length; ++i) gradient[i] += factor;
 }
 
+RADDPO_HD void add(Sum& sum, double value, double count) {
+  sum.value += value;
+  sum.count += count;
+}
+
+RADDPO_HD void add(SessionSums& sums, const SessionSums& more) {
+  for (int i = 0; i < kTotals; ++i) add(sums.of[i], more.of[i].value, more.of[i].count);
+  sums.bad_weights += more.bad_weights;
+}
+
 // Adds the likelihood of a positive.
 template <typename T>
 RADDPO_HD void add_sft(const SessionLossArgs<T>& a, std::int64_t row, SessionSums& sums) {
   const std::int64_t length = clamp_length(a.batch.lengths[row], a.columns);
-  sums.tokens += length;
+  add(sums.of[kSft], 0, static_cast<double>(length));
   for (std::int64_t i = 0; i < length; ++i) {
     const T weight = a.level_weights ? a.level_weights[i] : T(1);
-    if (weight > 0) sums.sft -= weight * a.logps[row * a.columns + i];  // 0 * -inf is NaN
+    if (weight > 0) sums.of[kSft].value -= weight * a.logps[row * a.columns + i];  // 0 * -inf is NaN
   }
 }
 
@@ -187,36 +206,39 @@ RADDPO_HD T sft_factor(const SessionLossBackwardArgs<T>& a, std::int64_t s) {
   return a.scales[1] * (a.grad_sft ? loss + a.grad_sft[s * a.stride_sft] : loss);
 }
 
-RADDPO_HD void add(SessionSums& sums, const SessionSums& more) {
-  sums.preference += more.preference;
-  sums.sft += more.sft;
-  sums.kept += more.kept;
-  sums.tokens += more.tokens;
-  sums.wins += more.wins;
-  sums.pairs += more.pairs;
-  sums.bad_weights += more.bad_weights;
-}
-
+// Entry `at` of the losses and of the totals.
 template <typename T>
-RADDPO_HD void write_losses(const SessionLossArgs<T>& a, std::int64_t at, T preference, T sft) {
+RADDPO_HD void write_entry(const SessionLossArgs<T>& a, std::int64_t at, const SessionSums& sums,
+                           double preference_scale, double sft_scale) {
+  const T preference = static_cast<T>(sums.of[kPreference].value * preference_scale);
+  const T sft = static_cast<T>(sums.of[kSft].value * sft_scale);
   a.preference[at] = preference;
   a.sft[at] = sft;
   a.loss[at] = a.sft_weight > 0 ? preference + a.sft_weight * sft : preference;  // 0 * inf is NaN
+  double* totals = a.totals + 2 * kTotals * at;
+  for (int i = 0; i < kTotals; ++i) {
+    totals[2 * i] = sums.of[i].value;
+    totals[2 * i + 1] = sums.of[i].count;
+  }
 }
 
 template <typename T>
-RADDPO_HD void write_totals(const SessionLossArgs<T>& a, const SessionSums& sums) {
-  const std::int64_t counts[2] = {sums.kept, sums.tokens};
+RADDPO_HD void write_session(const SessionLossArgs<T>& a, std::int64_t s, const SessionSums& sums) {
+  if (a.reduction == Reduction::none) write_entry(a, s, sums, 1, 1);
+}
+
+template <typename T>
+RADDPO_HD void write_batch(const SessionLossArgs<T>& a, const SessionSums& sums) {
   double scales[2];
   for (int i = 0; i < 2; ++i) {
-    const double given = a.divisors ? a.divisors[i] : a.divisor[i];
-    const double divisor = given > 0 ? given : counts[i] > 1 ? static_cast<double>(counts[i]) : 1;
+    const double given = a.divisors ? a.divisors[i] : a.divisor[i], count = sums.of[i ? kSft : kPreference].count;
+    const double divisor = given > 0 ? given : count > 1 ? count : 1;
     scales[i] = a.reduction == Reduction::mean ? 1 / divisor : 1;
     a.scales[i] = static_cast<T>(scales[i]);
   }
-  if (a.reduction != Reduction::none)
-    write_losses(a, 0, static_cast<T>(sums.preference * scales[0]), static_cast<T>(sums.sft * scales[1]));
-  a.accuracy[0] = sums.pairs ? static_cast<T>(sums.wins) / static_cast<T>(sums.pairs) : T(0);
+  if (a.reduction != Reduction::none) write_entry(a, 0, sums, scales[0], scales[1]);
+  const Sum wins = sums.of[kWins];
+  a.accuracy[0] = wins.count > 0 ? static_cast<T>(wins.value) / static_cast<T>(wins.count) : T(0);
 }
 
 }  // namespace raddpo

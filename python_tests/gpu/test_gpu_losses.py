@@ -67,6 +67,31 @@ def test_session_loss_never_synchronises_and_replays() -> None:
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("positives", ["winner", "each", "pooled"])
+def test_the_module_never_synchronises(positives: str) -> None:
+    """From hidden states to the gradient with its weighting and metrics, and what the trainer asks of the sessions."""
+    case = build([(2, 9), (1, 3), (3, 5)] * 8, 3, 3, torch.float32)
+    sessions = case.sessions.to("cuda")
+    sessions.tokens.remainder_(16)
+    generator = torch.Generator().manual_seed(4)
+    hidden, weight, embeddings = (
+        torch.randn(*shape, generator=generator).cuda()
+        for shape in ((sessions.num_candidates, 3, 8), (16, 8), (sessions.num_candidates, 5))
+    )
+    weight.requires_grad_()
+    module = rx.RADDPOLoss(rx.SimilarityWeighting(window=64), positives=positives).cuda()
+
+    def step() -> list[Tensor]:
+        output = module(hidden, weight, sessions, embeddings=embeddings)
+        output.loss.backward()
+        return [*output.metrics.values(), output.totals, sessions.counts(positives), sessions.kept_pairs(positives)]
+
+    step()
+    with no_synchronisation():
+        found = step()
+    assert all(bool(value.isfinite().all()) for value in found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("normalize", ["vocab", "level", "trie"])
 @pytest.mark.parametrize("budget", [0, 2**30])

@@ -177,7 +177,6 @@ class RADDPOTrainer(SessionDataTrainer):
         if model.training:
             with torch.no_grad():
                 # Preference and SFT are shares of one step's loss: their weights add up to the number of steps.
-                sums[:, 0] *= sums[:, 1]
                 sums[:2, 1] /= self.current_gradient_accumulation_steps * self.accelerator.num_processes
                 self._sums += sums
         loss = loss * self.accelerator.num_processes  # which average their gradients
@@ -240,7 +239,7 @@ class RADDPOTrainer(SessionDataTrainer):
 
     def _evaluation_metrics(self, prediction: Any) -> dict[str, float]:
         totals = prediction.predictions.sum(0).reshape(-1, 2)
-        names = [name for name, _ in ROWS]
+        names = [*ROWS]
         if len(totals) > len(names):
             names += retrieval_names(self.args.eval_ks)
         metrics = {

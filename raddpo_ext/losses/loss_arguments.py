@@ -11,17 +11,7 @@ from torch import Tensor
 
 from raddpo_ext import _check
 from raddpo_ext.losses.session import SessionBatch
-from raddpo_ext.losses.session_loss import Arguments, Results, session_loss
-
-
-def run(arguments: Arguments) -> Results:
-    """The operator, with an error that names a bad pair weight, which it only refuses."""
-    try:
-        return session_loss(arguments)
-    except RuntimeError:
-        if arguments.pair_weights is not None and arguments.pair_weights.device.type == "cpu":
-            _check_weights(arguments.pair_weights, "pair_weights")
-        raise
+from raddpo_ext.losses.session_loss import check_weights
 
 
 def check_input(value: Any, name: str, sessions: Any, dim: int) -> None:
@@ -52,17 +42,6 @@ def _reads_values(tensor: Tensor, check: bool) -> bool:
     return check or (tensor.device.type == "cpu" and not torch.compiler.is_compiling())
 
 
-def _check_weights(weights: Tensor, name: str) -> None:
-    """Raises for the first weight that is not finite and at least 0."""
-    if weights.numel():
-        least, most = weights.aminmax()  # NaN if there is one
-        if not (float(least) >= 0 and float(most) < math.inf):
-            _check.none(
-                ~((weights >= 0) & (weights < math.inf)),
-                lambda i: f"{name}[{i}] = {float(weights[i])} is not finite and at least 0",
-            )
-
-
 def check_nan(logps: Tensor, name: str, sessions: SessionBatch) -> None:
     bad = (logps.isnan() & sessions.mask()).nonzero()
     if len(bad):
@@ -78,7 +57,7 @@ def pair_weights(weights: Any, like: Tensor, sessions: SessionBatch, check: bool
         raise TypeError(f"pair_weights must hold floating-point numbers, got {weights.dtype}")
     weights = constant(weights, "pair_weights", like, weights.dtype, (sessions.num_pairs,)).to(like.dtype)
     if check:
-        _check_weights(weights, "pair_weights")
+        check_weights(weights, "pair_weights")
     return weights
 
 
@@ -94,7 +73,7 @@ def level_weights(weights: Any, like: Tensor, check: bool) -> Tensor | None:
         return constant(given, "level_weights", like, like.dtype, like.shape[1:])
     weights = constant(weights.to(like.dtype), "level_weights", like, like.dtype, like.shape[1:])
     if _reads_values(weights, check):
-        _check_weights(weights, "level_weights")
+        check_weights(weights, "level_weights")
     return weights
 
 

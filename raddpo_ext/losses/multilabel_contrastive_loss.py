@@ -54,7 +54,7 @@ def multilabel_contrastive_loss(
         _check.none(scores.isnan(), lambda i: f"scores[{i}] is NaN")
     divisors = None if normalizer is None else (normalizer, 1.0)
     # A score is the log-prob of a candidate's only token: the length and the common prefixes have no part in it.
-    results = loss_arguments.run(
+    results = session_loss.session_loss(
         session_loss.Arguments(
             logps=scores[:, None].contiguous(),
             **sessions.layout(),

@@ -25,8 +25,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class SessionLossOutput(NamedTuple):
-    """What :func:`rad_dpo_loss` returns, in the type of the log-probs. The first three are differentiable; with
-    ``reduction="none"`` they are ``[S]``, else of no dimension.
+    """What :func:`rad_dpo_loss` returns, in the type of the log-probs unless another is named. The first three are
+    differentiable; with ``reduction="none"`` they are ``[S]``, else of no dimension.
 
     Attributes:
         loss: ``preference + sft_weight * sft``.
@@ -35,6 +35,12 @@ class SessionLossOutput(NamedTuple):
         rewards: ``[C]``.
         margins: ``[M]`` ``r_p - r_n`` of every pair, 0 of one that is dropped.
         accuracy: share of the loss's pairs with a margin above 0; 0 where it has none.
+        kept: bool ``[M]``: which pairs are in the preference loss.
+        totals: float64 ``[9, 2]``, of each session ``[S, 9, 2]`` with ``reduction="none"``: sums, and what they are
+            divided by to be means: the preference's terms by the sessions that keep a pair; SFT's by tokens; rewards of
+            the positives, then of the negatives, that are not empty; margins, margins above 0 and weights of the loss's
+            pairs; the tokens of those pairs' negatives that get no gradient from the preference, by all of them; the
+            pairs of equal SIDs or with an empty one, by all pairs.
     """
 
     loss: Tensor
@@ -43,6 +49,8 @@ class SessionLossOutput(NamedTuple):
     rewards: Tensor
     margins: Tensor
     accuracy: Tensor
+    kept: Tensor
+    totals: Tensor
 
 
 def rad_dpo_loss(
@@ -157,7 +165,7 @@ def rad_dpo_loss(
         loss_arguments.check_nan(logps, "logps", sessions)
         if ref_logps is not None:
             loss_arguments.check_nan(ref_logps, "ref_logps", sessions)
-    results = loss_arguments.run(
+    results = session_loss.session_loss(
         session_loss.Arguments(
             logps=logps.contiguous(),
             **sessions.layout(),

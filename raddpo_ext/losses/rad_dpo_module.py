@@ -5,15 +5,15 @@ from __future__ import annotations
 import inspect
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from raddpo_ext import _check
 from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.index.vocab import SIDVocab
 from raddpo_ext.logps.linear_token_logps import linear_token_logps
-from raddpo_ext.losses.rad_dpo_loss import rad_dpo_loss
+from raddpo_ext.losses.rad_dpo_loss import SessionLossOutput, rad_dpo_loss
 from raddpo_ext.losses.session import SessionBatch
+from raddpo_ext.losses.session_loss import TOTALS
 from raddpo_ext.losses.similarity_weighting import SimilarityWeighting
 
 _IGNORED = -100
@@ -29,13 +29,16 @@ class RADDPOOutput(NamedTuple):
         metrics: tensors without gradient, of no dimension, to log: ``loss``, ``preference``, ``sft`` (as reduced);
             ``rewards/chosen`` and ``rewards/rejected``, the mean rewards of the positives and of the negatives;
             ``rewards/margins``, ``rewards/accuracies`` and ``pair_weights``, means over the loss's pairs; ``detached``,
-            the share of those pairs' negative tokens that get no gradient from the preference. A mean of nothing is 0.
+            the share of those pairs' negative tokens that get no gradient from the preference; ``dropped_pairs``, the
+            share of pairs of equal SIDs or with an empty one. A mean of nothing is 0.
         logps: ``[C, L]`` token log-probs, 0 beyond the lengths; differentiable.
+        totals: the sums and counts that the metrics are means of, as in :class:`SessionLossOutput`.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
     logps: Tensor
+    totals: Tensor
 
 
 class RADDPOLoss(nn.Module):
@@ -117,6 +120,39 @@ class RADDPOLoss(nn.Module):
         Raises:
             ValueError, TypeError: naming the argument and the value.
         """
+        logps = self.logps(hidden, weight, sessions, bias=bias, rows=rows, check=check)
+        return self.of_logps(
+            logps,
+            sessions,
+            embeddings=embeddings,
+            ref_logps=ref_logps,
+            pair_weights=pair_weights,
+            detach=detach,
+            normalizer=normalizer,
+            check=check,
+        )
+
+    def logps(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        sessions: SessionBatch,
+        *,
+        bias: Tensor | None = None,
+        rows: Tensor | None = None,
+        check: bool = False,
+    ) -> Tensor:
+        """The linear part of :meth:`forward`: each candidate's token log-probs, those of a reference model too.
+
+        Args:
+            hidden, weight, sessions, bias, rows, check: see :meth:`forward`.
+
+        Returns:
+            ``[C, L]``, 0 beyond the lengths; differentiable.
+
+        Raises:
+            ValueError, TypeError: naming the argument and the value.
+        """
         _check.instance(sessions, "sessions", SessionBatch)
         _check.instance(hidden, "hidden", Tensor)
         if rows is None and (hidden.dim() != 3 or hidden.shape[:2] != sessions.tokens.shape):
@@ -124,6 +160,43 @@ class RADDPOLoss(nn.Module):
                 f"hidden must have shape [C, L, H] with [C, L] = {tuple(sessions.tokens.shape)}, that of "
                 f"sessions.tokens, got {tuple(hidden.shape)}"
             )
+        mask = sessions.mask()
+        if rows is None:
+            hidden = hidden.masked_fill(~mask[..., None], 0)  # 0 * NaN would reach the head's gradient
+        return linear_token_logps(
+            hidden,
+            weight,
+            sessions.tokens.masked_fill(~mask, _IGNORED),
+            bias=bias,
+            rows=rows,
+            index=self.index,
+            nodes=None if self.index is None else self.index.nodes(sessions.tokens),
+            ignore_index=_IGNORED,
+            check=check,
+            **self.head_options,
+        )
+
+    def of_logps(
+        self,
+        logps: Tensor,
+        sessions: SessionBatch,
+        *,
+        embeddings: Tensor | None = None,
+        ref_logps: Tensor | None = None,
+        pair_weights: Tensor | None = None,
+        detach: Tensor | None = None,
+        normalizer: Any = None,
+        check: bool = False,
+    ) -> RADDPOOutput:
+        """The rest of :meth:`forward`, from the log-probs on: the pairs' weights, the loss and its metrics.
+
+        Args:
+            logps: ``[C, L]``, of :meth:`logps` or from elsewhere.
+            sessions, embeddings, ref_logps, pair_weights, detach, normalizer, check: see :meth:`forward`.
+
+        Raises:
+            ValueError, TypeError: naming the argument and the value.
+        """
         if (embeddings is None) != (self.similarity_weighting is None):
             wanted = "be None without" if self.similarity_weighting is None else "be given with"
             raise ValueError(f"embeddings must {wanted} similarity_weighting, got {type(embeddings).__name__}")
@@ -131,22 +204,6 @@ class RADDPOLoss(nn.Module):
             if pair_weights is not None:
                 raise ValueError("pair_weights must be None with similarity_weighting, which gives them")
             pair_weights = self.similarity_weighting(embeddings, sessions)
-        targets = sessions.tokens.masked_fill(~sessions.mask(), _IGNORED)
-        nodes = None if self.index is None else self.index.nodes(sessions.tokens)
-        if rows is None:
-            hidden = hidden.masked_fill(~sessions.mask()[..., None], 0)  # 0 * NaN would reach the head's gradient
-        logps = linear_token_logps(
-            hidden,
-            weight,
-            targets,
-            bias=bias,
-            rows=rows,
-            index=self.index,
-            nodes=nodes,
-            ignore_index=_IGNORED,
-            check=check,
-            **self.head_options,
-        )
         result = rad_dpo_loss(
             logps,
             sessions,
@@ -157,49 +214,12 @@ class RADDPOLoss(nn.Module):
             check=check,
             **self.options,
         )
-        metrics = {name: getattr(result, name).detach() for name in ("loss", "preference", "sft")}
-        with torch.no_grad():
-            metrics |= self._metrics(sessions, result.rewards, result.margins, pair_weights, detach)
-        metrics["rewards/accuracies"] = result.accuracy
-        return RADDPOOutput(result.loss, metrics, logps)
-
-    def _metrics(
-        self,
-        sessions: SessionBatch,
-        rewards: Tensor,
-        margins: Tensor,
-        pair_weights: Tensor | None,
-        detach: Tensor | None,
-    ) -> dict[str, Tensor]:
-        lengths = sessions.lengths
-        chosen = sessions.is_positive()
-        positive, negative = sessions.pairs()
-        mask = sessions.mask()
-        same = (sessions.tokens[positive] == sessions.tokens[negative]) & mask[positive] & mask[negative]
-        prefix = same.to(torch.int64).cumprod(1).sum(1)
-        weights = torch.ones_like(margins) if pair_weights is None else pair_weights.to(margins.dtype)
-        positives = self.options.get("positives", "winner")
-        kept = sessions.kept_pairs(positives, weights)
-
-        protect = self.options.get("protect", "winner")
-        if detach is not None:
-            detached = (detach & mask).sum(1)[negative]
-        elif protect == "none":
-            detached = torch.zeros_like(prefix)
-        elif protect == "positives" or positives == "pooled":
-            longest = torch.zeros_like(lengths).scatter_reduce_(0, negative, prefix, "amax")
-            detached = longest[negative]
-        else:
-            detached = prefix
-        shielded, tokens = (torch.where(kept, count, 0).sum() for count in (detached, lengths[negative]))
-        return {
-            "rewards/chosen": _mean(rewards, chosen & (lengths > 0)),
-            "rewards/rejected": _mean(rewards, ~chosen & (lengths > 0)),
-            "rewards/margins": _mean(margins, kept),
-            "pair_weights": _mean(weights, kept),
-            "detached": shielded.to(margins.dtype) / tokens.clamp(min=1),
-        }
+        return RADDPOOutput(result.loss, _metrics(result), logps, result.totals)
 
 
-def _mean(values: Tensor, chosen: Tensor) -> Tensor:
-    return torch.where(chosen, values, 0).sum() / chosen.sum().clamp(min=1)
+def _metrics(result: SessionLossOutput) -> dict[str, Tensor]:
+    totals = result.totals if result.totals.dim() == 2 else result.totals.sum(0)
+    sums, counts = totals.unbind(1)
+    means = (sums / counts.clamp(min=1)).to(result.rewards.dtype).unbind()
+    losses = {name: getattr(result, name).detach() for name in ("loss", "preference", "sft")}
+    return dict(zip(TOTALS, means, strict=True)) | losses

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raddpo_ext import _check
-from raddpo_ext.losses.session_loss import POSITIVES
+from raddpo_ext.losses import session_loss
 
 
 class SessionBatch:
@@ -123,23 +123,17 @@ class SessionBatch:
         A pair with a member of length 0, of equal SIDs or of weight 0 does not; of the others ``positives`` chooses.
 
         Args:
-            positives: see :func:`rad_dpo_loss`.
-            pair_weights: ``[M]``, or None.
+            positives: see :func:`rad_dpo_loss`, whose result has the same as ``kept``.
+            pair_weights: ``[M]`` finite and at least 0, or None.
+
+        Raises:
+            ValueError, TypeError: naming the argument and the value.
         """
-        _check.choice(positives, "positives", POSITIVES)
-        positive, negative = self.pairs()
-        tokens = self.tokens.masked_fill(~self.mask(), -1)
-        kept = (self.lengths[positive] > 0) & (tokens[positive] != tokens[negative]).any(-1)
         if pair_weights is not None:
-            kept &= pair_weights > 0
-        if positives == "pooled":  # a negative meets all the positives or none
-            refused = torch.zeros_like(self.lengths).index_add_(
-                0, negative, (~kept & (self.lengths[positive] > 0)).to(torch.int64)
-            )
-            kept &= refused[negative] == 0
-        if positives == "winner":
-            kept &= positive == self.offsets[self.owners()[positive]]  # torch.isin would wait for a GPU
-        return kept & (self.lengths[negative] > 0)
+            _check.float_tensor(pair_weights, "pair_weights")
+            if pair_weights.shape != (self.num_pairs,):
+                raise ValueError(f"pair_weights must have shape {(self.num_pairs,)}, got {tuple(pair_weights.shape)}")
+        return self._facts(positives, pair_weights).kept
 
     def counts(self, positives: str = "winner") -> Tensor:
         """What ``reduction="mean"`` divides by: the sessions that keep a pair, and the tokens of all positives.
@@ -152,10 +146,19 @@ class SessionBatch:
         Returns:
             float64 ``[2]``.
         """
-        kept = torch.zeros(self.num_pairs + 1, dtype=torch.int64, device=self.device)
-        torch.cumsum(self.kept_pairs(positives), 0, out=kept[1:])
-        sessions = (kept[self.pair_offsets].diff() > 0).sum()
-        return torch.stack((sessions, torch.where(self.is_positive(), self.lengths, 0).sum())).double()
+        return self._facts(positives).totals[:2, 1]
+
+    def _facts(self, positives: str, pair_weights: Tensor | None = None) -> session_loss.Results:
+        """What the loss's operator finds out about the sessions, whatever the log-probs are."""
+        dtype = torch.float32 if pair_weights is None else torch.promote_types(pair_weights.dtype, torch.float32)
+        return session_loss.session_loss(
+            session_loss.Arguments(
+                logps=torch.zeros_like(self.tokens, dtype=dtype),
+                **self.layout(),
+                pair_weights=None if pair_weights is None else pair_weights.detach().to(dtype).contiguous(),
+                positives=_check.choice(positives, "positives", session_loss.POSITIVES),
+            )
+        )
 
     def _check_shapes(self) -> None:
         given: dict[str, tuple[Any, int]] = {

@@ -3,11 +3,13 @@ name, their shapes for ``torch.compile``, and autograd. Arguments are taken to b
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from raddpo_ext import _check
 from raddpo_ext._autograd import below_autograd as _below_autograd
 from raddpo_ext._autograd import differentiable_once, refuse_transforms_of_operator
 
@@ -19,6 +21,18 @@ AGGREGATION = ("negatives", "margins")
 WEIGHTING = ("loss", "reward")
 POSITIVES = ("winner", "each", "pooled")
 REDUCTION = ("mean", "sum", "none")
+#: The rows of the operator's totals, in the order of Total there, by the metrics that they are the means of.
+TOTALS = (
+    "preference",
+    "sft",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "pair_weights",
+    "detached",
+    "dropped_pairs",
+)
 
 
 class Arguments(NamedTuple):
@@ -60,6 +74,8 @@ class Results(NamedTuple):
     rewards: Tensor
     margins: Tensor
     accuracy: Tensor
+    kept: Tensor
+    totals: Tensor
     gradient: Tensor
     scales: Tensor
 
@@ -84,11 +100,27 @@ def session_loss(arguments: Arguments) -> Results:
     """The operator. Run at once, its autograd kernel need not be reached through the dispatcher, which takes 15 us."""
     if torch.compiler.is_compiling():
         return Results(*torch.ops.raddpo.session_loss.default(*arguments))
-    return Results(*_differentiable(*arguments))
+    try:
+        return Results(*_differentiable(*arguments))
+    except RuntimeError:
+        if arguments.pair_weights is not None and arguments.pair_weights.device.type == "cpu":
+            check_weights(arguments.pair_weights, "pair_weights")  # names what the operator only refuses
+        raise
+
+
+def check_weights(weights: Tensor, name: str) -> None:
+    """Raises for the first weight that is not finite and at least 0."""
+    if weights.numel():
+        least, most = weights.aminmax()  # NaN if there is one
+        if not (float(least) >= 0 and float(most) < math.inf):
+            _check.none(
+                ~((weights >= 0) & (weights < math.inf)),
+                lambda i: f"{name}[{i}] = {float(weights[i])} is not finite and at least 0",
+            )
 
 
 @torch.library.register_fake("raddpo::session_loss")
-def _(*arguments: Any) -> Results:
+def empty_results(*arguments: Any) -> Results:
     a = Arguments(*arguments)
     candidates, columns = a.logps.shape
     loss = a.num_positives.shape if a.reduction == REDUCTION.index("none") else ()
@@ -100,6 +132,8 @@ def _(*arguments: Any) -> Results:
         rewards=new(candidates),
         margins=new(a.num_pairs),
         accuracy=new(()),
+        kept=new(a.num_pairs, dtype=torch.bool),
+        totals=new((*loss, len(TOTALS), 2), dtype=torch.float64),
         gradient=new((candidates if a.need_gradient else 0, columns)),
         scales=new(2),
     )
@@ -116,21 +150,23 @@ class _SessionLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logps: Tensor, a: Arguments) -> Results:
         results = Results(*_below_autograd(torch.ops.raddpo.session_loss.default, *a))
+        _, _, _, *others = results
         ctx.save_for_backward(
             logps, results.gradient, results.scales, a.lengths, a.offsets, a.num_positives, a.level_weights
         )
         ctx.sft_weight, ctx.overwritten, ctx.op = a.sft_weight, False, _NAMES
-        ctx.mark_non_differentiable(*results[3:])
+        ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
         return results
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, saved: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
-        of_losses = grads[:3]
-        if all(grad is None for grad in of_losses):
+    def backward(
+        ctx: Any, saved: Any, loss: Tensor | None, preference: Tensor | None, sft: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, None]:
+        if loss is preference is sft is None:
             return None, None
-        arguments = BackwardArguments._make((*of_losses, *saved, ctx.sft_weight))
+        arguments = BackwardArguments._make((loss, preference, sft, *saved, ctx.sft_weight))
         return _below_autograd(torch.ops.raddpo.session_loss_backward.default, *arguments), None
 
 

@@ -59,18 +59,22 @@ def rad_dpo_loss(
 
     zero = logps[:0].sum()  # a zero that autograd traces back to logps
     rewards = [reward(row).detach() for row in range(sessions.num_candidates)]
-    margins, hits = [], []  # of all pairs; whether each of the loss's pairs is in order
+    margins: list[Tensor] = []  # of all pairs
+    in_loss: list[bool] = []
+    totals: list[list[tuple[float, float]]] = []  # of each session: sums, and what they are divided by
     preferences, num_kept = [], 0
     log_likelihoods, num_tokens = [], 0
     for session in range(sessions.num_sessions):
         rows = _positive_rows(sessions, session)
         weights = _pair_weights(sessions, session, pair_weights, logps)
         kept = _kept(weights, sids, positives == "pooled")
+        first_pair = len(margins)
         for p, n in weights:
             tied = bool(rewards[p] == rewards[n])  # infinities too
             margins.append(rewards[p] - rewards[n] if (p, n) in kept and not tied else zero.detach())
-            if (p, n) in kept and (positives != "winner" or p == rows[0]):
-                hits.append(bool(margins[-1] > 0))
+            in_loss.append((p, n) in kept and (positives != "winner" or p == rows[0]))
+        marked = zip(weights, margins[first_pair:], in_loss[first_pair:], strict=True)
+        of_loss = {pair: float(margin) for pair, margin, is_in in marked if is_in}
 
         terms = []
         if positives == "pooled" and kept:
@@ -89,6 +93,31 @@ def rad_dpo_loss(
         log_likelihoods.append(sum((weight * logp for weight, logp in tokens if weight != 0), zero))
         num_tokens += len(tokens)
 
+        def num_detached(p: int, n: int, rows: list[int] = rows) -> int:
+            if detach is not None:
+                return int(detach[n, : len(sids[n])].sum())
+            protected = rows if protect == "positives" or positives == "pooled" else [p]
+            return 0 if protect == "none" else max(_common_prefix(sids[q], sids[n]) for q in protected)
+
+        chosen = [float(rewards[p]) for p in rows if sids[p]]
+        rejected = [float(rewards[n]) for n in _negative_rows(sessions, session) if sids[n]]
+        equal = [not sids[p] or not sids[n] or sids[p] == sids[n] for p, n in weights]
+        totals.append(
+            [
+                (float(preferences[-1].detach()), len(terms) > 0),
+                (-float(log_likelihoods[-1].detach()), len(tokens)),
+                (sum(chosen), len(chosen)),
+                (sum(rejected), len(rejected)),
+                (sum(of_loss.values()), len(of_loss)),
+                (sum(margin > 0 for margin in of_loss.values()), len(of_loss)),
+                (sum(float(weights[pair]) for pair in of_loss), len(of_loss)),
+                (sum(num_detached(*pair) for pair in of_loss), sum(len(sids[n]) for _, n in of_loss)),
+                (sum(equal), len(equal)),
+            ]
+        )
+
+    table = torch.tensor(totals, dtype=torch.float64, device=logps.device).reshape(-1, 9, 2)
+    summed = table.sum(0)
     kept_and_tokens = (num_kept, num_tokens) if normalizer is None else normalizer
     preference = _reduced(preferences, zero, kept_and_tokens[0], reduction)
     sft = -_reduced(log_likelihoods, zero, kept_and_tokens[1], reduction)
@@ -98,7 +127,9 @@ def rad_dpo_loss(
         sft=sft,
         rewards=_stacked(rewards, zero.detach()),
         margins=_stacked(margins, zero.detach()),
-        accuracy=logps.new_tensor(sum(hits) / max(len(hits), 1)),
+        accuracy=logps.new_tensor(float(summed[5, 0] / summed[5, 1].clamp(min=1))),
+        kept=torch.tensor(in_loss, dtype=torch.bool, device=logps.device),
+        totals=table if reduction == "none" else summed,
     )
 
 
@@ -138,10 +169,16 @@ def _positive_rows(sessions: SessionBatch, session: int) -> list[int]:
     return list(range(first, first + int(sessions.num_positives[session])))
 
 
+def _negative_rows(sessions: SessionBatch, session: int) -> range:
+    return range(
+        int(sessions.offsets[session]) + int(sessions.num_positives[session]), int(sessions.offsets[session + 1])
+    )
+
+
 def _pair_weights(sessions: SessionBatch, session: int, pair_weights: Tensor | None, like: Tensor) -> PairWeights:
     """The weights of a session's pairs, positive-major."""
     rows = _positive_rows(sessions, session)
-    negatives = range(int(sessions.offsets[session]) + len(rows), int(sessions.offsets[session + 1]))
+    negatives = _negative_rows(sessions, session)
     first = int(sessions.pair_offsets[session])
     pairs = enumerate(((p, n) for p in rows for n in negatives), first)
     return {pair: like.new_ones(()) if pair_weights is None else pair_weights[i].detach().to(like) for i, pair in pairs}

@@ -12,64 +12,21 @@ using namespace raddpo;
 
 namespace {
 
-// `tensors` and `numbers` in the operator's order, its outputs last.
+// The arguments as shim.py lays them out, which must be as the compiler does.
 template <typename T>
-int run_session_loss(const std::int64_t* sizes, void* const* tensors, const double* numbers) {
-  const auto integers = [&](int i) { return static_cast<const std::int64_t*>(tensors[i]); };
-  const auto input = [&](int i) { return static_cast<const T*>(tensors[i]); };
-  const auto output = [&](int i) { return static_cast<T*>(tensors[11 + i]); };
-  SessionLossArgs<T> a{};
-  a.batch = {integers(2), integers(3), integers(4), sizes[0], sizes[1]};
-  a.tokens = integers(1);
-  a.pair_offsets = integers(5);
-  a.levels = sizes[2];
-  a.columns = sizes[3];
-  a.pairs = sizes[4];
-  a.logps = input(0);
-  a.ref_logps = input(6);
-  a.pair_weights = input(7);
-  a.detach = static_cast<const bool*>(tensors[8]);
-  a.level_weights = input(9);
-  a.divisors = static_cast<const double*>(tensors[10]);
-  a.divisor[0] = numbers[0];
-  a.divisor[1] = numbers[1];
-  a.beta = static_cast<T>(numbers[2]);
-  a.gamma = static_cast<T>(numbers[3]);
-  a.sft_weight = static_cast<T>(numbers[4]);
-  a.label_smoothing = static_cast<T>(numbers[5]);
-  a.length_normalized = sizes[5];
-  a.protect = static_cast<Protect>(sizes[6]);
-  a.aggregation = static_cast<Aggregation>(sizes[7]);
-  a.weighting = static_cast<Weighting>(sizes[8]);
-  a.positives = static_cast<Positives>(sizes[9]);
-  a.reduction = static_cast<Reduction>(sizes[10]);
-  T** const outputs[] = {&a.loss, &a.preference, &a.sft, &a.rewards, &a.margins, &a.accuracy, &a.gradient, &a.scales};
-  for (int i = 0; i < 8; ++i) *outputs[i] = output(i);
+int run_session_loss(const void* memory, std::int64_t size) {
+  const auto& a = *static_cast<const SessionLossArgs<T>*>(memory);
+  if (size != sizeof(a)) return cudaErrorInvalidValue;
   const std::int64_t bytes = cuda::session_loss_workspace(a);
   const std::unique_ptr<std::uint8_t[]> workspace(new std::uint8_t[bytes]);
   std::memset(workspace.get(), 0xa5, bytes);
   return cuda::session_loss(a, workspace.get(), nullptr);
 }
 
-// `tensors`: lengths, offsets, num_positives, the three gradients, gradient, scales, level_weights, the result.
 template <typename T>
-int run_session_loss_backward(const std::int64_t* sizes, void* const* tensors, double sft_weight) {
-  const auto integers = [&](int i) { return static_cast<const std::int64_t*>(tensors[i]); };
-  const auto input = [&](int i) { return static_cast<const T*>(tensors[i]); };
-  return cuda::session_loss_backward<T>({{integers(0), integers(1), integers(2), sizes[0], sizes[1]},
-                                         sizes[2],
-                                         input(3),
-                                         input(4),
-                                         input(5),
-                                         sizes[3],
-                                         sizes[4],
-                                         sizes[5],
-                                         input(6),
-                                         input(7),
-                                         input(8),
-                                         static_cast<T>(sft_weight),
-                                         static_cast<T*>(tensors[9])},
-                                        nullptr);
+int run_session_loss_backward(const void* memory, std::int64_t size) {
+  const auto& a = *static_cast<const SessionLossBackwardArgs<T>*>(memory);
+  return size == sizeof(a) ? cuda::session_loss_backward<T>(a, nullptr) : cudaErrorInvalidValue;
 }
 
 }  // namespace
@@ -159,12 +116,12 @@ EXPORT int row_lse(const void* logits, int type, std::int64_t rows, std::int64_t
   return cuda::row_lse({logits, static_cast<LogitType>(type), rows, cols, out}, nullptr);
 }
 
-EXPORT int session_loss(bool is_double, const std::int64_t* sizes, void* const* tensors, const double* numbers) {
-  return (is_double ? run_session_loss<double> : run_session_loss<float>)(sizes, tensors, numbers);
+EXPORT int session_loss(bool is_double, const void* memory, std::int64_t size) {
+  return (is_double ? run_session_loss<double> : run_session_loss<float>)(memory, size);
 }
 
-EXPORT int session_loss_backward(bool is_double, const std::int64_t* sizes, void* const* tensors, double sft_weight) {
-  return (is_double ? run_session_loss_backward<double> : run_session_loss_backward<float>)(sizes, tensors, sft_weight);
+EXPORT int session_loss_backward(bool is_double, const void* memory, std::int64_t size) {
+  return (is_double ? run_session_loss_backward<double> : run_session_loss_backward<float>)(memory, size);
 }
 
 EXPORT int trie_walk(const std::uint8_t* trie, const std::int64_t* header, const std::uint8_t* live,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import raddpo_ext as rx
+from raddpo_ext.losses import session_loss
 
 FOLDER = Path(__file__).parent
 _NORMALIZE = ("vocab", "level", "trie")
@@ -23,13 +24,41 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SANITIZE = "CUDA_ON_CPU_SANITIZE"
 
 
+# Fields of csrc/session_loss/session_loss.h's structs, in order: name and kind, of _KINDS or N, the number type T.
+_SESSIONS = "lengths:P offsets:P num_positives:P sessions:I candidates:I "
+_SESSION_LOSS_ARGS = (
+    _SESSIONS + "tokens:P pair_offsets:P levels:I pairs:I columns:I logps:P ref_logps:P pair_weights:P detach:P "
+    "level_weights:P divisors:P session_divisor:D token_divisor:D beta:N gamma:N sft_weight:N label_smoothing:N "
+    "length_normalized:B protect:E aggregation:E weighting:E positives:E reduction:E loss:P preference:P sft:P "
+    "rewards:P margins:P accuracy:P kept:P totals:P gradient:P scales:P"
+)
+_SESSION_LOSS_BACKWARD_ARGS = (
+    _SESSIONS + "columns:I grad_loss:P grad_preference:P grad_sft:P stride_loss:I stride_preference:I stride_sft:I "
+    "gradient:P scales:P level_weights:P sft_weight:N grad_logps:P"
+)
+_KINDS = {
+    "P": ctypes.c_void_p,
+    "I": ctypes.c_int64,
+    "D": ctypes.c_double,
+    "B": ctypes.c_bool,
+    "E": ctypes.c_int,
+}
+
+
+def _struct(fields: str, number: type) -> ctypes.Structure:
+    pairs = [field.split(":") for field in fields.split()]
+    kinds = [(name, {**_KINDS, "N": number}[kind]) for name, kind in pairs]
+    made: ctypes.Structure = type("Struct", (ctypes.Structure,), {"_fields_": kinds})()
+    return made
+
+
+def _sizes(a: session_loss.Arguments | session_loss.BackwardArguments) -> dict[str, int]:
+    sizes = {"sessions": len(a.num_positives), "candidates": a.logps.shape[0], "columns": a.logps.shape[1]}
+    return sizes if isinstance(a, session_loss.BackwardArguments) else {**sizes, "levels": a.tokens.shape[1]}
+
+
 def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
-
-
-def _pointers(tensors: Sequence[Tensor | None]) -> Tensor:
-    """Addresses, 0 for None. The tensors must outlive it."""
-    return torch.tensor([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
 
 
 def _run_compiler(*arguments: str | Path) -> None:
@@ -185,47 +214,33 @@ class Shim:
         self.call("trie_select", *index.block, places, len(places), int(items), numbers)
         return numbers
 
-    def session_loss(self, logps: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    def session_loss(self, *arguments: Any) -> session_loss.Results:
         """The operator's own arguments and outputs."""
-        tokens, _, _, num_positives = arguments[:4]
-        num_pairs, reduction, need_gradient = arguments[5], arguments[22], arguments[23]
-        sessions, (candidates, columns) = len(num_positives), logps.shape
-        loss = (sessions,) if reduction == 2 else ()
-        shapes = (
-            loss,
-            loss,
-            loss,
-            (candidates,),
-            (num_pairs,),
-            (),
-            (candidates if need_gradient else 0, columns),
-            (2,),
-        )
-        outputs = tuple(logps.new_full(shape, 777) for shape in shapes)
-        given = [
-            logps,
-            *arguments[:5],
-            *arguments[6:11],
-            *outputs[:6],
-            outputs[6] if need_gradient else None,
-            outputs[7],
-        ]
-        sizes = [sessions, candidates, tokens.shape[1], columns, num_pairs, *map(int, arguments[17:23])]
-        numbers = torch.tensor(arguments[11:17], dtype=torch.float64)
-        is_double = int(logps.dtype == torch.float64)
-        self.call("session_loss", is_double, torch.tensor(sizes), _pointers(given), numbers)
-        return outputs
+        a = session_loss.Arguments(*arguments)
+        results = session_loss.Results(*(value.fill_(777) for value in session_loss.empty_results(*a)))
+        given = {**a._asdict(), **results._asdict(), "gradient": results.gradient if a.need_gradient else None}
+        given |= {**_sizes(a), "pairs": a.num_pairs}
+        self._call_with_struct("session_loss", _SESSION_LOSS_ARGS, a.logps, given)
+        return results
 
     def session_loss_backward(self, *arguments: Any) -> Tensor:
         """The operator's own arguments and output."""
-        *upstream, logps, gradient, scales, lengths, offsets, num_positives, level_weights, sft_weight = arguments
-        out = torch.full_like(logps, 777)
-        strides = [value.stride(0) if value is not None and value.dim() else 0 for value in upstream]
-        tensors = [lengths, offsets, num_positives, *upstream, gradient, scales, level_weights, out]
-        sizes = torch.tensor([len(num_positives), *logps.shape, *strides])
-        is_double = int(logps.dtype == torch.float64)
-        self.call("session_loss_backward", is_double, sizes, _pointers(tensors), float(sft_weight))
+        a = session_loss.BackwardArguments(*arguments)
+        out = torch.full_like(a.logps, 777)
+        upstream = {"loss": a.grad_loss, "preference": a.grad_preference, "sft": a.grad_sft}
+        strides = {f"stride_{k}": g.stride(0) if g is not None and g.dim() else 0 for k, g in upstream.items()}
+        given = {**a._asdict(), **_sizes(a), **strides, "grad_logps": out}
+        self._call_with_struct("session_loss_backward", _SESSION_LOSS_BACKWARD_ARGS, a.logps, given)
         return out
+
+    def _call_with_struct(self, name: str, fields: str, logps: Tensor, given: dict[str, Any]) -> None:
+        """Calls with the C++ struct of these fields, each filled by its name."""
+        struct = _struct(fields, ctypes.c_double if logps.dtype == torch.float64 else ctypes.c_float)
+        for field, _ in struct._fields_:
+            value = given[field]
+            setattr(struct, field, value.data_ptr() if isinstance(value, Tensor) else value)
+        size = ctypes.sizeof(struct)
+        self.call(name, int(logps.dtype == torch.float64), ctypes.addressof(struct), size)
 
     def fault(self, kind: str, values: Tensor) -> Tensor:
         """Runs a kernel of faults.cuh on int32 ``[64]``."""
