@@ -90,7 +90,7 @@ BUILD: list[Case] = [
     ("no vocab", build(vocab=[3, 3]), TypeError, "vocab must be a SIDVocab, got list"),
     ("length 0", build(lengths=[1, 0, 2]), ValueError, "lengths[1] = 0 is outside [1, 2]"),
     ("length L + 1", build(lengths=[1, 3, 2]), ValueError, "lengths[1] = 3 is outside [1, 2]"),
-    ("lengths' number", build(lengths=[2, 2]), ValueError, "lengths must have one entry a row of sids (3), got 2"),
+    ("lengths' number", build(lengths=[2, 2]), ValueError, "lengths must have one entry per row of sids (3), got 2"),
     ("float lengths", build(lengths=[2.0, 2.0, 2.0]), TypeError, "lengths must hold integers, got"),
     ("item -1", build(item_ids=[4, -1, 5]), ValueError, "item_ids[1] = -1 is negative"),
     ("item 2^63", build(item_ids=np.array([0, 2**63, 1], np.uint64)), ValueError, "item_ids[1] = 9223372036854775808"),
@@ -138,7 +138,7 @@ VOCABULARY: list[Case] = [
 LOOKUPS: list[Case] = [
     ("lookup float", lambda: INDEX.lookup([[0.5, 1]]), TypeError, "sids must hold integers, got float64"),
     ("lookup dim", lambda: INDEX.lookup([0, 1]), ValueError, "sids must have 2 dimensions, got shape (2,)"),
-    ("contains lengths", lambda: INDEX.contains(CODES, [1, 2]), ValueError, "lengths must have one entry a row"),
+    ("contains lengths", lambda: INDEX.contains(CODES, [1, 2]), ValueError, "lengths must have one entry per row"),
     ("contains length", lambda: INDEX.contains(CODES, [1, 2, 3]), ValueError, "lengths[2] = 3 is outside [0, 2]"),
     ("nodes float", lambda: INDEX.nodes(torch.zeros(1, 2)), TypeError, "tokens must hold integers, got torch.float32"),
     ("nodes dim", lambda: INDEX.nodes(torch.arange(2)), ValueError, "tokens must have 2 dimensions, got shape (2,)"),
@@ -223,7 +223,12 @@ STEP: list[Case] = [
 ]
 
 SEARCH: list[Case] = [
-    ("widths' number", search(beam_width=[2]), ValueError, "beam_width must have one entry a call (2), got [2]"),
+    (
+        "widths' number",
+        search(beam_width=[2]),
+        ValueError,
+        "beam_width must be an integer or have one entry per level (2), got [2]",
+    ),
     ("width 0", search(beam_width=[2, 0]), ValueError, "beam_width[1] must be at least 1, got 0"),
     ("float width", search(beam_width=2.0), TypeError, "beam_width must be an integer, got 2.0"),
     ("batch", search(batch_size=-2), ValueError, "batch_size must be at least 0, got -2"),

@@ -73,7 +73,7 @@ def test_info(folder, capsys):
         "collisions      2 items share their SID",
         "levels          2",
         "nodes per level 2 2",
-        f"bytes           {size}, {size / 3:.1f} an item",
+        f"bytes           {size}, {size / 3:.1f} per item",
     ]
     run(capsys, "build", "prefix.json", "-o", "p.index", "--eos", "9")
     out = run(capsys, "info", "p.index")[1]
@@ -108,7 +108,7 @@ def test_strings_and_titles(shop, capsys):
     assert run(capsys, "find", "shop.trie", "Ü 3") == (0, ["0,7"], [])
     assert run(capsys, "find", "shop.trie", "007") == (0, ["1,2"], [])
     for item in ("7", "0", "a-1"):
-        assert run(capsys, "find", "shop.trie", item) == (1, [], [f"raddpo_ext: shop.trie: has no item {item}"])
+        assert run(capsys, "find", "shop.trie", item) == (1, [], [f"raddpo_ext: shop.trie: no item has the id {item}"])
     assert run(capsys, "info", "shop.trie")[1][0] == "items           3, ids are strings, titles"
     # An index without a map takes the place of this one, map and all.
     assert run(capsys, "build", "fixed.json", "-o", "shop.trie")[0] == 0
@@ -143,7 +143,7 @@ def test_build_with_a_tokenizer(shop, capsys):
     (shop / "empty").mkdir()
     for arguments, message in (
         ("unknown.csv -o x --tokenizer tokenizer", "sids[0, 1] = 3 has no token in vocab.token_ids[1]"),
-        ("shop.csv -o x --tokenizer tokenizer --offset 3", "--tokenizer says where the tokens are"),
+        ("shop.csv -o x --tokenizer tokenizer --offset 3", "--tokenizer gives the token ids"),
         ("shop.csv -o x --tokenizer nowhere", "--tokenizer nowhere: no such directory"),
         ("shop.csv -o x --tokenizer empty", "--tokenizer empty: "),
         ("shop.csv -o x --sid nothing", "has no column 'nothing' for the SID"),
@@ -269,5 +269,5 @@ def test_info_warns_of_a_mapped_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     with reader:
         reader.stdout.read(1)
         assert main(["index", "info", str(path)]) == 0
-        assert f"mapped by process {reader.pid}: never write into this file" in capsys.readouterr().err
+        assert f"mapped by process {reader.pid}: do not overwrite this file in place" in capsys.readouterr().err
         reader.stdin.close()

@@ -490,7 +490,7 @@ def test_bad_construction():
         rx.SIDRetriever(model, make_index(200, size=26), beam_width=4)
     with pytest.raises(ValueError, match="beam_width must be at least 1, got 0"):
         rx.SIDRetriever(model, index, beam_width=0)
-    with pytest.raises(ValueError, match=r"beam_width must have one entry a call \(3\)"):
+    with pytest.raises(ValueError, match=r"beam_width must be an integer or have one entry per level \(3\)"):
         rx.SIDRetriever(model, index, beam_width=[4, 4])
     with pytest.raises(ValueError, match=r"normalize must be one of .* got 'all'"):
         rx.SIDRetriever(model, index, beam_width=4, normalize="all")

@@ -49,7 +49,7 @@ def test_as_many_widths_as_the_vocabulary_has_levels(eos: int | None) -> None:
         if calls <= size <= most:
             assert all(map(torch.equal, search(given), expected))
         else:
-            with pytest.raises(ValueError, match="beam_width must have one entry a call"):
+            with pytest.raises(ValueError, match="beam_width must be an integer or have one entry per level"):
                 search(given)
 
 

@@ -258,11 +258,11 @@ def test_what_stops_the_start(tmp_path: Path, capfd: pytest.CaptureFixture[str],
         assert main(["serve", *(str(word) for option in options.items() for word in option)]) == 2
     out, err = capfd.readouterr()
     message = {
-        "store": "no version of a catalogue in this folder; name a file to publish with --index",
+        "store": "the store holds no catalogue version; publish one with --index FILE",
         "index": "not a TrieIndex file",
         "port": "Address already in use",
         "option": "max_batch must be at least 1, got 0",
-        "token": "token must hold printable ASCII characters",
+        "token": "token must be one or more printable ASCII characters",
     }[problem]
     last = err.splitlines()[-1]
     assert last.startswith("raddpo_ext: ")

@@ -147,7 +147,9 @@ def test_find_tells_the_sid_of_an_answer(shop: SimpleNamespace, capsys: pytest.C
         assert capsys.readouterr().out.splitlines() == [item]
     for item in ("7", "0", "sku-2", ""):
         assert main(["index", "find", str(shop.index), item]) == 1
-        assert capsys.readouterr().err == " ".join(f"raddpo_ext: {shop.index}: has no item {item}".split()) + "\n"
+        assert (
+            capsys.readouterr().err == " ".join(f"raddpo_ext: {shop.index}: no item has the id {item}".split()) + "\n"
+        )
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import raddpo_ext
 
-# What a command needs beyond this it imports when it runs: --help answers at once, without torch.
+# Each command imports what it needs when it runs, so that --help answers at once, without importing torch.
 if TYPE_CHECKING:
     from raddpo_ext.index.id_map import IdMap
     from raddpo_ext.index.readers import SIDTable
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from raddpo_ext.index.vocab import SIDVocab
 
 _BAR = 40  # characters
-_CHUNK = 1 << 20  # nodes looked at together
-_LARGEST = 2**31 - 2  # token id or code
+_CHUNK = 1 << 20  # nodes per call of item_ranges
+_LARGEST = 2**31 - 2  # the maximum token id and code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code; on bad input it prints one line to stderr and returns 2."""
+    """Run one command and return its exit code. Bad input prints one line to stderr and returns 2."""
     options = _parser().parse_args(arguments)
     raddpo_ext._load()
     try:
@@ -68,7 +68,7 @@ def _build(options: argparse.Namespace) -> int:
     print(f"{options.output}: {index.num_items} items, {index.num_sids} SIDs, {index.nbytes} bytes")
     names = IdMap.of(table)
     if names is None:
-        map_path(options.output).unlink(missing_ok=True)  # of the index that was there before
+        map_path(options.output).unlink(missing_ok=True)  # the id map of the index that was overwritten
     else:
         names.save(options.output)
         print(f"{map_path(options.output)}: {_described(names)}")
@@ -76,12 +76,12 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _vocab(options: argparse.Namespace, table: SIDTable) -> SIDVocab | None:
-    """None, a code is its token id, unless an option says where the tokens are."""
+    """The vocab that the options describe. None if no option is given: a code is its own token id."""
     from raddpo_ext.index.vocab import SIDVocab
 
     if options.tokenizer is not None:
         if options.sizes is not None or options.offset is not None:
-            raise ValueError("--tokenizer says where the tokens are: leave out --offset and --sizes")
+            raise ValueError("--tokenizer gives the token ids: leave out --offset and --sizes")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             vocab = SIDVocab.from_tokenizer(_tokenizer(options.tokenizer), eos=options.eos)
@@ -102,7 +102,7 @@ def _tokenizer(folder: Path) -> Any:
         raise ValueError(f"--tokenizer {folder}: no such directory")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever a folder of files can make transformers raise
+    except Exception as error:  # a damaged folder can make transformers raise any type
         raise ValueError(f"--tokenizer {folder}: {type(error).__name__}: {error}") from None
 
 
@@ -136,11 +136,12 @@ def _info(options: argparse.Namespace) -> int:
     print(f"collisions      {sharing} items share their SID")
     print(f"levels          {index.sid_levels}" + ("" if index.eos is None else f", then the end token {index.eos}"))
     print(f"nodes per level {' '.join(str(count) for count in starts.diff().tolist())}")
-    print(f"bytes           {index.nbytes}, {index.nbytes / index.num_items:.1f} an item")
+    print(f"bytes           {index.nbytes}, {index.nbytes / index.num_items:.1f} per item")
     if processes := mapped_by(options.file):
+        readers = ", ".join(map(str, processes[:5]))
         _complain(
-            f"{options.file}: mapped by process {', '.join(map(str, processes[:5]))}: never write into this file (cp); "
-            "replace it by a new one of its name (index build -o, mv) or publish a new version"
+            f"{options.file}: mapped by process {readers}: do not overwrite this file in place (cp); "
+            "replace it with a new file of the same name (index build -o, mv), or publish a new version"
         )
     return 0
 
@@ -166,7 +167,7 @@ def _find(options: argparse.Namespace) -> int:
             raise UnknownItem("ITEM", options.item, 0)
         sids = index.sids_of([item] if names is None else names.items_of([item]))
     except UnknownItem:
-        _complain(f"{options.file}: has no item {options.item}")
+        _complain(f"{options.file}: no item has the id {options.item}")
         return 1
     print(_written(sids[0][sids[0] >= 0].tolist()))
     return 0
@@ -197,7 +198,7 @@ def _serve(options: argparse.Namespace) -> int:
     if options.index is not None:
         store.publish(options.index, unless_newest=True)
     elif not store.version:
-        raise ValueError(f"{store.path}: no version of a catalogue in this folder; name a file to publish with --index")
+        raise ValueError(f"{store.path}: the store holds no catalogue version; publish one with --index FILE")
     serve(config)
     return 0
 
@@ -221,7 +222,7 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose options are added when it is asked to parse: those of the other commands are not imported."""
+    """A parser that adds its options when it parses, so that the modules of other commands are not imported."""
 
     add_options: Callable[[argparse.ArgumentParser], None] | None = None
 
@@ -249,45 +250,47 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    build = command("build", _build, "Build an index from a catalogue's SIDs.")
+    build = command("build", _build, "Build an index from the SIDs of a catalogue.")
     build.add_argument("source", type=Path, help="a table (.csv, .tsv, .parquet), index.json, .npy or .npz")
     build.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the index to write")
-    build.add_argument("--eos", type=_integer, metavar="TOKEN", help="token id that ends every SID")
-    build.add_argument(
-        "--offset", type=_integer, metavar="TOKEN", help="token id of the first code of level 0 (default 0)"
-    )
-    build.add_argument("--sizes", type=_integers, metavar="K,K,...", help="codes of each level (default: as used)")
-    text = "a folder with the model's tokenizer, which says where the tokens <a_12> or <s_a_12> are"
+    build.add_argument("--eos", type=_integer, metavar="TOKEN", help="token id that ends every SID (default: none)")
+    build.add_argument("--offset", type=_integer, metavar="TOKEN", help="token id of code 0 of level 0 (default: 0)")
+    text = "number of codes per level (default: one more than the largest code of the level)"
+    build.add_argument("--sizes", type=_integers, metavar="K,K,...", help=text)
+    text = "folder of the model's tokenizer; its tokens <a_12> or <s_a_12> give the token ids"
     build.add_argument("--tokenizer", type=Path, metavar="DIR", help=text)
-    build.add_argument(
-        "--item", metavar="COLUMN", help="a table's column of item ids (default: item_id, id, asin, ...)"
-    )
-    text = "its column of the SID, or those of the codes (default: sid; code_0, code_1, ...)"
+    text = "in a table, the column of the item ids (default: item_id, id, asin, ...)"
+    build.add_argument("--item", metavar="COLUMN", help=text)
+    text = "in a table, the column of the SID or the columns of its codes (default: sid, or code_0, code_1, ...)"
     build.add_argument("--sid", type=lambda text: text.split(","), metavar="COLUMN,...", help=text)
-    build.add_argument("--title", metavar="COLUMN", help="its column of titles (default: title)")
+    build.add_argument("--title", metavar="COLUMN", help="in a table, the column of the titles (default: title)")
     build.epilog = (
-        "The levels follow one another from --offset. With none of --eos, --offset, --sizes and --tokenizer a code is "
-        "its token id. Item ids that are no integers, and titles, are written to FILE.idmap."
+        "Token ids start at --offset, one level after the other. Without --eos, --offset, --sizes and --tokenizer, a "
+        "code is its own token id. Titles, and item ids that are not integers, are written to FILE.idmap."
     )
     info = command("info", _info, "Describe an index.")
     info.add_argument("file", type=Path, help="an index")
-    lookup = command("lookup", _lookup, "Print the items of a SID, one a line; exit code 1 when there is none.")
+    lookup = command("lookup", _lookup, "Print the items of a SID, one per line; exit code 1 if there are none.")
     lookup.add_argument("file", type=Path, help="an index")
     lookup.add_argument("sid", type=_integers, metavar="CODE,CODE,...", help="the SID's codes")
-    find = command("find", _find, "Print the SID of an item; exit code 1 when there is no such item.")
+    find = command("find", _find, "Print the SID of an item; exit code 1 if the index has no such item.")
     find.add_argument("file", type=Path, help="an index")
     find.add_argument("item", metavar="ITEM", help="the item's id, an integer or a string")
-    publish = command("publish", _publish, "Make an index the newest version of a store, and so of its services.")
+    publish = command(
+        "publish", _publish, "Publish an index as the newest version of a store; services on this store pick it up."
+    )
     publish.add_argument("file", type=Path, help="an index")
-    text = "even if the model of the store's running service lacks tokens of it"
+    text = "publish even if the model of the store's running service lacks some of the index's tokens"
     publish.add_argument("--force", action="store_true", help=text)
-    publish.add_argument("--store", type=Path, default=Path("catalogue"), metavar="DIR", help="(default catalogue)")
-    text = "Answer retrieval requests over HTTP with a model and the newest catalogue of a store."
-    serve = groups.add_parser("serve", help="a retrieval service", description=text)
+    publish.add_argument(
+        "--store", type=Path, default=Path("catalogue"), metavar="DIR", help="folder of the store (default: catalogue)"
+    )
+    text = "Answer retrieval requests over HTTP with a model and the newest catalogue version of a store."
+    serve = groups.add_parser("serve", help="run a retrieval service", description=text)
     serve.set_defaults(run=_serve)
     serve.add_options = _add_serve_options
-    text = "Time the operators beside their peers on this machine, once they are found to agree; exit code 1 if not."
-    benchmark = groups.add_parser("bench", help="the core of the benchmarks", description=text)
+    text = "Time the operators and their peers on this machine. Results are compared first; exit code 1 if they differ."
+    benchmark = groups.add_parser("bench", help="run the core benchmarks", description=text)
     benchmark.set_defaults(run=_bench)
     benchmark.add_options = _add_bench_options
     return parser

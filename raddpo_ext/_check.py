@@ -1,4 +1,4 @@
-"""Argument checks shared by the public functions: each names the argument and the value it refuses."""
+"""Argument checks shared by the public functions. Every error names the argument and the value."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ NORMALIZE = ("vocab", "level", "trie")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def integer(value: Any, name: str, least: int | None = None, most: int = 2**63 - 1) -> int:
-    """``value`` as an int, at least ``least`` and at most ``most``."""
+def integer(value: Any, name: str, minimum: int | None = None, maximum: int = 2**63 - 1) -> int:
+    """``value`` as an int in ``[minimum, maximum]``."""
     try:
         number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if least is not None and number < least:
-        raise ValueError(f"{name} must be at least {least}, got {number}")
-    if number > most:
-        raise ValueError(f"{name} must be at most {most}, got {number}")
+    if minimum is not None and number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {number}")
+    if number > maximum:
+        raise ValueError(f"{name} must be at most {maximum}, got {number}")
     return number
 
 
 def width(value: Any, name: str) -> int:
-    """``value`` as a number of beams or of results: kernels count them in 32 bits."""
+    """``value`` as a positive number of beams or results. Kernels count both in 32 bits."""
     return integer(value, name, 1, 2**31 - 1)
 
 
 def number(value: Any, name: str) -> float:
-    """``value``, a finite real number."""
+    """``value`` as a finite float."""
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     number = float(value)
-    if not -math.inf < number < math.inf:  # math.isfinite is beyond torch.compile
+    if not -math.inf < number < math.inf:  # torch.compile cannot trace math.isfinite
         raise ValueError(f"{name} must be finite, got {value}")
     return number
 
 
 def positive(value: Any, name: str) -> float:
-    """``value``, a finite number above 0."""
+    """``value`` as a finite float above 0."""
     if number(value, name) <= 0:
         raise ValueError(f"{name} must be positive, got {value}")
     return float(value)
@@ -94,9 +94,12 @@ def integer_tensor(value: Any, name: str, dim: int) -> Tensor:
 
 
 def integer_array(value: Any, name: str, dim: int) -> np.ndarray:
-    """The same as a C-contiguous numpy array in native byte order of whatever integer type it has."""
+    """A torch tensor, numpy array or nested list of integers as a C-contiguous numpy array in native byte order.
+
+    Keeps the integer type.
+    """
     if isinstance(value, Tensor):
-        if value.is_floating_point() or value.is_complex():  # numpy does not know all of these types
+        if value.is_floating_point() or value.is_complex():  # numpy lacks some of these types, such as bfloat16
             raise TypeError(f"{name} must hold integers, got {value.dtype}")
         value = value.detach().cpu().numpy()
     try:
@@ -110,29 +113,31 @@ def integer_array(value: Any, name: str, dim: int) -> np.ndarray:
     return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
 
 
-def lengths(value: Any, rows: int, least: int, most: int) -> Tensor:
-    """int64 ``[rows]`` lengths in ``[least, most]``."""
+def lengths(value: Any, rows: int, minimum: int, maximum: int) -> Tensor:
+    """The argument ``lengths`` as int64 ``[rows]`` in ``[minimum, maximum]``."""
     tensor = integer_tensor(value, "lengths", 1)
     if len(tensor) != rows:
-        raise ValueError(f"lengths must have one entry a row of sids ({rows}), got {len(tensor)}")
+        raise ValueError(f"lengths must have one entry per row of sids ({rows}), got {len(tensor)}")
     none(
-        (tensor < least) | (tensor > most),
-        lambda row: f"lengths[{row}] = {int(tensor[row])} is outside [{least}, {most}]",
+        (tensor < minimum) | (tensor > maximum),
+        lambda row: f"lengths[{row}] = {int(tensor[row])} is outside [{minimum}, {maximum}]",
     )
     return tensor
 
 
-def widths(value: int | Sequence[int], levels: int, most: int) -> list[int]:
-    """``beam_width`` as one width for each of ``levels`` calls; a list may have up to ``most``."""
+def widths(value: int | Sequence[int], levels: int, maximum: int) -> list[int]:
+    """The argument ``beam_width`` as one width per level. A list has ``levels`` to ``maximum`` entries."""
     if isinstance(value, Sequence):
-        if not levels <= len(value) <= most:
-            calls = f"{levels}" if levels == most else f"{levels}, or up to {most}, as the vocabulary has"
-            raise ValueError(f"beam_width must have one entry a call ({calls}), got {list(value)}")
+        if not levels <= len(value) <= maximum:
+            entries = f"{levels}" if levels == maximum else f"{levels} to {maximum}"
+            raise ValueError(
+                f"beam_width must be an integer or have one entry per level ({entries}), got {list(value)}"
+            )
         return [width(entry, f"beam_width[{i}]") for i, entry in enumerate(value)][:levels]
     return [width(value, "beam_width")] * levels
 
 
 def none(bad: Tensor, message: Callable[[int], str]) -> None:
-    """Raises ValueError with the message for the first true entry of ``bad``, a boolean vector."""
+    """Raise ValueError with the message for the first true entry of ``bad``, a boolean vector."""
     if bool(bad.any()):
         raise ValueError(message(int(bad.nonzero()[0, 0])))

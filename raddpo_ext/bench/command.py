@@ -1,4 +1,4 @@
-"""``python -m raddpo_ext bench``: its options, what it runs, prints and writes."""
+"""The command ``python -m raddpo_ext bench``: its options, its runs and its output."""
 
 from __future__ import annotations
 
@@ -27,18 +27,25 @@ ROUNDS, BURST = 5, 0.05  # of a process; seconds
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help=f"one process, about a minute (default: {PROCESSES})")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the operators (default cpu)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of the CPU (default 1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file, too")
-    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # sizes that take no time
+    parser.add_argument(
+        "--quick", action="store_true", help=f"run one process, about a minute (default: {PROCESSES} processes)"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="device of the operators (default cpu)"
+    )
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # tiny sizes, for tests
 
 
 def bench(options: argparse.Namespace) -> int:
-    """Prints the tables, with ``--quick`` each as it comes; exit code 1 where a method finds something else than ours.
+    """Run the comparisons and print their tables, with ``--quick`` each one when it is measured.
+
+    Returns:
+        The exit code: 1 if a method's result differs from ours.
 
     Raises:
-        ValueError: an option cannot be followed here.
+        ValueError: an option does not work on this machine.
     """
     integer(options.threads, "--threads", 1)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -54,8 +61,8 @@ def bench(options: argparse.Namespace) -> int:
     except subprocess.CalledProcessError as failed:
         if failed.returncode < 0:
             raise ValueError(f"a process was ended by {signal.Signals(-failed.returncode).name}") from None
-        return failed.returncode  # it has said why
-    except NotImplementedError as error:  # an operator has no kernel there
+        return failed.returncode  # the process has printed why
+    except NotImplementedError as error:  # an operator has no kernel for this device
         raise ValueError(f"--device {options.device}: {str(error).splitlines()[0]}") from None
     result = report.environment(torch.device(options.device), options.threads) | {
         "processes": 1 if options.quick else PROCESSES,
@@ -64,7 +71,7 @@ def bench(options: argparse.Namespace) -> int:
         "results": results,
     }
     print(report.headline(result))
-    if not options.quick:  # else they are printed already
+    if not options.quick:  # with --quick, run() has printed them
         print("", *result["markdown"], sep="\n")
     if options.json is not None:
         with replacing(options.json) as file:
@@ -73,7 +80,7 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The comparisons' results, in this process."""
+    """Run the comparisons in this process and return their results."""
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:
@@ -84,8 +91,10 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def compare(suite: Mapping[str, Prepare], device: torch.device, rounds: int, burst: float) -> list[dict[str, Any]]:
-    """Each comparison's times by method, floors last, and what cannot run here. Its table is printed at once, and a
-    line to stderr."""
+    """Each comparison's times per method, floors last, and the methods that cannot run on this machine.
+
+    Prints each table when it is measured, and a line of progress to stderr.
+    """
     results = []
     begin = time.monotonic()
     for name, prepare in suite.items():
@@ -99,7 +108,7 @@ def compare(suite: Mapping[str, Prepare], device: torch.device, rounds: int, bur
                 "floors": list(comparison.floors),
                 "unavailable": comparison.unavailable,
             }
-            del comparison  # before the next is made: they are large
+            del comparison  # frees its memory before the next one is made
         except Missing as missing:
             result["unavailable"] = {name: str(missing)}
         gc.collect()
@@ -110,7 +119,7 @@ def compare(suite: Mapping[str, Prepare], device: torch.device, rounds: int, bur
 
 
 def run_fresh(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The comparisons' results from several new processes."""
+    """Run the comparisons in several new processes and return the merged results."""
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "result.json"
