@@ -56,7 +56,7 @@ def python(script: str, *arguments: object, **options: object) -> subprocess.Pop
 
 def test_publish_and_read(store: rx.CatalogueStore, tmp_path: Path) -> None:
     assert store.version == 0
-    with pytest.raises(FileNotFoundError, match="no version of a catalogue"):
+    with pytest.raises(FileNotFoundError, match="the store holds no catalogue version"):
         store.current()
     assert store.publish(catalogue(1)) == 1
     first = store.current()
@@ -154,7 +154,7 @@ def test_nothing_but_damage(store: rx.CatalogueStore) -> None:
     store.publish(catalogue(1))
     damage(store.path / "000001.trie")
     os.symlink("nowhere", store.path / "000002.trie")
-    with pytest.raises(FileNotFoundError, match="no version of a catalogue"):
+    with pytest.raises(FileNotFoundError, match="the store holds no catalogue version"):
         store.current()
     assert sorted(store.refused) == [1, 2]
 
@@ -430,7 +430,9 @@ def test_versions_that_are_not_accepted(store: rx.CatalogueStore) -> None:
     def refuse(found: rx.CatalogueVersion) -> None:
         raise RuntimeError(f"not {found.version}")
 
-    with pytest.raises(FileNotFoundError, match=r"no version of a catalogue.*6 is refused: RuntimeError: not 6"):
+    with pytest.raises(
+        FileNotFoundError, match=r"the store holds no catalogue version.*6 is refused: RuntimeError: not 6"
+    ):
         rx.CatalogueStore(store.path).current(refuse)
 
 
@@ -532,6 +534,6 @@ def test_a_damaged_or_foreign_map_is_refused(tmp_path):
     index.save(file)
     rx.IdMap(["A-1", "007"]).save(file)
     rx.TrieIndex.build([[1, 2], [0, 6]]).save(file)
-    with pytest.raises(ValueError, match="the id map is of another index"):
+    with pytest.raises(ValueError, match="the id map belongs to another index"):
         store.publish(file)
     assert store.version == 2

@@ -161,7 +161,7 @@ def test_a_map_that_is_not_the_indexs(shop, capsys):
     for command in (["lookup", "shop.trie", "1,2"], ["find", "shop.trie", "5"], ["info", "shop.trie"]):
         code, out, err = run(capsys, *command)
         assert (code, out) == (2, [])
-        assert "shop.trie.idmap: the id map is of another index than shop.trie" in err[0]
+        assert "shop.trie.idmap: the id map belongs to another index than shop.trie" in err[0]
 
 
 def test_version_and_help_without_torch(folder):

@@ -53,13 +53,13 @@ def test_titles_alone(path: Path) -> None:
     ("arguments", "message"),
     [
         ({}, "ids or titles must be given"),
-        ({"ids": ["a", "a"]}, "ids hold 'a' twice"),
+        ({"ids": ["a", "a"]}, "ids must be distinct, got 'a' twice"),
         ({"ids": "abc"}, "ids must be a list, got 'abc'"),
         ({"ids": {"a": "b"}}, "ids must be a list, got {'a': 'b'}"),
         ({"titles": {"Hat"}}, "titles must be a list, got {'Hat'}"),
         ({"ids": ["a", 7]}, "ids must hold strings, got 7"),
-        ({"ids": ["a"], "titles": ["x", "y"]}, "must have one entry an item"),
-        ({"ids": ["a", "b"], "items": [1, 1]}, "items hold 1 twice"),
+        ({"ids": ["a"], "titles": ["x", "y"]}, "must have one entry per item"),
+        ({"ids": ["a", "b"], "items": [1, 1]}, "items must be distinct, got 1 twice"),
         ({"ids": ["a"], "items": [-1]}, "items\\[0\\] = -1 is negative"),
         ({"ids": ["a"], "items": ["a"]}, "items must hold integers"),
     ],
@@ -103,5 +103,5 @@ def test_damage_is_refused(path: Path) -> None:
         assert "\n" not in str(error.value)
     file.unlink()
     file.mkdir()
-    with pytest.raises(ValueError, match="is no regular file"):
+    with pytest.raises(ValueError, match="is not a regular file"):
         rx.IdMap.load(path)

@@ -57,11 +57,11 @@ def test_index_json_of_different_lengths(tmp_path):
         ('{"0": ["<a_99999999999>"]}', "got '<a_99999999999>'"),
         ('{"0": ["<a_1>", "<b_2>"], "5": ["<b_2>", "<a_1>"]}', "item '5', level 0: token '<b_2>' is of an.* <a_"),
         ('{"": ["<a_1>"]}', "item '' is empty"),
-        ('{" 7": ["<a_1>"]}', "item ' 7' is empty, or has blanks around it"),
-        ('{"\\ud800": ["<a_1>"]}', "characters that cannot be shown"),
+        ('{" 7": ["<a_1>"]}', "item ' 7' is empty, begins or ends with white space"),
+        ('{"\\ud800": ["<a_1>"]}', "characters that cannot be printed"),
         ('{"0": ["<|sid_begin|>", "<|sid_end|>"]}', "item '0' must have a list of tokens"),
         ('{"0": ["<a_1>", "<|sid_end|>", "<b_1>"]}', "item '0', level 1: expected a token"),
-        ('{"-1": ["<a_1>"]}', "item '-1' is no integer"),
+        ('{"-1": ["<a_1>"]}', "item '-1' is not an integer"),
         ('{"3": ["<a_1>"], "3": ["<a_2>"]}', "item '3' appears twice"),
     ],
 )
@@ -121,8 +121,8 @@ def test_npz(tmp_path):
         ({"sids": [[1, 2]], "lengths": [3]}, r"the SID of row 0 has length 3, outside \[1, 2\]"),
         ({"sids": [[1, 2]], "lengths": [1.0]}, "lengths must hold integers, got float64"),
         ({"sids": [[1, 2]], "lengths": [[1]]}, "lengths must have 1 dimension, got shape"),
-        ({"sids": [[1, 2]], "lengths": [1, 2]}, r"lengths must have one entry a row of sids \(1\), got 2"),
-        ({"sids": [[1, 2]], "item_ids": [1, 2]}, r"item_ids must have one entry a row of sids \(1\), got 2"),
+        ({"sids": [[1, 2]], "lengths": [1, 2]}, r"lengths must have one entry per row of sids \(1\), got 2"),
+        ({"sids": [[1, 2]], "item_ids": [1, 2]}, r"item_ids must have one entry per row of sids \(1\), got 2"),
         ({"sids": [[1, 2]], "item_ids": ["B1"]}, "item_ids must hold integers, got <U2"),
     ],
 )
@@ -146,7 +146,7 @@ def test_foreign_files(tmp_path):
         read_sids(write(tmp_path / "text.npy", "user,item\n1,2\n"))
     with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
         archive.writestr("sids", "no array")
-    with pytest.raises(ValueError, match="'sids' is no array"):
+    with pytest.raises(ValueError, match="'sids' is not an array"):
         read_sids(tmp_path / "other.npz")
     with pytest.raises(ValueError, match=r"items.txt: not a kind of file that holds SIDs: expected .json, .npy, .np"):
         read_sids(write(tmp_path / "items.txt", "1,2"))
@@ -244,7 +244,7 @@ def test_parquet(tmp_path):
         ({"id": [7.5], "sid": ["1"]}, "row 1: the item's id must be text or an integer, got 7.5"),
         ({"id": [7, None], "sid": ["1", "2"]}, "row 2: the item's id must be text or an integer, got None"),
         ({"id": [True], "sid": ["1"]}, "the item's id must be text or an integer, got True"),
-        ({"id": [-7], "sid": ["1"]}, "item '-7' is no integer"),
+        ({"id": [-7], "sid": ["1"]}, "item '-7' is not an integer"),
         ({"id": [7], "sid": [[1, None]]}, "row 1: level 0: expected a token"),
         ({"id": [7], "sid": [[]]}, "row 1: expected a SID"),
         ({"id": [7], "c0": [1.5]}, "row 1: a code must be an integer from 0 to 2147483646, got 1.5"),
@@ -278,14 +278,14 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
         ("id,sid\n7,1\n8," + "9" * 200_000, "line 3: not a CSV file: field larger than field limit"),
         ("id,sid\n1\n", "row 1 has 1 fields, the first line 2"),
         ("id,id,sid\n1,2,3\n", "has two columns 'id'"),
-        ("name,sid\na,1\n", "which column is the item's id\\? It has only 'name', 'sid': say item"),
-        ("id,asin,sid\n1,B1,3\n", "which column is the item's id\\? It has columns 'id', 'asin': say item"),
+        ("name,sid\na,1\n", "cannot tell which column is the item's id, it has only 'name', 'sid': give item"),
+        ("id,asin,sid\n1,B1,3\n", "cannot tell which column is the item's id, it has columns 'id', 'asin': give item"),
         ("id,code\n1,2\n", "which column is the SID, or which are its codes"),
         ("id,sid,c0\n1,2,3\n", "which column is the SID"),
         ("id,c0,code_0\n1,2,3\n", "which column is the SID"),
-        ("id,c0,c2\n1,2,3\n", "the columns of the codes are not numbered from 0 or 1 on"),
-        ("id,c0,c00\n1,2,3\n", "the columns of the codes are not numbered from 0"),
-        ("id,c2,c3\n1,2,3\n", "the columns of the codes are not numbered from 0 or 1 on"),
+        ("id,c0,c2\n1,2,3\n", "the columns of the codes are not numbered consecutively from 0 or 1"),
+        ("id,c0,c00\n1,2,3\n", "the columns of the codes are not numbered consecutively from 0"),
+        ("id,c2,c3\n1,2,3\n", "the columns of the codes are not numbered consecutively from 0 or 1"),
         ("id,c0,c1\n1,,3\n", "row 1: has no code at level 0"),
         ("id,c0,c1,c2\n1,4,,3\n", "row 1: has no code at level 1, but one after it"),
         ("id,c0\n1,1.5\n", "row 1: a code must be an integer from 0 to 2147483646, got '1.5'"),
@@ -294,14 +294,14 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
         ("id,sid\n1,\n", "row 1: expected a SID such as"),
         ("id,sid\n1,<a_1>x<b_2>\n", "row 1: level 1: expected a token such as '<a_12>', got 'x'"),
         ("id,sid\n1,<a_1><a_2>\n", "row 1: level 1: token '<a_2>' is of another level"),
-        ("id,sid\n1,<|sid_begin|><|sid_end|>\n", "row 1: has no code"),
+        ("id,sid\n1,<|sid_begin|><|sid_end|>\n", "row 1: expected at least one code"),
         ("id,sid\n1,1-2 3\n", "row 1: level 0: expected a token"),
         ("id,sid\n1,1--2\n", "row 1: level 0: expected a token"),
         ("id,sid\n1,99999999999\n", "row 1: codes must be from 0 to 2147483646"),
         ("id,sid\n1," + "1-" * 32 + "1\n", "row 1: a SID has at most 32 codes, got 33"),
         ("id,sid\n,1\n", "row 1: item '' is empty"),
         ("id,sid\nA,1\n\nA,2\n", "row 3: item 'A' appears twice"),
-        ("id,sid\n-4,1\n", f"row 1: item '-4' is no integer from 0 to {2**63 - 1}"),
+        ("id,sid\n-4,1\n", f"row 1: item '-4' is not an integer from 0 to {2**63 - 1}"),
     ],
 )
 def test_bad_tables(tmp_path, content, message):

@@ -150,7 +150,7 @@ def test_from_tokenizer_with_a_catalogue_of_onerec(tmp_path: Path) -> None:
     [
         (["<x>"], None, "the tokenizer has no SID tokens"),
         (["<a_0>", "<s_a_0>"], None, "SID tokens of two layouts, '<a_0>' and '<s_a_0>'"),
-        (["<a_0>", "<c_4>"], None, "has the SID token '<c_4>' and none of level 'b'"),
+        (["<a_0>", "<c_4>"], None, "has the SID token '<c_4>' but none of level 'b'"),
         (["<a_1>", "<a_01>"], None, "tokens '<a_1>' and '<a_01>' have the same code"),
         (["<a_1>", "<a_01>"], ["<a_1>", "<a_01>"], ""),  # of two levels: each its own
         (["<a_1>"], ["<a_2>"], "the tokenizer does not know token '<a_2>'"),

@@ -22,21 +22,28 @@ from raddpo_ext.index.store_service import is_running, last_served
 from raddpo_ext.index.trie import TrieIndex
 
 _NAME = re.compile(r"((?!000000)[0-9]{6}|[1-9][0-9]{6,17})\.trie")
-_LAST = 10**18 - 1  # version
+_LAST = 10**18 - 1  # the maximum version
 _STAGED = ".publishing."
-_LEFT = re.compile(r"\.?\.publishing\.[0-9a-f]{16}(\.idmap)?(\.[0-9a-f]{16})?")  # by a publisher that was killed
-_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # of this process, which may pass
+_LEFT = re.compile(r"\.?\.publishing\.[0-9a-f]{16}(\.idmap)?(\.[0-9a-f]{16})?")  # left by a publisher that was killed
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # shortages of this process, which may be temporary
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class CatalogueVersion:
-    """One version of a catalogue. A search that holds it from start to end sees nothing of a newer one.
+    """One version of a catalogue. A search that uses one from start to end is not affected by newer versions.
 
     Attributes:
-        version: its number in the store, from 1 up.
-        index: memory-mapped; unmapped when nothing refers to it any more.
-        names: the items' own ids and titles, or None where they were published without.
+        version: its number in the store, at least 1.
+        index: the index, memory-mapped; unmapped when nothing refers to it any more.
+        names: ids and titles of the items, or None if it was published without them.
+
+    Example:
+        >>> store = rx.CatalogueStore("catalogue")
+        >>> version = store.publish(rx.TrieIndex.build([[0, 1], [0, 2]]))
+        >>> current = store.current()
+        >>> current.version, current.index.num_items, current.names
+        (1, 2, None)
     """
 
     version: int
@@ -47,30 +54,39 @@ class CatalogueVersion:
 class CatalogueStore:
     """Versions of a catalogue on disk, ``000001.trie``, ``000002.trie``, ...: the highest number is the newest.
 
-    Any number of processes may read and publish at once. A version appears in the folder under its final name whole and
-    verified, is never changed, and is deleted once ``keep`` newer or equal ones are there; searches that hold it go on
-    with it, since a mapped file outlives its name. A publisher killed at any point leaves the store as it was.
+    Any number of processes may read and publish at the same time. A version gets its final name when it is complete and
+    verified, and it never changes. :meth:`publish` keeps the newest ``keep`` versions and deletes older ones. A search
+    that holds a deleted version goes on: the file stays mapped. A publisher that is killed leaves the store as it was.
 
-    Where a service runs, or ran last, the newest ``keep`` of the versions that it served stay as well, whatever came
-    after them: its model may be unable to serve that. What else is in the folder (a folder or FIFO of a version's name,
-    other names) is passed over.
+    If a service runs on the store, or ran there last, the newest ``keep`` of the versions that it served are kept too,
+    because its model may be unable to serve later ones. Everything else in the folder (a folder or FIFO with a
+    version's name, other names) is ignored.
 
     Args:
-        path: the folder, on a local disk; made by the first :meth:`publish`.
-        keep: versions left on disk by :meth:`publish`, at least 1.
+        path: the folder, on a local disk; created by the first :meth:`publish`.
+        keep: number of versions that :meth:`publish` keeps, at least 1.
+
+    Example:
+        >>> store = rx.CatalogueStore("catalogue")
+        >>> store.publish(rx.TrieIndex.build([[0, 1], [0, 2]]))
+        1
+        >>> store.publish(rx.TrieIndex.build([[0, 1], [0, 2], [1, 0]]))
+        2
+        >>> store.current().index.num_items
+        3
     """
 
     def __init__(self, path: str | os.PathLike[str], *, keep: int = 2) -> None:
         self.path = Path(path)
         self.keep = _check.integer(keep, "keep", 1)
-        #: Versions on disk that could not be loaded, or that ``accept`` refused, and why.
+        #: The versions on disk that could not be loaded or that ``accept`` refused, each with the reason.
         self.refused: dict[int, str] = {}
         self._current: CatalogueVersion | None = None
         self._loading = threading.Lock()
 
     @property
     def version(self) -> int:
-        """The newest version on disk, 0 for an empty store."""
+        """The number of the newest version on disk; 0 for an empty store."""
         return max(self._versions(), default=0)
 
     def publish(
@@ -81,23 +97,23 @@ class CatalogueStore:
         unless_newest: bool = False,
         force: bool = False,
     ) -> int:
-        """Makes an index, or a file that :meth:`TrieIndex.save` wrote, the newest version.
+        """Publish an index, or a file that :meth:`TrieIndex.save` wrote, as the newest version.
 
-        The copy in the store is on the disk and its checksum verified before it has its name.
+        The copy in the store gets its name after it is flushed to the disk and its checksum is verified.
 
         Args:
             index: the index, or its file.
-            names: its items' ids and titles. Default: of a file those beside it (:meth:`IdMap.save`), else none.
-            unless_newest: change nothing where the newest version holds the same already, to the byte.
-            force: publish it even where it has tokens that the running service's model lacks.
+            names: ids and titles of its items. Default: for a file, the map beside it (:meth:`IdMap.save`); else none.
+            unless_newest: change nothing if the newest version has the same bytes already.
+            force: publish the index even if the model of the running service lacks some of its tokens.
 
         Returns:
-            Its version: one more than the newest, or the newest where nothing was changed.
+            The number of the version: one more than the newest, or the newest if nothing changed.
 
         Raises:
-            ValueError: the file is no index, truncated or altered, or it has tokens that the model of the service that
-                runs on this store lacks; nothing has changed.
-            OSError: it cannot be read, or the store not written.
+            ValueError: the file is not an index, is truncated or is altered, or the model of the service that runs on
+                this store lacks a token of the index. Nothing has changed.
+            OSError: the file cannot be read, or the store cannot be written.
         """
         if not isinstance(index, TrieIndex):
             names = IdMap.load(index) if names is None else names
@@ -133,7 +149,7 @@ class CatalogueStore:
             )
 
     def _is_same(self, staged: Path, version: int) -> bool:
-        with suppress(OSError):  # none, or one that cannot be read
+        with suppress(OSError):  # there is no newest version, or it cannot be read
             newest = self._file(version)
             ours, theirs = map_path(staged), map_path(newest)
             same = ours.exists() == theirs.exists() and (not ours.exists() or filecmp.cmp(ours, theirs, shallow=False))
@@ -141,7 +157,7 @@ class CatalogueStore:
         return False
 
     def _next(self, version: int) -> int:
-        """The number of the version after this one that nothing in the folder is called by."""
+        """The first number after ``version`` whose file name is free."""
         version += 1
         while os.path.lexists(self._file(version)):
             version += 1
@@ -150,7 +166,7 @@ class CatalogueStore:
         return version
 
     def _prune(self) -> None:
-        """Removes all but the newest ``keep``, and all but the newest ``keep`` of what a service has served."""
+        """Remove all versions but the newest ``keep``, and the newest ``keep`` of those that a service has served."""
         versions = sorted(self._versions())
         kept = set(versions[-self.keep :])
         if (served := last_served(self.path)) is not None:
@@ -160,18 +176,19 @@ class CatalogueStore:
             map_path(self._file(old)).unlink(missing_ok=True)
 
     def current(self, accept: Callable[[CatalogueVersion], object] | None = None) -> CatalogueVersion:
-        """The newest version that loads and is accepted; one look at the folder unless there is a new one.
+        """The newest version that loads and is accepted. Lists the folder, and loads only newer versions than before.
 
-        A newer one that is damaged or not accepted is refused for good, logged and entered in :attr:`refused`: the
-        version at hand, or the next older one on disk, goes on. The answer never goes back to an older version than
-        before.
+        A newer version that is damaged or not accepted is refused: logged, entered in :attr:`refused` and never tried
+        again. The result is then the version of the last call or, before there is one, the next older version on disk.
+        It is never an older version than that of the last call.
 
         Args:
-            accept: is called with each newer version in turn, the newest first, and raises what speaks against it.
-                A MemoryError is no reason and passes through, as does an OSError of a load that lacks file descriptors.
+            accept: called with each newer version, the newest first; raises an exception to refuse it. A MemoryError
+                does not refuse the version but passes through, as does the OSError of a load that lacks file
+                descriptors or memory.
 
         Raises:
-            FileNotFoundError: there is none, or every one was refused.
+            FileNotFoundError: the store has no version, or every version was refused.
         """
         with self._loading:
             self._current = self._newest(accept)
@@ -183,11 +200,11 @@ class CatalogueStore:
             if at_hand is not None and version <= at_hand.version:
                 break
             try:
-                names = IdMap.load(self._file(version))  # goes after its index: while that is there, so is the map
+                names = IdMap.load(self._file(version))  # removed after its index, so it is there if the index is
                 found = CatalogueVersion(version, TrieIndex.load(self._file(version)), names)
             except OSError as error:
                 if isinstance(error, FileNotFoundError) and version not in self._versions():
-                    return self._newest(accept)  # pruned since the look at the folder: newer ones are there
+                    return self._newest(accept)  # pruned after the folder was listed: there are newer versions
                 if error.errno in _SHORTAGES:
                     raise
                 self._refuse(version, error)
@@ -200,13 +217,13 @@ class CatalogueStore:
                     accept(found)
             except MemoryError:
                 raise
-            except Exception as error:  # whatever a model can raise
+            except Exception as error:  # accept may run a model, which can raise any type
                 self._refuse(version, error)
                 continue
             return found
         if at_hand is None:
             why = "".join(f"; {version} is refused: {self.refused[version]}" for version in sorted(self.refused)[-1:])
-            raise FileNotFoundError(2, f"no version of a catalogue in this folder{why}", str(self.path))
+            raise FileNotFoundError(2, f"the store holds no catalogue version{why}", str(self.path))
         return at_hand
 
     def _refuse(self, version: int, error: Exception) -> None:
@@ -221,7 +238,7 @@ class CatalogueStore:
         return {int(match[1]) for match in map(_NAME.fullmatch, names) if match and self._may_be_file(match[0])}
 
     def _may_be_file(self, name: str) -> bool:
-        """False for a folder, a FIFO and the like; what cannot be told is for the loading to refuse."""
+        """False for a folder, FIFO or the like. True if this cannot be determined: loading then refuses the version."""
         try:
             return stat.S_ISREG((self.path / name).stat().st_mode)
         except OSError:
@@ -232,8 +249,8 @@ class CatalogueStore:
 
     @contextmanager
     def _publishing(self) -> Iterator[None]:
-        """One publisher at a time; the kernel opens the lock of one that is killed."""
-        # Read and write, so that not even a FIFO of this name makes it wait for its other end.
+        """Lock out other publishers. The kernel releases the lock of a publisher that is killed."""
+        # Opened for reading and writing, because that does not block even if the name is that of a FIFO.
         with os.fdopen(os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666), "rb+", 0) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             for name in filter(_LEFT.fullmatch, os.listdir(self.path)):

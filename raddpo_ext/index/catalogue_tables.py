@@ -19,13 +19,13 @@ _NUMBERED = re.compile(r"(sid|code|c|level|l)_?([0-9]{1,2})")
 
 
 class Columns(NamedTuple):
-    """What a table says of each of its ``N`` items.
+    """The columns of a table of ``N`` items.
 
     Attributes:
-        rows: their numbers in the file, for errors.
-        items: their ids as text.
-        codes: their SIDs, at least one code each.
-        titles: or None without such a column.
+        rows: row numbers in the file, for error messages.
+        items: item ids as text.
+        codes: the codes of each SID, at least one.
+        titles: the titles, or None if the table has no such column.
     """
 
     rows: list[int]
@@ -35,11 +35,11 @@ class Columns(NamedTuple):
 
 
 def read_columns(path: Path, item: str | None, sid: Sequence[str] | None, title: str | None) -> Columns:
-    """Reads a table by the names of its columns, see :func:`raddpo_ext.read_sids`.
+    """Read a table by the names of its columns, see :func:`raddpo_ext.read_sids`.
 
     Raises:
-        ValueError: what is wrong with it, of a row also its number.
-        OSError: it cannot be opened.
+        ValueError: the table is malformed; names the row, if one is.
+        OSError: the file cannot be opened.
     """
     names, rows = _parquet(path) if path.suffix == ".parquet" else _csv(path)
     for name in names:
@@ -75,24 +75,26 @@ def _column(names: list[str], lower: list[str], given: str | None, usual: Sequen
     found = [at for at, name in enumerate(lower) if name in usual]
     if len(found) != 1:
         several = f"columns {_listed([names[at] for at in found])}" if found else f"only {_listed(names)}"
-        raise ValueError(f"which column is {what}? It has {several}: say {option}")
+        raise ValueError(f"cannot tell which column is {what}, it has {several}: give {option}")
     return found[0]
 
 
 def _sid_columns(names: list[str], lower: list[str], given: Sequence[str] | None) -> tuple[list[int], bool]:
-    """The columns, and whether each holds one code."""
+    """The columns of the SID, and whether each of them holds one code."""
     if given is not None:
         return [_column(names, lower, name, (), "the SID", "sid") for name in given], len(given) > 1
     numbered = [(match[1], int(match[2]), at) for at, name in enumerate(lower) if (match := _NUMBERED.fullmatch(name))]
     whole = [at for at, name in enumerate(lower) if name in _SID]
     if len(whole) + len({word for word, _, _ in numbered}) != 1:
-        raise ValueError(f"which column is the SID, or which are its codes? It has {_listed(names)}: say sid")
+        raise ValueError(
+            f"cannot tell which column is the SID, or which are its codes, it has {_listed(names)}: give sid"
+        )
     if whole:
         return whole, False
     numbered.sort()
     first = numbered[0][1]
     if first > 1 or [number for _, number, _ in numbered] != [*range(first, first + len(numbered))]:
-        raise ValueError(f"the columns of the codes are not numbered from 0 or 1 on: {_listed(names)}")
+        raise ValueError(f"the columns of the codes are not numbered consecutively from 0 or 1: {_listed(names)}")
     return [at for _, _, at in numbered], True
 
 
@@ -138,7 +140,7 @@ def _parquet(path: Path) -> tuple[list[str], Iterator[tuple[int, Sequence[Any]]]
 
 
 def _text(value: Any, what: str) -> str:
-    """An id or title as text: nothing is rounded or made up."""
+    """An id or title as text. Refuses floats, whose digits may have been rounded."""
     if isinstance(value, str):
         return value
     if type(value) is int:
@@ -147,7 +149,7 @@ def _text(value: Any, what: str) -> str:
 
 
 def _plain(sid: Any) -> Any:
-    """A SID column's value as :func:`codes_of` takes it."""
+    """The value of a SID column as :func:`codes_of` takes it."""
     return [sid] if type(sid) is int else sid
 
 
@@ -162,10 +164,10 @@ def _codes(cells: Iterator[Any]) -> list[int]:
 
 
 def _code(cell: Any) -> int:
-    """-1 for none."""
+    """The code of a cell, -1 for an empty cell."""
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return -1
-    # A column with empty cells is one of floats to those who write tables: 12.0.
+    # Programs write an integer column that has empty cells as floats: 12.0.
     text = cell.strip() if isinstance(cell, str) else repr(cell)
     if text in ("", "-1", "-1.0"):
         return -1

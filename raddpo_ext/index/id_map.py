@@ -1,4 +1,4 @@
-"""IdMap: the shop's own item ids and titles, beside an index, which knows integers alone."""
+"""IdMap: a shop's own item ids and titles, for an index, whose item ids are integers."""
 
 from __future__ import annotations
 
@@ -24,18 +24,25 @@ _FORMAT = "raddpo_ext id map 1"
 
 
 class IdMap:
-    """From a shop's item ids (SKU, ASIN, UUID) to the integers of an index, and back; and the items' titles.
+    """Maps a shop's item ids (SKU, ASIN, UUID) to the integer item ids of an index and back, and holds item titles.
 
-    It is saved beside the index, as ``FILE.idmap`` for the index ``FILE``, and bound to it: another index of that name
-    refuses it. Takes about 200 bytes an item in memory.
+    It is saved beside the index, as ``FILE.idmap`` for the index ``FILE``, and bound to it: :meth:`load` refuses a map
+    that was saved for another index. Takes about 200 bytes per item in memory.
 
     Args:
-        ids: the items' ids, distinct strings ``[N]``, or None where an item's id is its integer.
+        ids: the items' ids, distinct strings ``[N]``, or None if an item's id is its integer.
         titles: strings ``[N]``, empty for an item without one, or None.
-        items: the integers of the items in the index, ``[N]``. Default: 0 to ``N - 1``.
+        items: the item ids in the index, integers ``[N]``. Default: 0 to ``N - 1``.
 
     Raises:
         ValueError, TypeError: naming the argument and the value.
+
+    Example:
+        >>> names = rx.IdMap(["HAT-01", "CAP-07"], titles=["Hat", "Cap"])
+        >>> names.items_of(["CAP-07"])
+        [1]
+        >>> names.ids_of([[1, 0, -1]]), names.titles_of([0])
+        ([['CAP-07', 'HAT-01', None]], ['Hat'])
     """
 
     def __init__(
@@ -49,7 +56,7 @@ class IdMap:
         if ids is None and titles is None:
             raise ValueError("ids or titles must be given")
         if len(set(counts.values())) > 1:
-            raise ValueError(f"ids, titles and items must have one entry an item, got {counts}")
+            raise ValueError(f"ids, titles and items must have one entry per item, got {counts}")
         for name in ("ids", "titles"):
             wrong = next((value for value in given[name] or () if not isinstance(value, str)), None)
             if wrong is not None:
@@ -57,7 +64,7 @@ class IdMap:
         self.ids = None if ids is None else list(ids)
         self.titles = None if titles is None else list(titles)
         (count,) = set(counts.values())
-        #: int64 ``[N]``.
+        #: The item ids in the index, int64 ``[N]``.
         self.items = np.arange(count) if items is None else item_ids_of(items, "items", least=0)
         self._items: list[int] = self.items.tolist()
         self._row = _rows("items", self._items)
@@ -65,16 +72,16 @@ class IdMap:
 
     @classmethod
     def of(cls, table: SIDTable) -> IdMap | None:
-        """The map that a table asks for: None where its ids are integers and it has no titles."""
+        """The map of a table's ids and titles. None if the ids are integers and there are no titles."""
         if table.ids is None and table.titles is None:
             return None
         return cls(table.ids, table.titles, None if table.item_ids is None else table.item_ids.tolist())
 
     def items_of(self, ids: Sequence[Any], name: str = "ids") -> list[int]:
-        """The integers of these ids, which the functions of this package take.
+        """The integer item ids of these ids, as the functions of this package take them.
 
         Raises:
-            UnknownItem: a ValueError, naming the first id that the map lacks and where it stands.
+            UnknownItem: a ValueError that names the first id that the map lacks, and its position.
         """
         known = self._row if self._row_of_id is None else self._row_of_id
         for position, wanted in enumerate(ids):
@@ -83,24 +90,24 @@ class IdMap:
         return [self._items[known[wanted]] for wanted in ids]
 
     def __contains__(self, wanted: object) -> bool:
-        """Whether an item has this id."""
+        """Whether the map has an item with this id."""
         if self._row_of_id is None:
             return type(wanted) is int and wanted in self._row
         return type(wanted) is str and wanted in self._row_of_id
 
     def ids_of(self, items: Any) -> Any:
-        """The ids of integers: nested lists in the shape of ``items``, None where it is -1 (an empty row).
+        """The ids of integer item ids, as nested lists in the shape of ``items``; None for -1 (an empty row).
 
         Args:
             items: integers of any shape, such as :attr:`BeamResult.items`.
 
         Raises:
-            ValueError: an integer that the map lacks.
+            ValueError: the map lacks one of the integers.
         """
         return self._of(items, self._items if self.ids is None else self.ids)
 
     def titles_of(self, items: Any) -> Any:
-        """The titles likewise; empty strings where the map has none."""
+        """The titles of integer item ids, in the form of :meth:`ids_of`; empty strings for items without a title."""
         return self._of(items, self.titles or [""] * len(self.items))
 
     def _of(self, items: Any, values: Sequence[Any]) -> Any:
@@ -115,10 +122,13 @@ class IdMap:
         return values[self._row[items]]
 
     def save(self, index: str | os.PathLike[str]) -> None:
-        """Writes the map beside a saved index, atomically.
+        """Write the map beside a saved index, atomically.
+
+        Args:
+            index: the file of the index.
 
         Raises:
-            ValueError: the index has an item that the map lacks, or its file is damaged.
+            ValueError: the map lacks an item of the index, or the index file is damaged.
         """
         there = TrieIndex.load(index).items.long().numpy()
         missing = there[~np.isin(there, self.items)]
@@ -133,17 +143,17 @@ class IdMap:
 
     @classmethod
     def load(cls, index: str | os.PathLike[str]) -> IdMap | None:
-        """The map beside a saved index, or None where there is none.
+        """Read the map beside a saved index; None if there is no map.
 
         Raises:
-            ValueError: it is damaged, or of another index; naming its file.
-            OSError: it or the index cannot be opened.
+            ValueError: the map is damaged, or belongs to another index; names its file.
+            OSError: the map or the index cannot be opened.
         """
         path = map_path(index)
         if not os.path.lexists(path):
             return None
         if not path.is_file():
-            raise ValueError(f"{path}: is no regular file")
+            raise ValueError(f"{path}: is not a regular file")
         first, _, body = path.read_bytes().partition(b"\n")
         try:
             head = json.loads(first)
@@ -156,18 +166,18 @@ class IdMap:
             raise ValueError(f"{path}: not an id map, truncated or altered: {' '.join(str(error).split())}") from None
         if stamp != _stamp(index):
             raise ValueError(
-                f"{path}: the id map is of another index than {os.fspath(index)}: build them together, or remove it"
+                f"{path}: the id map belongs to another index than {os.fspath(index)}: build both together or remove it"
             )
         return found
 
 
 def map_path(index: str | os.PathLike[str]) -> Path:
-    """Where the id map of an index is, if it has one."""
+    """The path of an index's id map. The file need not exist."""
     return Path(f"{os.fspath(index)}.idmap")
 
 
 def move_map(staged: Path, index: Path) -> None:
-    """Gives the map of an index the place that it has under the index's next name, before the index itself moves."""
+    """Move the map of a staged index to its final path. Call this before the index itself is moved."""
     if map_path(staged).exists():
         os.replace(map_path(staged), map_path(index))
     elif map_path(index).exists():  # left by a publisher that was killed
@@ -175,7 +185,7 @@ def move_map(staged: Path, index: Path) -> None:
 
 
 def _stamp(index: str | os.PathLike[str]) -> list[int]:
-    """What tells an index from others: its size and checksum, from its header."""
+    """The size and checksum in the header of an index, which identify it."""
     with open(index, "rb") as file:
         header = np.frombuffer(file.read(8 * (_C.HEADER["checksum"] + 1)), np.int64)
     if len(header) <= _C.HEADER["checksum"]:
@@ -187,5 +197,5 @@ def _rows(name: str, values: Sequence[Any]) -> dict[Any, int]:
     rows = {value: row for row, value in enumerate(values)}
     if len(rows) < len(values):
         twice = next(value for row, value in enumerate(values) if rows[value] != row)
-        raise ValueError(f"{name} hold {shown(twice)} twice")
+        raise ValueError(f"{name} must be distinct, got {shown(twice)} twice")
     return rows

@@ -1,14 +1,14 @@
-"""Item ids as text: which of them are integers."""
+"""Which item ids that are given as text are integers."""
 
 from __future__ import annotations
 
 import re
 
-LARGEST_ITEM = 2**63 - 1  #: The largest item id that is an integer, everywhere.
+LARGEST_ITEM = 2**63 - 1  #: The maximum integer item id.
 
 
 def integer_id(text: str) -> int | None:
-    """An item id that is an integer: from 0 to :data:`LARGEST_ITEM`, without a leading zero. None for any other."""
-    if not re.fullmatch("0|[1-9][0-9]{0,18}", text):  # int() refuses much longer ones
+    """The integer that a text spells, from 0 to :data:`LARGEST_ITEM` without a leading zero; else None."""
+    if not re.fullmatch("0|[1-9][0-9]{0,18}", text):  # int() raises for very long digits
         return None
     return int(text) if int(text) <= LARGEST_ITEM else None

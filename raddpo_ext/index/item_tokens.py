@@ -1,4 +1,4 @@
-"""Items as a model reads them, for training and serving alike: a history's prompt, and candidates of a session."""
+"""Items as tokens, the same in training and serving: prompts from histories, and the candidates of sessions."""
 
 from __future__ import annotations
 
@@ -18,24 +18,29 @@ from raddpo_ext.index.trie_items import UnknownItem, codes_of_items
 def history_prompts(
     index: TrieIndex, histories: Sequence[Sequence[int]], *, bos_token_id: int | None = None
 ) -> list[list[int]]:
-    """The prompts of people who had these items: ``bos_token_id``, then the SIDs' tokens one after another.
+    """Build prompts from item histories: ``bos_token_id``, then the tokens of each item's SID, without end tokens.
 
-    End tokens are left out. ``python -m raddpo_ext serve`` makes the prompt of a request's ``history`` by this
-    function, with ``model.config.bos_token_id``: a model trained on what it gives is asked in the same words. Make many
-    prompts in one call, which passes once over the index's items.
+    ``python -m raddpo_ext serve`` builds the prompt of a request's ``history`` with this function and
+    ``model.config.bos_token_id``, so that a model trained on these prompts gets the same ones from the service. Build
+    many prompts in one call: every call passes once over all items of the index.
 
     Args:
         index: the catalogue.
-        histories: item ids of each prompt, oldest first.
-        bos_token_id: the token that opens every prompt, or None for no such token.
+        histories: sequences of integer item ids, one per prompt, oldest first.
+        bos_token_id: token id at the start of every prompt, or None.
 
     Returns:
-        A list of token ids a history, as the column ``prompt_ids`` of a session wants it. That of an empty history is
-        empty but for ``bos_token_id``.
+        One list of token ids per history, for the column ``prompt_ids`` of a session. The prompt of an empty history
+        has only ``bos_token_id``.
 
     Raises:
-        ValueError: an id that the index lacks, naming it and where it stands.
-        TypeError: not integers.
+        ValueError: the index lacks an item id; names the id and its position.
+        TypeError: the histories do not hold integers.
+
+    Example:
+        >>> index = rx.TrieIndex.build([[0, 1], [2, 3]], vocab=rx.SIDVocab([4, 4], offset=10, eos=1))
+        >>> rx.history_prompts(index, [[1, 0], []], bos_token_id=2)
+        [[2, 12, 17, 10, 15], [2]]
     """
     _check.instance(index, "index", TrieIndex)
     start = [] if bos_token_id is None else [_check.integer(bos_token_id, "bos_token_id", 0)]
@@ -54,8 +59,9 @@ def history_prompts(
 
 
 def item_tokens(index: TrieIndex, item_ids: Any) -> list[list[int]]:
-    """The tokens of each item's SID, as the columns ``positives`` and ``negatives`` of a session want them: with the
-    end token, if the index's vocab has one.
+    """The tokens of each item's SID, with the end token if the index's vocab has one.
+
+    They are what the columns ``positives`` and ``negatives`` of a session hold.
 
     Args:
         index: the catalogue.
@@ -65,15 +71,20 @@ def item_tokens(index: TrieIndex, item_ids: Any) -> list[list[int]]:
         ``K`` lists of token ids.
 
     Raises:
-        ValueError: an id that the index lacks, naming it.
-        TypeError: not integers.
+        ValueError: the index lacks an item id; names it.
+        TypeError: the ids are not integers.
+
+    Example:
+        >>> index = rx.TrieIndex.build([[0, 1], [2, 3]], vocab=rx.SIDVocab([4, 4], offset=10, eos=1))
+        >>> rx.item_tokens(index, [1, 0])
+        [[12, 17, 1], [10, 15, 1]]
     """
     _check.instance(index, "index", TrieIndex)
     return _ragged(_encoded(index, index.sids_of(item_ids)))
 
 
 def _encoded(index: TrieIndex, codes: Tensor) -> Tensor:
-    """Token ids ``[K, sid_levels]``, one column more with an end token, padded with -1."""
+    """Token ids ``[K, sid_levels]``, or ``[K, sid_levels + 1]`` with an end token; padded with -1."""
     return codes if index.vocab is None else index.vocab.lookup(codes, (codes >= 0).sum(1))
 
 

@@ -1,4 +1,4 @@
-"""Reads a catalogue's semantic IDs (SIDs) from the files that public SID models and numpy write."""
+"""Read a catalogue's semantic IDs (SIDs) from tables and from the files that public SID models and numpy write."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class SIDTable(NamedTuple):
     """A catalogue of ``N`` items, as :meth:`TrieIndex.build` takes it.
 
     Attributes:
-        sids: integer codes ``[N, L]``; of a shorter SID the rest is padding, not to be read.
-        lengths: int64 ``[N]`` in ``[1, L]``, or None where every SID has ``L`` codes.
-        item_ids: integer ``[N]``, or None where an item is its row number.
-        sizes: for each level the number of codes that its largest code asks for.
-        ids: the items' own ids where these are strings, ``[N]``; their ``item_ids`` are row numbers then.
-        titles: ``[N]``, empty for an item without one, or None.
+        sids: integer codes ``[N, L]``. Codes beyond a SID's length are padding of any value.
+        lengths: int64 ``[N]`` in ``[1, L]``, or None if every SID has ``L`` codes.
+        item_ids: integer ``[N]``, or None if the item ids are the row numbers.
+        sizes: for each level, one more than its largest code.
+        ids: the items' own ids if these are strings, ``[N]``; the item ids are the row numbers then. Else None.
+        titles: ``[N]``, empty for an item without a title, or None if there are no titles.
     """
 
     sids: np.ndarray
@@ -47,34 +47,42 @@ def read_sids(
     sid: str | Sequence[str] | None = None,
     title: str | None = None,
 ) -> SIDTable:
-    """Reads SIDs from a file, by its suffix.
+    """Read the SIDs of a catalogue from a file. The suffix tells the format.
 
     - ``.json``: the ``index.json`` of LC-Rec, LETTER and MiniOneRec, ``{"7": ["<a_12>", "<b_3>", ...], ...}``. Keys are
-      item ids, the letter is the level, the number the code. Tokens ``<s_a_12>`` (OneRec) and markers around a SID are
-      understood, too.
-    - ``.csv``, ``.tsv`` and ``.parquet`` (needs pyarrow): one item a row, in columns with names. The SID is one column,
-      ``<a_12><b_3>``, ``12,3`` or a list, or a column for each code, empty or -1 beyond a shorter SID.
-    - ``.npy``: integers ``[N, L]``. A row may end in -1s: its SID is shorter.
+      item ids, the letter is the level, the number is the code. Tokens ``<s_a_12>`` (OneRec) and markers around a SID
+      are read too.
+    - ``.csv``, ``.tsv`` and ``.parquet`` (needs pyarrow): one item per row, in named columns. The SID is one column
+      (``<a_12><b_3>``, ``12,3`` or a list), or one column per code, empty or -1 beyond the end of a shorter SID.
+    - ``.npy``: integers ``[N, L]``. A shorter SID ends in -1.
     - ``.npz``: the array ``sids``, as above, and optionally ``lengths`` ``[N]`` and ``item_ids`` ``[N]``. With
-      ``lengths``, whatever lies beyond them is ignored.
+      ``lengths``, codes beyond a SID's length are ignored.
 
-    Item ids of text are integers if each of them is one, from 0 to 2**63 - 1 and without a leading zero; else all of
-    them stay strings: see ``ids`` of the result, and :class:`IdMap`.
+    Item ids in text are read as integers if every one of them is an integer from 0 to 2**63 - 1 without a leading zero.
+    Otherwise all of them stay strings: see ``ids`` of the result, and :class:`IdMap`.
 
     Args:
         path: the file. Nothing in it is ever unpickled.
         item: the column of the item's id in a table. Default: ``item_id``, ``item``, ``id``, ``asin``, ``parent_asin``
             or ``sku``.
-        sid: the column of the SID, or those of its codes in their order. Default: ``sid`` or ``semantic_id``, or
+        sid: the column of the SID, or the columns of its codes in their order. Default: ``sid`` or ``semantic_id``, or
             numbered columns such as ``code_0, code_1, ...`` (also ``sid``, ``c``, ``level`` or ``l``, from 0 or 1).
-        title: the column of the title. Default: ``title``, where there is one.
+        title: the column of the title. Default: ``title``, if there is one.
 
     Returns:
         :class:`SIDTable`.
 
     Raises:
-        ValueError: naming the file and what is wrong with it; also where none or several columns could be meant.
-        OSError: it cannot be opened.
+        ValueError: the file is malformed, or none or several of its columns have a default name; names the file.
+        OSError: the file cannot be opened.
+
+    Example:
+        >>> with open("index.json", "w") as file:
+        ...     _ = file.write('{"7": ["<a_0>", "<b_2>"], "9": ["<a_1>", "<b_0>"]}')
+        >>> table = rx.read_sids("index.json")
+        >>> table.sids.tolist(), table.item_ids.tolist(), table.sizes
+        ([[0, 2], [1, 0]], [7, 9], (2, 3))
+        >>> index = rx.TrieIndex.build(table.sids, item_ids=table.item_ids, lengths=table.lengths)
     """
     path = Path(path)
     if path.suffix in _TABLES:
@@ -101,7 +109,7 @@ def _read_table(path: Path, item: str | None, sid: Sequence[str] | None, title: 
 def _item_ids(
     path: Path, names: Sequence[str], rows: Sequence[int] | None = None
 ) -> tuple[np.ndarray | None, list[str] | None]:
-    """The ids as integers, or as the strings that they are; ``rows`` are the numbers that errors give them."""
+    """The ids, as integers or else as strings. ``rows`` are their row numbers for error messages."""
     seen: set[str] = set()
     integers = True
     for at, name in enumerate(names):
@@ -109,16 +117,16 @@ def _item_ids(
         if name in seen:
             _refuse(path, f"{what} appears twice")
         if re.fullmatch("-[0-9]+", name):
-            _refuse(path, f"{what} is no integer from 0 to {LARGEST_ITEM}")
+            _refuse(path, f"{what} is not an integer from 0 to {LARGEST_ITEM}")
         if not name or name != name.strip() or not name.isprintable():
-            _refuse(path, f"{what} is empty, or has blanks around it or characters that cannot be shown")
+            _refuse(path, f"{what} is empty, begins or ends with white space, or has characters that cannot be printed")
         seen.add(name)
         integers = integers and integer_id(name) is not None
     return (np.array([*map(int, names)], np.int64), None) if integers else (None, list(names))
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray | None]:
-    """Codes ``[N, L]``, -1 beyond each row's end, and the lengths where they differ."""
+    """Codes ``[N, L]``, -1 beyond each row's end, and the lengths, or None if all are ``L``."""
     lengths = np.array([len(row) for row in rows])
     sids = np.full((len(rows), lengths.max()), -1, np.int32)
     sids[np.arange(sids.shape[1]) < lengths[:, None]] = [code for row in rows for code in row]
@@ -130,7 +138,7 @@ def _sizes(sids: np.ndarray) -> tuple[int, ...]:
 
 
 class _Object(list[tuple[str, Any]]):
-    """A JSON object as its pairs, so that a repeated key is seen."""
+    """A JSON object as a list of its pairs, which keeps repeated keys."""
 
 
 def _read_index_json(path: Path) -> SIDTable:
@@ -143,7 +151,7 @@ def _read_index_json(path: Path) -> SIDTable:
     if not pairs:
         _refuse(path, "holds no items")
     item_ids, ids = _item_ids(path, [key for key, _ in pairs])
-    known: list[dict[str, int]] = []  # of each level the code of each token, so that a token is parsed once
+    known: list[dict[str, int]] = []  # per level the code of each token, so that a token is parsed once
     rows: list[list[int]] = []
     for key, given in pairs:
         tokens = without_markers(given) if isinstance(given, list) and not isinstance(given, _Object) else ()
@@ -193,7 +201,7 @@ def _load_archive(file: BinaryIO) -> dict[str, np.ndarray]:
                 raise ValueError(f"unknown array {name!r}, expected sids and optionally lengths, item_ids")
             arrays[name] = members[name]
             if not isinstance(arrays[name], np.ndarray):
-                raise ValueError(f"{name!r} is no array")
+                raise ValueError(f"{name!r} is not an array")
     return arrays
 
 
@@ -203,7 +211,7 @@ def _check_array(path: Path, name: str, array: np.ndarray, dim: int, rows: int) 
     if array.ndim != dim:
         _refuse(path, f"{name} must have {dim} dimension{'s' * (dim > 1)}, got shape {array.shape}")
     if len(array) != rows:
-        _refuse(path, f"{name} must have one entry a row of sids ({rows}), got {len(array)}")
+        _refuse(path, f"{name} must have one entry per row of sids ({rows}), got {len(array)}")
 
 
 def _lengths(path: Path, sids: np.ndarray, lengths: np.ndarray | None) -> np.ndarray | None:

@@ -9,7 +9,7 @@ from typing import Any
 #: A token of a SID: its layout's prefix, its level's letter and its code. ``<a_12>`` is of LC-Rec, LETTER and
 #: MiniOneRec, ``<s_a_12>`` of OneRec.
 TOKEN = re.compile(r"<(s_)?([a-z])_([0-9]{1,10})>")
-#: What stands around a SID: OneRec's ``<|sid_begin|>`` and ``<|sid_end|>``.
+#: A marker before or after a SID, such as ``<|sid_begin|>`` and ``<|sid_end|>`` of OneRec.
 MARKER = re.compile(r"<\|?sid_(?:begin|start|end)\|?>")
 LARGEST_CODE = 2**31 - 2
 MOST_LEVELS = 32
@@ -17,10 +17,10 @@ _PLAIN = re.compile(r"\[?\s*([0-9]+(?:(?P<between>\s*,\s*|\s+|[-_/|:;])[0-9]+(?:
 
 
 def code_of(token: Any, level: int) -> int:
-    """The code of a token that stands at a level, counted from 0.
+    """The code of a token at a level, counted from 0.
 
     Raises:
-        ValueError: what is wrong with it.
+        ValueError: the value is not a SID token, or its letter is that of another level.
     """
     match = TOKEN.fullmatch(token) if isinstance(token, str) else None
     if match is None or int(match[3]) > LARGEST_CODE:
@@ -45,11 +45,11 @@ def is_marker(token: Any) -> bool:
 
 
 def codes_of(sid: Any) -> list[int]:
-    """The codes of a SID: ``"<a_12><b_7>"``, ``"12,7"`` (also between blanks, ``-``, ``_``, ``/``, ``|``, ``:`` or
-    ``;``, or in brackets), or a list of such tokens or of integers.
+    """The codes of a SID: ``"<a_12><b_7>"``, ``"12,7"`` (also separated by blanks, ``-``, ``_``, ``/``, ``|``,
+    ``:`` or ``;``, or in brackets), or a list of such tokens or of integers.
 
     Raises:
-        ValueError: what is wrong with it.
+        ValueError: the value is not a SID of 1 to 32 codes.
     """
     if isinstance(sid, str):
         text = sid.strip()
@@ -66,7 +66,7 @@ def codes_of(sid: Any) -> list[int]:
     else:
         tokens = without_markers(sid)
         if not tokens:
-            raise ValueError(f"has no code, only {shown(sid)}")
+            raise ValueError(f"expected at least one code, got {shown(sid)}")
         codes = [code_of(token, level) for level, token in enumerate(tokens)]
     if len(codes) > MOST_LEVELS:
         raise ValueError(f"a SID has at most {MOST_LEVELS} codes, got {len(codes)}")
@@ -74,9 +74,9 @@ def codes_of(sid: Any) -> list[int]:
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it."""
+    """A value as errors show it: at most 60 characters."""
     try:
         text = repr(value)
-    except RecursionError:  # JSON may nest just so deep that it can be read and not be shown
+    except RecursionError:  # JSON can be nested too deeply for repr
         text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."

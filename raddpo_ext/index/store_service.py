@@ -1,7 +1,7 @@
-"""What a running service tells the publishers of its store: its model's vocabulary, what it serves and what it refused.
+"""What a service records for the publishers of its store: its model's vocabulary, the versions it serves and refused.
 
-Two files beside the versions: ``.service.json``, always whole, and ``.service.lock``, which every worker holds locked
-while it lives. The workers of a store have one model.
+The record is two files beside the versions: ``.service.json``, which is replaced atomically, and ``.service.lock``,
+which every worker keeps locked while it runs. All workers of a store have the same model.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Served:
-    """The service of a store, as the worker that wrote last knows it.
+    """The record of a store's service, by the worker that wrote last.
 
     Attributes:
-        vocab_size: its model's token ids are below.
-        version: the version that it serves.
-        refused: versions that its model cannot serve.
+        vocab_size: size of the model's vocabulary; its token ids are smaller.
+        version: the version that the service serves.
+        refused: the versions that its model cannot serve.
     """
 
     vocab_size: int
@@ -36,7 +36,7 @@ class Served:
 
 
 def last_served(folder: Path) -> Served | None:
-    """What the last service of this store wrote, whether it still runs or not; None where there was none."""
+    """The record of the last service of this store, which may have ended; None if there was none."""
     with suppress(OSError, ValueError, TypeError):
         with open_regular(folder / _RECORD) as file:
             found = Served(**json.load(file))
@@ -47,7 +47,7 @@ def last_served(folder: Path) -> Served | None:
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a worker of this store lives."""
+    """Whether a worker of this store is running."""
     with suppress(FileNotFoundError), open_regular(folder / _LOCK) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -57,20 +57,20 @@ def is_running(folder: Path) -> bool:
 
 
 class StoreService:
-    """A worker's end. A store that may not be written to is served all the same, and its publishers know nothing."""
+    """Writes the record of one worker. A store that cannot be written is served without a record."""
 
     def __init__(self, folder: Path, vocab_size: int) -> None:
         self._folder, self._vocab_size = folder, vocab_size
         self._told: Served | None = None
         try:
-            # Read and write, so that not even a FIFO of this name makes it wait.
+            # Opened for reading and writing, because that does not block even if the name is that of a FIFO.
             self._lock = os.fdopen(os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666), "rb+", 0)
-            fcntl.flock(self._lock, fcntl.LOCK_SH)  # until this object or its process goes
+            fcntl.flock(self._lock, fcntl.LOCK_SH)  # until this object is deleted or its process ends
         except OSError as error:
             _LOG.warning("the store's publishers are not told of this service: %s", error)
 
     def tell(self, version: int, refused: list[int]) -> None:
-        """Writes down what is served now, where that is news."""
+        """Write the record if it has changed."""
         served = Served(self._vocab_size, version, tuple(sorted(refused)))
         if served == self._told:
             return

@@ -11,12 +11,12 @@ from typing import Any
 
 from raddpo_ext.index.sid_text import TOKEN, is_marker, without_markers
 
-Levels = list[dict[int, str]]  # of each level the token of each code
+Levels = list[dict[int, str]]  # per level, the token of each code
 _CODE = re.compile(r"(.*_)([0-9]{1,10})>", re.DOTALL)
 
 
 class _Asked(dict[str, int]):
-    """The ids of a tokenizer that does not list its tokens: each is asked for."""
+    """Token ids of a tokenizer that cannot list its tokens. Each token is looked up when it is needed."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -30,10 +30,10 @@ class _Asked(dict[str, int]):
 
 
 def known_ids(tokenizer: Any) -> Mapping[str, int]:
-    """The id of each token, added ones included, ascending."""
+    """The id of each token, with added tokens, in ascending order of ids."""
     if hasattr(tokenizer, "get_vocab"):
-        ids = dict(sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]))  # else in no order
-        # The token for unknown words stands for no code, whatever it is called.
+        ids = dict(sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]))  # get_vocab has no order
+        # The unknown token is not a code, even if it is spelled like one.
         ids.pop(getattr(tokenizer, "unk_token", None), None)
         return ids
     if hasattr(tokenizer, "convert_tokens_to_ids"):
@@ -81,11 +81,11 @@ def tokenizer_levels(ids: Mapping[str, int]) -> Levels:
         raise ValueError("index_json must be given for a tokenizer without get_vocab()")
     found = [match for match in map(TOKEN.fullmatch, ids) if match]
     if not found:
-        raise ValueError("the tokenizer has no SID tokens: none is such as '<a_12>' or '<s_a_12>'")
+        raise ValueError("the tokenizer has no SID tokens such as '<a_12>' or '<s_a_12>'")
     prefixes = {match[1]: match[0] for match in found}
     if len(prefixes) > 1:
         some = " and ".join(map(repr, prefixes.values()))
-        raise ValueError(f"the tokenizer has SID tokens of two layouts, {some}: name those to use by index_json")
+        raise ValueError(f"the tokenizer has SID tokens of two layouts, {some}: give index_json to choose between them")
     by_letter: dict[str, dict[int, str]] = {}
     for match in found:
         codes = by_letter.setdefault(match[2], {})
@@ -97,14 +97,14 @@ def tokenizer_levels(ids: Mapping[str, int]) -> Levels:
         missing = next(letter for letter in "abcdefghijklmnopqrstuvwxyz" if letter not in letters)
         last = by_letter[letters[-1]]
         raise ValueError(
-            f"the tokenizer has the SID token {last[min(last)]!r} and none of level {missing!r}: name those to use by "
-            "index_json"
+            f"the tokenizer has the SID token {last[min(last)]!r} but none of level {missing!r}: give index_json to "
+            "choose the tokens"
         )
     return [by_letter[letter] for letter in letters]
 
 
 def left_out(ids: Mapping[str, int], levels: Levels, eos: int | None) -> tuple[str, ...]:
-    """Tokens that look like parts of a SID and are none, by ascending id."""
+    """Tokens that look like parts of a SID but are neither codes nor ``eos``, in ascending order of ids."""
     used = {token for codes in levels for token in codes.values()}
     stems = {match[1] for token in used if (match := _CODE.fullmatch(token))}
 

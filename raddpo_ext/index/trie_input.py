@@ -1,4 +1,4 @@
-"""What TrieIndex hands to the builder in C++."""
+"""The arguments of the C++ builder behind ``TrieIndex.build``."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from raddpo_ext.index.vocab import SIDVocab
 
 
 def level_symbols(vocab: SIDVocab | None, columns: int) -> list[tuple[Any, ...]]:
-    """For each level (size, first token, symbol of eos, symbol of each code, tokens, codes), as csrc/python.cpp takes
-    it: empty arrays where token = first token + code."""
+    """``(size, first token, symbol of eos, symbol of each code, tokens, codes)`` of each level, for csrc/python.cpp.
+
+    The arrays are empty where ``token = first token + code``.
+    """
     empty = np.empty(0, np.int32)
     if vocab is None:
         return [(-1, 0, -1, empty, empty, empty)] * columns
@@ -40,8 +42,8 @@ def level_symbols(vocab: SIDVocab | None, columns: int) -> list[tuple[Any, ...]]
 
 
 def item_ids_of(value: Any, name: str, least: int | None = None) -> np.ndarray:
-    """int64 ``[N]``."""
-    if isinstance(value, Sequence) and not len(value):  # no type to tell
+    """Item ids as int64 ``[N]``, checked to be at least ``least`` if that is given."""
+    if isinstance(value, Sequence) and not len(value):  # an empty list has no dtype to check
         return np.empty(0, np.int64)
     given = _check.integer_array(value, name, 1)
     ids = given.astype(np.int64)

@@ -1,4 +1,4 @@
-"""Fake kernels of the lookups in a trie, by which torch.compile traces them."""
+"""Fake kernels of the trie lookups, with which torch.compile traces them."""
 
 from __future__ import annotations
 
