@@ -79,7 +79,7 @@ def test_lengths(letter):
         ("Tiny.inter.json", "[]", "Tiny.inter.json: expected an object, got list"),
         ("Tiny.inter.json", "{", "Tiny.inter.json: not valid JSON"),
         ("Tiny.inter.json", "[" * 100_000, "Tiny.inter.json: not valid JSON"),
-        ("Tiny.inter.json", '{"0": [1, 2]}', "letter: nothing to train on or nothing to report on"),
+        ("Tiny.inter.json", '{"0": [1, 2]}', "letter: has no training sequence or no test case"),
         ("Tiny.index.json", "{}", "Tiny.index.json: holds no items"),
         ("Tiny.item.json", "1", "Tiny.item.json: expected an object, got int"),
         ("Other.index.json", "{}", "letter: expected one file \\*.index.json, found 2"),
@@ -104,7 +104,7 @@ def test_bad_letter_folder(letter, name, content, message):
         ("test.csv", b'A,"[1, ""2""]",6\n', "test.csv: row 1: item '2' is not in the catalogue"),
         ("test.csv", b"A,1,6\n", "test.csv: row 1: expected a list of items, got int"),
         ("test.csv", b"A,[],6\n", "test.csv: row 1: the history is empty"),
-        ("test.csv", b"", "minionerec: nothing to train on or nothing to report on"),
+        ("test.csv", b"", "minionerec: has no training sequence or no test case"),
     ],
 )
 def test_bad_minionerec_folder(minionerec, name, content, message):
@@ -120,7 +120,7 @@ def test_missing_files(letter, minionerec, tmp_path):
             load_catalogue(folder)
 
     refused(tmp_path / "nowhere", "nowhere: no such folder")
-    refused(letter / "Tiny.inter.json", "letter/Tiny.inter.json: is no folder")
+    refused(letter / "Tiny.inter.json", "letter/Tiny.inter.json: is not a folder")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", r"empty: expected one file \*.index.json, found 0")
     (minionerec / "test.csv").unlink()

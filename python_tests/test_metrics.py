@@ -90,7 +90,7 @@ def test_no_queries():
     [
         ([[1, 2]], [[-1]], [1], ValueError, r"wanted\[0\] is empty"),
         ([[[1, 2]]], [[[-1, -1]]], [1], ValueError, r"wanted\[0\] is empty"),
-        ([[1, 2]], [[1]], [3], ValueError, "ks asks for 3 places, but found has 2"),
+        ([[1, 2]], [[1]], [3], ValueError, "ks must be at most 2, the columns of found, got 3"),
         ([[1, 2]], [[1]], [0], ValueError, r"ks\[0\] must be at least 1, got 0"),
         ([[1, 2]], [[1]], [1.0], TypeError, r"ks\[0\] must be an integer"),
         ([[1, 2]], [[1], [2]], [1], ValueError, r"got \(1, 2\) and \(2, 1\)"),

@@ -183,9 +183,7 @@ def test_item_ids_for_row_numbers():
     """An index with ids of its own cannot be mixed with samplers of rows, even where each id is a row as well."""
     for ids in ([6, 5, 4, 3, 2, 1, 0], [0, 2, 4, 3, 1, 5, 6]):
         samplers = [(BeamNegatives(Found(make_index(SIDS, item_ids=ids), [4, 3])), 2), (SiblingNegatives(SIDS), 1)]
-        message = (
-            f"samplers[0] gives item 4, which is {SIDS[ids.index(4)]} in its index, but that row of sids is [1, 0]"
-        )
+        message = f"samplers[0] gives item 4, whose SID is {SIDS[ids.index(4)]} in its index but [1, 0] in sids"
         with pytest.raises(ValueError, match=re.escape(message)):
             sample_negatives(samplers, SIDS, [[1]], [[6]], seeded())
     part = make_index([SIDS[4], SIDS[0]], item_ids=[4, 0])  # an index of fewer items is no mistake
@@ -221,16 +219,24 @@ def test_a_sampler_that_does_not_keep_to_it():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: SiblingNegatives([[0, -1, 2]]), ValueError, r"sids\[0\] = \[0, -1, 2\] is no SID"),
-        (lambda: SiblingNegatives([[0, 1], [-1, -1]]), ValueError, r"sids\[1\] = \[-1, -1\] is no SID"),
-        (lambda: SiblingNegatives([[0, -2]]), ValueError, r"sids\[0\] = \[0, -2\] is no SID"),
+        (
+            lambda: SiblingNegatives([[0, -1, 2]]),
+            ValueError,
+            r"sids\[0\] must be codes >= 0.*, got \[0, -1, 2\]",
+        ),
+        (lambda: SiblingNegatives([[0, 1], [-1, -1]]), ValueError, r"sids\[1\] must be codes >= 0.*, got \[-1, -1\]"),
+        (lambda: SiblingNegatives([[0, -2]]), ValueError, r"sids\[0\] must be codes >= 0.*, got \[0, -2\]"),
         (lambda: SiblingNegatives(np.zeros((0, 2), int)), ValueError, r"sids must hold at least one SID"),
         (lambda: SiblingNegatives([[0.5]]), TypeError, "sids must hold integers"),
         (lambda: SiblingNegatives(SIDS, 2), ValueError, "prefix must be below 2, the number of levels, got 2"),
         (lambda: SiblingNegatives(SIDS, -1), ValueError, "prefix must be at least 0"),
-        (lambda: PopularityNegatives(SIDS, [1]), ValueError, r"counts must have one entry a row of sids \(7\), got 1"),
-        (lambda: PopularityNegatives(SIDS, [0] * 7), ValueError, "counts must sum to 1 to"),
-        (lambda: PopularityNegatives(SIDS, [2**62] * 7), ValueError, "counts must sum to 1 to"),
+        (
+            lambda: PopularityNegatives(SIDS, [1]),
+            ValueError,
+            r"counts must have one entry per row of sids \(7\), got 1",
+        ),
+        (lambda: PopularityNegatives(SIDS, [0] * 7), ValueError, "counts must have a sum from 1 to"),
+        (lambda: PopularityNegatives(SIDS, [2**62] * 7), ValueError, "counts must have a sum from 1 to"),
         (lambda: PopularityNegatives(SIDS, [1, 1, -4, 1, 1, 1, 1]), ValueError, r"counts\[2\] = -4 is negative"),
         (lambda: PopularityNegatives(SIDS, [0.5] * 7), TypeError, "counts must hold integers"),
         (lambda: BeamNegatives(SIDS), TypeError, "retriever must be a SIDRetriever, got list"),
@@ -245,7 +251,7 @@ def test_bad_samplers(make, error, message):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (([[1]], [[0], [1]], 1), ValueError, r"positives must have one entry a prompt \(1\), got 2"),
+        (([[1]], [[0], [1]], 1), ValueError, r"positives must have one entry per prompt \(1\), got 2"),
         (([[1]], [[0.0]], 1), TypeError, "positives must hold integers"),
         (([[1]], [["a"]], 1), TypeError, "positives must hold integers"),
         (([[1], [1]], [[0], [1, -1]], 1), ValueError, r"positives\[1\] holds an item below 0: \[1, -1\]"),

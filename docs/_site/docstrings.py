@@ -1,4 +1,4 @@
-"""Docstrings in Sphinx's words (``:func:`name```, ``::`` before a block, ``#:``) as mkdocstrings understands them."""
+"""Docstrings in Sphinx's words (``:func:`name```, ``::``, ``#:``, ``Example:``) as mkdocstrings understands them."""
 
 import ast
 import re
@@ -22,7 +22,8 @@ class Docstrings(griffe.Extension):
             if here.docstring:
                 here.docstring.value += _options(here)
                 text = _ROLE.sub(lambda found, here=here: _link(pkg, here, found[1]), here.docstring.value)
-                here.docstring.value = re.sub(r"::$", ":", text, flags=re.MULTILINE)
+                text = re.sub(r"::$", ":", text, flags=re.MULTILINE)
+                here.docstring.value = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)  # shows >>> as code
 
 
 def _comment(attribute):

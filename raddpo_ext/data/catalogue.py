@@ -16,7 +16,7 @@ import numpy as np
 
 from raddpo_ext.index.readers import read_sids
 
-CODES = 256  # a level, the least that a codebook is given
+CODES = 256  # minimum size of a level, that of a usual codebook
 
 #: SHA-256 of the public files with which the measurements of this project were made: LETTER's Musical Instruments and
 #: MiniOneRec's Industrial & Scientific, both from the Amazon reviews of 2018.
@@ -44,17 +44,17 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Items are row numbers.
+    """A public catalogue with its purchases. Items are row numbers.
 
     Attributes:
         name: short, for file names.
         sids: int64 codes ``[N, L]``, -1 beyond a shorter SID's length.
-        lengths: int64 ``[N]``, or None where all SIDs have ``L`` codes.
-        sizes: codes of each level, at least 256.
+        lengths: int64 ``[N]``, or None if all SIDs have ``L`` codes.
+        sizes: number of codes of each level, at least 256.
         titles: ``[N]``.
-        train: purchases of one user each, oldest first.
-        valid: what settings are chosen on; nothing to predict there is in ``train``. May be empty.
-        test: what is reported, once.
+        train: one sequence of purchases per user, oldest first.
+        valid: the cases to choose settings on; their items to predict are not in ``train``. May be empty.
+        test: the cases to report results on.
     """
 
     name: str
@@ -68,25 +68,25 @@ class Catalogue:
 
 
 def load_catalogue(folder: str | os.PathLike[str]) -> Catalogue:
-    """Reads a catalogue, of one of two layouts told apart by the files.
+    """Read a public catalogue from its folder. The files tell which of two layouts it has.
 
-    ``*.index.json`` holds the SIDs in both, ``*.item.json`` the titles where it is there.
+    ``*.index.json`` holds the SIDs in both layouts, ``*.item.json`` the titles if it exists.
 
-    - LETTER, LC-Rec: ``*.inter.json`` is ``{"user": [item, ...]}``, oldest first. Leave-one-out: of a user's ``items``
-      the training has ``items[:-2]``, the validation case is ``items[:-2] -> items[-2]`` and the test case
-      ``items[:-1] -> items[-1]``. A user of fewer than 3 items is left out of all three.
-    - MiniOneRec keeps its own split by time: ``valid.csv`` and ``test.csv`` with ``user_id``, ``history_item_id`` and
-      ``item_id``, one case a row. A user's rows of ``train.csv`` make one training sequence: the first row's history
-      and then every row's item. Without that file, the history of a user's first row in ``valid.csv`` is the sequence,
-      or in ``test.csv`` for a user who has none there: bought before anything that is to be predicted.
+    - LETTER, LC-Rec: ``*.inter.json`` is ``{"user": [item, ...]}``, oldest first. Leave-one-out: of a user's ``items``,
+      the training sequence is ``items[:-2]``, the validation case ``items[:-2] -> items[-2]`` and the test case
+      ``items[:-1] -> items[-1]``. Users with fewer than 3 items are skipped.
+    - MiniOneRec has its own split by time: ``valid.csv`` and ``test.csv`` with ``user_id``, ``history_item_id`` and
+      ``item_id``, one case per row. A user's rows of ``train.csv`` make one training sequence: the first row's history
+      and then every row's item. Without that file, the sequence is the history of the user's first row in ``valid.csv``
+      or else in ``test.csv``: these items were bought before any item that is to be predicted.
 
     Raises:
-        ValueError: naming the file or folder and what is wrong, of a row also its number or user.
+        ValueError: a file is missing or malformed; names the file or folder, and the row or user if any.
         OSError: a file cannot be opened.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: {'is no folder' if folder.exists() else 'no such folder'}")
+        raise ValueError(f"{folder}: {'is not a folder' if folder.exists() else 'no such folder'}")
     index_path = _only(folder, "*.index.json")
     table = read_sids(index_path)
     if table.item_ids is None:
@@ -97,7 +97,7 @@ def load_catalogue(folder: str | os.PathLike[str]) -> Catalogue:
     else:
         train, valid, test = _leave_one_out(_only(folder, "*.inter.json", "valid.csv and test.csv"), row_of)
     if not train or not test:
-        raise ValueError(f"{folder}: nothing to train on or nothing to report on")
+        raise ValueError(f"{folder}: has no training sequence or no test case")
     return Catalogue(
         name=index_path.name.split(".")[0].lower(),
         sids=table.sids.astype(np.int64),
@@ -113,7 +113,7 @@ def load_catalogue(folder: str | os.PathLike[str]) -> Catalogue:
 def known_version(folder: str | os.PathLike[str]) -> str | None:
     """The name in :data:`KNOWN_HASHES` of the files in a folder, or None.
 
-    A name says that :func:`load_catalogue` reads there, byte for byte, what this project measured on.
+    If there is a name, :func:`load_catalogue` reads exactly the files that this project's measurements were made on.
     """
     folder = Path(folder)
     hashes = {
@@ -192,7 +192,7 @@ def _read_titles(folder: Path, row_of: dict[int, int], sids: np.ndarray) -> list
             if (row := row_of.get(int(item))) is not None:
                 try:
                     titles[row] = html.unescape(title)
-                except ValueError as error:  # &#, then more digits than Python takes for a number
+                except ValueError as error:  # &# and more digits than int() accepts
                     raise ValueError(f"{path}: item {item!r}: {error}") from None
     return titles
 

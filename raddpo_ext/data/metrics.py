@@ -1,4 +1,4 @@
-"""Metrics of retrieval and of alignment: one value a query, so that two models can be compared query by query."""
+"""Metrics of retrieval and of alignment: one value per query, so that two models can be compared query by query."""
 
 from __future__ import annotations
 
@@ -16,27 +16,33 @@ from raddpo_ext.losses.session import SessionBatch
 def retrieval_metrics(found: Tensor, wanted: Tensor, ks: Sequence[int] = (5, 10, 50)) -> dict[str, Tensor]:
     """Recall, NDCG and MRR of each query, for items or for SIDs.
 
-    With ``W`` the query's distinct wanted ones and ``rank(w)`` the first place of ``w`` among the found, from 1:
+    ``W`` is the set of a query's wanted items and ``rank(w)`` the first position of ``w`` in ``found``, counted from 1:
 
-    - ``recall@k = |{w in W: rank(w) <= k}| / |W|``: the multi-label recall, with one wanted the hit rate.
+    - ``recall@k = |{w in W: rank(w) <= k}| / |W|``: the multi-label recall; with one wanted item, the hit rate.
     - ``ndcg@k = sum_{w: rank(w) <= k} 1 / log2(1 + rank(w)) / sum_{r = 1}^{min(k, |W|)} 1 / log2(1 + r)``.
-    - ``mrr = 1 / min_w rank(w)``, 0 if none is among the ``R`` found.
+    - ``mrr = 1 / min_w rank(w)``, 0 if no wanted item is found.
 
-    What is found twice counts at its first place; the second one gains nothing and still takes up its place.
+    An item that is found twice counts at its first position. The repeat keeps its position but gains nothing.
 
     Args:
-        found: integers, best first: items ``[B, R]`` or SIDs' codes ``[B, R, L]``. -1 pads: an item of -1 and a SID of
-            nothing but -1 are empty places; a shorter SID ends in -1.
-        wanted: integers ``[B, P]``, or ``[B, P, L]`` where ``found`` holds SIDs; padded likewise, in any order.
-        ks: cut-offs from 1 to ``R``. Where fewer can be found than a cut-off asks for, pad ``found`` to it.
+        found: integers, best first: items ``[B, R]`` or SIDs' codes ``[B, R, L]``. -1 is padding:
+            an item of -1 and a SID of only -1 are empty positions, and a shorter SID ends in -1.
+        wanted: integers ``[B, P]``, or ``[B, P, L]`` where ``found`` holds SIDs; padded in the same way, in any order.
+        ks: cut-offs from 1 to ``R``. If a search finds fewer items than that, pad ``found`` with -1.
 
     Returns:
-        float64 ``[B]`` each: ``recall@k`` and ``ndcg@k`` for every ``k``, and ``mrr``.
+        ``recall@k`` and ``ndcg@k`` for every ``k``, and ``mrr``: float64 ``[B]`` each.
 
     Raises:
-        ValueError: also for a query without a wanted one, for which there is no recall: leave such queries out. Values
-            are checked on every device, which on CUDA synchronises.
-        TypeError: not tensors of integers.
+        ValueError: shapes or values are wrong, or a query has no wanted item: its recall is undefined, leave it out.
+            Values are checked on every device, which synchronises on CUDA.
+        TypeError: the arguments are not tensors of integers.
+
+    Example:
+        >>> found = torch.tensor([[4, 7, 9]])
+        >>> metrics = rx.metrics.retrieval_metrics(found, torch.tensor([[7]]), ks=[1, 3])
+        >>> {name: round(float(value), 3) for name, value in metrics.items()}
+        {'recall@1': 0.0, 'ndcg@1': 0.0, 'recall@3': 1.0, 'ndcg@3': 0.631, 'mrr': 0.5}
     """
     found, wanted = _places(found, "found"), _places(wanted, "wanted")
     if found.device != wanted.device:
@@ -48,7 +54,9 @@ def retrieval_metrics(found: Tensor, wanted: Tensor, ks: Sequence[int] = (5, 10,
         )
     cuts = [_check.integer(k, f"ks[{i}]", 1) for i, k in enumerate(ks)]
     if max(cuts, default=0) > found.shape[1]:
-        raise ValueError(f"ks asks for {max(cuts)} places, but found has {found.shape[1]}; pad it with -1")
+        raise ValueError(
+            f"ks must be at most {found.shape[1]}, the columns of found, got {max(cuts)}; pad found with -1"
+        )
     ranks, count = _ranks(found, wanted)
     _check.none(count == 0, lambda row: f"wanted[{row}] is empty; leave out queries without a wanted item")
 
@@ -65,19 +73,25 @@ def retrieval_metrics(found: Tensor, wanted: Tensor, ks: Sequence[int] = (5, 10,
 
 
 def invalid_share(index: TrieIndex, sids: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """The share of each query's generated SIDs that no item has, as an unconstrained search makes them.
+    """The share of each query's SIDs that no item has. An unconstrained search generates such SIDs.
 
     Args:
         index: the catalogue.
-        sids: integer codes ``[B, R, L]``. By default a SID ends with its last code that is not -1, and one of nothing
-            but -1 is an empty place, which is not counted. A token that is no code is given as any number that is none.
-        lengths: integers ``[B, R]`` in ``[0, L]``, the codes of each SID; 0 is an empty place.
+        sids: integer codes ``[B, R, L]``. By default a SID ends with its last code that is not -1, and a SID of only
+            -1 is an empty position, which is not counted. For a token that is not a code, give any number that is not
+            a code.
+        lengths: integers ``[B, R]`` in ``[0, L]``, the number of codes of each SID; 0 for an empty position.
 
     Returns:
-        float64 ``[B]`` on the index's device; 0 for a query of empty places only.
+        float64 ``[B]`` on the index's device; 0 for a query of empty positions only.
 
     Raises:
         ValueError, TypeError: naming the argument and the value.
+
+    Example:
+        >>> index = rx.TrieIndex.build([[0, 1], [2, 3]])
+        >>> rx.metrics.invalid_share(index, torch.tensor([[[0, 1], [0, 3]]]))
+        tensor([0.5000], dtype=torch.float64)
     """
     _check.instance(index, "index", TrieIndex)
     _check.instance(sids, "sids", Tensor)
@@ -100,21 +114,28 @@ def invalid_share(index: TrieIndex, sids: Tensor, lengths: Tensor | None = None)
 def squeezing(before: Tensor, after: Tensor, sessions: SessionBatch) -> dict[str, Tensor]:
     """How far training moved the log-probs of the winners, the further positives and the negatives.
 
-    The drift of a candidate is the sum of its tokens' log-probs after training less that before. Preference training
-    squeezes where the further positives fall though nothing speaks against them.
+    The drift of a candidate is the sum of its tokens' log-probs after training minus the sum before. Preference
+    training squeezes if the further positives drift down, although the data do not prefer anything to them.
 
     Args:
-        before: float ``[C, L]`` token log-probs, read within the lengths.
-        after: the same of the trained model.
+        before: token log-probs of the model before training, float ``[C, L]``. Values beyond the lengths are ignored.
+        after: token log-probs of the trained model, float ``[C, L]``.
         sessions: the candidates.
 
     Returns:
         ``winner``, ``positives`` (without the winners) and ``negatives``: the mean drift in nats, float64 scalars, 0
-        where there is no such candidate. Candidates of length 0 are left out.
+        if there is no such candidate. Candidates of length 0 are skipped.
 
     Raises:
-        ValueError: also for a log-prob that is not finite (on CUDA this synchronises).
-        TypeError: not floating point.
+        ValueError: a shape or device is wrong, or a log-prob is not finite (this check synchronises on CUDA).
+        TypeError: the log-probs are not floating point.
+
+    Example:
+        >>> tokens = torch.tensor([[3, 7], [3, 8], [4, 7]])  # a winner, a further positive and a negative
+        >>> sessions = rx.SessionBatch(tokens, torch.tensor([2, 2, 2]), torch.tensor([0, 3]), torch.tensor([2]))
+        >>> after = torch.tensor([[0.5, 0.5], [-1.0, 0.0], [-1.0, -2.0]])
+        >>> {group: float(drift) for group, drift in rx.metrics.squeezing(torch.zeros(3, 2), after, sessions).items()}
+        {'winner': 1.0, 'positives': -1.0, 'negatives': -3.0}
     """
     _check.instance(sessions, "sessions", SessionBatch)
     sums = {name: _summed(value, name, sessions) for name, value in (("before", before), ("after", after))}
@@ -144,8 +165,10 @@ def _places(value: Tensor, name: str) -> Tensor:
 
 
 def _ranks(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """The first place of each wanted one, from 1, infinite where it is not found or a repeat: float64 ``[B, P]``; and
-    how many distinct wanted ones there are: float64 ``[B]``."""
+    """The first position of each wanted item and the number of distinct wanted items: float64 ``[B, P]`` and ``[B]``.
+
+    Positions are counted from 1, and infinite for an item that is not found or repeats an earlier one.
+    """
     if found.dim() == 2:
         found, wanted = found[..., None], wanted[..., None]
     real = (wanted >= 0).any(2)

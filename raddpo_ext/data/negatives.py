@@ -1,8 +1,8 @@
 """Negatives for preference training: from the model's own beam search, from the winner's siblings, by popularity.
 
-Items are *row numbers* of a catalogue's ``sids``, in what goes in and in what comes out; where the catalogue has item
-ids, an item's is ``item_ids[row]``. :class:`BeamNegatives` alone speaks of the ids of its index: build that with row
-numbers, the default of ``TrieIndex.build``, to mix it with the others. Every sampler here keeps to
+Items are *row numbers* of a catalogue's ``sids``, in arguments and results. If the catalogue has item ids, the id of an
+item is ``item_ids[row]``. Only :class:`BeamNegatives` uses the item ids of its index: to mix it with other samplers,
+build that index with row numbers as ids, which is the default of ``TrieIndex.build``. Every sampler here is a
 :class:`NegativeSampler`, and :func:`sample_negatives` mixes them.
 """
 
@@ -17,28 +17,36 @@ from torch import Tensor
 from raddpo_ext import _check
 from raddpo_ext.index.trie import TrieIndex
 
-MOST_WEIGHT = 2**53  # sums of counts are drawn from by way of a float64
+MOST_WEIGHT = 2**53  # draws use a float64, which is exact below this sum
 
 
 class NegativeSampler(Protocol):
-    """What gives negatives."""
+    """The interface of the samplers of negatives.
+
+    Example:
+        >>> class FirstItems:
+        ...     def sample(self, prompts, positives, count, generator):
+        ...         return torch.tensor([[item for item in range(9) if item not in row][:count] for row in positives])
+        >>> FirstItems().sample([[5]], [[0, 2]], 3, torch.Generator())
+        tensor([[1, 3, 4]])
+    """
 
     def sample(
         self, prompts: Sequence[Any], positives: Sequence[Sequence[int]], count: int, generator: torch.Generator
     ) -> Tensor:
-        """Items that are no positives, for each prompt.
+        """Draw negatives for each prompt.
 
-        No negative has the SID of a positive of its prompt, or that of another of its negatives. Where fewer such items
-        exist than asked for, -1 follows them. A prompt without positives has no winner to be told from: -1 only.
+        No negative has the SID of a positive or of another negative of its prompt. If fewer than ``count`` such items
+        exist, the row ends in -1. A prompt without positives has no winner, and its row is all -1.
 
         Args:
             prompts: ``B`` sequences of token ids.
             positives: ``B`` sequences of items, the winner first: row numbers of ``sids``, not item ids.
-            count: negatives a prompt.
-            generator: on the CPU. Its state alone decides on the draws.
+            count: negatives per prompt.
+            generator: a generator on the CPU. The draws depend on its state alone.
 
         Returns:
-            int64 ``[B, count]`` on the CPU: row numbers too.
+            int64 ``[B, count]`` on the CPU, row numbers of ``sids``.
 
         Raises:
             ValueError, TypeError: naming the argument and the value.
@@ -47,15 +55,26 @@ class NegativeSampler(Protocol):
 
 
 class BeamNegatives:
-    """Items that the model itself retrieves: drawn uniformly from the SIDs of its constrained beam search.
+    """Negatives that the model itself retrieves, drawn uniformly from the results of its constrained beam search.
 
-    The narrower the beam, the harder the negatives, and the more of them are items that the user takes later.
+    A narrower beam gives harder negatives, but more of them are items that the user takes later.
 
     Args:
-        retriever: a :class:`raddpo_ext.SIDRetriever` with a model in evaluation mode. *The ids of its index are the
-            items*, in the positives and in the negatives: row numbers only if it was built with them. Of items that
-            share a SID it gives the first.
-        batch_size: prompts searched at once.
+        retriever: a :class:`raddpo_ext.SIDRetriever` with a model in evaluation mode. *Items are the ids of its index*,
+            in positives and negatives; they are row numbers only if the index was built with row numbers. Of several
+            items with the same SID it gives the first.
+        batch_size: prompts per search.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(
+        ...     vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> index = rx.TrieIndex.build([[0, 1], [2, 3]])
+        >>> retriever = rx.SIDRetriever(LlamaForCausalLM(config).eval(), index, beam_width=2)
+        >>> sampler = rx.negatives.BeamNegatives(retriever)
+        >>> sampler.sample([[7, 7]], [[0]], 2, torch.Generator().manual_seed(0))
+        tensor([[ 1, -1]])
     """
 
     def __init__(self, retriever: Any, batch_size: int = 64) -> None:
@@ -69,12 +88,12 @@ class BeamNegatives:
         leaf = torch.repeat_interleave(number)
         place = first[leaf] + torch.arange(len(leaf)) - (number.cumsum(0) - number)[leaf]
         self._ids, order = index.items.cpu().long()[place].sort()
-        self._leaves = leaf[order]  # of each id
+        self._leaves = leaf[order]  # the leaf of each id
 
     def sample(
         self, prompts: Sequence[Any], positives: Sequence[Sequence[int]], count: int, generator: torch.Generator
     ) -> Tensor:
-        """See :meth:`NegativeSampler.sample`. A positive that is not in the index is not found, thus no error."""
+        """See :meth:`NegativeSampler.sample`. A positive that is not in the index is not an error."""
         items = _checked(prompts, positives, count, generator)
         beam = self._search(prompts, [row for row, winner in enumerate(items[:, 0].tolist()) if winner >= 0])
         taken = self._leaves_of(items)
@@ -85,12 +104,12 @@ class BeamNegatives:
         return torch.nn.functional.pad(chosen, (0, count - chosen.shape[1]), value=-1)
 
     def _search(self, prompts: Sequence[Any], rows: list[int]) -> Tensor:
-        """The items found for some of the prompts, best first; -1 elsewhere: ``[B, R]``."""
+        """The items found for the prompts in ``rows``, best first: ``[B, R]``, -1 for other prompts."""
         for row in rows:
             if not len(prompts[row]):
                 raise ValueError(f"prompts[{row}] must hold at least one token, got none")
         tokens = {row: _check.integer_tensor(prompts[row], f"prompts[{row}]", 1) for row in rows}
-        rows = sorted(rows, key=lambda row: len(tokens[row]))  # little padding
+        rows = sorted(rows, key=lambda row: len(tokens[row]))  # so that batches need little padding
         device = self.retriever.index.device
         beam = torch.full((len(prompts), 0), -1)
         for at in range(0, len(rows), self.batch_size):
@@ -111,15 +130,19 @@ class BeamNegatives:
 
 
 class SiblingNegatives:
-    """Items whose SID shares its first codes with the winner's, drawn uniformly.
+    """Negatives whose SID shares its first codes with the winner's, drawn uniformly.
 
-    A random item shares hardly ever a prefix with the winner, and where none is shared there is nothing for TLGD to
-    protect.
+    A random item rarely shares a prefix with the winner, and without a shared prefix TLGD has nothing to protect.
 
     Args:
         sids: integer codes ``[N, L]``, -1 beyond a shorter SID's length.
-        prefix: codes shared at least, below ``L``; 0 draws from the whole catalogue. A winner with fewer codes than
-            that has no siblings.
+        prefix: minimum number of shared codes, below ``L``; 0 draws from the whole catalogue. A winner with fewer codes
+            has no siblings.
+
+    Example:
+        >>> sampler = rx.negatives.SiblingNegatives([[0, 1], [0, 2], [5, 5]], prefix=1)
+        >>> sampler.sample([[9]], [[0]], 2, torch.Generator().manual_seed(0))
+        tensor([[ 1, -1]])
     """
 
     def __init__(self, sids: Any, prefix: int = 1) -> None:
@@ -138,7 +161,7 @@ class SiblingNegatives:
     def sample(
         self, prompts: Sequence[Any], positives: Sequence[Sequence[int]], count: int, generator: torch.Generator
     ) -> Tensor:
-        """See :meth:`NegativeSampler.sample`. The prompts are not looked at."""
+        """See :meth:`NegativeSampler.sample`. Ignores the prompts."""
         taken = self._items.numbers(_checked(prompts, positives, count, generator))
         winner = taken[:, 0].clamp(min=0)
         end = torch.where(taken[:, 0] >= 0, self._end[winner], self._begin[winner])
@@ -146,28 +169,33 @@ class SiblingNegatives:
 
 
 class PopularityNegatives:
-    """Items in proportion to how often they were taken, one after another without replacement.
+    """Negatives drawn in proportion to how often they were taken, one after another without replacement.
 
     Args:
         sids: integer codes ``[N, L]``, -1 beyond a shorter SID's length.
-        counts: integers ``[N]``, ``>= 0``, at least one of them above 0; an item of 0 is never drawn. For another
-            distribution scale and round its weights. Their sum stays below ``2**53``.
+        counts: integers ``[N]``, ``>= 0``, with a sum from 1 to ``2**53 - 1``. An item with count 0 is never drawn. For
+            another distribution, scale and round its weights.
+
+    Example:
+        >>> sampler = rx.negatives.PopularityNegatives([[0, 1], [0, 2], [5, 5]], counts=[5, 3, 0])
+        >>> sampler.sample([[9]], [[0]], 2, torch.Generator().manual_seed(0))
+        tensor([[ 1, -1]])
     """
 
     def __init__(self, sids: Any, counts: Any) -> None:
         _, of_item = _distinct(sids)
         weights = _check.integer_tensor(counts, "counts", 1).cpu()
         if len(weights) != len(of_item):
-            raise ValueError(f"counts must have one entry a row of sids ({len(of_item)}), got {len(weights)}")
+            raise ValueError(f"counts must have one entry per row of sids ({len(of_item)}), got {len(weights)}")
         _check.none(weights < 0, lambda item: f"counts[{item}] = {int(weights[item])} is negative")
         if not 0 < float(weights.double().sum()) < MOST_WEIGHT:
-            raise ValueError(f"counts must sum to 1 to 2**53 - 1, got {float(weights.double().sum()):g}")
+            raise ValueError(f"counts must have a sum from 1 to 2**53 - 1, got {float(weights.double().sum()):g}")
         self._items = _SortedItems(of_item, weights)
 
     def sample(
         self, prompts: Sequence[Any], positives: Sequence[Sequence[int]], count: int, generator: torch.Generator
     ) -> Tensor:
-        """See :meth:`NegativeSampler.sample`. The prompts are not looked at."""
+        """See :meth:`NegativeSampler.sample`. Ignores the prompts."""
         taken = self._items.numbers(_checked(prompts, positives, count, generator))
         begin = torch.zeros(len(taken), dtype=torch.int64)
         return self._items.draw(begin, (taken[:, 0] >= 0) * self._items.num_sids, taken, count, generator)
@@ -180,24 +208,32 @@ def sample_negatives(
     positives: Sequence[Sequence[int]],
     generator: torch.Generator,
 ) -> Tensor:
-    """Negatives from several samplers, all of a prompt's SIDs distinct.
+    """Draw negatives from several samplers. All SIDs of a prompt are distinct.
 
-    Each sampler is told of what those before it gave, as further positives. Whatever a sampler gives, an item with the
-    SID of a positive, or with that of a negative further to the left, becomes -1.
+    Each sampler gets the negatives of the samplers before it as further positives. An item with the SID of a positive,
+    or of a negative in an earlier column, becomes -1 even if a sampler gives it.
 
     Args:
-        samplers: each with the number of negatives that it gives a prompt.
-        sids: integer codes ``[N, L]``, -1 beyond a shorter SID's length; the same rows as the samplers'.
+        samplers: pairs of a sampler and its number of negatives per prompt.
+        sids: integer codes ``[N, L]``, -1 beyond a shorter SID's length; with the same rows as the samplers' SIDs.
         prompts, positives, generator: see :meth:`NegativeSampler.sample`.
 
     Returns:
-        int64 ``[B, sum of the numbers]``, row numbers of ``sids``, the samplers' columns side by side; -1 where a
-        sampler had too few.
+        int64 ``[B, sum of the numbers]``, row numbers of ``sids``, with the columns of the samplers side by side; -1
+        where a sampler had too few.
 
     Raises:
-        ValueError: naming the argument and the value; also where :class:`BeamNegatives` gives an item that has another
-            SID in its index than in ``sids``: the index's ids are no row numbers.
+        ValueError: naming the argument and the value; also if :class:`BeamNegatives` gives an item whose SID in its
+            index is not that in ``sids``, because the ids of the index are not row numbers.
         TypeError: naming the argument and the value.
+
+    Example:
+        >>> sids = [[0, 1], [0, 2], [5, 5]]
+        >>> siblings = rx.negatives.SiblingNegatives(sids)
+        >>> popular = rx.negatives.PopularityNegatives(sids, counts=[5, 3, 1])
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> rx.negatives.sample_negatives([(siblings, 1), (popular, 1)], sids, [[9]], [[0]], generator)
+        tensor([[1, 2]])
     """
     distinct, of_item = _distinct(sids)
     items = _checked(prompts, positives, 0, generator)
@@ -225,24 +261,24 @@ def sample_negatives(
 
 
 class _SortedItems:
-    """Items with integer weights in the order of their SIDs, to draw from ranges of SIDs without replacement."""
+    """Items with integer weights, sorted by SID. Draws items from ranges of SIDs without replacement."""
 
     def __init__(self, of_item: Tensor, weights: Tensor) -> None:
         self.of_item = of_item
         self.order = of_item.argsort(stable=True)
-        self.reached = weights[self.order].cumsum(0)  # by each item and those before it
+        self.reached = weights[self.order].cumsum(0)  # cumulative weight, this item included
         last = of_item.bincount().cumsum(0) - 1
-        self.bounds = torch.nn.functional.pad(self.reached[last], (1, 0))  # weight before each SID
+        self.bounds = torch.nn.functional.pad(self.reached[last], (1, 0))  # cumulative weight before each SID
         self.num_sids = len(last)
 
     def numbers(self, positives: Tensor) -> Tensor:
         return _numbers(self.of_item, positives, "positives")
 
     def draw(self, begin: Tensor, end: Tensor, taken: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """Items in proportion to their weights from SIDs ``begin`` to ``end - 1`` ``[B]`` that are not taken.
+        """Draw items in proportion to their weights from the SIDs ``begin`` to ``end - 1`` ``[B]`` that are not taken.
 
-        One number below the free weight decides on an item: the taken SIDs are skipped in ascending order. In integers
-        this is exact, takes no second try, and its cost does not grow with the catalogue.
+        One random number below the free weight decides on an item: the taken SIDs are skipped in ascending order. In
+        integers this is exact and needs no second try, and its cost does not grow with the catalogue.
 
         Args:
             taken: ``[B, F]`` SIDs, -1 for padding.
@@ -271,18 +307,18 @@ class _SortedItems:
 
 
 def _distinct(sids: Any) -> tuple[Tensor, Tensor]:
-    """The distinct SIDs in lexicographic order, int64 ``[U, L]``, and the number of each item's among them, ``[N]``."""
+    """The distinct SIDs in lexicographic order, int64 ``[U, L]``, and for each item the number of its SID, ``[N]``."""
     codes = _check.integer_tensor(sids, "sids", 2).cpu()
     if not codes.numel():
         raise ValueError(f"sids must hold at least one SID of one code, got shape {tuple(codes.shape)}")
     wrong = (codes < -1).any(1) | (codes[:, 0] < 0) | ((codes[:, 1:] >= 0) & (codes[:, :-1] < 0)).any(1)
-    _check.none(wrong, lambda row: f"sids[{row}] = {codes[row].tolist()} is no SID: codes >= 0, then -1 as padding")
+    _check.none(wrong, lambda row: f"sids[{row}] must be codes >= 0, then -1 as padding, got {codes[row].tolist()}")
     distinct, of_item = torch.unique(codes, dim=0, return_inverse=True)
     return distinct, of_item
 
 
 def _numbers(of_item: Tensor, items: Tensor, name: str) -> Tensor:
-    """The number of each item's SID, -1 for -1."""
+    """The number of each item's SID; -1 for an item of -1."""
     outside = ((items < -1) | (items >= len(of_item))).any(1)
     _check.none(
         outside,
@@ -295,15 +331,15 @@ def _numbers(of_item: Tensor, items: Tensor, name: str) -> Tensor:
 
 
 def _check_rows(index: TrieIndex, items: Tensor, codes: Tensor, name: str) -> None:
-    """Whether items ``[K]`` of an index have there the SIDs of the rows of these numbers, ``codes`` ``[K, L]``."""
+    """Raise ValueError unless the items ``[K]`` have the SIDs ``codes`` ``[K, L]`` in the index."""
     theirs = index.sids_of(items).cpu()
     columns = min(theirs.shape[1], codes.shape[1])
     wrong = (theirs[:, :columns] != codes[:, :columns]).any(1)
     _check.none(
         wrong,
         lambda place: (
-            f"{name} gives item {int(items[place])}, which is {theirs[place].tolist()} in its index, but that row of "
-            f"sids is {codes[place].tolist()}: build the index with row numbers as item ids"
+            f"{name} gives item {int(items[place])}, whose SID is {theirs[place].tolist()} in its index but "
+            f"{codes[place].tolist()} in sids: build the index with row numbers as item ids"
         ),
     )
 
@@ -317,7 +353,7 @@ def _checked(
     if generator.device.type != "cpu":
         raise ValueError(f"generator must be on the CPU, got one on {generator.device}")
     if len(prompts) != len(positives):
-        raise ValueError(f"positives must have one entry a prompt ({len(prompts)}), got {len(positives)}")
+        raise ValueError(f"positives must have one entry per prompt ({len(prompts)}), got {len(positives)}")
     for place, row in enumerate(positives):
         if not isinstance(row, Sequence):
             raise TypeError(f"positives[{place}] must be a sequence of items, got {row!r}")

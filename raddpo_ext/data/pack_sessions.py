@@ -1,4 +1,4 @@
-"""pack_sessions: one row a session, its prompt once and its candidates after it."""
+"""pack_sessions: one row per session, with its prompt once and its candidates after it."""
 
 from __future__ import annotations
 
@@ -21,22 +21,33 @@ _SIDES = ("right", "left")
 
 @dataclass(frozen=True)
 class PackedSessions:
-    """What :func:`pack_sessions` returns: ``S`` rows of ``T`` positions, for a model that runs once over them.
+    """The result of :func:`pack_sessions`: ``S`` rows of ``T`` positions, which a model reads in one pass.
 
     Attributes:
         sessions: the candidates.
         input_ids: int64 ``[S, T]`` token ids.
-        position_ids: int64 ``[S, T]``: a prompt counts from 0, each of its candidates goes on from its end.
-        ends: int64 ``[S, T]``: position ``q`` of a row sees position ``k`` if and only if ``k <= q < ends[k]``.
-        distinct: int64 ``[U]``: which of the ``S * T`` states predict candidates' tokens, each once and in order: the
-            prompt's last token is followed by every candidate's first, shared prefixes by several tokens.
-        rows: int64 ``[C, L]``: which of these predicts each token of a candidate; that of the prompt's last token
-            beyond the lengths.
-        last_tokens: int64 ``[C]``: which state is the one at a candidate's last token, the prompt's for a candidate of
-            length 0; None without ``embeddings``.
+        position_ids: int64 ``[S, T]``: those of a prompt start at 0, and those of each candidate at the prompt's end.
+        ends: int64 ``[S, T]``: position ``q`` of a row attends to position ``k`` if and only if ``k <= q < ends[k]``.
+        distinct: int64 ``[U]``: the indices, among the ``S * T`` states, of those that predict candidates' tokens, each
+            once and ascending. One state may predict several tokens: the first token of every candidate, or
+            the tokens after a shared prefix.
+        rows: int64 ``[C, L]``: for each token of a candidate, the index in ``distinct`` of the state that predicts it;
+            beyond the lengths, that of the prompt's last token.
+        last_tokens: int64 ``[C]``: the index, among the ``S * T`` states, of that at a candidate's last token; for a
+            candidate of length 0, at the prompt's last token. None without ``embeddings``.
         prompt_starts: int64 ``[S]``: the position of each prompt's first token.
         prompt_lengths: int64 ``[S]``.
-        num_truncated: how many prompts lost their first tokens.
+        num_truncated: number of prompts that lost their first tokens.
+
+    Example:
+        >>> sessions = rx.SessionBatch(
+        ...     torch.tensor([[3, 7], [3, 8]]), torch.tensor([2, 2]), torch.tensor([0, 2]), torch.tensor([1])
+        ... )
+        >>> packed = rx.pack_sessions([[1, 2]], sessions)
+        >>> packed.hidden(torch.randn(1, 6, 16)).shape  # of candidates, tokens, hidden size
+        torch.Size([2, 2, 16])
+        >>> packed.mask()[0, 0, 5].tolist()  # the last token sees the prompt and its own candidate
+        [True, True, False, False, True, True]
     """
 
     sessions: SessionBatch
@@ -55,7 +66,7 @@ class PackedSessions:
         return self._each(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedSessions:
-        """The same rows in page-locked memory, from where they go to a GPU without waiting."""
+        """The same rows in page-locked memory, from which copies to a GPU can be asynchronous."""
         return self._each(lambda part: part.pin_memory())
 
     def _each(self, change: Any) -> PackedSessions:
@@ -63,11 +74,11 @@ class PackedSessions:
         return replace(self, **{k: change(v) for k, v in parts.items() if isinstance(v, (Tensor, SessionBatch))})
 
     def mask(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Who sees whom, ``[S, 1, T, T]`` (query, key), for the attention of a decoder-only model.
+        """The attention mask ``[S, 1, T, T]`` (query, key) for a decoder-only model.
 
         Args:
-            dtype: None for a bool mask, True where a query sees a key: what ``scaled_dot_product_attention`` takes. A
-                float type for one that is added to the scores, 0 or the type's least number: eager attention adds.
+            dtype: None for a bool mask, True where a query attends to a key, as ``scaled_dot_product_attention`` takes
+                it. A float type for a mask of 0 and the type's minimum, which eager attention adds to the scores.
         """
         columns = torch.arange(self.ends.shape[1], device=self.ends.device)
         seen = (columns <= columns[:, None]) & (columns[:, None] < self.ends[:, None, None, :])
@@ -76,7 +87,7 @@ class PackedSessions:
         return torch.zeros((), dtype=dtype, device=seen.device).where(seen, torch.finfo(dtype).min)
 
     def block_mask(self) -> Any:
-        """The same as a ``BlockMask`` of FlexAttention, whose backward pass needs CUDA."""
+        """The attention mask as a ``BlockMask`` for FlexAttention, whose backward pass needs CUDA."""
         from torch.nn.attention.flex_attention import create_block_mask
 
         ends = self.ends
@@ -89,22 +100,22 @@ class PackedSessions:
 
     @property
     def predictors(self) -> Tensor:
-        """Which of the ``S * T`` states predicts each token of a candidate: int64 ``[C, L]``."""
+        """The index, among the ``S * T`` states, of that which predicts each token of a candidate: int64 ``[C, L]``."""
         return self.distinct[self.rows]
 
     def hidden(self, states: Tensor) -> Tensor:
-        """From the model's states ``[S, T, H]`` those that predict the candidates' tokens: ``[C, L, H]``."""
+        """The states that predict the candidates' tokens, ``[C, L, H]``, from the model's states ``[S, T, H]``."""
         predictors = self.predictors
         return self._flat(states).index_select(0, predictors.flatten()).view(*predictors.shape, states.shape[-1])
 
     def distinct_hidden(self, states: Tensor) -> Tensor:
-        """The same without repetition: ``[U, H]``, to be multiplied by a head once each, with ``rows``."""
+        """The distinct states that predict tokens, ``[U, H]``. ``rows`` says which of them predicts which token."""
         return self._flat(states).index_select(0, self.distinct)
 
     def embeddings(self, states: Tensor) -> Tensor:
-        """From the model's states ``[S, T, H]`` those at the candidates' last tokens: ``[C, H]``."""
+        """The states at the candidates' last tokens, ``[C, H]``, from the model's states ``[S, T, H]``."""
         if self.last_tokens is None:
-            raise ValueError("embeddings need pack_sessions(embeddings=True): the last tokens were left out")
+            raise ValueError("embeddings need pack_sessions(embeddings=True): these rows have no last tokens")
         return self._flat(states).index_select(0, self.last_tokens)
 
     def prompts(self) -> tuple[Tensor, Tensor]:
@@ -135,31 +146,42 @@ def pack_sessions(
     vocab: SIDVocab | None = None,
     embeddings: bool = True,
 ) -> PackedSessions:
-    """Packs each session's prompt and candidates into one row, so that a model reads the prompt once.
+    """Pack each session's prompt and candidates into one row, so that a model reads the prompt once.
 
-    A candidate sees the prompt and itself; its positions go on from the prompt's end. Log-probs and gradients are those
-    of every candidate behind its own copy of the prompt.
+    A candidate attends to the prompt and to itself, and its positions start at the prompt's end. Log-probs and
+    gradients equal those of one row per candidate, each with its own copy of the prompt.
 
     Args:
         prompts: ``S`` sequences of token ids (lists, arrays or tensors of one dimension), of at least one token each.
         sessions: the candidates, on the CPU.
-        layout: ``"candidates"`` holds every candidate's tokens, ``"trie"`` every distinct prefix of a session once.
+        layout: ``"candidates"`` holds every candidate's tokens, ``"trie"`` every distinct prefix of a session
+            once.
         padding_side: where shorter rows are padded, ``"right"`` or ``"left"``.
-        pad_token_id: token id of the padding; nothing sees it.
-        pad_to_multiple_of: makes ``T`` a multiple of it.
-        max_length: most tokens of a prompt with its longest candidate: the model's window. A longer prompt loses its
-            first tokens, a candidate none.
-        vocab: makes a prompt that is cut begin with a token of the first level, so that no SID in it is broken; where
-            none is left, it is cut as without ``vocab``.
-        embeddings: also give candidates' last tokens positions. Only :class:`SimilarityWeighting` reads their states.
+        pad_token_id: token id of the padding; no token attends to it.
+        pad_to_multiple_of: pad rows so that ``T`` is a multiple of this.
+        max_length: maximum number of tokens of a prompt with its longest candidate, such as the model's context window.
+            A longer prompt loses its first tokens; candidates lose none.
+        vocab: start a truncated prompt at a token of the first level, so that it has only whole SIDs. If no such token
+            is left, the prompt is truncated as without ``vocab``.
+        embeddings: also give the candidates' last tokens positions. Only :class:`SimilarityWeighting` reads their
+            states.
 
     Returns:
         :class:`PackedSessions`, on the CPU.
 
     Raises:
-        ValueError: an empty prompt, a negative token id, a candidate that leaves its prompt no token within
-            ``max_length``, a number of prompts that is not that of the sessions.
-        TypeError: prompts that hold no integers.
+        ValueError: a prompt is empty or has a negative token id, a candidate leaves its prompt no token within
+            ``max_length``, or the number of prompts is not that of the sessions.
+        TypeError: the prompts do not hold integers.
+
+    Example:
+        >>> sessions = rx.SessionBatch(
+        ...     torch.tensor([[3, 7], [3, 8]]), torch.tensor([2, 2]), torch.tensor([0, 2]), torch.tensor([1])
+        ... )
+        >>> rx.pack_sessions([[1, 2]], sessions).input_ids
+        tensor([[1, 2, 3, 7, 3, 8]])
+        >>> rx.pack_sessions([[1, 2]], sessions, layout="trie").input_ids
+        tensor([[1, 2, 3, 7, 8]])
 
     Source: RAD-DPO (arXiv 2602.23964), label packing.
     """
@@ -208,11 +230,11 @@ def pack_sessions(
 
 
 def _flatten(prompts: Sequence[Any], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All prompts' tokens, where each prompt begins and how long it is."""
+    """The tokens of all prompts, and each prompt's begin and length."""
     if not isinstance(prompts, Sequence) or isinstance(prompts, (str, bytes)):
         raise TypeError(f"prompts must be a sequence of sequences of token ids, got {type(prompts).__name__}")
     if len(prompts) != count:
-        raise ValueError(f"prompts must have one entry a session ({count}), got {len(prompts)}")
+        raise ValueError(f"prompts must have one entry per session ({count}), got {len(prompts)}")
     tokens: np.ndarray = np.empty(0, np.int64)
     lengths: np.ndarray = np.empty(0, np.int64)
     try:
@@ -225,7 +247,9 @@ def _flatten(prompts: Sequence[Any], count: int) -> tuple[np.ndarray, np.ndarray
     except (TypeError, ValueError):
         raise TypeError(f"prompts must hold token ids of one dimension: {_culprit(prompts)}") from None
     if not lengths.all():
-        raise ValueError(f"prompts[{int(lengths.argmin())}] has no token: its state is to predict the first code")
+        raise ValueError(
+            f"prompts[{int(lengths.argmin())}] must have at least one token, whose state predicts the first code"
+        )
     if tokens.dtype.kind not in "iu" or tokens.ndim != 1:
         raise TypeError(f"prompts must hold token ids of one dimension: {_culprit(prompts)}")
     tokens = tokens.astype(np.int64, copy=False)
@@ -238,13 +262,13 @@ def _flatten(prompts: Sequence[Any], count: int) -> tuple[np.ndarray, np.ndarray
 
 
 def _culprit(prompts: Sequence[Any]) -> str:
-    """The first prompt that is no vector of integers."""
+    """The error of the first prompt that is not a vector of integers."""
     for row, prompt in enumerate(prompts):
         try:
             _check.integer_array(prompt, f"prompts[{row}]", 1)
         except (TypeError, ValueError) as error:
             return str(error)
-    return "their types do not go together"
+    return "the prompts have incompatible types"
 
 
 def _truncate(
@@ -255,18 +279,18 @@ def _truncate(
     max_length: int,
     vocab: SIDVocab | None,
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """The starts and lengths that leave every session's longest candidate room, and how many prompts changed."""
+    """Begins and lengths of the prompts after truncation to ``max_length``, and the number of truncated prompts."""
     longest = np.zeros(len(lengths), np.int64)
     np.maximum.at(longest, sessions.owners().numpy(), sessions.lengths.numpy())
-    room = max_length - longest
-    if len(room) and room.min() < 1:
-        row = int(room.argmin())
+    budget = max_length - longest  # tokens for each prompt
+    if len(budget) and budget.min() < 1:
+        row = int(budget.argmin())
         raise ValueError(
             f"max_length = {max_length} leaves prompts[{row}] no token beside a candidate of {longest[row]} tokens"
         )
-    cut = lengths > room
+    cut = lengths > budget
     ends = starts + lengths
-    starts = np.where(cut, ends - room, starts)
+    starts = np.where(cut, ends - budget, starts)
     if vocab is not None and cut.any():
         first = np.flatnonzero(np.isin(tokens, vocab.token_ids[0][vocab.token_ids[0] >= 0].numpy()))
         after = np.append(first, len(tokens))[np.searchsorted(first, starts)]

@@ -1,4 +1,4 @@
-"""Session logs: prompts with their positives and negatives, as token ids, in jsonl and parquet files."""
+"""Session logs: jsonl and parquet files of prompts with their positives and negatives, as token ids."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from raddpo_ext.index.trie_items import places_of
 from raddpo_ext.index.vocab import SIDVocab
 
 COLUMNS = ("prompt_ids", "positives", "negatives")
-ITEMS = "items"  # the one column that a log may lack
-_CHUNK = 8192  # sessions that are Python objects at one time
+ITEMS = "items"  # the optional column
+_CHUNK = 8192  # sessions that are Python objects at the same time
 _TOKENS = range(2**31 - 1)
 _ITEM_IDS = range(2**63)
-_SHOWN = 5  # bad rows that the log names for each reason
+_SHOWN = 5  # bad rows per reason that the log names
 
 _log = logging.getLogger(__name__)
 
 
 class _BadRow(Exception):
-    """Why a row is no session: a reason to count by, and what is wrong with this row."""
+    """Why a row is not a session: a reason to count by, and a message about this row."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -46,36 +46,43 @@ def read_sessions(
     index: TrieIndex | None = None,
     on_error: str = "raise",
 ) -> Any:
-    """Reads a session log into memory.
+    """Read a session log into memory.
 
     A row holds ``prompt_ids``, a list of token ids, and ``positives`` (the winner first) and ``negatives``, lists of
     SIDs: lists of token ids, with the end token if the vocab has one. It may also hold ``items``, the positives' item
     ids, for the ``item_*`` metrics of :class:`RADDPOTrainer <raddpo_ext.integrations.transformers.RADDPOTrainer>`.
-    ``.jsonl`` has one object a line, and lines of white space are passed over; ``.parquet`` has these columns. Others
-    are left out.
+    ``.jsonl`` has one object per line, and blank lines are skipped; ``.parquet`` has these columns. Other
+    columns are dropped.
 
-    A session without positives or without negatives is kept: it adds nothing to the preference loss. The log
-    (``logging``, this module's name) says how many there are, in one record together with what was skipped.
+    A session without positives or without negatives is kept, but adds nothing to the preference loss. One record of
+    ``logging`` (with this module's name) says how many there are, together with what was skipped.
 
     Args:
         path: a ``.jsonl`` or ``.parquet`` file.
-        vocab: also refuse a candidate that is no SID of it: a token that its level lacks, and with ``eos`` a candidate
-            that does not end there.
-        index: also refuse a candidate that no item of it has, and an item that it lacks.
-        on_error: what to do with a row that is no session: ``"raise"`` ValueError for the first one, or ``"skip"`` and
-            log, for each reason, how many there were and where. Reasons: invalid JSON, a missing column, not integers,
-            a number that is no token id or item id, an empty prompt, an empty candidate, a SID both positive and
+        vocab: also check that every candidate is a SID of this vocabulary: each token belongs to its level, and with
+            ``eos`` the candidate ends in it.
+        index: also check that every candidate is the SID of an item of this index, and that it has the items.
+        on_error: what to do with a row that is not a session: ``"raise"`` ValueError for the first one, or ``"skip"``
+            them and log their number and rows for each reason. Reasons: invalid JSON, a missing column, not integers,
+            a number that is not a token id or item id, an empty prompt, an empty candidate, a SID both positive and
             negative, not of the vocab, not in the index.
 
     Returns:
         ``datasets.Dataset`` of int64 lists in the columns :data:`COLUMNS`, in the file's order. If any row has
-        ``items``, so have all, empty where there were none.
+        ``items``, all have it, empty where the file has none.
 
     Raises:
-        ValueError: naming the file, and the line of jsonl (counted from 1) or the row of parquet (from 0). Also for a
-            folder, a file that is damaged as a whole, lacks a column or holds no session.
+        ValueError: a row is not a session: names the file, and the line of jsonl (counted from 1) or the row of parquet
+            (from 0). Also if the path is a folder, or the file is damaged, lacks a column or has no session.
         ImportError: ``datasets`` is not installed.
         OSError: the file cannot be opened.
+
+    Example:
+        >>> row = {"prompt_ids": [1, 2], "positives": [[3, 7]], "negatives": [[3, 8], [4, 7]]}
+        >>> rx.write_sessions("log.jsonl", [row])
+        >>> sessions = rx.read_sessions("log.jsonl", vocab=rx.SIDVocab([2, 2], offsets=[3, 7]))
+        >>> sessions[0]["negatives"]
+        [[3, 8], [4, 7]]
     """
     datasets, arrow = _import("datasets"), _import("pyarrow")
     _check.choice(on_error, "on_error", ("raise", "skip"))
@@ -117,17 +124,22 @@ def read_sessions(
 
 
 def write_sessions(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]]) -> None:
-    """Writes sessions so that :func:`read_sessions` reads them back, atomically: a reader sees the old file or the
-    whole new one.
+    """Write sessions to a file that :func:`read_sessions` reads, atomically: readers see the old file or the new one.
 
     Args:
         path: a ``.jsonl`` or ``.parquet`` file.
-        rows: mappings with the columns :data:`COLUMNS` as lists of ints, and ``items`` where they have it, or a
-            ``datasets.Dataset`` of them. Others of their columns are left out.
+        rows: mappings with the columns :data:`COLUMNS` as lists of ints and optionally ``items``, or a
+            ``datasets.Dataset`` of them. Other columns are dropped.
 
     Raises:
-        ValueError: a row that :func:`read_sessions` would refuse (named by its number from 0), or no row at all.
+        ValueError: :func:`read_sessions` would refuse a row (named by its number from 0), or there are no rows.
         ImportError: ``pyarrow`` is not installed, for parquet.
+
+    Example:
+        >>> rx.write_sessions("log.jsonl", [{"prompt_ids": [1, 2], "positives": [[3, 7]], "negatives": [[3, 8]]}])
+        >>> with open("log.jsonl") as file:
+        ...     file.read()
+        '{"prompt_ids":[1,2],"positives":[[3,7]],"negatives":[[3,8]]}\\n'
     """
     path = Path(path)
     write = _write_jsonl if _is_jsonl(path) else _write_parquet
@@ -157,7 +169,7 @@ def _schema(arrow: Any) -> Any:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Every line that is not blank, and its number."""
+    """Every line that is not blank, with its number."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.isspace():
@@ -165,7 +177,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every row and its number."""
+    """Every row, with its number."""
     parquet = _import("pyarrow.parquet")
     with open(path, "rb") as file:
         try:
@@ -210,7 +222,7 @@ def _checked_rows(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def _sort_out(
     chunk: list[tuple[int, Any]], vocab: SIDVocab | None, index: TrieIndex | None
 ) -> tuple[list[dict[str, Any]], dict[int, _BadRow]]:
-    """The sessions among some rows, and for every other row, by its place, why it is none."""
+    """The sessions among some numbered rows, and for every other row the reason, by its number."""
     check = None if vocab is None else SIDCheck(vocab)
     sessions: dict[int, dict[str, Any]] = {}
     bad: dict[int, _BadRow] = {}
@@ -226,7 +238,7 @@ def _sort_out(
                 bad.setdefault(place, _BadRow("not in the index", f"{name} = {sid} is not in the index"))
         owned = [(place, item) for place, session in sessions.items() for item in session.get(ITEMS, ())]
         items = torch.tensor([item for _, item in owned], dtype=torch.int64)
-        places = places_of(index, items).tolist() if owned else []  # a pass over the whole index
+        places = places_of(index, items).tolist() if owned else []  # passes once over the whole index
         for (place, item), found in zip(owned, places, strict=True):
             if found < 0:
                 bad.setdefault(place, _BadRow("not in the index", f"items holds {item}, which is not in the index"))
@@ -234,7 +246,7 @@ def _sort_out(
 
 
 def _session(row: Any, check: SIDCheck | None) -> dict[str, Any]:
-    """The columns of a row, a line of JSON or a mapping."""
+    """The columns of a row, which is a line of JSON or a mapping."""
     if isinstance(row, bytes):
         try:
             row = json.loads(row)
@@ -273,7 +285,7 @@ def _candidates(session: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _check_ids(name: str, ids: Any, empty: str | None, possible: range = _TOKENS, kind: str = "token id") -> None:
-    """``empty``: the reason to refuse an empty list, None to take it."""
+    """Raise _BadRow unless ``ids`` are possible ids. ``empty``: the reason to refuse an empty list, or None."""
     if not isinstance(ids, list) or not set(map(type, ids)) <= {int}:
         raise _BadRow("not integers", f"{name} must be a list of integers, got {ids!r:.60}")
     if not ids and empty is not None:

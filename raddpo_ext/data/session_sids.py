@@ -1,4 +1,4 @@
-"""Which candidates are SIDs: of a vocabulary, and of an index."""
+"""Checks of candidates: whether they are SIDs of a vocabulary, and of an index."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from raddpo_ext.index.vocab import SIDVocab
 
 
 class SIDCheck:
-    """Says why a candidate's tokens are no SID of a vocabulary."""
+    """Says why a candidate's tokens are not a SID of a vocabulary."""
 
     def __init__(self, vocab: SIDVocab) -> None:
         self.levels = [set(ids.tolist()) - {-1} for ids in vocab.token_ids]
         self.eos = vocab.eos
 
     def why_not(self, sid: Sequence[int]) -> str | None:
-        """What is wrong with these tokens, for a sentence that begins with them; None for a SID, a shorter one too."""
+        """The end of the sentence "tokens ..." that says what is wrong; None if they are a SID of any length."""
         codes = sid[:-1] if self.eos is not None and sid and sid[-1] == self.eos else sid
         if self.eos is not None and len(codes) == len(sid):
             return f"does not end in eos, {self.eos}"
@@ -31,9 +31,9 @@ class SIDCheck:
 
 
 def contained(index: TrieIndex, sids: Sequence[Sequence[int]]) -> list[bool]:
-    """Which of these tokens an item of the index has."""
+    """For each sequence of tokens, whether it is the SID of an item of the index."""
     levels = index.levels
-    # One column more: it gives the node after the last token. A SID that is too long for the index is made none.
+    # The extra column gives the node after the last token. SIDs too long for the index become empty ones.
     padded = [[*sid, *[-1] * (levels + 1 - len(sid))] if len(sid) <= levels else [-1] * (levels + 1) for sid in sids]
     tokens = torch.tensor(padded, dtype=torch.int64, device=index.device).reshape(-1, levels + 1)
     lengths = (tokens >= 0).sum(1, keepdim=True)
