@@ -1,5 +1,5 @@
-// pack_sessions for torch: checks, and the packed rows as padded tensors. It runs where a batch is collated: on the
-// CPU.
+// pack_sessions for torch: checks, and the packed rows as padded tensors. Batches are collated on the CPU, so it runs
+// there only.
 #include "pack_sessions.h"
 
 #include <tuple>
@@ -42,13 +42,14 @@ PackInput prepare(const Tensor& prompts, const Tensor& prompt_begins, const Tens
     const std::int64_t begin = in.prompt_begins[s], length = in.prompt_lengths[s];
     STD_TORCH_CHECK(begin >= 0 && length >= 1 && length <= prompts.numel() - begin, "pack_sessions: prompt ", s,
                     " is empty or outside of prompts");
-    STD_TORCH_CHECK(in.offsets[s] >= 0 && in.offsets[s] <= in.offsets[s + 1], "pack_sessions: offsets must not fall");
+    STD_TORCH_CHECK(in.offsets[s] >= 0 && in.offsets[s] <= in.offsets[s + 1],
+                    "pack_sessions: offsets must be non-decreasing");
   }
   STD_TORCH_CHECK(in.offsets[0] == 0 && in.offsets[in.sessions] == in.candidates,
                   "pack_sessions: offsets must run from 0 to the number of candidates");
   for (std::int64_t c = 0; c < in.candidates; ++c)
-    STD_TORCH_CHECK(in.lengths[c] >= 0 && in.lengths[c] <= in.levels, "pack_sessions: lengths[", c,
-                    "] is outside of tokens");
+    STD_TORCH_CHECK(in.lengths[c] >= 0 && in.lengths[c] <= in.levels, "pack_sessions: lengths[", c, "] must be in [0, ",
+                    in.levels, "], got ", in.lengths[c]);
   return in;
 }
 
@@ -86,8 +87,8 @@ Packed pack_sessions_cpu(const Tensor& prompts, const Tensor& prompt_begins, con
       const bool real = from >= 0 && from < used;
       ids[to] = real ? pack.input_ids[begin + from] : pad_token_id;
       positions[to] = real ? pack.position_ids[begin + from] : 0;
-      ends[to] =
-          real ? pack.ends[begin + from] + shift : column + 1;  // padding sees itself: no row of a softmax is empty
+      ends[to] = real ? pack.ends[begin + from] + shift
+                      : column + 1;  // padding attends to itself: no row of a softmax is empty
     }
     const std::int64_t first = s * width + shift;
     for (std::int64_t c = in.offsets[s]; c < in.offsets[s + 1]; ++c) {

@@ -1,7 +1,7 @@
 #pragma once
-// Packing: the row of one session holds its prompt once and every candidate after it. Position q of a row sees position
-// k if and only if k <= q < ends[k]. Laid out depth first, a trie's nodes have their descendants right behind them, so
-// that this one number a position says who sees it in either layout.
+// Packing: the row of a session holds its prompt once and every candidate after it. Position q of a row attends to
+// position k if and only if k <= q < ends[k]. In depth-first order a trie's nodes have their descendants right after
+// them, so one number per position is enough in both layouts.
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
@@ -11,17 +11,17 @@ namespace raddpo {
 
 struct PackInput {
   const std::int64_t* prompts;         // token ids, prompt after prompt
-  const std::int64_t* prompt_begins;   // [sessions] where each one begins, the part that was cut off left out
+  const std::int64_t* prompt_begins;   // [sessions] where each one begins, after truncation
   const std::int64_t* prompt_lengths;  // [sessions] at least 1
   const std::int64_t* tokens;          // [candidates, levels]
   const std::int64_t* lengths;         // [candidates]
   const std::int64_t* offsets;         // [sessions + 1]
   std::int64_t sessions, candidates, levels;
-  bool trie;        // equal prefixes of a session share their positions
-  bool last_token;  // the last token of a candidate has a position too
+  bool trie;        // equal prefixes within a session share their positions
+  bool last_token;  // a candidate's last token has a position too
 };
 
-// Rows one after another; columns are counted from the row's first token.
+// The rows, concatenated. Columns count from the row's first token.
 struct Pack {
   std::vector<std::int64_t> input_ids, position_ids, ends;
   std::vector<std::int64_t> row_begins;   // [sessions + 1]
@@ -55,18 +55,18 @@ class Packer {
     if (in_.trie) sort_candidates();
     for (const std::int64_t candidate : order_) place(candidate);
     close(0);
-    for (std::int64_t i = 0; i < prompt_; ++i) out_.ends[row_ + i] = width();  // everything after it sees the prompt
+    for (std::int64_t i = 0; i < prompt_; ++i) out_.ends[row_ + i] = width();  // every candidate attends to the prompt
     out_.row_begins.push_back(row_ + width());
   }
 
-  // Equal prefixes come to stand side by side: a depth-first walk of the session's trie.
+  // Makes equal prefixes adjacent: the order of a depth-first walk of the session's trie.
   void sort_candidates() {
     std::stable_sort(order_.begin(), order_.end(), [&](std::int64_t a, std::int64_t b) {
       return std::lexicographical_compare(tokens(a), tokens(a) + in_.lengths[a], tokens(b), tokens(b) + in_.lengths[b]);
     });
   }
 
-  // path_ holds the columns of the last candidate's tokens; in a trie the next one goes on from what they share.
+  // path_ holds the columns of the last candidate's tokens. In a trie, the next candidate reuses the shared ones.
   void place(std::int64_t candidate) {
     const std::int64_t length = in_.lengths[candidate];
     const auto kept = static_cast<std::size_t>(std::max<std::int64_t>(length - !in_.last_token, 0));
@@ -85,7 +85,7 @@ class Packer {
     out_.last_tokens[candidate] = kept == 0 ? prompt_ - 1 : path_[kept - 1];
   }
 
-  // Nothing that comes sees the path's positions beyond `depth`.
+  // Ends the path's positions beyond `depth`: no later position attends to them.
   void close(std::size_t depth) {
     for (; path_.size() > depth; path_.pop_back()) out_.ends[row_ + path_.back()] = width();
   }

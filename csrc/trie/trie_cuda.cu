@@ -1,4 +1,4 @@
-// One thread a row or node: a lookup is a chain of dependent reads, so that only many at a time keep the memory busy.
+// One thread per row or node: a lookup is a chain of dependent reads, so many must run at once to keep memory busy.
 #include "../common/cuda_block.cuh"
 #include "trie_ops.h"
 

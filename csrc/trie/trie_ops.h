@@ -1,10 +1,10 @@
 #pragma once
-// Kernel interface of the lookups in a trie: one independent row or node each, raw pointers only.
+// Kernel interface of the trie lookups: each row or node is independent. Raw pointers only.
 #include "../trie_index/trie_math.h"
 
 namespace raddpo {
 
-// tokens [rows, columns] to the nodes [rows, columns + 1] after 0, 1, .. tokens; -1 once off the trie.
+// From tokens [rows, columns] to the nodes [rows, columns + 1] after 0, 1, .. tokens; -1 for a prefix off the trie.
 struct TrieWalkArgs {
   TrieView trie;
   const std::int64_t* tokens;
@@ -23,7 +23,7 @@ RADDPO_HD void trie_walk_row(const TrieWalkArgs& a, std::int64_t row) {
   }
 }
 
-// nodes [count] to the codes [count, sid_levels] on their paths, padded with -1, and their depths; -1 for no node.
+// From nodes [count] to the codes [count, sid_levels] on their paths, padded with -1, and their depths, -1 for no node.
 struct TriePathsArgs {
   TrieView trie;
   const std::int64_t* nodes;
@@ -44,8 +44,8 @@ RADDPO_HD void trie_path(const TriePathsArgs& a, std::int64_t i) {
   }
 }
 
-// nodes [count] to their children or items: the first one's place among all nodes or items that are left, and their
-// number; 0, 0 for no node.
+// From nodes [count] to their children or items: the place of the first among all nodes or items that are left, and
+// their number; 0, 0 for no node.
 struct TrieRangesArgs {
   TrieView trie;
   const std::int64_t* nodes;
@@ -64,7 +64,7 @@ RADDPO_HD void trie_range(const TrieRangesArgs& a, std::int64_t i) {
   a.number[i] = range.count;
 }
 
-// places [count] among all nodes or items that are left to their numbers; -1 for no such place.
+// From places [count] among the nodes or items that are left to their numbers; -1 for no such place.
 struct TrieSelectArgs {
   LiveBits live;
   std::int64_t size;  // nodes or items in all

@@ -1,6 +1,6 @@
 #pragma once
-// children_of (trie_math.h) worked out by a whole warp: 32 probes at each step of the search instead of one, for a
-// single lookup that everything else waits for. Every lane gets the result.
+// children_of (trie_math.h) by a whole warp, for a single lookup that all other work waits for: 32 probes per step of
+// the search instead of one. Every lane gets the result.
 #include "../common/cuda_block.cuh"
 #include "../trie_index/trie_math.h"
 
@@ -14,7 +14,7 @@ __device__ __forceinline__ std::int64_t warp_select_zero(const DegreeSequence& s
     low += __popc(__ballot_sync(kAllLanes, reached)) * step;
     if (low + step - 1 < high) high = low + step - 1;
   }
-  // A block is 8 words, one for each of 8 lanes: which holds the zero?
+  // A block is 8 words, one per lane of 8: finds the word with the zero.
   constexpr int kWords = kBlockBits / 64;
   const int lane = lane_id() % kWords;
   const std::uint64_t zeros = ~s.bits[low * kWords + lane];

@@ -4,7 +4,7 @@ namespace {
 
 RADDPO_HD std::uint64_t low_bits(int n) { return n < 64 ? (std::uint64_t(1) << n) - 1 : ~std::uint64_t(0); }
 
-// The low bits of x, put where mask has ones.
+// Moves the low bits of x to where mask has ones.
 RADDPO_HD std::uint64_t spread(std::uint64_t x, std::uint64_t mask) {
 #if defined(RADDPO_BMI2)
   return __builtin_ia32_pdep_di(x, mask);
@@ -15,7 +15,7 @@ RADDPO_HD std::uint64_t spread(std::uint64_t x, std::uint64_t mask) {
 #endif
 }
 
-// The bits of x where mask has ones, put side by side.
+// Moves the bits of x where mask has ones to the low bits.
 RADDPO_HD std::uint64_t gather(std::uint64_t x, std::uint64_t mask) {
 #if defined(RADDPO_BMI2)
   return __builtin_ia32_pext_di(x, mask);
@@ -26,13 +26,13 @@ RADDPO_HD std::uint64_t gather(std::uint64_t x, std::uint64_t mask) {
 #endif
 }
 
-// A bit for each of n bytes that are 0 or 1, at most 64.
+// One bit per byte, for n <= 64 bytes that are 0 or 1.
 RADDPO_HD std::uint64_t pack(const std::uint8_t* bytes, int n) {
   std::uint64_t bits = 0;
   for (int i = 0; i + 8 <= n; i += 8) {
     std::uint64_t eight;
     std::memcpy(&eight, bytes + i, 8);
-    bits |= (eight * 0x0102040810204080 >> 56) << i;  // byte k times bit 56 - 7k: each lands in a bit of its own
+    bits |= (eight * 0x0102040810204080 >> 56) << i;  // byte k moves to bit 56 + k; no two overlap
   }
   for (int i = n & ~7; i < n; ++i) bits |= std::uint64_t(bytes[i]) << i;
   return bits;
@@ -52,7 +52,7 @@ struct BitReader {
   }
 };
 
-// Into memory that is zero.
+// Appends bits to memory that is zero.
 struct BitAppender {
   std::uint64_t* words;
   std::int64_t at;

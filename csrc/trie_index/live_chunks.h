@@ -1,5 +1,5 @@
 #pragma once
-// The children of a node that are left, some at a time, on the host. Always inline: part of every instruction set.
+// The children of a node that are left, in chunks, on the host. Always inline: part of every instruction set.
 #include "trie_math.h"
 
 namespace raddpo {
@@ -7,12 +7,12 @@ namespace raddpo {
 template <typename Symbol, int kSize>
 struct LiveChunks {
   const LiveBits& live;
-  Range children;         // left or not
+  Range children;         // all of them, left or not
   const Symbol* all;      // their symbols
-  std::int64_t at = 0;    // of the children, those before are done
+  std::int64_t at = 0;    // children before this one are done
   const Symbol* symbols;  // of this chunk
-  int size;               // as many as there are, up to kSize
-  std::int64_t first;     // node of symbols[0]; with `live` that of all[0], for the places
+  int size;               // number of symbols in this chunk, at most kSize
+  std::int64_t first;     // node of symbols[0]; with `live`, node of all[0], to which `places` are added
   std::int32_t places[kSize];
   Symbol kept[kSize];
 
@@ -21,7 +21,7 @@ struct LiveChunks {
 
   RADDPO_HD std::int64_t node(int i) const { return first + (live.bits ? places[i] : i); }
 
-  // False: there are no more.
+  // Returns false if there are no more.
   RADDPO_HD bool next() {
     if (!live.bits) {
       symbols = all + at;

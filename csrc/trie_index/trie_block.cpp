@@ -123,7 +123,7 @@ TrieBytes TrieBlock::finish() {
   return std::move(bytes_);
 }
 
-// Ranks and hints of a degree sequence of `count` bits, a zero a node.
+// Ranks and hints of a degree sequence of `count` bits, one zero per node.
 void TrieBlock::index_bits(HeaderWord word, std::int64_t count) const {
   const auto* bits = section<std::uint64_t>(word);
   auto* ranks = section<std::uint32_t>(static_cast<HeaderWord>(word + 1));

@@ -1,5 +1,5 @@
 #pragma once
-// A trie's block of bytes in the making: its layout, its header and what follows from its bits. Host only, no torch.
+// Makes a trie's block of bytes: its layout, its header, and what follows from its bits. Host only, no torch.
 #include <array>
 #include <cstdint>
 #include <cstdlib>
@@ -60,7 +60,7 @@ struct TrieBytes {
   std::int64_t size;
 };
 
-// What the layout and the header follow from.
+// What determines the layout and the header.
 struct TrieShape {
   std::int64_t items = 0, sids = 0, nodes = 0;
   Depths first_node{};  // of each depth; from depth levels + 1 on the number of nodes
@@ -68,10 +68,10 @@ struct TrieShape {
   bool wide_items = false, has_vocab = false;
   std::array<std::int64_t, kMaxLevels> num_symbols{}, table{}, first_token{}, sizes{}, max_token{};
 
-  // Of a whole block.
+  // The shape of a finished block.
   static TrieShape of(const std::uint8_t* block);
 
-  // Without a vocab a level's codes are those up to the largest there is.
+  // Sets a level's sizes by its largest code, where there is no vocab.
   void set_largest_symbol(int level, std::int64_t symbol);
   bool wide() const;
 };
@@ -91,7 +91,8 @@ void write_header(const TrieShape& shape, const TrieLayout& layout, std::uint64_
 
 class TrieBlock {
  public:
-  // Everything but symbols, bits, items and tables is in place; the bits are zero. Throws for too many nodes.
+  // Writes the header and zeroes the bits; the caller writes symbols, bits, items and tables. Throws for too many
+  // nodes.
   explicit TrieBlock(const TrieShape& shape);
 
   std::uint64_t* header() const { return reinterpret_cast<std::uint64_t*>(bytes_.data.get()); }
@@ -100,7 +101,7 @@ class TrieBlock {
     return reinterpret_cast<Element*>(bytes_.data.get() + header()[word]);
   }
 
-  // Ranks, hints and the checksum, once the bits and all else are written.
+  // Writes ranks, hints and the checksum, after everything else is written.
   TrieBytes finish();
 
  private:
@@ -108,7 +109,7 @@ class TrieBlock {
   TrieBytes bytes_{};
 };
 
-// Of every byte of the block but the checksum's own; detects every change within one 64-bit word.
+// The checksum of every byte but its own. Detects every change within one 64-bit word.
 std::uint64_t trie_checksum(const std::uint8_t* data, std::int64_t size);
 
 template <typename... Parts>

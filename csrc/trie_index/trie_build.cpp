@@ -15,15 +15,15 @@
 namespace raddpo {
 namespace {
 
-constexpr std::uint8_t kRepeat = 255;  // in place of the common prefix's length: the same SID as the row before
+constexpr std::uint8_t kRepeat = 255;  // instead of a common prefix's length: the SID of the row before, again
 
 int bit_width(std::uint64_t x) { return x ? 64 - __builtin_clzll(x) : 0; }
 
-// Where each level sits in the packed words: the first level in the highest bits of word 0.
+// Where each level is in the packed words. The first level has the highest bits of word 0.
 struct Packing {
   int words = 0;
   std::array<int, kMaxLevels> word{}, shift{}, bits{};
-  std::array<int, kMaxLevels> first_level{}, used{};  // of each word
+  std::array<int, kMaxLevels> first_level{}, used{};  // per word
 
   Packing(const std::vector<std::int64_t>& num_symbols, int levels, bool absent) {
     for (int l = 0; l < levels; ++l) {
@@ -72,7 +72,7 @@ class Builder {
   }
 
  private:
-  // Nodes and items of each depth.
+  // Numbers of nodes and items per depth.
   struct Counts {
     Depths nodes{}, items{};
   };
@@ -114,7 +114,7 @@ class Builder {
     levels_ = static_cast<int>(longest) + eos();
   }
 
-  // Every code within its level's size (which the codes give where the caller does not) and with a token.
+  // Every code must be within its level's size and have a token. Without a given size, the largest code sets it.
   void check_codes() {
     const int columns = static_cast<int>(in_.columns);
     std::vector<std::array<std::uint64_t, kMaxLevels>> largest(threads_);
@@ -183,14 +183,14 @@ class Builder {
         refuse("item_ids[", b.values[i - 1], "] and item_ids[", b.values[i], "] are both ", b.keys[i]);
   }
 
-  // Rows are visited in sorted order, which is no order in memory.
+  // Rows are visited in sorted order, which jumps in memory.
   void prefetch(const SortBuffers& b, std::int64_t i, std::int64_t end) const {
     constexpr std::int64_t kAhead = 16;
     if (i + kAhead < end) __builtin_prefetch(sids_ + b.values[i + kAhead] * in_.columns);
   }
 
   void sort(SortBuffers& b, const Packing& p) {
-    const bool absent = in_.lengths != nullptr;  // then symbol 0 of a key says that the SID has ended
+    const bool absent = in_.lengths != nullptr;  // then symbol 0 of a key means that the SID has ended
     for (int word = p.words - 1; word >= 0; --word) {
       const bool first = word == p.words - 1;
       const int begin_level = p.first_level[word], end_level = word + 1 < p.words ? p.first_level[word + 1] : levels_;
@@ -212,7 +212,7 @@ class Builder {
   // Fills prefixes; returns the counts before each thread's share and, last, the total.
   std::vector<Counts> compare_neighbours(const SortBuffers& b, const Packing& p, const Buffer<std::uint8_t>& prefixes) {
     const int word_levels = p.words > 1 ? p.first_level[1] : levels_;
-    std::array<std::uint8_t, 65> level_of_width{};  // of the highest differing bit in word 0
+    std::array<std::uint8_t, 65> level_of_width{};  // level of the highest differing bit in word 0
     for (int l = 0; l < word_levels; ++l)
       for (int bit = p.shift[l]; bit < p.shift[l] + p.bits[l]; ++bit)
         level_of_width[bit + 1] = static_cast<std::uint8_t>(l);
@@ -220,7 +220,7 @@ class Builder {
     std::vector<std::int64_t> prefix_of_next(threads_, -1);
     parallel_shares(threads_, n_, [&](int t, std::int64_t begin, std::int64_t end) {
       Counts& c = counts[t + 1];
-      Depths opened{}, closed{};  // distinct rows by common prefix and by length
+      Depths opened{}, closed{};  // numbers of distinct rows by common prefix, and by length
       interrupt_.for_rows(t, begin, end, [&](std::int64_t i) {
         const std::int64_t row = b.values[i];
         const int length = length_of(row);

@@ -8,11 +8,11 @@
 
 namespace raddpo {
 
-// What one level's codes mean. Empty vectors: symbol = code, token = first_token + code.
+// The symbols and tokens of one level's codes. Empty vectors: symbol = code, token = first_token + code.
 struct LevelSymbols {
-  std::int64_t size = -1;  // codes are in [0, size); -1: whatever the SIDs hold
+  std::int64_t size = -1;  // codes are in [0, size); -1: up to the largest code of the SIDs
   std::int32_t first_token = 0;
-  std::int32_t eos_symbol = -1;              // of the end-of-sequence token, where this level can hold it
+  std::int32_t eos_symbol = -1;              // of the end-of-sequence token, if this level can hold it
   std::vector<std::int32_t> symbol_of_code;  // [size], -1: the code has no token
   std::vector<std::int32_t> tokens, codes;   // of each symbol
 };
@@ -24,12 +24,12 @@ struct TrieBuildInput {
   std::int64_t rows, columns;
   const std::int64_t* lengths;       // [rows] in [1, columns], or null: all `columns`
   const std::int64_t* item_ids;      // [rows], distinct and >= 0, or null: row numbers
-  std::vector<LevelSymbols> levels;  // columns, and one more with an end-of-sequence token
+  std::vector<LevelSymbols> levels;  // one per column, and one more with an end-of-sequence token
   std::int64_t eos = -1;
   bool has_vocab = false;
   int threads = 1;
-  std::function<void(double)> progress;  // called with the share done, in [0, 1]; may be empty
-  std::function<void()> interrupt;       // called every 50 ms or so; what it throws ends the build; may be empty
+  std::function<void(double)> progress;  // called with the fraction done, in [0, 1]; may be empty
+  std::function<void()> interrupt;       // called every 50 ms or so; an exception from it ends the build; may be empty
 };
 
 // Throws std::invalid_argument that names the argument and the value.

@@ -1,5 +1,5 @@
-// From the outside in: each step reads only what the steps before have found sound. The header comes first, before any
-// pointer is formed from it; its counts must give every one of its other words.
+// Each step reads only what earlier steps have checked. The header comes first, before any pointer is formed from it:
+// all its other words must follow from its counts.
 #include "trie_check.h"
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 namespace raddpo {
 namespace {
 
-constexpr std::int64_t kBitsPerItem = 16;  // for the ids seen, at most twice that
+constexpr std::int64_t kBitsPerItem = 16;  // bits for the ids seen; hashing takes at most twice as many
 constexpr std::int64_t kLargestToken = INT32_MAX - 1;
 
 class Check {
@@ -106,7 +106,7 @@ class Check {
     }
   }
 
-  // Where the sections are, their total and all else that follows from the counts.
+  // The sections' offsets, the total size, and all other words that follow from the counts.
   void header() const {
     const TrieShape shape = TrieShape::of(data_);
     std::uint64_t expected[kHeaderWords];
@@ -145,7 +145,7 @@ class Check {
     }
   }
 
-  // As many zeros as nodes, the last bit one of them, and the ranks and hints that the bits give.
+  // The bits have one zero per node and end in a zero; ranks and hints are those of the bits.
   void degrees(int word, const DegreeSequence& s, std::int64_t count) const {
     const auto bad = [&](int wrong) { refuse("malformed: ", name_of_word(wrong), " do not fit the bits"); };
     const std::int64_t blocks = (count + kBlockBits - 1) / kBlockBits;
@@ -176,14 +176,14 @@ class Check {
 
   // The last node of each depth closes the children that are the whole next depth.
   void depths() const {
-    for (int d = 0; d < h_[kLevels]; ++d) {  // the deepest nodes have what is left of the children: none
+    for (int d = 0; d < h_[kLevels]; ++d) {  // the deepest nodes have no children left to check
       const std::int64_t* first = view_.first_node + d;
       if (select_zero(view_.children, first[1] - 1) != first[1] + first[2] - 2)
         refuse("malformed: the children of the nodes of depth ", d, " are not the nodes of depth ", d + 1);
     }
   }
 
-  // A bit for each node: it has ones.
+  // One bit per node: whether it has ones in the sequence.
   Buffer<std::uint64_t> zeros(const DegreeSequence& s) const {
     return marks([&](std::int64_t begin, std::int64_t end, std::uint64_t* out) {
       const std::int64_t from = begin ? select_zero(s, begin - 1) + 1 : 0;
@@ -191,7 +191,7 @@ class Check {
     });
   }
 
-  // A bit for each node: it is the root or a first child.
+  // One bit per node: whether it is the root or a first child.
   Buffer<std::uint64_t> first_children() const {
     return marks([&](std::int64_t begin, std::int64_t end, std::uint64_t* out) {
       const DegreeSequence& s = view_.children;
@@ -212,7 +212,7 @@ class Check {
     return out;
   }
 
-  // Leaves and no other nodes have items.
+  // All leaves, and no other nodes, have items.
   void leaves(const Buffer<std::uint64_t>& inner) const {
     const Buffer<std::uint64_t> filled = zeros(view_.items);
     std::int64_t sids = 0;
@@ -270,8 +270,8 @@ class Check {
          : distinct(static_cast<const std::int32_t*>(ids), count, all.largest);
   }
 
-  // A bit for each id, or where they are sparse for each hash. What meets a bit that is set already is an id that
-  // repeats or one hash of two ids: the few ids of such bits are sorted.
+  // One bit per id or, where ids are sparse, per hash. An id whose bit is already set is a repeat, or shares its hash
+  // with another id: the few ids of such bits are sorted to tell.
   template <typename Id>
   static void distinct(const Id* ids, std::int64_t count, std::int64_t largest) {
     const bool dense = largest / kBitsPerItem < count;

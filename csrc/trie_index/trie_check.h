@@ -1,5 +1,5 @@
 #pragma once
-// Whether a block of bytes from elsewhere is one that trie_build writes: then every lookup in it is safe. Host only.
+// Checks that a block of unknown origin is one that trie_build writes: then every lookup in it is safe. Host only.
 #include <cstdint>
 
 #include "trie_view.h"
@@ -10,20 +10,20 @@ namespace raddpo {
 // holds, and takes no more memory than a small multiple of it.
 void trie_check(const std::uint8_t* data, std::int64_t size, int threads);
 
-// What is below is compiled once for each instruction set.
+// The declarations below are compiled once per instruction set.
 
-// Nodes [begin, end) of one level, in front of which there is at least the root.
+// Nodes [begin, end) of one level. `begin` is above 0: the root comes first.
 struct SymbolCheck {
   const void* symbols;
   bool wide;
   std::int64_t begin, end;
-  const std::uint64_t* first;  // a bit for each node: it is the first child of its parent
-  const std::uint64_t* inner;  // it has children
+  const std::uint64_t* first;  // one bit per node: it is the first child of its parent
+  const std::uint64_t* inner;  // one bit per node: it has children
   std::int64_t eos;            // the end-of-sequence token's symbol; -1: the level has none; -2: no level has
 };
 struct SymbolsFound {
   std::int64_t largest;
-  bool ascend, eos_ends;  // among siblings; exactly at the leaves
+  bool ascend, eos_ends;  // symbols ascend among siblings; eos is exactly at the leaves
 };
 struct IdsFound {
   std::int64_t least, largest;

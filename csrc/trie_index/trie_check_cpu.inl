@@ -10,7 +10,7 @@ RADDPO_HD SymbolsFound check(const SymbolCheck& c) {
   Symbol largest = 0;
   std::uint64_t descend = 0, astray = 0;
   for (std::int64_t begin = c.begin, end; begin < c.end; begin = end) {
-    end = (begin | 63) + 1 < c.end ? (begin | 63) + 1 : c.end;  // those in one word
+    end = (begin | 63) + 1 < c.end ? (begin | 63) + 1 : c.end;  // the nodes of one word
     const int n = static_cast<int>(end - begin), shift = static_cast<int>(begin % 64);
     std::uint8_t above[64], ends[64];
     const auto eos = static_cast<Symbol>(c.eos);
@@ -41,7 +41,7 @@ RADDPO_HD IdsFound range_of(const Id* ids, std::int64_t begin, std::int64_t end)
 
 }  // namespace
 
-// Whether the rank after each of these blocks counts the block's zeros. Ranks that fall have wrapped.
+// Whether the rank after each of these blocks counts the block's zeros. A rank below the one before it has wrapped.
 bool ranks_follow(const std::uint64_t* bits, std::int64_t begin, std::int64_t end, const std::uint32_t* ranks) {
   std::uint32_t wrong = 0;
   for (std::int64_t block = begin; block < end; ++block) {
@@ -52,7 +52,7 @@ bool ranks_follow(const std::uint64_t* bits, std::int64_t begin, std::int64_t en
   return !wrong;
 }
 
-// A bit for each zero in [begin, end) of a degree sequence, which begin after another zero: its node has a one.
+// One bit per zero in [begin, end) of a degree sequence, which begins after a zero: whether its node has a one.
 void mark_zeros(const std::uint64_t* bits, std::int64_t begin, std::int64_t end, std::uint64_t* out) {
   BitReader in{bits, begin};
   BitAppender marks{out, 0};
@@ -65,7 +65,7 @@ void mark_zeros(const std::uint64_t* bits, std::int64_t begin, std::int64_t end,
   }
 }
 
-// A bit for each one in [begin, end): it is its node's first. `root`: and before them one for the root.
+// One bit per one in [begin, end): whether it is the first of its node. `root`: preceded by a set bit for the root.
 void mark_ones(const std::uint64_t* bits, std::int64_t begin, std::int64_t end, bool root, std::uint64_t* out) {
   BitReader in{bits, begin};
   BitAppender marks{out, 0};

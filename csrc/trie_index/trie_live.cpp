@@ -1,4 +1,4 @@
-// One pass over the item ids finds which are left, one over the bits of the degree sequences which nodes are.
+// One pass over the item ids finds the items that are left. One pass over the degree sequences finds the nodes.
 #include "trie_live.h"
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 namespace raddpo {
 namespace {
 
-constexpr std::int64_t kBitsPerItem = 16;      // a set of ids is bits while that takes no more than the items do
+constexpr std::int64_t kBitsPerItem = 16;      // up to this many bits per item, a set of ids is bits
 constexpr std::int64_t kMostHashes = 1 << 22;  // whose bits stay in cache
 
 struct Items {
@@ -32,7 +32,7 @@ struct Items {
     return wide ? static_cast<const std::int64_t*>(ids)[i] : static_cast<const std::int32_t*>(ids)[i];
   }
 
-  // Where the set has ids: bits; matches are counted among the live.
+  // Writes one bit per item, whether the set has it. Counts only live items.
   Matched match(const IdSet& set, const std::uint64_t* live, int threads, std::uint64_t* out) const {
     std::vector<Matched> parts(threads);
     parallel_shares(threads, words(), [&](int t, std::int64_t begin, std::int64_t end) {
@@ -89,7 +89,7 @@ struct IdSetMemory {
     std::fill_n(bits.get(), (size + 63) / 64, 0);
   }
 
-  // Whether it was not there.
+  // Returns whether the bit was not set before.
   bool set_bit(std::int64_t i) {
     std::uint64_t& word = bits[i / 64];
     const std::uint64_t bit = std::uint64_t(1) << (i % 64);
@@ -105,7 +105,7 @@ struct IdSetMemory {
   }
 };
 
-// The first of `ids` that is, or is not, among the items with a bit in `matched`; -1: none.
+// The first of `ids` that is (`known`) or is not among the items with a bit in `matched`; -1 if there is none.
 std::int64_t first_of(const Items& items, const std::uint64_t* matched, const std::int64_t* ids, std::int64_t count,
                       bool known) {
   std::vector<std::int64_t> found;

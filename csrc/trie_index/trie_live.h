@@ -1,5 +1,5 @@
 #pragma once
-// Which nodes and items of a trie are left when some items are taken away: the live block of trie_view.h. Host only.
+// Which nodes and items of a trie are left when some items are removed: the live block of trie_view.h. Host only.
 #include "trie_block.h"
 #include "trie_math.h"
 #include "trie_view.h"
@@ -11,7 +11,7 @@ struct TrieLiveInput {
   const std::uint8_t* live;  // what was left before, or null: all
   const std::int64_t* ids;   // [count], or null
   std::int64_t count;
-  const bool* mask;  // [mask_size] by item id, or null; exactly one of the two
+  const bool* mask;  // [mask_size] by item id, or null; exactly one of `ids` and `mask` is given
   std::int64_t mask_size;
   bool keep;  // `ids`: those that stay (unknown ones are ignored) or those that go (unknown ones are refused)
   int threads;
@@ -19,7 +19,7 @@ struct TrieLiveInput {
 
 struct TrieLive {
   TrieBytes bytes;
-  std::int64_t items, sids, nodes, deepest;  // left, the last in the last level
+  std::int64_t items, sids, nodes, deepest;  // numbers left; `deepest`: nodes of the last level
 };
 
 // Throws std::invalid_argument that names the value.
@@ -31,10 +31,10 @@ std::int64_t first_known(const std::uint8_t* trie, const std::int64_t* ids, std:
 // A plain block of what is left (at least one item, of `sids` SIDs), the same as if it had been built.
 TrieBytes trie_compact(const std::uint8_t* trie, const std::uint8_t* live, std::int64_t sids);
 
-// What is below is compiled once for each instruction set.
+// The declarations below are compiled once per instruction set.
 
-// Item ids: as bits from 0 to `limit`, whose own bit is 0; or where ids are sparse as an open hash table, and a bit for
-// each hash that occurs.
+// A set of item ids: one bit per id from 0 to `limit`, whose own bit is 0; or, where ids are sparse, an open hash table
+// and one bit per hash.
 struct IdSet {
   const std::uint32_t* bits;
   std::int64_t limit;         // unused with a table
@@ -46,8 +46,8 @@ RADDPO_HD std::uint64_t slot_of(std::int64_t id) {
   return x ^ x >> 32;
 }
 
-// out[w], w in [begin, end): a bit for each of 64 items, whether the set has it. Of the items with a bit in `live`
-// (null: all) it returns how many the set has, and an id beyond the set's bits, or -1.
+// Writes out[w], w in [begin, end): one bit per item, whether the set has it. Of the items with a bit in `live` (null:
+// all), returns how many the set has, and an id beyond the set's bits, or -1.
 struct Matched {
   std::int64_t count, beyond;
 };

@@ -1,4 +1,4 @@
-// 64 nodes or items at a time. All sequences are in node order, so that every pass reads and writes from front to back.
+// 64 nodes or items per step. All sequences are in node order, so every pass reads and writes from front to back.
 #include "bit_stream.h"
 
 namespace raddpo::RADDPO_ISA {
@@ -6,7 +6,7 @@ namespace {
 
 RADDPO_HD bool has_id(const IdSet& set, std::int64_t id) {
   const std::uint64_t hash = slot_of(id);
-  if (!(set.bits[(hash & set.mask) / 32] >> (hash & 31) & 1)) return false;  // which nearly all are not
+  if (!(set.bits[(hash & set.mask) / 32] >> (hash & 31) & 1)) return false;  // the answer for nearly all ids
   for (std::uint64_t slot = hash >> 32;; ++slot) {
     const std::int64_t found = set.slots[slot & set.slot_mask];
     if (found == id) return true;
@@ -37,7 +37,7 @@ RADDPO_HD Matched match(const Item* items, std::int64_t size, const std::uint64_
     }
     matched.count += popcount(bits & valid);
     out[word] = bits;
-    if (set.slots) continue;  // which has no limit
+    if (set.slots) continue;  // a table has no limit
     Item largest = -1;
     for (int i = 0; i < n; ++i) largest = items[first + i] > largest ? items[first + i] : largest;
     for (int i = 0; largest >= limit && i < n; ++i)
@@ -46,9 +46,9 @@ RADDPO_HD Matched match(const Item* items, std::int64_t size, const std::uint64_
   return matched;
 }
 
-// Bits [begin, end) of a degree sequence: the next bits of `in` say which of its ones are left; appends a bit for each
-// zero, whether any of the ones before it is. Adding the bits of a run of ones to the run carries into its zero if
-// there are any, and no further.
+// For bits [begin, end) of a degree sequence, the next bits of `in` say which of the ones are left. Appends one bit per
+// zero: whether any one of its run is left. Adding the bits that are left to their run of ones carries into the zero
+// after the run exactly if there are any, and no further.
 RADDPO_HD std::int64_t fold(const std::uint64_t* bits, std::int64_t begin, std::int64_t end, BitReader in,
                             BitAppender out) {
   BitReader sequence{bits, begin};
@@ -66,7 +66,7 @@ RADDPO_HD std::int64_t fold(const std::uint64_t* bits, std::int64_t begin, std::
   return ones;
 }
 
-// The ones and zeros of a degree sequence that the bits of `ones` and `zeros` keep.
+// Keeps the ones and zeros of a degree sequence that have a bit in `ones` and `zeros`.
 RADDPO_HD void filter(const std::uint64_t* bits, std::int64_t size, BitReader ones, BitReader zeros,
                       std::uint64_t* to) {
   BitReader sequence{bits, 0};
@@ -105,7 +105,7 @@ void pack_mask(const bool* mask, std::int64_t size, std::uint64_t* bits) {
     bits[first / 64] = pack(bytes + first, size - first < 64 ? static_cast<int>(size - first) : 64);
 }
 
-// Zeros before each block.
+// Writes the number of zeros before each block.
 void fill_ranks(const std::uint64_t* bits, std::int64_t blocks, std::uint32_t* ranks) {
   std::uint32_t zeros = 0;
   for (std::int64_t block = 0; block < blocks; ++block) {

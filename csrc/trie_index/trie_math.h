@@ -50,10 +50,10 @@ RADDPO_HD Range ones_of(const DegreeSequence& s, std::int64_t i) {
   return {begin - i, end - begin};
 }
 
-// The children of a node, those that are left and those that are not.
+// All children of a node, left or not.
 RADDPO_HD Range children_of(const TrieView& t, std::int64_t node) {
   const Range ones = ones_of(t.children, node);
-  return {ones.first + 1, ones.count};  // the root is nobody's child
+  return {ones.first + 1, ones.count};  // the root is not a child
 }
 
 // Positions in the item list.
@@ -63,7 +63,7 @@ RADDPO_HD std::int64_t num_nodes_of(const TrieView& t) { return t.first_node[t.l
 
 RADDPO_HD bool is_live(const LiveBits& s, std::int64_t i) { return !s.bits || (s.bits[i / 64] >> (i % 64) & 1); }
 
-// How many before number i are left.
+// How many with a number below i are left.
 RADDPO_HD std::int64_t live_before(const LiveBits& s, std::int64_t i) {
   if (!s.bits) return i;
   const std::int64_t block = i / kBlockBits, word = i / 64;
@@ -79,7 +79,7 @@ RADDPO_HD Range live_of(const LiveBits& s, Range all) {
   return {first, live_before(s, all.first + all.count) - first};
 }
 
-// The number of what is left at place i of `live`, out of `count` in all; the inverse of live_before.
+// The number of the i-th that is left, out of `count` in all. The inverse of live_before.
 RADDPO_HD std::int64_t nth_live(const LiveBits& s, std::int64_t count, std::int64_t i) {
   return s.bits ? select_one(s, count / kBlockBits, i) : i;
 }

@@ -1,6 +1,6 @@
-// Nodes are numbered breadth first in both tries, so the added one's nodes, in order, go into the sequences of the
-// other from front to back: one pass finds their places, one copies what lies between these. The added trie is the
-// smaller one; a node of the other costs no more than its copy.
+// Nodes are numbered breadth first in both tries, so the nodes of the added trie, in order, go into the sequences of
+// the other trie from front to back. One pass finds their places, a second one copies what is between them. The added
+// trie is the smaller one: each node of the other costs only its copy.
 #include "trie_merge.h"
 
 #include <algorithm>
@@ -18,14 +18,14 @@
 namespace raddpo {
 namespace {
 
-// Where the bits of nodes are in a degree sequence of so many nodes and bits, asked for in ascending order.
+// Where the bits of nodes are in a degree sequence. Nodes must be asked for in ascending order.
 class Degrees {
  public:
   Degrees(const DegreeSequence& sequence, std::int64_t nodes, std::int64_t bits)
       : words_(sequence.bits), nodes_(nodes), bits_(bits) {}
 
   std::int64_t begin(std::int64_t node) { return node == nodes_ ? bits_ : node ? zero(node - 1) + 1 : 0; }
-  std::int64_t zero(std::int64_t node) {  // that closes it
+  std::int64_t zero(std::int64_t node) {  // the zero that ends the node
     for (int zeros; zeros_ + (zeros = popcount(~words_[word_])) <= node; ++word_) zeros_ += zeros;
     return word_ * 64 + select_bit(~words_[word_], static_cast<int>(node - zeros_));
   }
@@ -35,7 +35,7 @@ class Degrees {
   std::int64_t nodes_, bits_, word_ = 0, zeros_ = 0;
 };
 
-// A whole block, read from front to back.
+// A finished block, read from front to back.
 struct Reader {
   TrieShape shape;
   TrieView view;
@@ -54,7 +54,7 @@ struct Reader {
                             : static_cast<const std::int32_t*>(item_ids)[i];
   }
 
-  // "the SID of item 7, (1, 2)", the first below a node.
+  // The first SID below a node, as "the SID of item 7, (1, 2),".
   std::string first_sid(std::int64_t node) const {
     for (Range children; (children = children_of(view, node)).count;) node = children.first;
     std::string codes;
@@ -65,7 +65,7 @@ struct Reader {
   }
 };
 
-// Bits with insertions; all between them is copied.
+// Copies bits, with insertions.
 class BitSplice {
  public:
   BitSplice(const DegreeSequence& from, std::uint64_t* to) : from_(from.bits), out_{to, 0} {}
@@ -82,7 +82,7 @@ class BitSplice {
   scalar::BitAppender out_;
 };
 
-// The same of symbols or item ids, which may become wider.
+// Copies symbols or item ids, with insertions. Values may become wider.
 class ValueSplice {
  public:
   ValueSplice(const void* from, int from_bytes, void* to, int to_bytes)
@@ -115,7 +115,7 @@ class ValueSplice {
   std::int64_t at_ = 0;
 };
 
-// Where a node of the added trie goes: it is node `node` of the other, or comes right before it.
+// Where a node of the added trie goes: it is node `node` of the other (`found`), or is inserted before that.
 struct Place {
   std::uint32_t node;
   bool found;
@@ -221,8 +221,8 @@ class Merger {
   }
 
   const std::uint8_t *trie_, *added_;
-  std::vector<Place> places_;                         // of each added node
-  std::array<std::int64_t, kMaxLevels + 2> fresh_{};  // added nodes of each depth that the other lacks
+  std::vector<Place> places_;                         // per added node
+  std::array<std::int64_t, kMaxLevels + 2> fresh_{};  // per depth, added nodes that the other lacks
   std::int64_t fresh_sids_ = 0;
 };
 

@@ -1,12 +1,12 @@
 #pragma once
-// A block of bytes, and what is left of it, as the view that lookups take.
+// The view that lookups take: a block of bytes, and the live block that says what is left of it.
 #include <cstdint>
 
 #include "trie.h"
 
 namespace raddpo {
 
-// Where a live block's sections begin, in bytes, each a multiple of 64 but the ranks.
+// Where a live block's sections begin, in bytes. All but the ranks begin at a multiple of 64.
 struct LiveLayout {
   std::int64_t node_ranks, item_bits, item_ranks, bytes;
 
@@ -19,7 +19,7 @@ struct LiveLayout {
   static std::int64_t blocks_of(std::int64_t count) { return count / kBlockBits + 1; }  // bit number `count` has a rank
 };
 
-// `data`: the block, anywhere; `h`: its header words, here; `live`: beside `data`, or null.
+// `data`: the block, in any memory; `h`: its header words, on the host; `live`: in the memory of `data`, or null.
 inline TrieView view_of(const std::uint8_t* data, const std::int64_t* h, const std::uint8_t* live) {
   const auto sequence = [&](int word) {
     return DegreeSequence{reinterpret_cast<const std::uint64_t*>(data + h[word]),
