@@ -1,4 +1,4 @@
-"""The front's routes: what a request may say, who may ask, and how an error reads."""
+"""The routes of the front process: requests, access and errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from raddpo_ext.serve.protocol import Answer, Limits, Query, ServiceError
 from raddpo_ext.serve.telemetry import Telemetry
 
 _PAGE = Path(__file__).with_name("page.html")
-# The page brings everything along and talks to this service only.
+# The page loads nothing from elsewhere and connects only to this service.
 _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
     "frame-ancestors 'none'"
@@ -37,7 +37,7 @@ _HEADERS = {
 
 
 class Service:
-    """One front: its queue, its workers and what it counts. ``closing`` turns new requests away."""
+    """The front process: its queue, workers and metrics. While ``closing`` is true, it refuses new requests."""
 
     def __init__(self, config: ServeConfig, start: StartWorker = WorkerProcess.start) -> None:
         self.config = config
@@ -45,7 +45,7 @@ class Service:
         self.batcher = Batcher(config.max_batch, config.max_wait_ms / 1000, config.max_queue)
         self.pool = Pool(config, self.batcher, self.telemetry, start)
         self.closing = False
-        #: Requests to /retrieve that are read and not answered.
+        #: Number of requests to /retrieve that are read but not answered yet.
         self.open = 0
         self.telemetry.queued.set_function(lambda: self.batcher.queued)
         self.telemetry.in_flight.set_function(lambda: self.pool.in_flight)
@@ -76,7 +76,7 @@ class Service:
             self.telemetry.requests.labels(status).inc()
 
     async def example(self, request: Request) -> Response:
-        """A history of the catalogue's items, for the page to begin with."""
+        """A history of items of the catalogue, which the page shows at first."""
         self.check_access(request)
         self._limits()
         answer = await self._ask(
@@ -128,23 +128,23 @@ class Service:
             raise ServiceError(401, "unauthorized", "a bearer token is needed")
 
     def check_host(self, request: Request) -> None:
-        """Keeps out a page of another site whose name was made to lead here, while no token does."""
-        host = request.headers.get("host")  # HTTP/1.0 may have none, and no browser speaks that
+        """Refuse a page of another site whose name leads to this address (DNS rebinding), unless a token is set."""
+        host = request.headers.get("host")  # HTTP/1.0 may have none, but no browser uses that
         if self.config.token is None and host is not None and not is_own_host(host, self.config.host):
             raise ServiceError(
                 421,
                 "bad_host",
-                f"the Host header names {host[:_SHOWN]!r}; a service without a token answers to localhost, loopback "
-                f"addresses and {self.config.host} only: set a token, or say --host",
+                f"the Host header names {host[:_SHOWN]!r}; a service without a token accepts only localhost, loopback "
+                f"addresses and {self.config.host}: set a token, or set --host",
             )
 
     async def health(self, request: Request) -> Response:
-        """200 while requests are answered; needs no token."""
+        """Status 200 while the service answers requests, else 503. Needs no token."""
         self.check_host(request)
         status = "shutting_down" if self.closing else "ok" if self.pool.ready else "no_worker"
         content = {"status": status, "catalogue_version": self.pool.version, "workers": self.pool.ready}
         for name, problems in (("cannot_start", self.pool.failures), ("refused", self.pool.refused)):
-            if problems:  # the lowest slot's
+            if problems:  # that of the lowest slot
                 content[name] = problems[min(problems)]
         return _json(json.dumps(content).encode(), 200 if status == "ok" else 503)
 
@@ -153,14 +153,14 @@ class Service:
         return Response(self.telemetry.page(), media_type=CONTENT_TYPE_LATEST)
 
     async def page(self, request: Request) -> Response:
-        """Needs no token: it holds no data, and asks for one to search with."""
+        """The page. Needs no token: it has no data, and asks its user for a token."""
         self.check_host(request)
         headers = {"Content-Security-Policy": _PAGE_POLICY}
         return Response(_PAGE.read_bytes(), media_type="text/html; charset=utf-8", headers=headers)
 
 
 def make_app(service: Service) -> FastAPI:
-    """The routes as an ASGI application, without pages that describe them."""
+    """The routes as an ASGI application, without FastAPI's documentation pages."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_api_route("/retrieve", service.retrieve, methods=["POST"])
     app.add_api_route("/example", service.example, methods=["GET"])
@@ -175,7 +175,7 @@ def make_app(service: Service) -> FastAPI:
 
 
 async def _disconnect(request: Request) -> None:
-    """Returns when the client hangs up: a request that is read has nothing else to tell."""
+    """Return when the client disconnects. After a request's body no other message comes."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -186,7 +186,7 @@ async def _service_error(request: Request, error: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """Starlette's own: no such path, or a method that the path does not have."""
+    """Starlette's errors: an unknown path, or a method that the path does not allow."""
     assert isinstance(error, HTTPException)
     code = "not_found" if error.status_code == 404 else "bad_request"
     return _json(ServiceError(error.status_code, code, error.detail).body, error.status_code, error.headers)

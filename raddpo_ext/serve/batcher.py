@@ -1,4 +1,4 @@
-"""The front's queue: what waits for a worker, and how it becomes batches."""
+"""The front's queue of queries, from which workers take batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from raddpo_ext.serve.protocol import Answer, Query, ServiceError
 
 @dataclass(eq=False)
 class Ticket:
-    """A query on its way through the front. ``answer`` is cancelled when nobody waits for it any more."""
+    """A query in the front process. ``answer`` is cancelled when its request no longer waits."""
 
     query: Query
     arrived: float
@@ -20,16 +20,16 @@ class Ticket:
 
 
 class Batcher:
-    """First come, first served, in batches that idle workers take.
+    """A first-in, first-out queue from which idle workers take batches.
 
-    A batch leaves when it is full, or ``max_wait`` seconds after its first query came. A query with ``trace`` is a
-    batch by itself. What a dead worker left behind goes first, and never together with other queries: one that kills
-    its worker takes no more than its first batch along.
+    A batch is taken when it is full, or ``max_wait`` seconds after its first query arrived. A query with ``trace`` is a
+    batch of its own. The batch of a dead worker is sent again before others and is not mixed with other queries: a
+    query that kills its worker affects only the first batch that it was in.
     """
 
     def __init__(self, max_batch: int, max_wait: float, max_queue: int) -> None:
         self.max_batch, self.max_wait, self.max_queue = max_batch, max_wait, max_queue
-        self._waiting: dict[Ticket, None] = {}  # in the order of arrival
+        self._waiting: dict[Ticket, None] = {}  # in order of arrival
         self._again: deque[list[Ticket]] = deque()
         self._collecting = asyncio.Lock()
         self._filled, self._full = asyncio.Event(), asyncio.Event()
@@ -39,7 +39,7 @@ class Batcher:
         return len(self._waiting) + sum(map(len, self._again))
 
     def submit(self, query: Query) -> Ticket:
-        """Puts a query into the queue; raises :class:`ServiceError` when that is full."""
+        """Add a query to the queue. Raises :class:`ServiceError` if the queue is full."""
         if self.queued >= self.max_queue:
             raise ServiceError(429, "overloaded", f"{self.max_queue} requests are waiting already")
         ticket = Ticket(query, asyncio.get_running_loop().time())
@@ -48,7 +48,7 @@ class Batcher:
         return ticket
 
     def drop(self, ticket: Ticket) -> None:
-        """Forgets a ticket that nobody waits for: no worker is sent it if none was yet."""
+        """Remove a ticket whose request no longer waits. If no worker has it yet, none will get it."""
         ticket.answer.cancel()
         self._waiting.pop(ticket, None)
         again = ([other for other in batch if other is not ticket] for batch in self._again)
@@ -56,7 +56,7 @@ class Batcher:
         self._signal()
 
     async def take(self, patience: float) -> list[Ticket]:
-        """The next batch, or nothing after ``patience`` seconds in which none came."""
+        """The next batch, or an empty list if none comes within ``patience`` seconds."""
         loop = asyncio.get_running_loop()
         end = loop.time() + patience
         while await _within(self._filled, end - loop.time()):
@@ -70,10 +70,10 @@ class Batcher:
         return []
 
     def send_again(self, batch: list[Ticket]) -> int:
-        """Takes back a dead worker's batch; a second time answers its queries with an error.
+        """Queue the batch of a dead worker again. Queries whose second worker died get an error instead.
 
         Returns:
-            How many of its queries will be sent again.
+            The number of queries that will be sent again.
         """
         lost = ServiceError(503, "worker_lost", "the request's workers died twice")
         for ticket in batch:
@@ -113,7 +113,7 @@ class Batcher:
 
 
 async def _within(event: asyncio.Event, seconds: float) -> bool:
-    """Whether the event is set, now or within that time."""
+    """Whether the event is set now or within ``seconds``."""
     if not event.is_set() and seconds > 0:
         try:
             await asyncio.wait_for(event.wait(), seconds)

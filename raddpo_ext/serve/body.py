@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from raddpo_ext.index.item_ids import LARGEST_ITEM
 from raddpo_ext.serve.protocol import Limits, Query, ServiceError, bad_field
 
-HUNG_UP = 499  # a status that nobody reads, under which such a request is counted
+HUNG_UP = 499  # status under which requests of disconnected clients are counted
 _BODY_SECONDS = 10.0
 _SHOWN = 60  # characters of a bad value in an error's message
 
@@ -21,7 +21,7 @@ _Id = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 def _item(value: Any) -> int | str:
-    """An item's id: one that is no integer is a name in the catalogue's id map."""
+    """An item's id: an integer, or a string of the catalogue's id map."""
     if isinstance(value, str) or (type(value) is int and 0 <= value <= LARGEST_ITEM):
         return value
     raise PydanticCustomError("item", f"Input should be a string or an integer from 0 to {LARGEST_ITEM}")
@@ -31,7 +31,7 @@ _Item = Annotated[int | str, PlainValidator(_item)]
 
 
 class Body(BaseModel):
-    """What a client may say; unknown fields are refused, and nothing is converted."""
+    """The fields of a request. Unknown fields are refused, and values are not converted."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -45,7 +45,7 @@ class Body(BaseModel):
 
     @classmethod
     def parse(cls, content: bytes) -> Body:
-        """Raises :class:`ServiceError`: 400 for what is no JSON, 422 for a bad field."""
+        """Parse a body. Raises :class:`ServiceError`: 400 if it is not JSON, 422 for a bad field."""
         try:
             return cls.model_validate_json(content)
         except ValidationError as failed:
@@ -58,7 +58,7 @@ class Body(BaseModel):
         raise bad_field(name, f"is wrong: {error['msg']}, got {_shown(error['input'])}")
 
     def query(self, limits: Limits, beam_width: int) -> Query:
-        """The same for a worker; raises :class:`ServiceError` for what cannot be searched."""
+        """The query for a worker. Raises :class:`ServiceError` if it cannot be searched."""
         given = [name for name in ("input_ids", "text", "history") if getattr(self, name) is not None]
         if len(given) != 1:
             raise bad_field(
@@ -73,7 +73,7 @@ class Body(BaseModel):
 
 
 async def read_body(request: Request, most: int) -> bytes:
-    """The whole body; raises :class:`ServiceError` when it is longer than ``most`` bytes or does not arrive."""
+    """Read the body. Raises :class:`ServiceError` if it has more than ``most`` bytes or does not arrive in time."""
     too_large = ServiceError(413, "too_large", f"the body must have at most {most} bytes")
     declared = request.headers.get("content-length", "0")
     if int(declared) > most:

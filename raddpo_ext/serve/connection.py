@@ -1,4 +1,4 @@
-"""One client's connection, with a bound on how long it may hold the front without a whole request's head."""
+"""A client's connection, with limits on the size and time of a request's head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HEAD_SECONDS = 10.0
 
 
 class _Parser(h11.Connection):
-    """h11's, which itself holds only a head that comes in pieces to the limit, not one that is there whole."""
+    """h11's parser, which by itself applies the size limit only to a head that arrives in pieces."""
 
     def __init__(self, head_bytes: int) -> None:
         super().__init__(h11.SERVER, head_bytes)
@@ -32,7 +32,7 @@ class _Parser(h11.Connection):
 
 
 class Connection(H11Protocol):
-    """uvicorn's, which itself waits for ever for the rest of a head, and for the end of a body it has refused."""
+    """uvicorn's protocol, which by itself waits forever for the rest of a head, and for the end of a refused body."""
 
     _timer: asyncio.TimerHandle | None = None
 
@@ -50,11 +50,11 @@ class Connection(H11Protocol):
         self._expect_request()
 
     def send_400_response(self, msg: str) -> None:
-        """To what is no HTTP; in the form of every other error, where uvicorn's is plain text of no stated length."""
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # what follows a body that was refused
+        """Answer input that is not HTTP, in the form of all other errors. uvicorn sends text without a length."""
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # input after a refused body
             self.transport.close()
             return
-        if self.cycle is not None:  # a head that came before: whatever its answer would be, it is dropped
+        if self.cycle is not None:  # drops the answer to the head before this one
             self.cycle.disconnected = True
         body = ServiceError(400, "bad_request", msg).body
         headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]

@@ -1,4 +1,4 @@
-"""Whether a Host header means this service: what tells a page of our own from one of another site."""
+"""Whether a Host header names this service. A page of another site has another name in it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _NAMES = ("localhost", "ip6-localhost")
 def is_own_host(header: str, configured: str) -> bool:
     """Whether the header is a loopback name or address, or the host that the service was told to listen on.
 
-    A service that listens on every address answers to each of them, but to no other name: one of another site can be
-    made to lead to any address, while an address is what it is.
+    A service that listens on every address accepts each address, but no other name: another site can make its own name
+    lead to any address.
     """
     parts = _HEADER.fullmatch(header.strip().lower())
     if parts is None:

@@ -19,7 +19,7 @@ def load_model(config: ServeConfig) -> Any:
     """The folder's causal or encoder-decoder model on ``config.device``, in evaluation mode.
 
     Raises:
-        ValueError: the checkpoint lacks weights, has some that the model lacks, or holds NaN; naming them.
+        ValueError: the checkpoint lacks weights, has weights that the model lacks, or holds NaN; names them.
     """
     disable_progress_bar()
     encoder_decoder = AutoConfig.from_pretrained(config.model, local_files_only=True).is_encoder_decoder
@@ -28,7 +28,7 @@ def load_model(config: ServeConfig) -> Any:
         config.model, local_files_only=True, dtype=config.dtype, output_loading_info=True
     )
     model, loading = loaded
-    # transformers makes up what is missing at random and leaves out what it does not know, with a warning at most.
+    # transformers initialises missing weights at random and ignores unknown ones, with a warning at most.
     for key, problem in (("missing_keys", "lacks"), ("unexpected_keys", f"does not fit {type(model).__name__}:")):
         if names := sorted(loading[key]):
             raise ValueError(f"{config.model}: the checkpoint {problem} {_shown(names)}")

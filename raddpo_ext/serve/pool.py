@@ -1,4 +1,4 @@
-"""The front's workers: each takes batches from the queue, and is replaced when it dies."""
+"""The front's workers. Each takes batches from the queue, and is replaced when it dies."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from raddpo_ext.serve.process import WorkerDied, WorkerProcess
 from raddpo_ext.serve.protocol import Answers, Hello, Limits
 from raddpo_ext.serve.telemetry import Telemetry
 
-_PATIENCE = 1.0  # seconds without a query after which a worker is sent none, so that it looks for a new catalogue
-_FIRST_DELAY, _LONGEST_DELAY = 0.5, 30.0  # seconds before a worker that could not even start is started again
+_PATIENCE = 1.0  # seconds without a query before a worker gets an empty batch, so that it looks for a new catalogue
+_FIRST_DELAY, _LONGEST_DELAY = 0.5, 30.0  # seconds before a worker that failed to start is restarted
 StartWorker = Callable[[ServeConfig], Awaitable[WorkerProcess]]
 _LOG = logging.getLogger(__name__)
 
 
 class StartError(Exception):
-    """The service cannot start: a worker said why."""
+    """The service cannot start, for the reason that a worker gave."""
 
 
 class Pool:
     """``config.workers`` processes and their batches.
 
-    A dead worker's batch goes back to the queue and the worker is started anew: at once, or after a growing delay as
-    long as it dies before it is ready.
+    The batch of a dead worker goes back to the queue, and the worker is restarted: at once, or after a growing delay
+    while it keeps dying before it is ready.
     """
 
     def __init__(
@@ -39,26 +39,26 @@ class Pool:
         self.config, self.batcher, self.telemetry = config, batcher, telemetry
         self.limits: Limits | None = None
         self.in_flight = 0
-        #: The catalogue's version of each worker that is ready, by its slot.
+        #: The catalogue version of each ready worker, by slot.
         self.versions: dict[int, int] = {}
-        #: Why a worker could not start, by the slots that have been without one since.
+        #: Why a worker could not start, by slot, until a worker is ready there.
         self.failures: dict[int, str] = {}
-        #: The newer version of the catalogue that a ready worker refused, and why, by its slot.
+        #: The newer catalogue version that a ready worker refused, and why, by slot.
         self.refused: dict[int, str] = {}
         self._start = start
         self._keepers: list[asyncio.Task[None]] = []
         self._change = asyncio.Event()
         self._failure: str | None = None
-        self._stopping = False  # beside the tasks' cancelling, which wait_for can swallow before Python 3.12
+        self._stopping = False  # because wait_for can swallow a cancellation before Python 3.12
 
     @property
     def ready(self) -> int:
-        """Workers that take queries."""
+        """Number of workers that take queries."""
         return len(self.versions)
 
     @property
     def version(self) -> int:
-        """The newest version that every ready worker has reached, 0 without any."""
+        """The newest version that every ready worker has reached; 0 if no worker is ready."""
         return min(self.versions.values(), default=0)
 
     async def start(self) -> None:
@@ -75,7 +75,7 @@ class Pool:
                 raise StartError(self._failure)
 
     async def stop(self) -> None:
-        """Ends the workers, whatever they are at."""
+        """End all workers, even busy ones."""
         self._stopping = True
         for keeper in self._keepers:
             keeper.cancel()

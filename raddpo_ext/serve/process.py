@@ -11,11 +11,11 @@ from typing import Any
 from raddpo_ext.serve.config import ServeConfig
 from raddpo_ext.serve.protocol import LENGTH, Answers, Hello, Query, pack, unpack
 
-_LAST_SECONDS = 5.0  # for a worker that is asked to go
+_LAST_SECONDS = 5.0  # for a worker to exit after its socket is closed
 
 
 class WorkerDied(Exception):
-    """The process is gone, or was killed because it did not answer in time."""
+    """The process has ended, or was killed because it did not answer in time."""
 
 
 class WorkerProcess:
@@ -47,7 +47,7 @@ class WorkerProcess:
         return worker
 
     async def hello(self) -> Hello:
-        """The worker's first words, once its model is loaded."""
+        """The worker's first message, sent when its model is loaded."""
         hello: Hello = await self._receive()
         return hello
 
@@ -55,7 +55,7 @@ class WorkerProcess:
         """The answers to a batch, which may be empty.
 
         Raises:
-            WorkerDied: it died, or is dead now because it did not answer in ``timeout`` seconds.
+            WorkerDied: the worker died, or was killed because it did not answer within ``timeout`` seconds.
         """
         self._send(queries)
         try:
@@ -66,7 +66,7 @@ class WorkerProcess:
         return answers
 
     async def stop(self) -> None:
-        """Ends the process, with force if it does not go by itself, and waits for its end."""
+        """End the process, by force if it does not exit by itself, and wait for its end."""
         self._writer.close()
         try:
             await asyncio.wait_for(self.process.wait(), _LAST_SECONDS)
@@ -75,7 +75,7 @@ class WorkerProcess:
             await self.process.wait()
 
     def _kill(self) -> None:
-        """For a process that does not go by itself; one that is gone already would be waited for twice."""
+        """Kill the process, unless it has ended already."""
         with contextlib.suppress(ProcessLookupError):
             self.process.kill()
 

@@ -1,4 +1,4 @@
-"""What the front and its workers say to one another: pickles behind their length, over a socket pair.
+"""Messages between the front and its workers: pickles, each after its length, over a socket pair.
 
 Both ends are this package on one machine, and nothing from a client is ever unpickled.
 """
@@ -16,8 +16,11 @@ LENGTH = struct.Struct("!Q")
 
 @dataclass(frozen=True)
 class Query:
-    """One request, its shape checked by the front. One of ``input_ids``, ``text`` and ``history`` is given, or with
-    ``example`` none: a history to try is wanted. Item ids are what the catalogue has, integers or strings."""
+    """One request, whose form the front has checked.
+
+    One of ``input_ids``, ``text`` and ``history`` is given. With ``example`` none of them is given, and the answer is a
+    history to try. Item ids are integers or strings, as in the catalogue.
+    """
 
     input_ids: list[int] | None = None
     text: str | None = None
@@ -29,13 +32,13 @@ class Query:
 
 
 class Limits(NamedTuple):
-    """What the model takes: token ids below ``vocab_size``, prompts of at most ``longest_prompt`` tokens."""
+    """What the model accepts: token ids below ``vocab_size``, prompts of at most ``longest_prompt`` tokens."""
 
     vocab_size: int
     longest_prompt: int
 
     def check(self, prompt: list[int], name: str) -> None:
-        """Raises :class:`ServiceError` for a prompt that the model cannot take."""
+        """Raise :class:`ServiceError` for a prompt that the model does not accept."""
         if not prompt:
             raise bad_field(name, "must give at least one token")
         if len(prompt) > self.longest_prompt:
@@ -46,7 +49,7 @@ class Limits(NamedTuple):
 
 
 class Hello(NamedTuple):
-    """A worker's first words: what it serves, or why it cannot; and the newer version that it refused, and why."""
+    """A worker's first message: what it serves or why it cannot, and which newer version it refused and why."""
 
     version: int
     limits: Limits | None
@@ -55,7 +58,7 @@ class Hello(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """To one query: a HTTP status and the JSON body, or for an error its code and message."""
+    """The answer to one query: an HTTP status and the JSON body, or for an error its code and message."""
 
     status: int
     body: bytes = b""
@@ -64,7 +67,7 @@ class Answer(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """To one batch, in its order, the catalogue's version that all of them are of, and :attr:`Hello.refused`."""
+    """The answers to one batch in its order, the catalogue version of all of them, and :attr:`Hello.refused`."""
 
     version: int
     answers: list[Answer]
@@ -72,7 +75,7 @@ class Answers(NamedTuple):
 
 
 class ServiceError(Exception):
-    """An error that a client is told as it is."""
+    """An error whose status, code and message are sent to the client."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
@@ -80,7 +83,7 @@ class ServiceError(Exception):
 
     @property
     def body(self) -> bytes:
-        """What the client reads, JSON."""
+        """The JSON body of the response."""
         return json.dumps({"error": {"code": self.code, "message": self.message}}).encode()
 
 

@@ -17,20 +17,20 @@ from raddpo_ext.serve.config import ServeConfig
 from raddpo_ext.serve.connection import Connection
 from raddpo_ext.serve.pool import StartError
 
-_HEAD_BYTES = 16 << 10  # of a request's line and headers
-_IDLE_SECONDS = 5  # that a connection is kept for its next request
-_FLUSH_SECONDS = 5  # for answers that are still being written when the service stops
+_HEAD_BYTES = 16 << 10  # maximum size of a request's line and headers
+_IDLE_SECONDS = 5  # for which an idle connection is kept open
+_FLUSH_SECONDS = 5  # for answers that are being written when the service stops
 _LOG = logging.getLogger(__name__)
 
 
 def serve(config: ServeConfig) -> None:
-    """Serves until SIGTERM or SIGINT, then answers what it has accepted and returns.
+    """Serve until SIGTERM or SIGINT, then answer the accepted requests and return.
 
     Prints ``serving on http://HOST:PORT`` to standard output once every worker is ready.
 
     Raises:
         OSError: the address is taken.
-        ValueError: a worker cannot serve the model or the catalogue, for the reason that the message gives.
+        ValueError: a worker cannot serve the model or the catalogue; says why.
     """
     with listen(config.host, config.port) as listener:
         if config.token is None and not _is_loopback(listener):
@@ -42,11 +42,11 @@ def serve(config: ServeConfig) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there."""
+    """A socket that listens on the address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, port), family=family, backlog=1024)
-    # Connections inherit it; asyncio sets it on none whose listener it did not make. Without it an answer's body, which
-    # is written after its head, waits up to 40 ms for the client to acknowledge that.
+    # Connections inherit this option, which asyncio sets only for its own listeners. Without it an answer's body, which
+    # is written after its head, waits up to 40 ms until the client acknowledges the head.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
@@ -66,7 +66,7 @@ async def _serve(config: ServeConfig, listener: socket.socket) -> None:
             host = f"[{config.host}]" if ":" in config.host else config.host
             print(f"serving on http://{host}:{listener.getsockname()[1]}", flush=True)
         await asyncio.wait({stopped, front}, return_when=asyncio.FIRST_COMPLETED)
-        service.closing = True  # /healthz says so, and new requests are told
+        service.closing = True  # /healthz reports it, and new requests get 503
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(_drained(service), config.shutdown_timeout_s)
     finally:
@@ -79,7 +79,7 @@ async def _serve(config: ServeConfig, listener: socket.socket) -> None:
 
 
 def make_server(service: Service) -> uvicorn.Server:
-    """uvicorn for the service, its limits set and its logs silent but for errors."""
+    """The uvicorn server of the service, with its limits, which logs only errors."""
     return _Server(
         uvicorn.Config(
             make_app(service),

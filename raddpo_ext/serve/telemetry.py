@@ -1,4 +1,4 @@
-"""What ``/metrics`` tells, in a registry of its own."""
+"""The metrics of ``/metrics``, in a registry of their own."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ class Telemetry:
         add: Any = {"registry": self.registry, "namespace": "raddpo"}
         self.requests = Counter("requests", "Answered requests to /retrieve, by HTTP status", ["code"], **add)
         self.latency = Histogram("latency_seconds", "From a request's last byte to its answer", buckets=_SECONDS, **add)
-        self.batch_size = Histogram("batch_size", "Queries a batch", buckets=_SIZES, **add)
+        self.batch_size = Histogram("batch_size", "Queries per batch", buckets=_SIZES, **add)
         self.queued = Gauge("queued", "Queries that wait for a worker", **add)
-        self.in_flight = Gauge("in_flight", "Queries that a worker has", **add)
+        self.in_flight = Gauge("in_flight", "Queries that workers are answering", **add)
         self.workers = Gauge("workers", "Workers that are ready", **add)
         self.restarts = Counter("worker_restarts", "Workers started in place of a dead one", **add)
         self.resent = Counter("resent", "Queries of a dead worker that were sent to another", **add)
         self.abandoned = Counter("abandoned", "Requests whose client hung up before the answer", **add)
         self.version = Gauge("catalogue_version", "Newest version that every ready worker has reached", **add)
-        self.swaps = Counter("catalogue_swaps", "Times that a newer version was first seen", **add)
+        self.swaps = Counter("catalogue_swaps", "Newer catalogue versions that a worker took", **add)
         self._newest = 0
 
     def saw_version(self, version: int) -> None:
-        """A worker serves this version."""
+        """Record that a worker serves this version."""
         if 0 < self._newest < version:
             self.swaps.inc()
         self._newest = max(self._newest, version)

@@ -23,12 +23,12 @@ _LOG = logging.getLogger(__name__)
 def main() -> None:
     """Serves the socket whose number is the first argument until the front closes it.
 
-    SIGINT and SIGTERM are left to the front, which may still have requests to be answered.
+    SIGINT and SIGTERM are ignored: the front handles them, and may still have requests to answer.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     front = socket.socket(fileno=int(sys.argv[1]))
-    with contextlib.suppress(EOFError, ConnectionError):  # the front is gone, or wants this worker to go
+    with contextlib.suppress(EOFError, ConnectionError):  # the front has ended, or has closed this worker's socket
         _serve(front, front.makefile("rb"))
     sys.stdout.flush()
     os._exit(0)  # a thread of torch's can outlive the interpreter, whose end then aborts the process
@@ -39,7 +39,7 @@ def _serve(front: socket.socket, incoming: BufferedReader) -> None:
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.workers))
     try:
         search = Search(config)
-    except Exception as error:  # whatever a folder of files can make transformers raise
+    except Exception as error:  # a damaged folder can make transformers raise any type
         _LOG.exception("the worker cannot start")
         front.sendall(pack(Hello(0, None, f"{type(error).__name__}: {error}")))
         return
