@@ -16,12 +16,12 @@ try:
     import torch.utils.cpp_extension as torch_ext
 except ImportError as error:
     raise SystemExit(
-        f"raddpo_ext is built against the PyTorch already installed, and '{error.name}' is not importable here: "
-        "in the isolated environment that pip builds in by default nothing that is installed is.\n"
+        f"raddpo_ext is built against the installed PyTorch, but '{error.name}' cannot be imported: "
+        "by default pip builds in an isolated environment without the installed packages.\n"
         "Install torch, pybind11 and ninja, then run: pip install --no-build-isolation ."
     ) from None
 
-if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):  # pre-releases of 2.11 will do
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):  # accepts pre-releases of 2.11
     raise SystemExit(f"raddpo_ext needs torch 2.11 or later, this is {torch.__version__}")
 
 CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
@@ -49,16 +49,16 @@ if WITH_CUDA:
 
 
 class BuildExtension(torch_ext.BuildExtension):
-    """Tries the compiler out first, so that what is missing is said in a line and not in pages of errors."""
+    """Checks the compiler first, so that a missing program or header is a one-line error."""
 
     def build_extensions(self):
-        # torch compiles by the first and links by the second; CXX names both.
+        # torch compiles with the first and links with the second; CXX sets both.
         compiler = shlex.split(os.environ.get("CXX") or "c++")
         for program in (compiler[0], getattr(self.compiler, "linker_so_cxx", self.compiler.linker_so)[0]):
             if shutil.which(program) is None:
                 raise SystemExit(
-                    f"raddpo_ext is compiled from C++, and there is no {program} here: install g++ (Debian and Ubuntu: "
-                    "apt install g++), or name a compiler by CXX"
+                    f"raddpo_ext is compiled from C++, but there is no {program} here: install g++ (Debian and Ubuntu: "
+                    "apt install g++), or set CXX to a compiler"
                 )
         source = "#include <Python.h>\n#include <optional>\nstatic_assert(__cplusplus >= 201703L);\n"
         options = ["-std=c++17", f"-I{sysconfig.get_path('include')}", "-fsyntax-only", "-x", "c++", "-"]

@@ -1,4 +1,4 @@
-"""The operators' derivatives: the first in reverse mode, and for any other an error that names the op."""
+"""The operators' derivatives: the first one in reverse mode. Any other is an error that names the operator."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 OVERWRITTEN = (
-    "the first backward pass overwrote the logits by their gradient; to go backward again, call the function again, or "
-    "token_logps with inplace_backward=False"
+    "the first backward pass overwrote the logits with their gradient; for a second one, call the function again, or "
+    "use token_logps with inplace_backward=False"
 )
 
 
 def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
-    """Raises for forward mode, and within a transform of ``torch.func``: either would take the op for a constant.
+    """Raise in forward mode and within transforms of ``torch.func``, which would treat the operator as a constant.
 
-    While ``torch.compile`` traces the operator itself does, by its autograd kernel.
+    While ``torch.compile`` traces, the operator's autograd kernel does this check.
     """
     if not torch.compiler.is_compiling():
         refuse_transforms_of_operator(op, *tensors)
 
 
 def refuse_transforms_of_operator(op: str, *tensors: Tensor | None) -> None:
-    """The same within an operator's autograd kernel."""
+    """Like :func:`refuse_transforms`, for an operator's autograd kernel."""
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
             f"{op} does not work within vmap, grad, jvp and other transforms of torch.func; use torch.autograd.grad"
@@ -37,16 +37,16 @@ def refuse_transforms_of_operator(op: str, *tensors: Tensor | None) -> None:
 
 
 def differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """A ``backward(ctx, saved, *grads)`` whose results autograd cannot differentiate again without an error.
+    """Wrap ``backward(ctx, saved, *grads)`` so that differentiating its results is an error.
 
-    ``torch.autograd.function.once_differentiable`` gives constants where ``grads`` are, which is a second derivative of
-    0. ``ctx`` has ``op``, a name, and ``overwritten``.
+    ``torch.autograd.function.once_differentiable`` would return constants if ``grads`` are constants: a second
+    derivative of 0. ``ctx`` has ``op``, a name, and ``overwritten``.
     """
 
     def wrapper(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         if ctx.overwritten:
             raise RuntimeError(OVERWRITTEN)
-        saved = ctx.saved_tensors  # once: checkpointing gives them no second time
+        saved = ctx.saved_tensors  # read once: checkpointing does not give them twice
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return backward(ctx, saved, *grads)
         if getattr(ctx, "leaf", None) is not None:
@@ -64,7 +64,7 @@ def differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
 
 
 class _NoDerivative(torch.autograd.Function):
-    """The first tensors as they are, as a function of all: one whose derivative is an error."""
+    """Returns the first ``count`` tensors unchanged, as a function of all tensors whose derivative is an error."""
 
     @staticmethod
     def forward(ctx: Any, op: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -77,6 +77,6 @@ class _NoDerivative(torch.autograd.Function):
 
 
 def below_autograd(op: Any, *arguments: Any) -> Any:
-    """The operator without its autograd kernel, and without the dispatcher's way there."""
+    """Call the operator without its autograd kernel, which saves the time to dispatch there."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*arguments)

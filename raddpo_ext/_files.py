@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and files that are files."""
+"""Files that are replaced atomically, and files that are regular ones."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of ``path`` once it is written: a reader sees the old file or the whole new one.
+    """Write a new file that replaces ``path`` atomically: a reader sees the old file or the whole new one.
 
-    It is on the disk before it has the name. If writing fails, nothing of it is left, and an OSError names ``path``. A
-    writer that is killed leaves ``.<name>.<16 hex digits>`` beside it, which the next writer of ``path`` removes.
+    The new file is flushed to the disk before it is renamed. If writing fails, the new file is removed, and an OSError
+    names ``path``. A writer that is killed leaves ``.<name>.<16 hex digits>`` beside ``path``, which the next writer of
+    ``path`` removes.
     """
     _remove_abandoned(path)
     temporary = None
@@ -30,9 +31,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
             with open(temporary, "xb") as file:
                 with suppress(OSError):  # a file system without locks
-                    fcntl.flock(file, fcntl.LOCK_EX)  # tells that its writer lives
+                    fcntl.flock(file, fcntl.LOCK_EX)  # shows that its writer is alive
                 if not temporary.exists():
-                    continue  # another writer found it before it was locked
+                    continue  # another writer removed it before it was locked
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -40,7 +41,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 return
     except BaseException as error:
         if temporary is not None:
-            with suppress(OSError):  # not there, or the folder may not be changed
+            with suppress(OSError):  # it does not exist, or the folder is read-only
                 temporary.unlink()
         if isinstance(error, OSError) and (error.filename == str(temporary) or _is_of_a_disk(error)):
             error.filename = str(path)
@@ -48,21 +49,21 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Opens a file to be read; never waits, as opening a FIFO would.
+    """Open a file for reading. Does not block on a FIFO.
 
     Raises:
-        ValueError: it is a FIFO, a device or the like.
-        OSError: it is a folder, or cannot be opened.
+        ValueError: the path is a FIFO, a device or the like.
+        OSError: the path is a folder, or cannot be opened.
     """
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115  returned
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise ValueError(f"{os.fspath(path)}: is no regular file")
+        raise ValueError(f"{os.fspath(path)}: is not a regular file")
     return file
 
 
 def mapped_by(path: str | os.PathLike[str]) -> list[int]:
-    """Ids of the other processes that have a file mapped into memory, as far as this one may see them."""
+    """Ids of the other processes that have a file mapped into memory, if this process may see that."""
     found = os.stat(path)
     device, inode = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}", str(found.st_ino)
     processes = []
@@ -74,15 +75,15 @@ def mapped_by(path: str | os.PathLike[str]) -> list[int]:
 
 
 def _is_of_a_disk(error: OSError) -> bool:
-    """Whether a write that names no file failed so; what else the caller meets while it writes is not about ours."""
+    """Whether the disk made a write fail. Errors that name a file are about another one, which the caller uses."""
     return error.filename is None and error.errno in _OF_DISKS
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Removes what killed writers of ``path`` left: files that no process has locked."""
+    """Remove the files that killed writers of ``path`` left: those that no process has locked."""
     name = re.compile(re.escape(f".{path.name}.") + "[0-9a-f]{16}")
-    with suppress(OSError):  # no such folder, or none that may be changed: the writing will tell
+    with suppress(OSError):  # no such folder, or a read-only one: writing will fail
         for entry in filter(name.fullmatch, os.listdir(path.parent)):
             with suppress(OSError), open(path.with_name(entry), "r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # on NFS only of a file that may be written
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # NFS locks only files opened for writing
                 path.with_name(entry).unlink()

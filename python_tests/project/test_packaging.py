@@ -100,8 +100,8 @@ def test_sdist_holds_what_a_build_needs(sdist: Path) -> None:
 @pytest.mark.parametrize(
     ("compiler", "message"),
     [
-        (None, "raddpo_ext is compiled from C++, and there is no c++ here: install g++"),
-        ("nowhere++ -O2", "raddpo_ext is compiled from C++, and there is no nowhere++ here: install g++"),
+        (None, "raddpo_ext is compiled from C++, but there is no c++ here: install g++"),
+        ("nowhere++ -O2", "raddpo_ext is compiled from C++, but there is no nowhere++ here: install g++"),
         (
             "broken++",
             "broken++ cannot compile C++17 with this Python's headers (Debian and Ubuntu: apt install g++ python3"
@@ -129,8 +129,8 @@ def test_an_isolated_build_says_what_to_do(sources: Path) -> None:
     done = subprocess.run((sys.executable, "-c", script), cwd=sources, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        "raddpo_ext is built against the PyTorch already installed, and 'torch' is not importable here: in the "
-        "isolated environment that pip builds in by default nothing that is installed is.",
+        "raddpo_ext is built against the installed PyTorch, but 'torch' cannot be imported: by default pip builds in "
+        "an isolated environment without the installed packages.",
         "Install torch, pybind11 and ninja, then run: pip install --no-build-isolation .",
     ]
 
