@@ -158,7 +158,31 @@ def test_bad_requests(running: Running) -> None:
     assert running.post(b" " * (1 << 21))[0] == 413
 
 
-def test_requests_are_batched(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's batches look up the replica that they are in, which its local testing mode does not have."""
+    limits = SimpleNamespace(_deployment_config=SimpleNamespace(max_ongoing_requests=16))
+    monkeypatch.setattr(serve, "get_replica_context", lambda: limits)
+
+
+def test_strings_in_strings_and_titles_out(running: Running, tmp_path: Path, in_this_process: None) -> None:
+    """By the handle and as the service gives them: the answer with strings is the answer with numbers, renamed."""
+    index = catalogue(1)
+    items = index.items.tolist()
+    names = rx.IdMap([f"SKU-{item}" for item in items], [f"Thing {item}" for item in items], items)
+    rx.CatalogueStore(tmp_path).publish(index, names=names)
+    numbers = serve.run(deployment(running.model, running.store.path, beam_width=WIDTH), _local_testing_mode=True)
+    plain = numbers.retrieve.remote({"history": [1003, 1041], "top_k": 5}).result()
+    strings = serve.run(deployment(running.model, tmp_path, beam_width=WIDTH), _local_testing_mode=True)
+    found = strings.retrieve.remote({"history": ["SKU-1003", "SKU-1041"], "top_k": 5}).result()
+    assert found["items"] == [f"SKU-{item}" for item in plain["items"]]
+    assert found["titles"] == [f"Thing {item}" for item in plain["items"]]
+    assert found["scores"] == plain["scores"]
+    with pytest.raises(ValueError, match=r"history\[0\] must be an item of the catalogue, got 'SKU-5'"):
+        strings.retrieve.remote({"history": ["SKU-5"]}).result()
+
+
+def test_requests_are_batched(running: Running, monkeypatch: pytest.MonkeyPatch, in_this_process: None) -> None:
     """In this process, where the searches can be counted: full batches, one of what is left, a trace by itself."""
     sizes: list[int] = []
     answer = Search.answer
@@ -168,9 +192,6 @@ def test_requests_are_batched(running: Running, monkeypatch: pytest.MonkeyPatch)
         return answer(search, queries)
 
     monkeypatch.setattr(Search, "answer", counted)
-    # Ray's batches look up the replica that they are in, which its local testing mode does not have.
-    limits = SimpleNamespace(_deployment_config=SimpleNamespace(max_ongoing_requests=16))
-    monkeypatch.setattr(serve, "get_replica_context", lambda: limits)
     application = deployment(running.model, running.store.path, beam_width=WIDTH, max_batch_size=4)
     handle = serve.run(application, _local_testing_mode=True)
     asked = [handle.retrieve.remote({"input_ids": prompt}) for prompt in histories(10)]
