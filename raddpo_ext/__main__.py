@@ -44,11 +44,13 @@ def _build(options: argparse.Namespace) -> int:
     from raddpo_ext.index.readers import read_sids
     from raddpo_ext.index.trie import TrieIndex
 
+    # Check the output path before reading the source.
     if not options.output.parent.is_dir():
         raise ValueError(f"{options.output.parent}: no such directory")
     for path in (options.output, map_path(options.output)):
         if path.is_dir():
             raise ValueError(f"{path}: is a directory")
+    # Read the SIDs and build the index, with a progress bar on a terminal.
     table = read_sids(options.source, item=options.item, sid=options.sid, title=options.title)
     progress = _bar if sys.stderr.isatty() else None
     try:
@@ -64,6 +66,7 @@ def _build(options: argparse.Namespace) -> int:
     finally:
         if progress:
             print(file=sys.stderr)
+    # Save the index and, beside it, the map of string ids and titles.
     index.save(options.output)
     print(f"{options.output}: {index.num_items} items, {index.num_sids} SIDs, {index.nbytes} bytes")
     names = IdMap.of(table)
@@ -250,6 +253,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
+    # index
     build = command("build", _build, "Build an index from the SIDs of a catalogue.")
     build.add_argument("source", type=Path, help="a table (.csv, .tsv, .parquet), index.json, .npy or .npz")
     build.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the index to write")
@@ -285,6 +289,7 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument(
         "--store", type=Path, default=Path("catalogue"), metavar="DIR", help="folder of the store (default: catalogue)"
     )
+    # serve and bench, whose options are in their own modules
     text = "Answer retrieval requests over HTTP with a model and the newest catalogue version of a store."
     serve = groups.add_parser("serve", help="run a retrieval service", description=text)
     serve.set_defaults(run=_serve)

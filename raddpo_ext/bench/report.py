@@ -1,4 +1,4 @@
-"""What a result of the command holds, and how it reads."""
+"""The content of a result of ``python -m raddpo_ext bench``, and its tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from raddpo_ext import _C
 
 
 def environment(device: torch.device, threads: int) -> dict[str, Any]:
-    """Machine, versions and settings of a run."""
+    """The machine, versions and settings of a run."""
     return {
         "machine": {"cpu": _cpu(), "cores": os.cpu_count()}
         | ({} if device.type == "cpu" else {"gpu": torch.cuda.get_device_name(device)}),
@@ -51,7 +51,7 @@ def headline(result: dict[str, Any]) -> str:
 
 
 def merged(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The comparisons of several processes: medians of their medians, and the least and most of these."""
+    """Merge the results of several processes: the median, minimum and maximum of their medians."""
     results = []
     for cases in zip(*runs, strict=True):
         in_all = [name for name in cases[0]["methods"] if all(name in case["methods"] for case in cases)]
@@ -76,7 +76,7 @@ def _ms(seconds: float) -> str:
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
-    """Lines of a Markdown table, and one line for each method that cannot run here."""
+    """The lines of a Markdown table, and one line per method that cannot run on this machine."""
     rows = [["", "ms", "least - most", "/ ours"]]
     for result in results:
         if not result["methods"]:

@@ -194,12 +194,14 @@ def pack_sessions(
     multiple_of = 1 if pad_to_multiple_of is None else _check.integer(pad_to_multiple_of, "pad_to_multiple_of", 1)
     if vocab is not None:
         _check.instance(vocab, "vocab", SIDVocab)
+    # The prompts as one vector of tokens, truncated to max_length.
     tokens, starts, lengths = _flatten(prompts, sessions.num_sessions)
     num_truncated = 0
     if max_length is not None:
         starts, lengths, num_truncated = _truncate(
             tokens, starts, lengths, sessions, _check.integer(max_length, "max_length", 1), vocab
         )
+    # The padded rows, and for each token of a candidate the state that predicts it.
     prompt_lengths = torch.from_numpy(lengths)
     input_ids, position_ids, ends, predictors, last_tokens, prompt_starts = torch.ops.raddpo.pack_sessions(
         torch.from_numpy(tokens),
@@ -214,6 +216,7 @@ def pack_sessions(
         pad_token_id,
         multiple_of,
     )
+    # Shared states once each, so that a head multiplies them once.
     distinct, rows = predictors.unique(return_inverse=True)
     return PackedSessions(
         sessions=sessions,

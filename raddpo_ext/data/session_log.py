@@ -93,6 +93,7 @@ def read_sessions(
     path = Path(path)
     read, kind = (_read_jsonl, "line") if _is_jsonl(path) else (_read_parquet, "row")
     counts, skipped, tables = Counter[str](), defaultdict[str, list[int]](list), []
+    # Sort out the rows in chunks, which bounds the Python objects in memory.
     rows = read(path)
     while chunk := list(islice(rows, _CHUNK)):
         sessions, bad = _sort_out(chunk, vocab, index)
@@ -106,6 +107,7 @@ def read_sessions(
             counts[column] += sum(not session[column] for session in sessions)
         sessions = [{ITEMS: [], **session} for session in sessions]
         tables.append(arrow.Table.from_pylist(sessions, schema=_schema(arrow)))
+    # Report what was skipped, in one record.
     reasons = "; ".join(
         f"{len(places)} {reason} ({kind} {', '.join(map(str, places[:_SHOWN]))}{', ...' * (len(places) > _SHOWN)})"
         for reason, places in skipped.items()
@@ -119,6 +121,7 @@ def read_sessions(
             *(path, num_skipped, counts["rows"], f": {reasons}" if reasons else ""),
             *(counts["positives"], counts["negatives"]),
         )
+    # A log without items has no such column.
     table = arrow.concat_tables(tables)
     return datasets.Dataset(table if counts[ITEMS] else table.drop_columns([ITEMS]))
 

@@ -19,10 +19,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             f"--{name}", type=kind, default=default, metavar=metavar, help=f"{text} (default {default})"
         )
 
+    # Model and catalogue.
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder of a transformers model")
     text = "index to publish before serving, unless the store's newest version is the same"
     parser.add_argument("--index", type=Path, metavar="FILE", help=text)
     add("store", "DIR", "folder of the catalogue's versions; the newest one is served", Path)
+    # Address and processes.
     add("host", "HOST", "address to listen on; set a token unless it is a loopback address", str)
     add("port", "PORT", "port to listen on, 0 for any free one")
     add("workers", "N", "worker processes, each with the model")
@@ -31,11 +33,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="dtype of the model (default auto: as it was saved)"
     )
+    # The search.
     add("beam-width", "W", "beams per query, and the maximum top_k")
     parser.add_argument(
         "--normalize", choices=NORMALIZE, default="vocab", help="tokens of the scores' softmax (default vocab)"
     )
     add("length-penalty", "P", "scores are divided by length ** P", float)
+    # Batches, limits and timeouts.
     add("max-batch", "N", "maximum queries per batch; 1 turns batching off")
     add("max-wait-ms", "MS", "maximum time that a query waits for others to fill its batch")
     add("max-queue", "N", "maximum queue length; further requests get HTTP 429")
