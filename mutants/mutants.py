@@ -203,7 +203,7 @@ MUTANTS = [
     Mutant(
         fault="the softmax runs over the next level's tokens",
         op="token_logps",
-        file="raddpo_ext/logps/support.py",
+        file="raddpo_ext/logps/softmax_support.py",
         old="known = torch.where(outside, 0, levels)",
         new="known = torch.where(outside, 0, (levels + 1).clamp(max=num_levels - 1))",
     ),

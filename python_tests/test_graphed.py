@@ -18,8 +18,9 @@ from support.graph_tape import Tape, play_graphs
 from test_retriever import VOCAB, make_index, make_model, prompts
 
 import raddpo_ext as rx
+from raddpo_ext.decoding.beam_search import head_beam_search
 from raddpo_ext.integrations import graphed
-from raddpo_ext.integrations.base_model import head_arguments
+from raddpo_ext.integrations.base_model import model_head
 from raddpo_ext.integrations.graphed import CapturedDecoder
 
 pytestmark = pytest.mark.slow
@@ -109,6 +110,38 @@ def test_changes_between_calls(tape: type[Tape]) -> None:
     assert [key for key, graph in captured._graphs._graphs.items() if before[key] is not graph]
 
 
+def test_filters_share_a_graph(tape: type[Tape]) -> None:
+    """Every filter of a catalogue replays one graph; that of the whole catalogue stays, and so does its result."""
+    model, index = make_model("qwen3"), make_index(300)
+    captured = rx.SIDRetriever(model, index, beam_width=WIDTHS, cuda_graph=True)
+    whole = captured.retrieve(*prompts())
+    (graph,) = captured._graphs._graphs.values()
+    filters = [index.restrict(torch.arange(count)) for count in (150, 40, 0)]
+    filters += [index.discard(torch.arange(7)), filters[0].restrict(torch.arange(100, 300))]
+    results = [captured.retrieve(*prompts(), index=index) for index in filters]
+    for index, got in zip(filters, results, strict=True):
+        assert_same(got, rx.SIDRetriever(model, index, beam_width=WIDTHS).retrieve(*prompts()))
+    assert (results[2].items == -1).all()
+    assert len(captured._graphs._graphs) == 2
+    assert captured._graphs._graphs[next(iter(captured._graphs._graphs))] is graph
+    assert_same(captured.retrieve(*prompts()), whole)
+    assert tape.replays == 2 + len(filters)
+
+
+def test_graphs_of_another_catalogue(tape: type[Tape]) -> None:
+    """It has its own, which keep it alive, and which go when the retriever's catalogue is replaced."""
+    model = make_model("qwen3")
+    captured = rx.SIDRetriever(model, make_index(300), beam_width=6, cuda_graph=True)
+    for other in (make_index(40), make_index(41)):
+        for index in (other, other.restrict(other.items[::2])):
+            expected = rx.SIDRetriever(model, index, beam_width=6).retrieve(*prompts())
+            assert_same(captured.retrieve(*prompts(), index=index), expected)
+    del other, index
+    assert len(captured._graphs._graphs) == 4
+    captured.index = captured.index
+    assert not captured._graphs._graphs
+
+
 def test_on_step_is_not_captured(tape: type[Tape]) -> None:
     states: list[rx.BeamState] = []
     captured = rx.SIDRetriever(make_model("qwen3"), make_index(300), beam_width=6, cuda_graph=True)
@@ -180,17 +213,17 @@ def test_no_value_is_needed(name: str, attention: str, normalize: str) -> None:
     model.set_attn_implementation(attention)
     ids, mask = (torch.zeros(3, 64, dtype=dtype, device="meta") for dtype in (torch.int64, torch.bool))
     for top_k in (None, 7):
-        for head in (head_arguments(model), {}):
+        for head in (model_head(model), None):
             with NoCopies(), torch.no_grad():
-                got = rx.beam_search(
+                got = head_beam_search(
                     CapturedDecoder(model, head, ids, mask, sum(WIDTHS[:-1])),
                     index,
+                    head,
                     batch_size=3,
                     beam_width=WIDTHS,
                     normalize=normalize,
                     length_penalty=0.7,
                     top_k=top_k,
-                    **head,
                 )
             assert [tuple(part.shape) for part in got] == [(3, rows := top_k or 12), (3, rows), (3, rows, 3)]
             assert {part.device.type for part in got} == {"meta"}

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 import transformers
 from test_retriever import VOCAB
 
-from raddpo_ext.integrations.base_model import head_arguments
+from raddpo_ext.integrations.base_model import model_head
 from raddpo_ext.integrations.probes import verify
 from raddpo_ext.integrations.session_states import verify_packing
 
@@ -73,20 +73,20 @@ def plant(model: Any, shape: tuple[int, int], leak: Callable[[Tensor], Tensor], 
 def test_a_leak_between_beams(leak: str, scale: float, dtype: torch.dtype) -> None:
     model = qwen3(dtype)
     plant(model, BEAMS, lambda states: LEAKS[leak](states, scale))
-    assert tuple(verify(model, head_arguments(model)))[:3] == (True, False, True)
+    assert tuple(verify(model, model_head(model)))[:3] == (True, False, True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_leak_at_the_second_step_only(dtype: torch.dtype) -> None:
     model = qwen3(dtype)
     plant(model, BEAMS, lambda states: LEAKS["another beam"](states, 0.02), skip=1)
-    assert not verify(model, head_arguments(model)).shared
+    assert not verify(model, model_head(model)).shared
 
 
 def test_a_very_faint_leak() -> None:
     model = qwen3(torch.float32)
     plant(model, BEAMS, lambda states: LEAKS["an earlier beam"](states, 1e-3))
-    assert not verify(model, head_arguments(model)).shared
+    assert not verify(model, model_head(model)).shared
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -102,7 +102,7 @@ def test_a_head_that_looks_past_the_mask(dtype: torch.dtype, step: int, monkeypa
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", past)
     model = qwen3(dtype)
-    assert tuple(verify(model, head_arguments(model)))[:3] == (True, False, True)
+    assert tuple(verify(model, model_head(model)))[:3] == (True, False, True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -114,7 +114,7 @@ def test_a_leak_into_a_prompt(source: str, dtype: torch.dtype) -> None:
         "the other prompt": lambda x: add(x, 1, 0.02 * x[0]),
     }
     plant(model, PROMPT, leaks[source])
-    assert tuple(verify(model, head_arguments(model)))[:3] == (True, False, False)
+    assert tuple(verify(model, model_head(model)))[:3] == (True, False, False)
 
 
 def test_rows_of_one_batch_that_leak_are_refused() -> None:
@@ -123,7 +123,7 @@ def test_rows_of_one_batch_that_leak_are_refused() -> None:
     plant(model, (3, 1), lambda states: states + 0.1 * states.roll(1, 0))
     plant(model, (6, 1), lambda states: states + 0.1 * states.roll(1, 0))
     with pytest.raises(TypeError, match="Qwen3ForCausalLM"):
-        verify(model, head_arguments(model))
+        verify(model, model_head(model))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -138,7 +138,7 @@ def test_a_clean_model_shares(name: str, dtype: torch.dtype) -> None:
     }
     torch.manual_seed(0)
     model = models[name]().to(dtype).eval()
-    assert tuple(verify(model, head_arguments(model)))[:3] == (True, True, True)
+    assert tuple(verify(model, model_head(model)))[:3] == (True, True, True)
     verify_packing(model)
 
 

@@ -284,9 +284,11 @@ def test_refuses_bad_input() -> None:
         step(hidden=hidden[0])
     with pytest.raises(ValueError, match=r"hidden must have shape \[B, W, H\] with \[B, W\] = \(1, 1\)"):
         step(hidden=torch.zeros(2, 1, 4))
-    with pytest.raises(ValueError, match=r"weight must have one column a feature of hidden \(4\), got shape \(4, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"weight must have one column per feature of hidden \(4\), got shape \(4, 3\)"
+    ):
         step(weight=torch.zeros(4, 3))
-    with pytest.raises(ValueError, match=r"bias must have one entry a row of weight \(4\), got shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"bias must have one entry per row of weight \(4\), got shape \(3,\)"):
         step(bias=torch.zeros(3))
     with pytest.raises(ValueError, match=r"weight must have more than 1 rows, the level's largest token id, got shape"):
         step(weight=torch.zeros(1, 4))

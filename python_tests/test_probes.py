@@ -12,7 +12,7 @@ import transformers
 from test_retriever import VOCAB, brute_force, make_index, prompts
 
 import raddpo_ext as rx
-from raddpo_ext.integrations.base_model import context, head_arguments
+from raddpo_ext.integrations.base_model import context, model_head
 from raddpo_ext.integrations.probes import verify
 from raddpo_ext.integrations.session_states import verify_packing
 
@@ -92,7 +92,7 @@ WAYS = {
 def test_equals_plain_forwards(name: str) -> None:
     """A padded batch on either side: every score is that of a forward without a cache of the prompt alone."""
     model, index = make(name), make_index(12)
-    ways = verify(model, head_arguments(model))
+    ways = verify(model, model_head(model))
     assert tuple(ways)[:3] == WAYS[name]
     for side in ("left", "right"):
         retriever = rx.SIDRetriever(model, index, beam_width=14)

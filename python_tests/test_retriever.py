@@ -412,6 +412,23 @@ def test_the_catalogue_may_be_replaced():
     assert retriever.index is second
 
 
+def test_one_call_may_have_another_catalogue():
+    model, first = make_model("qwen3"), make_index(300)
+    retriever = rx.SIDRetriever(model, first, beam_width=[4, 5, 6])
+    before = retriever.retrieve(*prompts())
+    for other in (make_index(40), first.restrict(torch.arange(60)), first.restrict([])):
+        got = retriever.retrieve(*prompts(), top_k=5, index=other)
+        expected = rx.SIDRetriever(model, other, beam_width=[4, 5, 6]).retrieve(*prompts(), top_k=5)
+        assert torch.equal(got.items, expected.items)
+        assert torch.equal(got.scores, expected.scores)
+    assert retriever.index is first
+    assert torch.equal(retriever.retrieve(*prompts()).items, before.items)
+    with pytest.raises(ValueError, match="index holds token id 127"):
+        retriever.retrieve(*prompts(), index=make_index(200, size=26))
+    with pytest.raises(TypeError, match="index must be a TrieIndex, got Tensor"):
+        retriever.retrieve(*prompts(), index=torch.arange(3))
+
+
 def test_on_step_shows_the_beams():
     index, states = make_index(300), []
     got = rx.SIDRetriever(make_model("qwen3"), index, beam_width=[4, 6, 8]).retrieve(

@@ -46,7 +46,7 @@ SHARED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({**LEVEL, "vocab": rx.SIDVocab([3, 2], offset=3)}, ValueError, "vocab has token 7, beyond the 7 columns"),
     ({**LEVEL, "vocab": rx.SIDVocab([3, 2], eos=9)}, ValueError, "vocab has token 9, beyond the 7 columns"),
     ({**LEVEL, "levels": torch.tensor([0.0, 1.0])}, TypeError, "levels must be an int64 tensor, got torch.float32"),
-    ({**LEVEL, "levels": [0, 1]}, TypeError, r"levels must be an int64 tensor, got \[0, 1\]"),
+    ({**LEVEL, "levels": [0, 1]}, TypeError, r"levels must be an int64 tensor, got list"),
     ({**LEVEL, "levels": torch.tensor([0, 1], device=META)}, ValueError, "levels must be on the device of targets"),
     ({**LEVEL, "levels": torch.tensor([0, 1, 1])}, ValueError, r"levels must broadcast .* \(2, 2\), got \(3,\)"),
     ({**LEVEL, "levels": torch.zeros(3, 2, 2).long()}, ValueError, r"levels must broadcast .*, got \(3, 2, 2\)"),

@@ -70,17 +70,25 @@ def choice(value: Any, name: str, choices: tuple[str, ...]) -> int:
     return choices.index(value)
 
 
+def reads_values(tensor: Tensor, check: bool) -> bool:
+    """Whether checks that depend on values run: on the CPU, but that no graph can hold them, or when asked for."""
+    return check or (tensor.device.type == "cpu" and not torch.compiler.is_compiling())
+
+
 def int64_tensor(value: Any, name: str) -> None:
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be an int64 tensor, got {got}")
+        raise TypeError(f"{name} must be an int64 tensor, got {_kind(value)}")
 
 
-def float_tensor(value: Any, name: str) -> Tensor:
-    if not isinstance(value, Tensor) or value.dtype not in FLOATS:
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name} must be a float32, bfloat16, float16 or float64 tensor, got {got}")
+def float_tensor(value: Any, name: str, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor:
+    if not isinstance(value, Tensor) or value.dtype not in dtypes:
+        *names, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be a {', '.join(names)} or {last} tensor, got {_kind(value)}")
     return value
+
+
+def _kind(value: Any) -> Any:
+    return value.dtype if isinstance(value, Tensor) else type(value).__name__
 
 
 def integer_tensor(value: Any, name: str, dim: int) -> Tensor:

@@ -111,10 +111,10 @@ def head_rows(normalize: str, level: int, weight: Tensor, index: rx.TrieIndex) -
 
 def model_us(model: Any, index: rx.TrieIndex, ids: Tensor, mask: Tensor, width: int, normalize: str) -> float:
     """Time of a search's forwards and nothing else."""
-    from raddpo_ext.integrations.base_model import head_arguments
+    from raddpo_ext.integrations.base_model import model_head
     from raddpo_ext.integrations.graphed import CapturedDecoder
 
-    head, fed = head_arguments(model), (LEVELS - 1) * width
+    head, fed = model_head(model), (LEVELS - 1) * width
     ready = CapturedDecoder(model, head, ids, mask, fed)
     options = {"dtype": torch.bool, "device": "cuda"}
     steps = [(ids, ready.prompt_mask(), torch.arange(PROMPT, device="cuda").expand_as(ids))]
@@ -128,20 +128,21 @@ def model_us(model: Any, index: rx.TrieIndex, ids: Tensor, mask: Tensor, width: 
         decoder = CapturedDecoder(model, head, ids, mask, fed)
         for level, step in enumerate(steps):
             states = decoder.forward(*step)
-            F.linear(states[:, -1:] if level == 0 else states, head_rows(normalize, level, head["weight"], index))
+            F.linear(states[:, -1:] if level == 0 else states, head_rows(normalize, level, head.weight, index))
 
     return graph_us(forwards, [ids], 1)
 
 
 def search_us(model: Any, index: rx.TrieIndex, ids: Tensor, mask: Tensor, width: int, normalize: str) -> float:
-    from raddpo_ext.integrations.base_model import head_arguments
+    from raddpo_ext.integrations.base_model import model_head
     from raddpo_ext.integrations.graphed import CapturedDecoder
 
-    head = head_arguments(model)
+    head = model_head(model)
     options: dict[str, Any] = {"batch_size": len(ids), "beam_width": width, "normalize": normalize, "top_k": TOP_K}
 
     def search(_: Tensor) -> None:
-        rx.beam_search(CapturedDecoder(model, head, ids, mask, (LEVELS - 1) * width), index, **options, **head)
+        decoder = CapturedDecoder(model, head, ids, mask, (LEVELS - 1) * width)
+        rx.beam_search(decoder, index, **options, **head._asdict())
 
     return graph_us(search, [ids], 1)
 

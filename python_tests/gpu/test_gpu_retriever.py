@@ -128,3 +128,36 @@ def test_a_graph_among_threads() -> None:
     for worker in workers:
         worker.join()
     assert not wrong
+
+
+def test_filters_among_threads() -> None:
+    """Each searches under filters of its own; one graph serves them all, and the whole catalogue's stays."""
+    model, index, call = make_model("qwen3"), make_index(300), prompts()
+    allowed = [torch.arange(20 * turn, 150 + 10 * turn) for turn in range(4)]
+    expected = [rx.SIDRetriever(model, index.restrict(ids), beam_width=WIDTHS).retrieve(*call) for ids in allowed]
+    whole = rx.SIDRetriever(model, index, beam_width=WIDTHS).retrieve(*call)
+    ids, mask = (x.cuda() for x in call)
+    retriever = rx.SIDRetriever(model.cuda(), index.to("cuda"), beam_width=WIDTHS, cuda_graph=True)
+    assert_close(retriever.retrieve(ids, mask), whole)
+    (first,) = retriever._graphs._graphs.values()
+    wrong: list[Exception] = []
+
+    def work(turn: int) -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for _ in range(REPEATS // 2):
+                    filtered = retriever.index.restrict(allowed[turn])
+                    assert_close(retriever.retrieve(ids, mask, index=filtered), expected[turn])
+        except Exception as error:
+            wrong.append(error)
+
+    torch.cuda.synchronize()
+    workers = [threading.Thread(target=work, args=(turn,)) for turn in range(len(allowed))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+    assert len(retriever._graphs._graphs) == 2
+    assert first in retriever._graphs._graphs.values()
+    assert_close(retriever.retrieve(ids, mask), whole)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from raddpo_ext import _check
+from raddpo_ext.data.prompts import pad_prompts
 from raddpo_ext.index.trie import TrieIndex
 
 MOST_WEIGHT = 2**53  # draws use a float64, which is exact below this sum
@@ -114,10 +115,7 @@ class BeamNegatives:
         beam = torch.full((len(prompts), 0), -1)
         for at in range(0, len(rows), self.batch_size):
             batch = rows[at : at + self.batch_size]
-            ids = torch.nn.utils.rnn.pad_sequence([tokens[row] for row in batch], batch_first=True)
-            lengths = torch.tensor([len(tokens[row]) for row in batch])
-            mask = torch.arange(ids.shape[1]) < lengths[:, None]
-            found = self.retriever.retrieve(ids.to(device), mask.to(device)).items.cpu()
+            found = self.retriever.retrieve(*pad_prompts([tokens[row] for row in batch], device)).items.cpu()
             if not beam.shape[1]:
                 beam = torch.full((len(prompts), found.shape[1]), -1)
             beam[batch] = found

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from raddpo_ext import _check
 from raddpo_ext.decoding.beam_step import BeamState, beam_step, check_level_columns
-from raddpo_ext.decoding.linear_beam_step import linear_beam_step
+from raddpo_ext.decoding.linear_beam_step import head_beam_step
 from raddpo_ext.index.trie import TrieIndex
+from raddpo_ext.logps.head import Head, checked_head
 
 
 class BeamResult(NamedTuple):
@@ -73,29 +74,60 @@ def beam_search(
         :class:`BeamResult`, without gradient; ``R`` is ``top_k``, or the last width.
     """
     widths = _check.widths(beam_width, index.levels, index.most_levels)
-    if top_k is not None:
-        _check.width(top_k, "top_k")
-        _warn_if_too_many(top_k, widths[-1], index)
-    if weight is None and (bias is not None or temperature != 1 or logit_softcap is not None):
+    check_top_k(top_k, widths[-1], index)
+    head = None
+    if weight is not None:
+        head = checked_head(weight, bias, temperature, logit_softcap)
+    elif bias is not None or temperature != 1 or logit_softcap is not None:
         raise ValueError("bias, temperature and logit_softcap need weight: without it step_fn returns final logits")
+    return head_beam_search(
+        step_fn,
+        index,
+        head,
+        batch_size=batch_size,
+        beam_width=widths,
+        normalize=normalize,
+        length_penalty=length_penalty,
+        top_k=top_k,
+        on_step=on_step,
+        check=check,
+    )
+
+
+def head_beam_search(
+    step_fn: Callable[[Tensor, Tensor, int], Tensor],
+    index: TrieIndex,
+    head: Head | None,
+    *,
+    batch_size: int,
+    beam_width: Sequence[int],
+    normalize: str,
+    length_penalty: float,
+    top_k: int | None,
+    on_step: Callable[[int, BeamState], None] | None = None,
+    check: bool = False,
+) -> BeamResult:
+    """:func:`beam_search` with checked widths, one per level, and a checked head, or None: ``step_fn`` gives logits."""
     options: dict[str, Any] = {"normalize": normalize, "length_penalty": length_penalty, "check": check}
-    head: dict[str, Any] = {"bias": bias, "temperature": temperature, "logit_softcap": logit_softcap}
     state = BeamState.start(index, batch_size)
-    for level, width in enumerate(widths):
+    for level, width in enumerate(beam_width):
         output = step_fn(state.tokens, state.parents, level)
-        if weight is None:
+        if head is None:
             if isinstance(output, Tensor) and output.dim() == 3:
                 check_level_columns(output, index, level)
             state = beam_step(output, state, index, width, **options)
         else:
-            state = linear_beam_step(output, weight, state, index, width, level=level, **head, **options)
+            state = head_beam_step(output, head, state, index, width, level=level, **options)
         if on_step is not None:
             on_step(level, state)
     return _result(state, index, length_penalty, top_k)
 
 
-def _warn_if_too_many(top_k: int, width: int, index: TrieIndex) -> None:
-    if width < min(top_k, index.num_sids) and index.num_items == index.num_sids:
+def check_top_k(top_k: int | None, width: int, index: TrieIndex) -> None:
+    """Raises for a number that is none, and warns of one that a last width cannot hold."""
+    if top_k is None:
+        return
+    if width < min(_check.width(top_k, "top_k"), index.num_sids) and index.num_items == index.num_sids:
         warnings.warn(
             f"top_k = {top_k} items, but a last beam_width of {width} finds {width} at most: the other rows stay empty "
             "(item -1)",

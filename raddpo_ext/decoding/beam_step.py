@@ -79,9 +79,7 @@ def beam_step(
     Raises:
         ValueError, TypeError: naming the argument and the value.
     """
-    if not isinstance(logits, Tensor) or logits.dtype not in LOGIT_TYPES:
-        got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"logits must be a float32, bfloat16 or float16 tensor, got {got}")
+    _check.float_tensor(logits, "logits", LOGIT_TYPES)
     refuse_transforms("beam_step", logits, state.scores if isinstance(state, BeamState) else None)
     support = check_state(logits, "logits", state, index, normalize, length_penalty)
     _check.width(beam_width, "beam_width")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from raddpo_ext import _check
@@ -11,14 +10,13 @@ from raddpo_ext._autograd import refuse_transforms
 from raddpo_ext.decoding.beam_step import LOGIT_TYPES, BeamState, check_state, is_extended
 from raddpo_ext.decoding.row_lse import row_lse
 from raddpo_ext.index.trie import TrieIndex
-from raddpo_ext.logps.token_logps import check_map
+from raddpo_ext.logps.head import Head, checked_head
 
 _WEIGHT_BYTES = 1 << 22  # of a tile's rows of the weight, on the CPU: in its cache, and enough to fill a product
 _LOGIT_BYTES = 1 << 30  # of the logits held at once, on CUDA
 _ROWS_A_READ = 128  # rows that a GPU multiplies by a row of the weight in the time that reading it takes, about
 
 
-@torch.no_grad()
 def linear_beam_step(
     hidden: Tensor,
     weight: Tensor,
@@ -59,20 +57,43 @@ def linear_beam_step(
     Raises:
         ValueError, TypeError: naming the argument and the value; also for a state whose beams are of several levels.
     """
-    _check_inputs(hidden, weight, bias)
-    refuse_transforms("linear_beam_step", hidden, weight, bias)
-    bias = None if bias is None else bias.contiguous()
+    head = checked_head(weight, bias, temperature, logit_softcap)
+    return head_beam_step(
+        hidden,
+        head,
+        state,
+        index,
+        beam_width,
+        normalize=normalize,
+        length_penalty=length_penalty,
+        level=level,
+        check=check,
+    )
+
+
+@torch.no_grad()
+def head_beam_step(
+    hidden: Tensor,
+    head: Head,
+    state: BeamState,
+    index: TrieIndex,
+    beam_width: int,
+    *,
+    normalize: str,
+    length_penalty: float,
+    level: int | None,
+    check: bool,
+) -> BeamState:
+    """:func:`linear_beam_step` with a head that is checked."""
+    _check_hidden(hidden, head)
+    refuse_transforms("linear_beam_step", hidden, head.weight, head.bias)
     support = check_state(hidden, "hidden", state, index, normalize, length_penalty)
     _check.width(beam_width, "beam_width")
-    scale, softcap = check_map(temperature, logit_softcap)
-    if level is None:
-        level = _level_of(state, index)
-    elif not 0 <= _check.integer(level, "level") < index.levels:
-        raise ValueError(f"level must be in [0, {index.levels}), the index's levels, got {level}")
-    if len(weight) <= index.max_tokens[level]:
+    level = _checked_level(level, state, index)
+    if len(head.weight) <= index.max_tokens[level]:
         raise ValueError(
             f"weight must have more than {index.max_tokens[level]} rows, the level's largest token id, got shape "
-            f"{tuple(weight.shape)}"
+            f"{tuple(head.weight.shape)}"
         )
     if check:
         bad = hidden.isnan().any(2) & is_extended(state, index)
@@ -81,29 +102,16 @@ def linear_beam_step(
             raise ValueError(f"hidden[{query}, {beam}] holds NaN")
     scores, nodes = state.scores.contiguous(), state.nodes.contiguous()
     tail = (beam_width, support, length_penalty)
-    queries = _queries_at_once(hidden, weight) if normalize == "vocab" else 0
+    queries = _queries_at_once(hidden, head.weight) if normalize == "vocab" else 0
     if queries:
-        return _step_of_all_logits(hidden, weight, bias, scale, softcap, scores, nodes, index, queries, tail)
+        return _step_of_all_logits(hidden, head, scores, nodes, index, queries, tail)
     rows = hidden.reshape(-1, hidden.shape[2])
-    lse = None
     if normalize == "level" or _level_is_cheaper(rows, index, level):
-        chosen = index.level_tokens(level)
-        logits = _mapped(F.linear(rows, weight[chosen], None if bias is None else bias[chosen]), scale, softcap)
+        level_head = head.rows(index.level_tokens(level))
+        logits = level_head.transform_(level_head.product(rows))
     else:
-        logits = torch.ops.raddpo.child_logits(
-            rows if rows.stride(1) == 1 else rows.contiguous(),
-            weight if weight.stride(1) == 1 else weight.contiguous(),
-            bias,
-            scores.view(-1),
-            nodes.view(-1),
-            *index.block,
-            scale,
-            softcap,
-            level,
-            index.num_symbols[level],
-        )
-    if normalize == "vocab":
-        lse = _vocab_lse(rows, weight, bias, scale, softcap)
+        logits = _child_logits(rows, head, scores, nodes, index, level)
+    lse = _vocab_lse(rows, head) if normalize == "vocab" else None
     return BeamState(
         *torch.ops.raddpo.beam_step(
             logits.view(*nodes.shape, -1),
@@ -117,6 +125,22 @@ def linear_beam_step(
     )
 
 
+def _child_logits(rows: Tensor, head: Head, scores: Tensor, nodes: Tensor, index: TrieIndex, level: int) -> Tensor:
+    """The logits of each beam's children: those rows of the weight alone are read."""
+    return torch.ops.raddpo.child_logits(
+        rows if rows.stride(1) == 1 else rows.contiguous(),
+        head.weight if head.weight.stride(1) == 1 else head.weight.contiguous(),
+        None if head.bias is None else head.bias.contiguous(),
+        scores.view(-1),
+        nodes.view(-1),
+        *index.block,
+        head.scale,
+        head.softcap,
+        level,
+        index.num_symbols[level],
+    )
+
+
 def _queries_at_once(hidden: Tensor, weight: Tensor) -> int:
     """Of how many queries all logits are made and held at once, on a GPU; 0: of none, they are made in tiles."""
     if hidden.device.type == "cpu":
@@ -126,10 +150,7 @@ def _queries_at_once(hidden: Tensor, weight: Tensor) -> int:
 
 def _step_of_all_logits(
     hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float,
+    head: Head,
     scores: Tensor,
     nodes: Tensor,
     index: TrieIndex,
@@ -140,7 +161,7 @@ def _step_of_all_logits(
     parts = -(-len(hidden) // queries)
     steps = []
     for states, *beams in zip(*(x.tensor_split(parts) for x in (hidden, scores, nodes)), strict=True):
-        logits = _mapped(F.linear(states, weight, bias), scale, softcap)
+        logits = head.transform_(head.product(states))
         steps.append(torch.ops.raddpo.beam_step(logits, *beams, *index.block, None, -1, *tail))
     return BeamState(*(steps[0] if parts == 1 else map(torch.cat, zip(*steps, strict=True))))
 
@@ -152,8 +173,9 @@ def _level_is_cheaper(hidden: Tensor, index: TrieIndex, level: int) -> bool:
     return hidden.device.type != "cpu" and len(hidden) * index.mean_children[level] >= work
 
 
-def _vocab_lse(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
+def _vocab_lse(hidden: Tensor, head: Head) -> Tensor:
     """The log-sum-exp of all logits of each row: float32 ``[N]`` from ``[N, H]``."""
+    weight, bias = head.weight, head.bias
     rows, size, vocab = len(hidden), weight.element_size(), len(weight)
     if hidden.device.type == "cpu":
         step = _WEIGHT_BYTES // (weight.shape[1] * size)
@@ -169,15 +191,16 @@ def _vocab_lse(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float
             torch.mm(hidden, tile.T, out=logits)
         else:
             torch.addmm(bias[begin : begin + step], hidden, tile.T, out=logits)
-        part.copy_(row_lse(_mapped(logits, scale, softcap)))
+        part.copy_(row_lse(head.transform_(logits)))
     return parts.logsumexp(0)
 
 
-def _mapped(logits: Tensor, scale: float, softcap: float) -> Tensor:
-    """The logits capped and scaled, in place."""
-    if softcap:
-        logits.div_(softcap).tanh_().mul_(softcap)
-    return logits if scale == 1 else logits.mul_(scale)
+def _checked_level(level: int | None, state: BeamState, index: TrieIndex) -> int:
+    if level is None:
+        return _level_of(state, index)
+    if not 0 <= _check.integer(level, "level") < index.levels:
+        raise ValueError(f"level must be in [0, {index.levels}), the index's levels, got {level}")
+    return level
 
 
 def _level_of(state: BeamState, index: TrieIndex) -> int:
@@ -187,25 +210,11 @@ def _level_of(state: BeamState, index: TrieIndex) -> int:
     return levels[0] if levels else 0
 
 
-def _check_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    for name, value, dims in (("hidden", hidden, 3), ("weight", weight, 2), ("bias", bias, 1)):
-        if name == "bias" and value is None:
-            continue
-        if not isinstance(value, Tensor) or value.dtype not in LOGIT_TYPES:
-            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name} must be a float32, bfloat16 or float16 tensor, got {got}")
-        if value.dim() != dims:
-            raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(value.shape)}")
-        if value.dtype != hidden.dtype:
-            raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}")
-        if value.device != hidden.device:
-            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {value.device}")
-    if hidden.shape[2] != weight.shape[1] or weight.shape[1] == 0:
-        raise ValueError(
-            f"weight must have one column a feature of hidden ({hidden.shape[2]}), got shape {tuple(weight.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have one entry a row of weight ({len(weight)}), got shape {tuple(bias.shape)}")
+def _check_hidden(hidden: Tensor, head: Head) -> None:
+    if _check.float_tensor(hidden, "hidden", LOGIT_TYPES).dim() != 3:
+        raise ValueError(f"hidden must have 3 dimensions, got shape {tuple(hidden.shape)}")
+    head.check_dtype(hidden)
+    head.check_hidden(hidden)
 
 
 @torch.library.register_fake("raddpo::child_logits")

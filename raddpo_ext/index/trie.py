@@ -265,6 +265,11 @@ class TrieIndex:
             _left_items=None,
         )
 
+    def with_live(self, live: Tensor) -> TrieIndex:
+        """This filtered index with another one's bits of what is left, or a buffer of such, as a captured search reads
+        them: the nodes and items of a search are right, and no count is (``num_items`` and kin)."""
+        return self._but(live=live, _node_tokens=None, _left_items=None)
+
     def _but(self, **changes: Any) -> TrieIndex:
         index = copy.copy(self)
         vars(index).update(changes)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from raddpo_ext import _check
 from raddpo_ext.data.pack_sessions import PackedSessions, pack_sessions
-from raddpo_ext.integrations.base_model import base_model, head_logits, logits_map
+from raddpo_ext.integrations.base_model import base_model, logits_map
 from raddpo_ext.integrations.session_states import verify_packing
+from raddpo_ext.logps.head import Head
 from raddpo_ext.losses.session import SessionBatch
 
 #: What these types need beyond their layers, which the packed pass does not give them.
@@ -133,7 +134,7 @@ def verify_gradients(model: Any) -> None:
         return logits.float().log_softmax(-1).gather(-1, target[:, None]).sum()
 
     def packed_loss(states: Any, packed: PackedSessions) -> Tensor:
-        logits = head_logits(states.hidden, states.weight, states.bias, **logits_map(inner))
+        logits = Head(states.weight, states.bias, **logits_map(inner)).logits(states.hidden)
         return loss(logits[0] if states.rows is None else logits[states.rows[0]])
 
     modes = {module: module.training for module in model.modules()}

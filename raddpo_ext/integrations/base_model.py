@@ -7,8 +7,9 @@ import re
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
+
+from raddpo_ext.logps.head import Head, checked_head
 
 _T5_FAMILY = ("t5", "longt5", "pop2piano", "switch_transformers", "umt5")
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
@@ -51,29 +52,15 @@ def logits_map(model: Any) -> dict[str, float]:
     return found
 
 
-def head_arguments(model: Any) -> dict[str, Any]:
-    """A model's head as :func:`raddpo_ext.beam_search` takes it; empty where the model must run it itself: behind
-    ``torch.compile``, with adapters or quantized weights in the head, with weights in shards."""
+def model_head(model: Any) -> Head | None:
+    """A model's head; None where the model must run it itself: behind ``torch.compile``, with adapters or quantized
+    weights in the head, with weights in shards."""
     if hasattr(model, "_orig_mod"):
-        return {}
+        return None
     head = base_model(model).get_output_embeddings()
     if type(head) is not nn.Linear or hasattr(head.weight, "placements"):
-        return {}
-    return {"weight": head.weight, "bias": head.bias, **logits_map(model)}
-
-
-def head_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    logit_softcap: float | None = None,
-) -> Tensor:
-    """All logits of such a head, float32 ``[..., V]``."""
-    logits = F.linear(hidden, weight, bias).float()
-    if logit_softcap is not None:
-        logits = logit_softcap * torch.tanh(logits / logit_softcap)
-    return logits / temperature
+        return None
+    return checked_head(head.weight, head.bias, **logits_map(model))
 
 
 def context(config: Any) -> int | None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raddpo_ext.integrations.base_model import base_model, decoder_start, forward_parameters, head_scale
+from raddpo_ext.logps.head import Head
 
 
 def pad_left(prompts: Tensor, mask: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
@@ -33,15 +34,14 @@ class Decoder:
 
     Args:
         model: as the user gave it.
-        head: its head's arguments for :func:`raddpo_ext.beam_search`, which then takes hidden states; empty: the model
-            runs its head, and gives logits.
+        head: its head, for a search that takes hidden states; None: the model runs its head, and gives logits.
         positions: whether the model is told the tokens' positions, where it takes them.
     """
 
-    def __init__(self, model: Any, head: dict[str, Any], positions: bool = True) -> None:
+    def __init__(self, model: Any, head: Head | None, positions: bool = True) -> None:
         self.model = model
         self.head = head
-        self.inner = base_model(model).get_decoder() if head else model
+        self.inner = model if head is None else base_model(model).get_decoder()
         self.accepts = forward_parameters(self.inner)
         self.tells_positions = positions and "position_ids" in self.accepts
         self.cache: Any = None
@@ -63,7 +63,7 @@ class Decoder:
             **extra,
         )
         self.cache = getattr(output, "past_key_values", None)
-        return output.last_hidden_state.to(self.head["weight"].dtype) if self.head else output.logits
+        return output.logits if self.head is None else output.last_hidden_state.to(self.head.weight.dtype)
 
     def check_cache(self) -> None:
         if not hasattr(self.cache, "reorder_cache"):
@@ -76,9 +76,7 @@ class Decoder:
 class PromptDecoder(Decoder):
     """A decoder-only model and its prompts, which are padded on the left."""
 
-    def __init__(
-        self, model: Any, head: dict[str, Any], prompts: Tensor, mask: Tensor, *, positions: bool = True
-    ) -> None:
+    def __init__(self, model: Any, head: Head | None, prompts: Tensor, mask: Tensor, *, positions: bool = True) -> None:
         super().__init__(model, head, positions)
         self.prompts = prompts
         self.mask = mask
@@ -105,7 +103,7 @@ class SharedPrefixDecoder(PromptDecoder):
     beam the prompt and its own ancestors. Nothing in the cache ever moves: ``T + W * level`` tokens a query.
     """
 
-    def __init__(self, model: Any, head: dict[str, Any], prompts: Tensor, mask: Tensor) -> None:
+    def __init__(self, model: Any, head: Head | None, prompts: Tensor, mask: Tensor) -> None:
         from transformers import DynamicCache
 
         super().__init__(model, head, prompts, mask)
@@ -167,9 +165,9 @@ class ReorderedDecoder(PromptDecoder):
 class EncoderDecoder(Decoder):
     """An encoder-decoder: the prompts are encoded once, the decoder's cache follows the beams."""
 
-    def __init__(self, model: Any, head: dict[str, Any], prompts: Tensor, mask: Tensor) -> None:
+    def __init__(self, model: Any, head: Head | None, prompts: Tensor, mask: Tensor) -> None:
         super().__init__(model, head)
-        self.scale = head_scale(base_model(model)) if head else 1.0
+        self.scale = 1.0 if head is None else head_scale(base_model(model))
         self.mask = mask.long()
         self.encoded = model.get_encoder()(input_ids=prompts, attention_mask=self.mask, return_dict=True)
         self.start = torch.full((len(prompts), 1), decoder_start(model), dtype=torch.int64, device=prompts.device)
@@ -192,7 +190,7 @@ class EncoderDecoder(Decoder):
             self.encoded.last_hidden_state = self.encoded.last_hidden_state[rows]
 
     def _decode(self, tokens: Tensor) -> Tensor:
-        if self.head:
+        if self.head is not None:
             output = self.inner(
                 input_ids=tokens,
                 encoder_hidden_states=self.encoded.last_hidden_state,
@@ -201,7 +199,7 @@ class EncoderDecoder(Decoder):
                 use_cache=True,
                 return_dict=True,
             )
-            states = output.last_hidden_state.to(self.head["weight"].dtype) * self.scale
+            states = output.last_hidden_state.to(self.head.weight.dtype) * self.scale
         else:
             output = self.model(
                 encoder_outputs=self.encoded,
@@ -225,7 +223,7 @@ class GroupedDecoder(Decoder):
     """
 
     def __init__(
-        self, kind: Callable[..., Decoder], model: Any, head: dict[str, Any], prompts: Tensor, mask: Tensor
+        self, kind: Callable[..., Decoder], model: Any, head: Head | None, prompts: Tensor, mask: Tensor
     ) -> None:
         super().__init__(model, head)
         lengths = mask.sum(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from raddpo_ext.decoding.beam_search import BeamResult
 from raddpo_ext.integrations.base_model import base_model
 from raddpo_ext.integrations.decoders import SharedPrefixDecoder
+from raddpo_ext.logps.head import Head
 
 COLUMNS = 64  # prompts are padded to a multiple, so that few lengths occur
 MOST_GRAPHS = 16  # of a retriever
@@ -76,7 +77,7 @@ class CapturedDecoder(SharedPrefixDecoder):
         fed: how many beams' tokens a query will be fed in all.
     """
 
-    def __init__(self, model: Any, head: dict[str, Any], prompts: Tensor, mask: Tensor, fed: int) -> None:
+    def __init__(self, model: Any, head: Head | None, prompts: Tensor, mask: Tensor, fed: int) -> None:
         super().__init__(model, head, prompts, mask)
         self.cache = BufferedCache(fed)
 
@@ -90,28 +91,23 @@ class CapturedDecoder(SharedPrefixDecoder):
 
 
 class _Graph:
-    """A captured search over prompts of one shape."""
+    """A captured search over inputs of one shape."""
 
     def __init__(
-        self,
-        search: Callable[[Tensor, Tensor], BeamResult],
-        model: Any,
-        prompts: Tensor,
-        mask: Tensor,
-        stream: Any,
-        pool: Any,
+        self, search: Callable[..., BeamResult], model: Any, inputs: Sequence[Tensor], stream: Any, pool: Any
     ) -> None:
+        self._search = search  # keeps the index, whose addresses are in the graph, and whose id is in its key
         # Their addresses are in the graph. They are kept alive, and looked at before every replay.
         self._weights = [*model.parameters(), *model.buffers()]
         self._addresses = self._current_addresses()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):  # brings the caller's stream back, also after a capture that fails
-            self._prompts, self._mask = (torch.empty_like(x, device=model.device).copy_(x) for x in (prompts, mask))
+            self._inputs = [torch.empty_like(x, device=model.device).copy_(x) for x in inputs]
             for _ in range(_WARM_UPS):
-                search(self._prompts, self._mask)
+                search(*self._inputs)
             # Other threads may go on allocating memory meanwhile.
             with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                self._result = search(self._prompts, self._mask)
+                self._result = search(*self._inputs)
 
     def _current_addresses(self) -> list[int]:
         return [weight.data_ptr() for weight in self._weights]
@@ -125,9 +121,9 @@ class _Graph:
     def pool(self) -> Any:
         return self._graph.pool()
 
-    def replay(self, prompts: Tensor, mask: Tensor) -> BeamResult:
-        self._prompts.copy_(prompts, non_blocking=True)
-        self._mask.copy_(mask, non_blocking=True)
+    def replay(self, inputs: Sequence[Tensor]) -> BeamResult:
+        for buffer, given in zip(self._inputs, inputs, strict=True):
+            buffer.copy_(given, non_blocking=True)
         self._graph.replay()
         return BeamResult(*(part.clone() for part in self._result))
 
@@ -149,16 +145,16 @@ class SearchGraphs:
         with self._lock:
             self._graphs.clear()
 
-    def run(
-        self, key: Hashable, search: Callable[[Tensor, Tensor], BeamResult], model: Any, prompts: Tensor, mask: Tensor
-    ) -> BeamResult:
-        """``search(prompts, mask)``, captured at the first call with such a key.
+    def run(self, key: Hashable, search: Callable[..., BeamResult], model: Any, *inputs: Tensor) -> BeamResult:
+        """``search(*inputs)``, captured at the first call with such a key.
 
         Args:
-            key: whatever the search depends on beside its arguments' values.
+            key: whatever the search depends on beside the values of its inputs. It may hold ids of what ``search``
+                keeps alive, as its graph keeps that.
             search: must leave what it launches to shapes alone.
             model: whose weights it reads.
-            prompts, mask: on the CPU, see :class:`CapturedDecoder`.
+            inputs: prompts and mask on the CPU, see :class:`CapturedDecoder`, and what else changes from call to call;
+                copied into the graph's own buffers.
         """
         # What is captured must be usable whether or not later calls are in inference mode.
         with self._lock, torch.inference_mode(False), torch.no_grad(), torch.cuda.device(model.device):
@@ -169,22 +165,20 @@ class SearchGraphs:
             graph = self._graphs.pop(key, None)
             if graph is None or not graph.is_current:
                 del graph  # its memory is free for the new one
-                graph = self._capture(search, model, prompts, mask, current)
+                graph = self._capture(search, model, inputs, current)
             self._graphs[key] = graph
-            result = graph.replay(prompts, mask)
+            result = graph.replay(inputs)
             self._done.record()
             return result
 
-    def _capture(
-        self, search: Callable[[Tensor, Tensor], BeamResult], model: Any, prompts: Tensor, mask: Tensor, current: Any
-    ) -> _Graph:
+    def _capture(self, search: Callable[..., BeamResult], model: Any, inputs: Sequence[Tensor], current: Any) -> _Graph:
         while len(self._graphs) >= MOST_GRAPHS:
             self._graphs.popitem(last=False)
         pool = next(iter(self._graphs.values())).pool if self._graphs else None
         with _capturing:
             self._stream.wait_stream(current)
             try:
-                graph = _Graph(search, model, prompts, mask, self._stream, pool)
+                graph = _Graph(search, model, inputs, self._stream, pool)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raddpo_ext.integrations.base_model import base_model, decoder_start, forward_parameters, head_logits
+from raddpo_ext.integrations.base_model import base_model, decoder_start, forward_parameters
 from raddpo_ext.integrations.decoders import Decoder
 from raddpo_ext.integrations.probes import Ways, attempt, probe_tokens, ratio, size, tolerance
+from raddpo_ext.logps.head import Head
 
 PADDING = 3  # columns
 FAR_OFF = 0.1  # of what the far tokens do: a window takes a layer's whole part of it away
@@ -66,7 +67,7 @@ def holds_at(
     model: Any,
     ways: Ways,
     shared: Callable[..., Decoder],
-    head: dict[str, Any],
+    head: Head | None,
     tokens: int,
     widths: list[int],
     padding: int = 0,
@@ -86,14 +87,14 @@ def holds_at(
     """
     probe = LongProbe(model, tokens, len(widths), lambda **inputs: model(**inputs).logits)
 
-    def error(kind: Callable[..., Decoder], head: dict[str, Any], **options: Any) -> tuple[float, float]:
+    def error(kind: Callable[..., Decoder], head: Head | None, **options: Any) -> tuple[float, float]:
         return probe.error(lambda: probe.logits(kind, head, widths, **options))
 
     slow = not (ways.shared or ways.padded)
     if not bool(probe.expected.isfinite().all()):
         return slow
     limits = tolerance(model)
-    alone, noise = error(ways._replace(padded=False).kind(model), {}, narrow=True)
+    alone, noise = error(ways._replace(padded=False).kind(model), None, narrow=True)
     if slow or alone > limits.wrong:
         return alone <= limits.wrong
     if ways.shared:
@@ -168,7 +169,7 @@ class LongProbe:
     def logits(
         self,
         kind: Callable[..., Decoder],
-        head: dict[str, Any],
+        head: Head | None,
         widths: list[int],
         *,
         narrow: bool = False,
@@ -195,4 +196,4 @@ class LongProbe:
             parents[:, -1] = last
             rows.append(decoder(tokens, parents, level + 1)[:, -1:])
         outputs = torch.cat(rows, 1)
-        return head_logits(outputs.to(head["weight"].dtype), **head) if head else outputs.float()
+        return outputs.float() if head is None else head.logits(outputs.to(head.weight.dtype))

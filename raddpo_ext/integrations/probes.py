@@ -14,7 +14,6 @@ from raddpo_ext.integrations.base_model import (
     decoder_start,
     expert_capacities,
     forward_parameters,
-    head_logits,
 )
 from raddpo_ext.integrations.decoders import (
     Decoder,
@@ -25,6 +24,7 @@ from raddpo_ext.integrations.decoders import (
     pad_left,
     pad_right,
 )
+from raddpo_ext.logps.head import Head
 
 PROBE_BEAMS = 6  # tokens that a probe feeds for each prompt
 _MASKED_ATTENTIONS = ("eager", "sdpa", "flex_attention")  # the others take no mask of their own
@@ -149,7 +149,7 @@ class _Probe:
     def outputs(
         self,
         kind: Callable[..., Decoder],
-        head: dict[str, Any],
+        head: Head | None,
         prompts: Tensor | None = None,
         steps: Tensor | None = None,
     ) -> Tensor:
@@ -185,25 +185,25 @@ class _Probe:
                 kept[query, output] = True
             yield prompts, steps, kept
 
-    def error(self, kind: Callable[..., Decoder], head: dict[str, Any]) -> float:
+    def error(self, kind: Callable[..., Decoder], head: Head | None) -> float:
         """How far a way's logits are from the plain ones, relative to their spread; infinite for one that fails."""
         outputs = attempt(lambda: self.outputs(kind, head))
         if outputs is None:
             return float("inf")
-        logits = head_logits(outputs.to(head["weight"].dtype), **head) if head else outputs
+        logits = outputs if head is None else head.logits(outputs.to(head.weight.dtype))
         if logits.shape != self.expected.shape:
             return float("inf")
         # A softmax does not see what is added to all logits.
         difference = logits - self.expected
         return ratio(size(difference - difference.mean(-1, keepdim=True)), self.spread)
 
-    def leaks(self, kind: Callable[..., Decoder], head: dict[str, Any], least: float = 0.0) -> bool:
+    def leaks(self, kind: Callable[..., Decoder], head: Head | None, least: float = 0.0) -> bool:
         """Whether outputs depend on another beam, on the other query, or on what is under the padding, by more than
         ``least``."""
         found = attempt(lambda: self.mixes(kind, head, least))
         return found is None or found
 
-    def mixes(self, kind: Callable[..., Decoder], head: dict[str, Any], least: float) -> bool:
+    def mixes(self, kind: Callable[..., Decoder], head: Head | None, least: float) -> bool:
         """:meth:`leaks`, but an error of the model stays one."""
         before = self.outputs(kind, head)
         # The same computation on the same tokens: what it changes is no leak, as a kernel that sums in any order.
@@ -265,7 +265,7 @@ def rows_compete(model: Any) -> bool:
 
 
 @torch.no_grad()
-def verify(model: Any, head: dict[str, Any], shared: Callable[..., Decoder] = SharedPrefixDecoder) -> Ways:
+def verify(model: Any, head: Head | None, shared: Callable[..., Decoder] = SharedPrefixDecoder) -> Ways:
     """Finds out in which ways a model gives its own logits.
 
     Some models look past a mask, at no position ids, or at the columns of a batch, and some do more after the head than
@@ -296,7 +296,7 @@ def verify(model: Any, head: dict[str, Any], shared: Callable[..., Decoder] = Sh
     for positions in (True, False) if takes_positions else (True,):
         # The slow way first: it tells how much rounding there is.
         ways = Ways(False, False, False, positions)
-        alone = probe.error(ways.kind(model), {})
+        alone = probe.error(ways.kind(model), None)
         if alone <= limits.wrong:
             break
     else:
@@ -304,22 +304,22 @@ def verify(model: Any, head: dict[str, Any], shared: Callable[..., Decoder] = Sh
             raise TypeError(f"model must give logits that no later token changes: {name} does not")
         what = "model must give the same logits with a KV cache, reordered from step to step, as without"
         try:
-            probe.outputs(ways.kind(model), {})
+            probe.outputs(ways.kind(model), None)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             raise TypeError(f"{what}: {name} fails: {error}") from error
         raise TypeError(f"{what}: {name} does not")
     # There is no slower way: one that rounds by its neighbours is its own, one that mixes them has none.
-    if probe.mixes(ways.kind(model), {}, limits.rounding):
+    if probe.mixes(ways.kind(model), None, limits.rounding):
         raise TypeError(f"model must give every row of a batch its own logits, those of {name} depend on other rows")
     limit = max(limits.rounding, 4 * alone)
     padded = ways._replace(padded=True)
-    if probe.error(padded.kind(model), {}) <= limit and not probe.leaks(padded.kind(model), {}):
+    if probe.error(padded.kind(model), None) <= limit and not probe.leaks(padded.kind(model), None):
         ways = padded
-    if head and probe.error(ways.kind(model), head) <= limit:
+    if head is not None and probe.error(ways.kind(model), head) <= limit:
         ways = ways._replace(head=True)
-    head = head if ways.head else {}
+    head = head if ways.head else None
     if base.config.is_encoder_decoder or base.config._attn_implementation not in _MASKED_ATTENTIONS:
         return ways
     if "position_ids" not in (attempt(lambda: forward_parameters(Decoder(model, head).inner)) or ()):

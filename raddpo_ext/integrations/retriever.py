@@ -10,20 +10,21 @@ import torch
 from torch import Tensor
 
 from raddpo_ext import _check
-from raddpo_ext.decoding.beam_search import BeamResult, beam_search
+from raddpo_ext.decoding.beam_search import BeamResult, check_top_k, head_beam_search
 from raddpo_ext.decoding.beam_step import BeamState
 from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.integrations.base_model import (
     base_model,
     changing_rope,
     context,
-    head_arguments,
+    model_head,
     slot_windows,
     windows,
 )
 from raddpo_ext.integrations.decoders import Decoder, SharedPrefixDecoder, pad_left, pad_right
 from raddpo_ext.integrations.lengths import ProvenLengths, holds_at
 from raddpo_ext.integrations.probes import PROBE_BEAMS, Ways, verify
+from raddpo_ext.logps.head import Head
 
 
 class SIDRetriever:
@@ -52,12 +53,14 @@ class SIDRetriever:
         shared_prefix: whether beams share their prompt's keys and values. Default: where the model allows.
         cuda_graph: capture the whole search, prompt and all, in a CUDA graph and replay it. The first call with a batch
             size, prompt length (rounded up to a multiple of 64) and ``top_k`` captures, which takes a few searches'
-            time; the last 16 such shapes are kept. A graph reads the model's weights where they were: change them in
-            place, and after any other change to the model assign ``index`` anew, which drops the graphs. Calls with
-            ``on_step`` are not captured.
+            time; the last 16 graphs are kept. All filters of one catalogue (``restrict``, ``discard``) share one more
+            graph per shape. Another catalogue given to :meth:`retrieve` has graphs of its own, which keep it in memory.
+            A graph reads the model's weights where they were: change them in place, and after any other change to the
+            model assign ``index`` anew, which drops the graphs. Calls with ``on_step`` are not captured.
 
     Attributes:
-        index: the catalogue; may be replaced between calls.
+        index: the catalogue; may be replaced between calls. To search another one in a single call, such as a
+            request's filter, give it to :meth:`retrieve`.
 
     Raises:
         ValueError, TypeError: naming the argument and the value; also where ``index`` holds a token id that the model
@@ -103,15 +106,21 @@ class SIDRetriever:
 
     @index.setter
     def index(self, index: TrieIndex) -> None:
+        self._check_index(index)
+        self._index = index
+        if self._graphs is not None:
+            self._graphs.clear()
+
+    def _check_index(self, index: TrieIndex) -> None:
         _check.instance(index, "index", TrieIndex)
-        _check.widths(self.beam_width, index.levels, index.most_levels)
+        self._widths(index)
         if max(index.max_tokens) >= self._vocab_size:
             raise ValueError(
                 f"index holds token id {max(index.max_tokens)}, which a model of vocab_size {self._vocab_size} lacks"
             )
-        self._index = index
-        if self._graphs is not None:
-            self._graphs.clear()
+
+    def _widths(self, index: TrieIndex) -> list[int]:
+        return _check.widths(self.beam_width, index.levels, index.most_levels)
 
     @torch.no_grad()
     def retrieve(
@@ -120,6 +129,7 @@ class SIDRetriever:
         attention_mask: Tensor | None = None,
         top_k: int | None = None,
         *,
+        index: TrieIndex | None = None,
         on_step: Callable[[int, BeamState], None] | None = None,
     ) -> BeamResult:
         """The best items of each prompt.
@@ -129,6 +139,9 @@ class SIDRetriever:
             attention_mask: bool or integer ``[B, T]``, 0 on padding. Default: no padding.
             top_k: return this many items a query, a collided SID repeated for each of its items. Default: one row a SID
                 of the last width, with its first item.
+            index: search this one in this call, and leave :attr:`index` as it is: a filtered one
+                (``retriever.index.restrict(item_mask)``), or any other whose token ids are the model's. Calls from
+                several threads may each have their own.
             on_step: see :func:`raddpo_ext.beam_search`.
 
         Returns:
@@ -146,58 +159,60 @@ class SIDRetriever:
         """
         if self.model.training:
             raise ValueError("model is in training mode, call model.eval() before retrieving")
-        prompts, mask = self._check_prompts(input_ids, attention_mask)
+        if index is None:
+            index = self.index
+        else:
+            self._check_index(index)
+        prompts, mask = self._check_prompts(input_ids, attention_mask, index)
+        widths = self._widths(index)
+        check_top_k(top_k, widths[-1], index)
         options: dict[str, Any] = {"normalize": self.normalize, "length_penalty": self.length_penalty, "top_k": top_k}
         if self._graphs is not None and on_step is None:
-            return self._replay(prompts, mask, options)
-        decoder = self._decoder(prompts, mask)
-        return beam_search(
-            decoder,
-            self.index,
-            batch_size=len(prompts),
-            beam_width=self.beam_width,
-            on_step=on_step,
-            **options,
-            **decoder.head,
+            return self._replay(prompts, mask, index, widths, options)
+        decoder = self._decoder(prompts, mask, index)
+        return head_beam_search(
+            decoder, index, decoder.head, batch_size=len(prompts), beam_width=widths, on_step=on_step, **options
         )
 
-    def _decoder(self, prompts: Tensor, mask: Tensor) -> Decoder:
-        ways = self._find_ways(mask)
+    def _decoder(self, prompts: Tensor, mask: Tensor, index: TrieIndex) -> Decoder:
+        ways = self._find_ways(mask, index)
         kind = SharedPrefixDecoder if ways.shared else ways.kind(self.model)
-        head = head_arguments(self.model) if ways.head else {}
         pad = pad_right if self.model.config.is_encoder_decoder else pad_left
         prompts, mask = pad(prompts, mask)
         device = self.model.device
-        return kind(self.model, head, prompts.to(device), mask.to(device))
+        return kind(self.model, self._head(ways), prompts.to(device), mask.to(device))
 
-    def _replay(self, prompts: Tensor, mask: Tensor, options: dict[str, Any]) -> BeamResult:
+    def _head(self, ways: Ways) -> Head | None:
+        return model_head(self.model) if ways.head else None
+
+    def _replay(
+        self, prompts: Tensor, mask: Tensor, index: TrieIndex, widths: list[int], options: dict[str, Any]
+    ) -> BeamResult:
         from raddpo_ext.integrations.graphed import CapturedDecoder, check_capturable
 
         check_capturable(self.model)
-        head = head_arguments(self.model) if self._find_ways(mask).head else {}
+        model, head = self.model, self._head(self._find_ways(mask, index))
         prompts, mask = pad_left(prompts, mask, self._multiple())
-        model, index, widths = (
-            self.model,
-            self.index,
-            _check.widths(self.beam_width, self.index.levels, self.index.most_levels),
-        )
 
-        def search(prompts: Tensor, mask: Tensor) -> BeamResult:
+        def search(prompts: Tensor, mask: Tensor, *live: Tensor) -> BeamResult:
             decoder = CapturedDecoder(model, head, prompts, mask, sum(widths[:-1]))
-            return beam_search(decoder, index, batch_size=len(prompts), beam_width=widths, **options, **head)
+            searched = index.with_live(*live) if live else index
+            return head_beam_search(decoder, searched, head, batch_size=len(prompts), beam_width=widths, **options)
 
-        key = (prompts.shape, index, *widths, *options.values())
-        return self._graphs.run(key, search, model, prompts, mask)
+        # What is left of a filtered index is an input, as the prompts are: its block has one graph for every filter.
+        live = () if index.live is None else (index.live,)
+        key = (prompts.shape, id(index.data), len(live), *widths, *options.values())
+        return self._graphs.run(key, search, model, prompts, mask, *live)
 
-    def _find_ways(self, mask: Tensor) -> Ways:
+    def _find_ways(self, mask: Tensor, index: TrieIndex) -> Ways:
         """What the model allows with these prompts."""
         if self._ways is None:
-            self._ways = verify(self.model, head_arguments(self.model), self._shared_decoder(PROBE_BEAMS))
+            self._ways = verify(self.model, model_head(self.model), self._shared_decoder(PROBE_BEAMS))
         ways, base = self._ways, base_model(self.model)
         lengths = mask.sum(1)
-        self._check_rope(changing_rope(base), lengths)
-        tokens, steps = int(lengths.max()), self.index.levels - 1
-        fed = _check.widths(self.beam_width, self.index.levels, self.index.most_levels)[:-1]
+        self._check_rope(changing_rope(base), lengths, index)
+        tokens, steps = int(lengths.max()), index.levels - 1
+        fed = self._widths(index)[:-1]
         # Beams that share a prompt see all of it, whatever slides over a beam of its own; and their slots add up.
         unit = self._multiple()
         slots = {name: (window - sum(fed)) // unit * unit for name, window in slot_windows(base).items()}
@@ -210,8 +225,7 @@ class SIDRetriever:
         limit = min((n for n in (*slots.values(), *positions.values()) if n >= tokens), default=1 << 62)
 
         def holds(ways: Ways) -> bool:
-            head = head_arguments(self.model) if ways.head else {}
-            shared = self._shared_decoder(sum(fed))
+            shared, head = self._shared_decoder(sum(fed)), self._head(ways)
             return self._lengths.cover(
                 (ways, *fed), tokens, limit, lambda n: holds_at(self.model, ways, shared, head, n, fed, -n % unit)
             )
@@ -234,12 +248,12 @@ class SIDRetriever:
             )
         return ways
 
-    def _check_rope(self, window: int | None, lengths: Tensor) -> None:
+    def _check_rope(self, window: int | None, lengths: Tensor, index: TrieIndex) -> None:
         """A rope that changes in the middle of a SID leaves keys in the cache that a plain forward would not have."""
         if window is None or self.model.config.is_encoder_decoder:
             return
         _check.none(
-            (lengths <= window) & (lengths + self.index.levels - 1 > window),
+            (lengths <= window) & (lengths + index.levels - 1 > window),
             lambda row: (
                 f"input_ids[{row}] has {int(lengths[row])} tokens, and the SID would cross the {window} "
                 f"(original_max_position_embeddings) beyond which the rope of {type(self.model).__name__} changes"
@@ -261,7 +275,9 @@ class SIDRetriever:
 
         return partial(CapturedDecoder, fed=fed)
 
-    def _check_prompts(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _check_prompts(
+        self, input_ids: Tensor, attention_mask: Tensor | None, index: TrieIndex
+    ) -> tuple[Tensor, Tensor]:
         """The prompts, 0 where there is no token, and the mask of real tokens, bool ``[B, T]``: on the CPU, where
         looking at their values costs no more than the copy."""
         if not isinstance(input_ids, Tensor):
@@ -271,9 +287,9 @@ class SIDRetriever:
             raise ValueError(
                 f"input_ids must hold at least one prompt of one token, got shape {tuple(input_ids.shape)}"
             )
-        if not input_ids.device == self.index.device == self.model.device:
+        if not input_ids.device == index.device == self.model.device:
             raise ValueError(
-                f"input_ids, index and model must be on one device, got {input_ids.device}, {self.index.device}, "
+                f"input_ids, index and model must be on one device, got {input_ids.device}, {index.device}, "
                 f"{self.model.device}"
             )
         if attention_mask is None:
@@ -292,7 +308,7 @@ class SIDRetriever:
             )
         if self._window is not None:
             # The last token of a SID is never fed; an encoder reads the prompt alone.
-            steps = 0 if self.model.config.is_encoder_decoder else self.index.levels - 1
+            steps = 0 if self.model.config.is_encoder_decoder else index.levels - 1
             _check.none(
                 lengths + steps > self._window,
                 lambda row: (

@@ -20,7 +20,6 @@ from raddpo_ext.integrations.base_model import (
     context,
     decoder_start,
     expert_capacities,
-    head_logits,
     head_scale,
     logits_map,
     slot_windows,
@@ -35,6 +34,7 @@ from raddpo_ext.integrations.probes import (
     size,
     tolerance,
 )
+from raddpo_ext.logps.head import Head
 from raddpo_ext.losses.session import SessionBatch
 
 
@@ -205,8 +205,8 @@ def _packing_faults(model: Any) -> tuple[float, bool]:
         """The states that predict each candidate's tokens ``[6, 2, H]``, and their logits."""
         sessions = SessionBatch(candidates, torch.full((6,), 2), offsets, positives)
         hidden, head = _predictors(model, pack_sessions(prompts, sessions).to(model.device)), _head(model)
-        logits = head_logits(hidden, head.weight, getattr(head, "bias", None), **logits_map(model))
-        return hidden.float(), logits
+        head = Head(head.weight, getattr(head, "bias", None), **logits_map(model))
+        return hidden.float(), head.logits(hidden)
 
     def plain(session: int) -> Tensor:
         prompt = torch.tensor([prompts[session]] * 3, device=model.device)

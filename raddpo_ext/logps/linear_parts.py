@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from raddpo_ext.logps.support import Support
+from raddpo_ext.logps.softmax_support import Lists, SoftmaxSupport
 
 _IGNORED = -1  # among the numbers of a part's columns, where a token that is ignored may be any of them
 
@@ -23,7 +23,7 @@ class Part(NamedTuple):
         targets: int64 ``[R]``, numbers of columns of the product; ``ignored`` where outside its support, or ignored.
         ignored: no number of a column.
         outside: bool ``[R]``: targets outside their support, or None where there are none.
-        lists: ``(columns, begins, counts)`` of each row's support within the product, or None for all of it.
+        lists: each row's support, in columns of the product; None for all of them.
         num_targets: targets are below it; ``N`` by default. A target from ``N`` on has no column of its own: its row
             takes part with its softmax alone.
     """
@@ -35,22 +35,24 @@ class Part(NamedTuple):
     targets: Tensor
     ignored: int
     outside: Tensor | None
-    lists: tuple[Tensor, Tensor, Tensor] | None
+    lists: Lists | None
     num_targets: int | None = None
 
 
-def parts_of(targets: Tensor, support: Support | None, num_columns: int, ignore_index: int, look: bool) -> list[Part]:
+def parts_of(
+    targets: Tensor, support: SoftmaxSupport | None, num_columns: int, ignore_index: int, skip_ignored: bool
+) -> list[Part]:
     """Parts that hold every row whose log-prob is to be worked out.
 
     Args:
         targets: int64 ``[T]``.
         support: of the shape of ``targets``.
-        look: leave ignored rows out, which reads values.
+        skip_ignored: leave ignored rows out, which reads values.
     """
     if len(targets) == 0:
         return []
     if support is None:
-        if look:
+        if skip_ignored:
             ignored = targets == ignore_index
             if bool(ignored.any()):
                 some = (~ignored).nonzero()[:, 0]
@@ -58,22 +60,23 @@ def parts_of(targets: Tensor, support: Support | None, num_columns: int, ignore_
                 return [part] if len(some) else []
         return [Part(None, 0, num_columns, None, targets, ignore_index, None, None)]
     if torch.compiler.is_compiling() and not support.period:  # a graph's shapes cannot depend on values
-        lists = (support.columns, support.begins, support.counts)
-        return [Part(None, 0, num_columns, None, targets, ignore_index, None, lists)]
+        return [Part(None, 0, num_columns, None, targets, ignore_index, None, support.lists)]
     parts = []
     for group in range(support.num_groups):
-        rows = _rows_of_group(targets, support, group, ignore_index, look)
+        rows = _rows_of_group(targets, support, group, ignore_index, skip_ignored)
         if rows is None:
             continue
         if support.vocab is None:
             parts.append(_of_depth(rows, targets[rows], support))
         else:
-            parts.append(_of_level(rows, targets[rows], support, group, ignore_index, look))
+            parts.append(_of_level(rows, targets[rows], support, group, ignore_index, skip_ignored))
     return parts
 
 
-def _rows_of_group(targets: Tensor, support: Support, group: int, ignore_index: int, look: bool) -> Tensor | None:
-    if support.period and not look:
+def _rows_of_group(
+    targets: Tensor, support: SoftmaxSupport, group: int, ignore_index: int, skip_ignored: bool
+) -> Tensor | None:
+    if support.period and not skip_ignored:
         if group >= support.period:
             return None
         return torch.arange(group, len(targets), support.period, device=targets.device)
@@ -81,7 +84,9 @@ def _rows_of_group(targets: Tensor, support: Support, group: int, ignore_index: 
     return rows if len(rows) else None
 
 
-def _of_level(rows: Tensor, targets: Tensor, support: Support, level: int, ignore_index: int, look: bool) -> Part:
+def _of_level(
+    rows: Tensor, targets: Tensor, support: SoftmaxSupport, level: int, ignore_index: int, skip_ignored: bool
+) -> Part:
     assert support.vocab is not None
     begin, width, first, consecutive = support.vocab.level_runs[level]
     columns: Tensor | None = None
@@ -89,26 +94,27 @@ def _of_level(rows: Tensor, targets: Tensor, support: Support, level: int, ignor
         local = targets - first
         outside = (local < 0) | (local >= width)
     else:
-        columns = support.columns[begin : begin + width].to(torch.int64)
+        columns = support.lists.columns[begin : begin + width].to(torch.int64)
         local, outside = _find(columns, targets)
     counted = targets != ignore_index
     local = torch.where(outside | ~counted, _IGNORED, local)
     outside = outside & counted
-    outside_or_none = None if look and not bool(outside.any()) else outside
+    outside_or_none = None if skip_ignored and not bool(outside.any()) else outside
     return Part(rows, first, width, columns, local, _IGNORED, outside_or_none, None)
 
 
-def _of_depth(rows: Tensor, targets: Tensor, support: Support) -> Part:
+def _of_depth(rows: Tensor, targets: Tensor, support: SoftmaxSupport) -> Part:
+    all_lists = support.lists
     # Supports that begin at the same place are one node's children: each node's are taken once.
-    begins, which = support.begins[rows].unique(return_inverse=True)
-    counts = torch.zeros_like(begins).scatter_(0, which, support.counts[rows])
+    begins, which = all_lists.begins[rows].unique(return_inverse=True)
+    counts = torch.zeros_like(begins).scatter_(0, which, all_lists.counts[rows])
     ends = counts.cumsum(0)
     starts = ends - counts
     places = torch.arange(int(ends[-1]), device=rows.device) + torch.repeat_interleave(begins - starts, counts)
-    columns, lists = support.columns[places].to(torch.int64), None
+    columns, lists = all_lists.columns[places].to(torch.int64), None
     if len(begins) > 1:
         columns, numbers = columns.unique(return_inverse=True)
-        lists = (numbers.to(torch.int32), starts[which], counts[which])
+        lists = Lists(numbers.to(torch.int32), starts[which], counts[which])
     local, outside = _find(columns, targets)
     return Part(rows, 0, len(columns), columns, torch.where(outside, _IGNORED, local), _IGNORED, outside, lists)
 

@@ -13,9 +13,9 @@ from raddpo_ext.logps.linear_parts import Part
 from raddpo_ext.logps.token_logps import Options, logps_and_lse, overwrite_by_gradient
 
 # A tile beyond the budget has at least this many columns and rows, or all of them: less would not fill a product.
-_LEAST_COLUMNS, _LEAST_ROWS = 1024, 256
-# Multiplications from which leaving rows out pays for looking which.
-WORTH_A_LOOK = 1 << 26
+_MIN_COLUMNS, _MIN_ROWS = 1024, 256
+#: Multiplications from which leaving rows out pays for finding out which.
+MIN_SKIP_FLOPS = 1 << 26
 _HUGE = 1 << 25  # bytes from which malloc maps fresh pages for every call
 
 
@@ -27,14 +27,17 @@ class Plan(NamedTuple):
     softcap: float
     ignore_index: int
     budget: int  # bytes of logits
-    wanted: bool  # whether a gradient is
-    accumulate: bool  # whether the weight's goes straight into weight.grad
+    needs_grad: bool
+    accumulate: bool  # whether the weight's gradient goes straight into weight.grad
+    skip_ignored: bool  # whether ignored rows are left out, which reads values
 
 
 class Product:
     """``hidden @ weight.T + bias`` of one part."""
 
-    def __init__(self, part: Part, plan: Plan, hidden: Tensor, weight: Tensor, bias: Tensor | None, room: int) -> None:
+    def __init__(
+        self, part: Part, plan: Plan, hidden: Tensor, weight: Tensor, bias: Tensor | None, budget_left: int
+    ) -> None:
         self.part, self.plan = part, plan
         self.hidden = hidden if part.rows is None else hidden.index_select(0, part.rows)
         if part.columns is None and part.width == weight.shape[0]:
@@ -43,14 +46,14 @@ class Product:
             chosen = slice(part.first, part.first + part.width) if part.columns is None else part.columns
             self.weight, self.bias = weight[chosen], None if bias is None else bias[chosen]
         rows, columns = self.hidden.shape[0], part.width
-        room //= plan.dtype.itemsize
-        #: Whether the logits need no more than ``room`` bytes.
-        self.fits = rows * columns <= room
+        budget_left //= plan.dtype.itemsize
+        #: Whether the logits need no more than ``budget_left`` bytes.
+        self.fits = rows * columns <= budget_left
         if not self.fits:
             # All rows in a tile if they can be: its rows of the weight's gradient are then one product.
             if part.lists is None:
-                columns = min(columns, max(_LEAST_COLUMNS, room // rows))
-            rows = min(rows, max(_LEAST_ROWS, room // columns))
+                columns = min(columns, max(_MIN_COLUMNS, budget_left // rows))
+            rows = min(rows, max(_MIN_ROWS, budget_left // columns))
         self.row_tiles, self.column_tiles = _cut(self.hidden.shape[0], rows), _cut(part.width, columns)
         self._tile_size = rows * columns
 
@@ -94,7 +97,7 @@ class Product:
                 hidden = _cut_out(self.hidden, rows)
                 if live is not None:
                     logits, hidden = logits[: len(live)], hidden[live]
-                if gradients.wants_hidden:
+                if gradients.needs_hidden:
                     gradients.add_hidden(self.part, rows, live, logits, _cut_out(self.weight, columns))
                 if gradients.bias is not None:
                     gradients.add_bias(self.part, columns, logits.sum(0, dtype=gradients.bias.dtype))
@@ -124,24 +127,24 @@ class Product:
         return torch.addmm(_cut_out(self.bias, columns), hidden, weight.T, out=out)
 
     def _options(self, rows: slice, columns: slice) -> Options:
-        plan, numbers, begins, counts = self.plan, None, None, None
-        if self.part.lists is not None:
-            numbers, begins, counts = self.part.lists[0], self.part.lists[1][rows], self.part.lists[2][rows]
-        limit = self.part.width if self.part.num_targets is None else self.part.num_targets
-        return numbers, begins, counts, plan.scale, plan.softcap, self.part.ignored, columns.start, limit
+        plan, part, numbers, begins, counts = self.plan, self.part, None, None, None
+        if part.lists is not None:
+            numbers, begins, counts = part.lists.columns, part.lists.begins[rows], part.lists.counts[rows]
+        limit = part.width if part.num_targets is None else part.num_targets
+        return Options(numbers, begins, counts, plan.scale, plan.softcap, part.ignored, columns.start, limit)
 
     def _live(self, grad: Tensor) -> Tensor | None:
         """The rows with a gradient, on the CPU where leaving out the others saves much."""
         if grad.device.type != "cpu" or self.part.lists is not None or torch.compiler.is_compiling():
             return None
-        if grad.shape[0] * self.weight.numel() < WORTH_A_LOOK:
+        if grad.shape[0] * self.weight.numel() < MIN_SKIP_FLOPS:
             return None
         live = grad.nonzero()[:, 0]
         return live if 10 * len(live) < 9 * grad.shape[0] else None
 
 
 class Gradients:
-    """Of the hidden states, the weight and the bias, each if it is wanted."""
+    """Of the hidden states, the weight and the bias, each where it is needed."""
 
     def __init__(
         self,
@@ -150,23 +153,23 @@ class Gradients:
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        wanted: Sequence[bool],
+        needs_grad: Sequence[bool],
     ) -> None:
+        self.needs_hidden, needs_weight, needs_bias = needs_grad[:3]
         low = plan.dtype in (torch.bfloat16, torch.float16)
         self.sum_dtype = torch.float32 if low else plan.dtype
-        self.wants_hidden = wanted[0]
         self._hidden = hidden
         self._hidden_dtype = self.sum_dtype if any(len(p.column_tiles) > 1 for p in products) else plan.dtype
         self._hidden_grad: Tensor | None = None
-        self.bias = bias.new_zeros(bias.shape, dtype=self.sum_dtype) if bias is not None and wanted[2] else None
+        self.bias = bias.new_zeros(bias.shape, dtype=self.sum_dtype) if bias is not None and needs_bias else None
         self._bias_dtype = None if bias is None else bias.dtype
         # A single part with every row of the weight writes each row of its gradient once.
         self._once = len(products) == 1 and products[0].part.columns is None and products[0].part.width == len(weight)
         self._adds_to = weight if plan.accumulate else None
         self.weight: Tensor | None = None
-        if wanted[1] and plan.accumulate and weight.grad is not None:
+        if needs_weight and plan.accumulate and weight.grad is not None:
             self.weight, self._once = weight.grad, False
-        elif wanted[1]:
+        elif needs_weight:
             self.weight = empty(weight, weight.shape)
             if not self._once:
                 self.weight.zero_()
@@ -211,7 +214,7 @@ class Gradients:
 
     def add_pairs(self, rows: Tensor, columns: Tensor, factors: Tensor, hidden: Tensor, weight: Tensor) -> None:
         """Adds that of single logits, whose gradients are ``factors`` and who stand in ``rows`` and ``columns``."""
-        if self.wants_hidden:
+        if self.needs_hidden:
             if self._hidden_grad is None:
                 self._hidden_grad = self._hidden.new_zeros(self._hidden.shape, dtype=self._hidden_dtype)
             _add_rows(self._hidden_grad, rows, factors[:, None] * weight.index_select(0, columns))
@@ -223,7 +226,7 @@ class Gradients:
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """What goes back to autograd."""
         hidden, weight = self._hidden_grad, self.weight
-        if self.wants_hidden and hidden is None:
+        if self.needs_hidden and hidden is None:
             hidden = torch.zeros_like(self._hidden)
         if self._adds_to is not None and weight is not None:
             self._adds_to.grad, weight = weight, None

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from raddpo_ext._autograd import differentiable_once
+from raddpo_ext.logps.head import transform_and_slope
 from raddpo_ext.logps.linear_parts import Part
 from raddpo_ext.logps.linear_product import Gradients, Plan, Product
 
 
 class SharedTokenLogps(torch.autograd.Function):
-    """``(hidden [U, H], weight, bias, targets [T], rows [T], look, plan) -> [T]``, normalized over the vocabulary."""
+    """``(hidden [U, H], weight, bias, targets [T], rows [T], plan) -> [T]``, normalized over the vocabulary."""
 
     @staticmethod
     def forward(
@@ -28,13 +29,12 @@ class SharedTokenLogps(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         rows: Tensor,
-        look: bool,
         plan: Plan,
     ) -> Tensor:
         factors = (hidden.to(plan.dtype), weight.to(plan.dtype), None if bias is None else bias.to(plan.dtype))
         counted = targets != plan.ignore_index
         known = counted & (targets >= 0) & (targets < weight.shape[0])
-        part = _softmax_part(hidden, weight.shape[0], rows, look)
+        part = _softmax_part(hidden, weight.shape[0], rows, plan.skip_ignored)
         dtype = torch.float64 if plan.dtype == torch.float64 else torch.float32
         lse, kept = torch.full(hidden.shape[:1], -torch.inf, dtype=dtype, device=hidden.device), None
         safe = torch.where(known, targets, 0)
@@ -48,10 +48,10 @@ class SharedTokenLogps(torch.autograd.Function):
                 kept = logits
         if own is None:
             own = _own_logits(*factors, safe, rows, dtype)
-        logit, slope = _mapped(own, plan)
+        logit, slope = transform_and_slope(own, plan.scale, plan.softcap)
         logps = (logit - lse[rows]).clamp(max=0)
         logps = torch.where(known & (logit > -torch.inf), logps, -torch.inf).masked_fill(~counted, 0.0)
-        if plan.wanted:
+        if plan.needs_grad:
             ctx.save_for_backward(
                 hidden, weight, bias, *factors, lse, kept, safe, rows, slope, logps.isfinite() & counted
             )
@@ -62,29 +62,30 @@ class SharedTokenLogps(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, tensors: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, *saved = tensors
-        factors: tuple[Tensor, Tensor, Tensor | None] = (saved[0], saved[1], saved[2])
-        lse, kept, targets, rows, slope, live = saved[3:]
+        hidden, weight, bias, hidden_factor, weight_factor, bias_factor, lse, kept, targets, rows, slope, live = tensors
         ctx.overwritten = True
         part, plan = ctx.part, ctx.plan
         grad = grad.masked_fill(~live, 0.0)
         totals = lse.new_zeros(lse.shape).index_put_((rows,), grad, accumulate=True)
-        room = plan.budget if kept is None else kept.numel() * kept.element_size()
-        products = [] if part is None else [Product(part, plan, *factors, room)]
+        budget = plan.budget if kept is None else kept.numel() * kept.element_size()
+        factors = (hidden_factor, weight_factor, bias_factor)
+        products = [] if part is None else [Product(part, plan, *factors, budget)]
         owner = weight if ctx.leaf is None else ctx.leaf
         gradients = Gradients(products, plan, hidden, owner, bias, ctx.needs_input_grad)
         for product in products:
             chosen = slice(None) if part.rows is None else part.rows
             product.backward(totals[chosen], lse[chosen], kept, gradients)
-        gradients.add_pairs(rows, targets, grad * slope, factors[0], factors[1])
-        return (*gradients.results(), None, None, None, None)
+        gradients.add_pairs(rows, targets, grad * slope, hidden_factor, weight_factor)
+        return (*gradients.results(), None, None, None)
 
 
-def _softmax_part(hidden: Tensor, columns: int, rows: Tensor, look: bool) -> Part | None:
-    """Every row of ``hidden``, with ``look`` only those among ``rows``. The target of each is a column beyond the last,
-    so that only its softmax is worked out."""
+def _softmax_part(hidden: Tensor, columns: int, rows: Tensor, skip_unused: bool) -> Part | None:
+    """Every row of ``hidden``, with ``skip_unused`` only those among ``rows``.
+
+    The target of each is a column beyond the last, so that only its softmax is worked out.
+    """
     used = None
-    if look:
+    if skip_unused:
         seen = torch.zeros(len(hidden), dtype=torch.bool, device=rows.device).index_fill_(0, rows, True)
         used = None if bool(seen.all()) else seen.nonzero()[:, 0]
     count = len(hidden) if used is None else len(used)
@@ -100,11 +101,3 @@ def _own_logits(
     """Rounded as the products round: so near a log-sum-exp that is nearly one logit, the difference is right."""
     products = hidden.index_select(0, rows).to(dtype).mul_(weight.index_select(0, targets)).sum(-1)
     return (products if bias is None else products + bias[targets]).to(hidden.dtype).to(dtype)
-
-
-def _mapped(logits: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """The logits behind softcap and temperature, and the derivative of that."""
-    if plan.softcap == 0:
-        return logits * plan.scale, torch.full_like(logits, plan.scale)
-    capped = torch.tanh(logits / plan.softcap)
-    return capped * (plan.softcap * plan.scale), (1 - capped * capped) * plan.scale

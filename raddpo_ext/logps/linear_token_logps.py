@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from raddpo_ext import _check
 from raddpo_ext._autograd import differentiable_once, refuse_transforms
 from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.index.vocab import SIDVocab
+from raddpo_ext.logps.head import Head, check_states, checked_head
 from raddpo_ext.logps.linear_parts import Part, parts_of
-from raddpo_ext.logps.linear_product import WORTH_A_LOOK, Gradients, Plan, Product
+from raddpo_ext.logps.linear_product import MIN_SKIP_FLOPS, Gradients, Plan, Product
 from raddpo_ext.logps.linear_shared import SharedTokenLogps
-from raddpo_ext.logps.support import support_of
-from raddpo_ext.logps.token_logps import check_map, check_rows, check_targets, differentiable
+from raddpo_ext.logps.softmax_support import SoftmaxSupport, support_of
+from raddpo_ext.logps.token_logps import Options, check_rows, check_targets, differentiable
 
 
 def linear_token_logps(
@@ -38,7 +38,7 @@ def linear_token_logps(
     accumulate_grad: bool = False,
     check: bool = False,
 ) -> Tensor:
-    """:func:`token_logps` of the logits ``hidden @ weight.T + bias``, without holding more of them than need be.
+    """:func:`token_logps` of the logits ``hidden @ weight.T + bias``, without materialising all of them.
 
     While the logits fit ``logits_budget`` bytes they are kept and the backward pass overwrites them by their gradient:
     three matrix products in all. Beyond it they are worked out tile by tile, and again backward: four. Under
@@ -73,65 +73,67 @@ def linear_token_logps(
 
     Source: Liger Kernel (arXiv 2410.10989) and Cut Cross-Entropy (arXiv 2411.09009) fuse the head with the loss.
     """
-    _check_inputs(hidden, weight, targets, bias, rows)
+    # All checks.
+    head = _checked_head(hidden, weight, bias, temperature, logit_softcap)
+    _check_rows(hidden, targets, rows)
     refuse_transforms("linear_token_logps", hidden, weight, bias)
-    scale, softcap = check_map(temperature, logit_softcap)
     ignore_index = _check.integer(ignore_index, "ignore_index")
     budget = _check.integer(logits_budget, "logits_budget", 0)
-    if rows is not None and (check or rows.device.type == "cpu") and not torch.compiler.is_compiling():
-        outside = (rows < 0) | (rows >= len(hidden))
-        if bool(outside.any()):
-            raise ValueError(f"rows hold {int(rows[outside][0])}, outside [0, {len(hidden)}), the rows of hidden")
-    if check:
-        for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-            if value is not None and bool(value.isnan().any()):
-                raise ValueError(f"{name} holds NaN, first at {value.isnan().nonzero()[0].tolist()}")
-        check_targets(targets, weight.shape[0], ignore_index)
-    if rows is not None and (normalize != "vocab" or torch.compiler.is_compiling()):
-        hidden, rows = hidden[rows], None
-    dtype = _compute_dtype(hidden, weight, bias)
-    weight = _whole(weight, accumulate_grad)
-    bias = None if bias is None else _whole(bias, False)
-    if accumulate_grad and weight.requires_grad and not weight.is_leaf:
-        raise ValueError("accumulate_grad needs weight to be a leaf: the result of an operation has no .grad to add to")
     support = support_of(targets, normalize, vocab, levels, index, nodes, weight.shape[0], ignore_index, check)
-    if support is not None:
-        if not torch.compiler.is_compiling() and targets.device.type == "cpu":
-            check_targets(targets, weight.shape[0], ignore_index)
-        support = support.flatten()
-    size = hidden.shape[:-1].numel() * weight.shape[0]
-    look = targets.device.type == "cpu" and not torch.compiler.is_compiling()
-    look = look and size * weight.shape[1] >= WORTH_A_LOOK
-    fits = size * dtype.itemsize <= budget
-    if support is None and rows is None and fits and not (look or accumulate_grad or torch.compiler.is_compiling()):
-        # No rows to leave out, no tiles: autograd's own product has the least overhead.
-        options = (None, None, None, scale, softcap, ignore_index, 0, weight.shape[0])
-        return differentiable(F.linear(hidden, weight, bias), targets, options, True, "linear_token_logps")
-    flat_targets = targets if targets.dim() == 1 else targets.reshape(-1)
-    inputs = (hidden, weight, bias)
+    if _check.reads_values(targets, check):
+        _check_values(hidden, head, targets, rows, ignore_index, check)
+    dtype = _compute_dtype(hidden, head)
+    head = _gathered(head, accumulate_grad)
+    # What the routes have in common.
+    compiling = torch.compiler.is_compiling()
+    if rows is not None and (support is not None or compiling):
+        hidden, rows = hidden[rows], None
+    flops = hidden.numel() * weight.shape[0]
     plan = Plan(
         dtype=dtype,
-        scale=scale,
-        softcap=softcap,
+        scale=head.scale,
+        softcap=head.softcap,
         ignore_index=ignore_index,
         budget=budget,
-        wanted=torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs),
-        accumulate=accumulate_grad and not torch.compiler.is_compiling(),
+        needs_grad=torch.is_grad_enabled()
+        and any(x is not None and x.requires_grad for x in (hidden, head.weight, head.bias)),
+        accumulate=accumulate_grad and not compiling,
+        skip_ignored=targets.device.type == "cpu" and not compiling and flops >= MIN_SKIP_FLOPS,
     )
+    # The route.
     if rows is not None:
-        if targets.device.type == "cpu":
-            check_targets(targets, weight.shape[0], ignore_index)
-        logps = SharedTokenLogps.apply(hidden, weight, bias, flat_targets, rows.reshape(-1), look, plan)
-        return logps.view(targets.shape)
-    flat_hidden = hidden if targets.dim() == 1 else hidden.reshape(-1, hidden.shape[-1])
-    parts = parts_of(flat_targets, support, weight.shape[0], ignore_index, look)
-    try:
-        logps = _LinearTokenLogps.apply(flat_hidden, weight, bias, flat_targets, parts, plan)
-    except RuntimeError:
-        if not torch.compiler.is_compiling():
-            check_targets(targets, weight.shape[0], ignore_index)
-        raise
-    return logps if targets.dim() == 1 else logps.view(targets.shape)
+        return _by_rows(hidden, head, targets, rows, plan)
+    if support is None and not (plan.skip_ignored or accumulate_grad or compiling) and _fits(hidden, head, plan):
+        return _by_autograd(hidden, head, targets, plan)
+    return _by_parts(hidden, head, targets, support, plan)
+
+
+def _by_rows(hidden: Tensor, head: Head, targets: Tensor, rows: Tensor, plan: Plan) -> Tensor:
+    """Several targets per state: each state is multiplied once."""
+    logps = SharedTokenLogps.apply(hidden, head.weight, head.bias, targets.reshape(-1), rows.reshape(-1), plan)
+    return logps.view(targets.shape)
+
+
+def _by_autograd(hidden: Tensor, head: Head, targets: Tensor, plan: Plan) -> Tensor:
+    """No rows to leave out, no tiles: autograd's own product has the least overhead."""
+    columns = head.weight.shape[0]
+    options = Options(None, None, None, plan.scale, plan.softcap, plan.ignore_index, 0, columns)
+    return differentiable(head.product(hidden), targets, options, True, "linear_token_logps")
+
+
+def _by_parts(hidden: Tensor, head: Head, targets: Tensor, support: SoftmaxSupport | None, plan: Plan) -> Tensor:
+    """One product per part: the rows that are not ignored, in tiles where the budget asks for them, or the rows of each
+    level or depth with their columns."""
+    flat_targets = targets.reshape(-1)
+    flat_hidden = hidden.reshape(-1, hidden.shape[-1])
+    support = None if support is None else support.flatten()
+    parts = parts_of(flat_targets, support, head.weight.shape[0], plan.ignore_index, plan.skip_ignored)
+    logps = _LinearTokenLogps.apply(flat_hidden, head.weight, head.bias, flat_targets, parts, plan)
+    return logps.view(targets.shape)
+
+
+def _fits(hidden: Tensor, head: Head, plan: Plan) -> bool:
+    return hidden.shape[:-1].numel() * head.weight.shape[0] * plan.dtype.itemsize <= plan.budget
 
 
 class _LinearTokenLogps(torch.autograd.Function):
@@ -146,13 +148,13 @@ class _LinearTokenLogps(torch.autograd.Function):
         logps = torch.where(targets == plan.ignore_index, 0.0, -torch.inf).to(dtype)
         lses: list[Tensor] = []
         kept: list[Tensor | None] = []
-        room = plan.budget
+        budget_left = plan.budget
         for part in parts:
-            product = Product(part, plan, *factors, room)
+            product = Product(part, plan, *factors, budget_left)
             logp, lse, logits = product.forward()
             lses.append(lse)
-            if plan.wanted and product.fits:
-                room -= _nbytes(logits)
+            if plan.needs_grad and product.fits:
+                budget_left -= _nbytes(logits)
                 kept.append(logits)
             else:
                 kept.append(None)
@@ -161,7 +163,7 @@ class _LinearTokenLogps(torch.autograd.Function):
                 logps = logp
             else:
                 logps.index_copy_(0, part.rows, logp)
-        if plan.wanted:
+        if plan.needs_grad:
             ctx.save_for_backward(hidden, weight, bias, *factors, *lses, *kept)
             ctx.parts, ctx.plan, ctx.overwritten, ctx.op = parts, plan, False, "linear_token_logps"
             # Itself, as saved tensors come back as others after checkpointing or offloading.
@@ -171,14 +173,14 @@ class _LinearTokenLogps(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, tensors: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, *saved = tensors
+        hidden, weight, bias, hidden_factor, weight_factor, bias_factor, *of_parts = tensors
         ctx.overwritten = True
         parts, plan = ctx.parts, ctx.plan
-        factors: tuple[Tensor, Tensor, Tensor | None] = (saved[0], saved[1], saved[2])
-        lses, kept = saved[3 : 3 + len(parts)], saved[3 + len(parts) :]
-        room = plan.budget - sum(_nbytes(logits) for logits in kept if logits is not None)
+        factors = (hidden_factor, weight_factor, bias_factor)
+        lses, kept = of_parts[: len(parts)], of_parts[len(parts) :]
+        budget_left = plan.budget - sum(_nbytes(logits) for logits in kept if logits is not None)
         products = [
-            Product(part, plan, *factors, room if logits is None else _nbytes(logits))
+            Product(part, plan, *factors, budget_left if logits is None else _nbytes(logits))
             for part, logits in zip(parts, kept, strict=True)
         ]
         owner = weight if ctx.leaf is None else ctx.leaf
@@ -193,25 +195,17 @@ def _nbytes(x: Tensor) -> int:
     return x.numel() * x.element_size()  # Tensor.nbytes is beyond torch.compile where shapes vary
 
 
-def _check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, rows: Tensor | None) -> None:
-    for name, value, dims in (("hidden", hidden, None), ("weight", weight, 2), ("bias", bias, 1)):
-        if name == "bias" and value is None:
-            continue
-        tensor = _check.float_tensor(value, name)
-        if getattr(tensor, "ds_id", None) is not None and tensor.numel() == 0:
-            raise ValueError(f"{name} is a DeepSpeed ZeRO-3 shard; gather it with deepspeed.zero.GatheredParameters")
-        if tensor.dim() == 0 or dims not in (None, tensor.dim()):
-            raise ValueError(f"{name} must have {dims or 'some'} dimensions, got shape {tuple(tensor.shape)}")
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
-    if hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"weight must have one column a feature of hidden ({hidden.shape[-1]}), got shape {tuple(weight.shape)}"
-        )
-    if 0 in weight.shape:
-        raise ValueError(f"weight must have shape [V, H] with V, H >= 1, got {tuple(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have one entry a row of weight ({weight.shape[0]}), got shape {tuple(bias.shape)}")
+def _checked_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, logit_softcap: float | None
+) -> Head:
+    if check_states(hidden, "hidden").dim() == 0:
+        raise ValueError(f"hidden must have some dimensions, got shape {tuple(hidden.shape)}")
+    head = checked_head(weight, bias, temperature, logit_softcap)
+    head.check_hidden(hidden)
+    return head
+
+
+def _check_rows(hidden: Tensor, targets: Tensor, rows: Tensor | None) -> None:
     _check.int64_tensor(targets, "targets")
     if rows is None:
         check_rows(targets, hidden, "hidden")
@@ -226,14 +220,34 @@ def _check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor 
         raise ValueError(f"hidden must have shape [U, H] with rows, got {tuple(hidden.shape)}")
 
 
-def _compute_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+def _check_values(
+    hidden: Tensor, head: Head, targets: Tensor, rows: Tensor | None, ignore_index: int, check: bool
+) -> None:
+    check_targets(targets, head.weight.shape[0], ignore_index)
+    if rows is not None:
+        outside = (rows < 0) | (rows >= len(hidden))
+        if bool(outside.any()):
+            raise ValueError(f"rows hold {int(rows[outside][0])}, outside [0, {len(hidden)}), the rows of hidden")
+    for name, value in (("hidden", hidden), ("weight", head.weight), ("bias", head.bias)):
+        if check and value is not None and bool(value.isnan().any()):
+            raise ValueError(f"{name} holds NaN, first at {value.isnan().nonzero()[0].tolist()}")
+
+
+def _compute_dtype(hidden: Tensor, head: Head) -> torch.dtype:
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != hidden.dtype:
-            raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}")
+    head.check_dtype(hidden)
     return hidden.dtype
+
+
+def _gathered(head: Head, accumulate_grad: bool) -> Head:
+    head = head._replace(
+        weight=_whole(head.weight, accumulate_grad), bias=None if head.bias is None else _whole(head.bias, False)
+    )
+    if accumulate_grad and head.weight.requires_grad and not head.weight.is_leaf:
+        raise ValueError("accumulate_grad needs weight to be a leaf: the result of an operation has no .grad to add to")
+    return head
 
 
 def _whole(weight: Tensor, accumulate_grad: bool) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +11,21 @@ from raddpo_ext import _check
 from raddpo_ext._autograd import below_autograd, differentiable_once, refuse_transforms, refuse_transforms_of_operator
 from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.index.vocab import SIDVocab
-from raddpo_ext.logps.support import support_of
+from raddpo_ext.logps.head import check_transform
+from raddpo_ext.logps.softmax_support import support_of
 
-# What an op is called with after its tensors: columns, begin, count, scale, softcap, ignore_index, first_column,
-# vocab_size; csrc/token_logps/token_logps.h.
-Options = tuple[Tensor | None, Tensor | None, Tensor | None, float, float, int, int, int]
+
+class Options(NamedTuple):
+    """What the operators take after their tensors, in the order of csrc/schema.cpp; csrc/token_logps/token_logps.h."""
+
+    columns: Tensor | None  # those and the next two: each row's support, None for the whole vocabulary
+    begins: Tensor | None
+    counts: Tensor | None
+    scale: float
+    softcap: float  # 0 for none
+    ignore_index: int
+    first_column: int  # of the vocabulary, which the logits' first column is
+    vocab_size: int
 
 
 def token_logps(
@@ -71,15 +81,15 @@ def token_logps(
     """
     _check_logits(logits, targets)
     refuse_transforms("token_logps", logits)
-    scale, softcap = check_map(temperature, logit_softcap)
+    scale, softcap = check_transform(temperature, logit_softcap)
     ignore_index = _check.integer(ignore_index, "ignore_index")
     support = support_of(targets, normalize, vocab, levels, index, nodes, logits.shape[-1], ignore_index, check)
-    columns, begin, count = (None, None, None) if support is None else support[:3]
     if check:
         check_targets(targets, logits.shape[-1], ignore_index)
         if bool(logits.isnan().any()):
             raise ValueError(f"logits hold NaN, first at {logits.isnan().nonzero()[0].tolist()}")
-    options: Options = (columns, begin, count, scale, softcap, ignore_index, 0, logits.shape[-1])
+    columns, begins, counts = (None, None, None) if support is None else support.lists
+    options = Options(columns, begins, counts, scale, softcap, ignore_index, 0, logits.shape[-1])
     return differentiable(logits, targets, options, inplace_backward, "token_logps")
 
 
@@ -93,7 +103,7 @@ def differentiable(logits: Tensor, targets: Tensor, options: Options, inplace_ba
             inplace = inplace_backward and not _share_memory(rows)
             logps = _TokenLogps.apply(rows, targets.contiguous(), options, inplace, op)[0]
         except RuntimeError:
-            check_targets(targets, logits.shape[-1], options[5])
+            check_targets(targets, logits.shape[-1], options.ignore_index)
             raise
     return logps if logps.shape == targets.shape else logps.view(targets.shape)
 
@@ -115,12 +125,6 @@ def _share_memory(rows: Tensor) -> bool:
             return True
         reach += stride * (size - 1)
     return False
-
-
-def check_map(temperature: float, logit_softcap: float | None) -> tuple[float, float]:
-    """The factor on the logits and their cap, 0 for none."""
-    scale = 1.0 / _check.positive(temperature, "temperature")
-    return scale, 0.0 if logit_softcap is None else _check.positive(logit_softcap, "logit_softcap")
 
 
 def check_targets(targets: Tensor, num_columns: int, ignore_index: int) -> None:
@@ -187,7 +191,10 @@ def overwrite_by_gradient(
     grad: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, options: Options, live: Tensor | None = None
 ) -> None:
     """Writes the gradient of the logits over them; with ``live`` (CPU) only that of these rows, into the first rows."""
-    torch.ops.raddpo.token_logps_backward_(grad.contiguous(), logits, targets, lse, *options[:3], live, *options[3:])
+    columns, begins, counts, *rest = options
+    torch.ops.raddpo.token_logps_backward_(
+        grad.contiguous(), logits, targets, lse, columns, begins, counts, live, *rest
+    )
     torch.autograd.graph.increment_version(logits)
 
 
@@ -211,7 +218,7 @@ def _differentiable_operator(logits: Tensor, targets: Tensor, *options: Any) -> 
     """The operator's autograd kernel."""
     refuse_transforms_of_operator("token_logps", logits)
     if logits.requires_grad and torch.is_grad_enabled():
-        return _TokenLogps.apply(logits, targets, options, False, "token_logps")
+        return _TokenLogps.apply(logits, targets, Options(*options), False, "token_logps")
     return below_autograd(torch.ops.raddpo.token_logps.default, logits, targets, *options)
 
 

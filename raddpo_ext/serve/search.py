@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from raddpo_ext.data.prompts import pad_prompts
 from raddpo_ext.decoding.beam_search import BeamResult
 from raddpo_ext.decoding.beam_step import BeamState
 from raddpo_ext.index.catalogue_store import CatalogueStore, CatalogueVersion
@@ -72,24 +70,21 @@ class Search:
     def _take(self, found: CatalogueVersion) -> None:
         """Goes over to a version, or raises why this model cannot serve it."""
         index = found.index.to(self.config.device)
-        if self.version:
-            retriever = copy.copy(self.retriever)  # what it has found out about the model it need not find out again
-            retriever.index = index
-        else:
-            retriever = SIDRetriever(
+        if not self.version:
+            self.retriever = SIDRetriever(
                 self.model,
                 index,
                 beam_width=self.config.beam_width,
                 normalize=self.config.normalize,
                 length_penalty=self.config.length_penalty,
             )
-        self.limits = self._try_out(retriever)
-        self.retriever, self.version, self.names = retriever, found.version, found.names
+        self.limits = self._try_out(index)
+        self.retriever.index, self.version, self.names = index, found.version, found.names
 
-    def _try_out(self, retriever: SIDRetriever) -> Limits:
+    def _try_out(self, index: TrieIndex) -> Limits:
         """One search: what cannot be searched is refused here and not in a request, which finds everything warm."""
-        index = retriever.index
-        found = retriever.retrieve(torch.zeros(1, 1, dtype=torch.int64, device=index.device), top_k=1)
+        prompt = torch.zeros(1, 1, dtype=torch.int64, device=index.device)
+        found = self.retriever.retrieve(prompt, top_k=1, index=index)
         if int(found.items[0, 0]) < 0:
             raise ValueError("the model scores no item of it: its logits are NaN or -inf")
         text = self.model.config.get_text_config()
@@ -135,14 +130,14 @@ class Search:
         if (allowed := queries[0].allowed_items) is not None:
             index = index.restrict(torch.tensor(allowed, dtype=torch.int64))
         steps: list[BeamState] = []
-        input_ids, mask = _padded(prompts, index.device)
-        with self._searching(index):
-            found = self.retriever.retrieve(
-                input_ids,
-                mask,
-                top_k=max(query.top_k for query in queries),
-                on_step=(lambda level, state: steps.append(state)) if queries[0].trace else None,
-            )
+        input_ids, mask = pad_prompts([torch.tensor(prompt) for prompt in prompts], index.device)
+        found = self.retriever.retrieve(
+            input_ids,
+            mask,
+            top_k=max(query.top_k for query in queries),
+            index=index,
+            on_step=(lambda level, state: steps.append(state)) if queries[0].trace else None,
+        )
         beams = [_beams(index, steps)] if steps else None
         answers = [self._rows(found, row, query, beams) for row, query in enumerate(queries)]
         if index.num_items:  # then no prompt is without an item but by scores that are no numbers
@@ -150,15 +145,6 @@ class Search:
                 _LOG.error("a prompt's scores are NaN or -inf")
                 answers[row] = _FAILED
         return answers
-
-    @contextmanager
-    def _searching(self, index: TrieIndex) -> Iterator[None]:
-        """Has the retriever search another index for a while."""
-        whole, self.retriever.index = self.retriever.index, index
-        try:
-            yield
-        finally:
-            self.retriever.index = whole
 
     def _rows(self, found: BeamResult, row: int, query: Query, beams: list[Any] | None) -> Answer:
         """The first ``top_k`` of a row's items as JSON, empty ones left out."""
@@ -227,14 +213,6 @@ class Search:
                 raise bad_field(f"history[{error.position}]", problem) from None
         self.limits.check(prompt, name)
         return prompt
-
-
-def _padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and mask ``[B, T]``, padded on the right."""
-    rows = [torch.tensor(prompt) for prompt in prompts]
-    lengths = torch.tensor([len(row) for row in rows])
-    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return input_ids.to(device), (torch.arange(input_ids.shape[1]) < lengths[:, None]).to(device)
 
 
 def _json(body: dict[str, Any]) -> Answer:

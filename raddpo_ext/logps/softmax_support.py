@@ -12,12 +12,24 @@ from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.index.vocab import SIDVocab
 
 
-class Support(NamedTuple):
-    """Ragged lists of token ids: row ``r`` has ``columns[begins[r] : begins[r] + counts[r]]``, in ascending order.
+class Lists(NamedTuple):
+    """Ragged lists of columns: row ``r`` has ``columns[begins[r] : begins[r] + counts[r]]``, in ascending order.
 
     Attributes:
         columns: int32.
-        begins, counts: int64, of the targets' shape.
+        begins, counts: int64, one per row.
+    """
+
+    columns: Tensor
+    begins: Tensor
+    counts: Tensor
+
+
+class SoftmaxSupport(NamedTuple):
+    """The tokens that each target competes with.
+
+    Attributes:
+        lists: of token ids; ``begins`` and ``counts`` have the targets' shape.
         groups: int64, of the targets' shape: rows that share most of their columns; the level, or the depth of the
             prefix. -1 where the support is empty.
         num_groups: see ``groups``.
@@ -25,18 +37,17 @@ class Support(NamedTuple):
         period: of the groups, if they are the positions in the last dimension; else 0.
     """
 
-    columns: Tensor
-    begins: Tensor
-    counts: Tensor
+    lists: Lists
     groups: Tensor
     num_groups: int
     vocab: SIDVocab | None
     period: int
 
-    def flatten(self) -> Support:
+    def flatten(self) -> SoftmaxSupport:
         """That of ``targets.reshape(-1)``."""
-        begins, counts, groups = (rows.reshape(-1) for rows in (self.begins, self.counts, self.groups))
-        return self._replace(begins=begins, counts=counts, groups=groups)
+        columns, begins, counts = self.lists
+        lists = Lists(columns, begins.reshape(-1), counts.reshape(-1))
+        return self._replace(lists=lists, groups=self.groups.reshape(-1))
 
 
 def support_of(
@@ -49,12 +60,12 @@ def support_of(
     num_columns: int,
     ignore_index: int,
     check: bool,
-) -> Support | None:
+) -> SoftmaxSupport | None:
     """The support of each target, None for the whole vocabulary; arguments are those of :func:`token_logps`."""
     _check.choice(normalize, "normalize", _check.NORMALIZE)
     if normalize == "vocab":
         return None
-    check = (check or targets.device.type == "cpu") and not torch.compiler.is_compiling()
+    check = _check.reads_values(targets, check)
     if normalize == "level":
         return _of_levels(targets, vocab, levels, num_columns, ignore_index, check)
     return _of_nodes(targets, index, nodes, num_columns, check)
@@ -62,7 +73,7 @@ def support_of(
 
 def _of_levels(
     targets: Tensor, vocab: SIDVocab | None, levels: Tensor | None, num_columns: int, ignore_index: int, check: bool
-) -> Support:
+) -> SoftmaxSupport:
     if vocab is None:
         raise ValueError("normalize = 'level' needs vocab")
     _check.instance(vocab, "vocab", SIDVocab)
@@ -75,10 +86,8 @@ def _of_levels(
             raise ValueError("levels must be given for a target without dimensions")
         period = targets.shape[-1]
         levels = torch.arange(period, device=targets.device)
-    elif not isinstance(levels, Tensor) or levels.dtype != torch.int64:
-        raise TypeError(
-            f"levels must be an int64 tensor, got {levels.dtype if isinstance(levels, Tensor) else levels!r}"
-        )
+    else:
+        _check.int64_tensor(levels, "levels")
     if levels.device != targets.device:
         raise ValueError(f"levels must be on the device of targets, {targets.device}, got {levels.device}")
     try:
@@ -95,15 +104,17 @@ def _of_levels(
     columns, begins, counts = vocab.level_columns(targets.device)
     known = torch.where(outside, 0, levels)
     counts = torch.where(outside, 0, counts.take(known))
-    return Support(columns, begins.take(known), counts, torch.where(outside, -1, levels), num_levels, vocab, period)
+    lists = Lists(columns, begins.take(known), counts)
+    return SoftmaxSupport(lists, torch.where(outside, -1, levels), num_levels, vocab, period)
 
 
-def _of_nodes(targets: Tensor, index: TrieIndex | None, nodes: Tensor | None, num_columns: int, check: bool) -> Support:
+def _of_nodes(
+    targets: Tensor, index: TrieIndex | None, nodes: Tensor | None, num_columns: int, check: bool
+) -> SoftmaxSupport:
     if index is None or nodes is None:
         raise ValueError(f"normalize = 'trie' needs {'index' if index is None else 'nodes'}")
     _check.instance(index, "index", TrieIndex)
-    if not isinstance(nodes, Tensor) or nodes.dtype != torch.int64:
-        raise TypeError(f"nodes must be an int64 tensor, got {nodes.dtype if isinstance(nodes, Tensor) else nodes!r}")
+    _check.int64_tensor(nodes, "nodes")
     if nodes.shape != targets.shape:
         raise ValueError(f"nodes must have the shape of targets, {tuple(targets.shape)}, got {tuple(nodes.shape)}")
     if not nodes.device == targets.device == index.device:
@@ -120,4 +131,5 @@ def _of_nodes(targets: Tensor, index: TrieIndex | None, nodes: Tensor | None, nu
         raise ValueError("index.node_tokens must be read once before torch.compile traces normalize = 'trie'")
     first, count = index.child_ranges(nodes)
     groups = torch.where(count > 0, index.depths(nodes), -1)
-    return Support(index.node_tokens, torch.where(count > 0, first, 0), count, groups, index.levels, None, 0)
+    lists = Lists(index.node_tokens, torch.where(count > 0, first, 0), count)
+    return SoftmaxSupport(lists, groups, index.levels, None, 0)
