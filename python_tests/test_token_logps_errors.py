@@ -91,7 +91,7 @@ LINEAR: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"bias": SHARD}, ValueError, "bias is a DeepSpeed ZeRO-3 shard; gather it"),
     ({"bias": [0.0] * 7}, TypeError, "bias must be .*, got list"),
     ({"bias": torch.zeros(7, 1)}, ValueError, r"bias must have 1 dimensions, got shape \(7, 1\)"),
-    ({"bias": torch.zeros(6)}, ValueError, r"bias must have one entry a row of weight \(7\), got shape \(6,\)"),
+    ({"bias": torch.zeros(6)}, ValueError, r"bias must have one entry per row of weight \(7\), got shape \(6,\)"),
     ({"bias": torch.zeros(7).double()}, TypeError, "bias must have the dtype of hidden, torch.float32, got torch.f"),
     ({"bias": torch.zeros(7, device=META)}, ValueError, "bias must be on the device of hidden, cpu, got meta"),
     ({"logits_budget": -1}, ValueError, "logits_budget must be at least 0, got -1"),
