@@ -157,8 +157,13 @@ LOOKUPS: list[Case] = [
     ("contains length", lambda: INDEX.contains(CODES, [1, 2, 3]), ValueError, "lengths[2] = 3 is outside [0, 2]"),
     ("nodes float", lambda: INDEX.nodes(torch.zeros(1, 2)), TypeError, "tokens must hold integers, got torch.float32"),
     ("nodes dim", lambda: INDEX.nodes(torch.arange(2)), ValueError, "tokens must have 2 dimensions, got shape (2,)"),
-    ("paths int32", lambda: INDEX.paths(torch.zeros(2).int()), TypeError, "nodes must be int64, got torch.int32"),
-    ("items int32", lambda: INDEX.item_ranges(torch.zeros(2).int()), TypeError, "nodes must be int64"),
+    (
+        "paths int32",
+        lambda: INDEX.paths(torch.zeros(2).int()),
+        TypeError,
+        "nodes must be an int64 tensor, got torch.int32",
+    ),
+    ("items int32", lambda: INDEX.item_ranges(torch.zeros(2).int()), TypeError, "nodes must be an int64 tensor"),
 ]
 
 STEP: list[Case] = [

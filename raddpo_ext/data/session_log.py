@@ -241,7 +241,7 @@ def _sort_out(
                 bad.setdefault(place, _BadRow("not in the index", f"{name} = {sid} is not in the index"))
         owned = [(place, item) for place, session in sessions.items() for item in session.get(ITEMS, ())]
         items = torch.tensor([item for _, item in owned], dtype=torch.int64)
-        places = places_of(index, items).tolist() if owned else []  # passes once over the whole index
+        places = places_of(items, index.items).tolist() if owned else []  # passes once over the whole index
         for (place, item), found in zip(owned, places, strict=True):
             if found < 0:
                 bad.setdefault(place, _BadRow("not in the index", f"items holds {item}, which is not in the index"))

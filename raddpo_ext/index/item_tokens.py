@@ -12,7 +12,7 @@ from torch import Tensor
 from raddpo_ext import _check
 from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.index.trie_input import item_ids_of
-from raddpo_ext.index.trie_items import UnknownItem, codes_of_items
+from raddpo_ext.index.trie_items import UnknownItem
 
 
 def history_prompts(
@@ -47,7 +47,7 @@ def history_prompts(
     rows = [item_ids_of(history, f"histories[{row}]").tolist() for row, history in enumerate(histories)]
     flat = torch.tensor([*chain.from_iterable(rows)], dtype=torch.int64)
     try:
-        codes = codes_of_items(index, flat, "histories")
+        codes = index.sids_of(flat)
     except UnknownItem as error:
         row, position = 0, error.position
         while position >= len(rows[row]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import mmap
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,14 +13,14 @@ import torch
 from torch import Tensor
 
 from raddpo_ext import _C, _check
-from raddpo_ext._files import open_regular, replacing
+from raddpo_ext._files import replacing
 from raddpo_ext.index import trie_ops as _trie_ops  # noqa: F401  their fake kernels
-from raddpo_ext.index.trie_input import item_ids_of, level_symbols
-from raddpo_ext.index.trie_items import codes_of_items
+from raddpo_ext.index.trie_file import mapped_block
+from raddpo_ext.index.trie_input import built_block, item_ids_of
+from raddpo_ext.index.trie_items import UnknownItem, places_of
 from raddpo_ext.index.vocab import SIDVocab
 
 _WORD = _C.HEADER
-_BYTES_A_THREAD = 2**20  # are checked in the time that a thread takes to start
 
 
 class Lookup(NamedTuple):
@@ -115,38 +114,7 @@ class TrieIndex:
                 out of range, more than 32 levels, or, without ``vocab.eos``, a SID that is a proper prefix of another.
             TypeError: not integers.
         """
-        if vocab is not None:
-            _check.instance(vocab, "vocab", SIDVocab)
-        codes = _check.integer_array(sids, "sids", 2)
-        rows, columns = codes.shape
-        if rows == 0 or columns == 0:
-            raise ValueError(f"sids must hold at least one SID of one code, got shape {codes.shape}")
-        if rows >= 2**32 - 1:
-            raise ValueError(f"sids must have fewer than 2**32 - 1 rows, got {rows}")
-        eos = None if vocab is None else vocab.eos
-        most_levels = _C.MAX_LEVELS - (eos is not None)
-        if columns > most_levels:
-            raise ValueError(f"sids must have at most {most_levels} levels, got shape {codes.shape}")
-        if vocab is not None and vocab.levels != columns:
-            raise ValueError(f"sids must have one column a level of vocab ({vocab.levels}), got shape {codes.shape}")
-        ends = None if lengths is None else _check.lengths(lengths, rows, 1, columns).numpy()
-        ids = None
-        if item_ids is not None:
-            ids = item_ids_of(item_ids, "item_ids")
-            if len(ids) != rows:
-                raise ValueError(f"item_ids must have one entry a row of sids ({rows}), got {len(ids)}")
-        data = torch.from_numpy(
-            _C.trie_build(
-                codes,
-                lengths=ends,
-                item_ids=ids,
-                levels=level_symbols(vocab, columns),
-                eos=-1 if eos is None else eos,
-                has_vocab=vocab is not None,
-                threads=torch.get_num_threads(),
-                progress=progress,
-            )
-        )
+        data = built_block(sids, item_ids, lengths, vocab, progress)
         return cls(data, _header_of(data))
 
     @property
@@ -314,19 +282,7 @@ class TrieIndex:
             OSError: it cannot be opened or mapped.
             MemoryError: there is too little to check it.
         """
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            # A private mapping: writable as torch wants it, yet the file stays as it is and its pages stay shared.
-            try:
-                content = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) if size else b""
-            except OSError as error:
-                error.filename = os.fspath(path)
-                raise
-        try:
-            _C.trie_check(content, min(torch.get_num_threads(), 1 + size // _BYTES_A_THREAD))
-        except (ValueError, MemoryError) as error:
-            raise type(error)(f"{os.fspath(path)}: {error}") from None
-        data = torch.frombuffer(content, dtype=torch.uint8)
+        data = mapped_block(path)
         return cls(data, _header_of(data))
 
     def contains(self, sids: Any, lengths: Any = None) -> Tensor:
@@ -363,7 +319,12 @@ class TrieIndex:
             ValueError: an id that the index lacks, naming it.
             TypeError: not integers.
         """
-        return codes_of_items(self, torch.from_numpy(item_ids_of(item_ids, "item_ids")), "item_ids")
+        ids = torch.from_numpy(item_ids_of(item_ids, "item_ids"))
+        places = places_of(ids, self.items)
+        if bool((places < 0).any()):
+            position = int((places < 0).nonzero()[0, 0])
+            raise UnknownItem(f"item_ids[{position}]", int(ids[position]), position)
+        return self.paths(self._leaves_at(places))[0]
 
     def nodes(self, tokens: Tensor) -> Tensor:
         """The trie node before each token: int64 ``[C, L]`` for token ids ``[C, L]``, -1 once a prefix is off the trie.
@@ -482,8 +443,7 @@ class TrieIndex:
         return tokens
 
     def _check_nodes(self, nodes: Tensor) -> None:
-        if not isinstance(nodes, Tensor) or nodes.dtype != torch.int64:
-            raise TypeError(f"nodes must be int64, got {nodes.dtype if isinstance(nodes, Tensor) else nodes!r}")
+        _check.int64_tensor(nodes, "nodes")
         if nodes.device != self.device:
             raise ValueError(f"nodes must be on the index's device, {self.device}, got {nodes.device}")
 
@@ -506,6 +466,16 @@ class TrieIndex:
         tokens = self._tokens(codes, ends)
         last = ends + (tokens.shape[1] - columns)
         return self._walk(tokens).gather(1, last[:, None])[:, 0]
+
+    def _leaves_at(self, places: Tensor) -> Tensor:
+        """The node of each item: the last whose items begin at or before its place, by bisection."""
+        low = torch.zeros_like(places)
+        high = torch.full_like(places, self.num_nodes)
+        while bool((high - low > 1).any()):
+            middle = (low + high) // 2
+            begins = self.item_ranges(self.nodes_at(middle))[0] <= places
+            low, high = torch.where(begins, middle, low), torch.where(begins, high, middle)
+        return self.nodes_at(low)
 
     def _tokens(self, codes: Tensor, ends: Tensor) -> Tensor:
         if self.vocab is not None:

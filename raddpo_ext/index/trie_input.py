@@ -2,14 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from raddpo_ext import _check
+from raddpo_ext import _C, _check
 from raddpo_ext.index.vocab import SIDVocab
+
+
+def built_block(
+    sids: Any, item_ids: Any, lengths: Any, vocab: SIDVocab | None, progress: Callable[[float], None] | None
+) -> Tensor:
+    """The block of bytes of an index; the arguments and their checks are those of :meth:`TrieIndex.build`."""
+    if vocab is not None:
+        _check.instance(vocab, "vocab", SIDVocab)
+    codes = _check.integer_array(sids, "sids", 2)
+    rows, columns = codes.shape
+    if rows == 0 or columns == 0:
+        raise ValueError(f"sids must hold at least one SID of one code, got shape {codes.shape}")
+    if rows >= 2**32 - 1:
+        raise ValueError(f"sids must have fewer than 2**32 - 1 rows, got {rows}")
+    eos = None if vocab is None else vocab.eos
+    most_levels = _C.MAX_LEVELS - (eos is not None)
+    if columns > most_levels:
+        raise ValueError(f"sids must have at most {most_levels} levels, got shape {codes.shape}")
+    if vocab is not None and vocab.levels != columns:
+        raise ValueError(f"sids must have one column a level of vocab ({vocab.levels}), got shape {codes.shape}")
+    ends = None if lengths is None else _check.lengths(lengths, rows, 1, columns).numpy()
+    ids = None
+    if item_ids is not None:
+        ids = item_ids_of(item_ids, "item_ids")
+        if len(ids) != rows:
+            raise ValueError(f"item_ids must have one entry a row of sids ({rows}), got {len(ids)}")
+    return torch.from_numpy(
+        _C.trie_build(
+            codes,
+            lengths=ends,
+            item_ids=ids,
+            levels=level_symbols(vocab, columns),
+            eos=-1 if eos is None else eos,
+            has_vocab=vocab is not None,
+            threads=torch.get_num_threads(),
+            progress=progress,
+        )
+    )
 
 
 def level_symbols(vocab: SIDVocab | None, columns: int) -> list[tuple[Any, ...]]:
