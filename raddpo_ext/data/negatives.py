@@ -16,6 +16,7 @@ from torch import Tensor
 
 from raddpo_ext import _check
 from raddpo_ext.data.prompts import pad_prompts
+from raddpo_ext.data.sid_draws import SortedItems, distinct_sids, sid_numbers
 from raddpo_ext.index.trie import TrieIndex
 
 MOST_WEIGHT = 2**53  # draws use a float64, which is exact below this sum
@@ -144,11 +145,11 @@ class SiblingNegatives:
     """
 
     def __init__(self, sids: Any, prefix: int = 1) -> None:
-        distinct, of_item = _distinct(sids)
+        distinct, of_item = distinct_sids(sids)
         self.prefix = _check.integer(prefix, "prefix", 0)
         if prefix >= distinct.shape[1]:
             raise ValueError(f"prefix must be below {distinct.shape[1]}, the number of levels, got {prefix}")
-        self._items = _SortedItems(of_item, torch.ones_like(of_item))
+        self._items = SortedItems(of_item, torch.ones_like(of_item))
         head = distinct[:, :prefix]
         begins = torch.ones(len(head), dtype=torch.bool)
         begins[1:] = (head[1:] != head[:-1]).any(1)
@@ -181,14 +182,14 @@ class PopularityNegatives:
     """
 
     def __init__(self, sids: Any, counts: Any) -> None:
-        _, of_item = _distinct(sids)
+        _, of_item = distinct_sids(sids)
         weights = _check.integer_tensor(counts, "counts", 1).cpu()
         if len(weights) != len(of_item):
             raise ValueError(f"counts must have one entry per row of sids ({len(of_item)}), got {len(weights)}")
         _check.none(weights < 0, lambda item: f"counts[{item}] = {int(weights[item])} is negative")
         if not 0 < float(weights.double().sum()) < MOST_WEIGHT:
             raise ValueError(f"counts must have a sum from 1 to 2**53 - 1, got {float(weights.double().sum()):g}")
-        self._items = _SortedItems(of_item, weights)
+        self._items = SortedItems(of_item, weights)
 
     def sample(
         self, prompts: Sequence[Any], positives: Sequence[Sequence[int]], count: int, generator: torch.Generator
@@ -233,10 +234,10 @@ def sample_negatives(
         >>> rx.negatives.sample_negatives([(siblings, 1), (popular, 1)], sids, [[9]], [[0]], generator)
         tensor([[1, 2]])
     """
-    distinct, of_item = _distinct(sids)
+    distinct, of_item = distinct_sids(sids)
     items = _checked(prompts, positives, 0, generator)
     empty = items[:, :1] < 0
-    taken = _numbers(of_item, items, "positives")
+    taken = sid_numbers(of_item, items, "positives")
     known = [list(row) for row in positives]
     columns = [items[:, :0]]
     for place, (sampler, count) in enumerate(samplers):
@@ -244,7 +245,7 @@ def sample_negatives(
         chosen = sampler.sample(prompts, known, count, generator)
         if chosen.shape != (len(items), count):
             raise ValueError(f"{name} must give shape {(len(items), count)}, got {tuple(chosen.shape)}")
-        numbers = _numbers(of_item, chosen, name)
+        numbers = sid_numbers(of_item, chosen, name)
         if isinstance(sampler, BeamNegatives):
             _check_rows(sampler.retriever.index, chosen[chosen >= 0], distinct[numbers[chosen >= 0]], name)
         clash = (numbers[:, :, None] == taken[:, None]).any(2) | empty
@@ -256,76 +257,6 @@ def sample_negatives(
             for before, row in zip(known, columns[-1].tolist(), strict=True)
         ]
     return torch.cat(columns, 1)
-
-
-class _SortedItems:
-    """Items with integer weights, sorted by SID. Draws items from ranges of SIDs without replacement."""
-
-    def __init__(self, of_item: Tensor, weights: Tensor) -> None:
-        self.of_item = of_item
-        self.order = of_item.argsort(stable=True)
-        self.reached = weights[self.order].cumsum(0)  # cumulative weight, this item included
-        last = of_item.bincount().cumsum(0) - 1
-        self.bounds = torch.nn.functional.pad(self.reached[last], (1, 0))  # cumulative weight before each SID
-        self.num_sids = len(last)
-
-    def numbers(self, positives: Tensor) -> Tensor:
-        return _numbers(self.of_item, positives, "positives")
-
-    def draw(self, begin: Tensor, end: Tensor, taken: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """Draw items in proportion to their weights from the SIDs ``begin`` to ``end - 1`` ``[B]`` that are not taken.
-
-        One random number below the free weight decides on an item: the taken SIDs are skipped in ascending order. In
-        integers this is exact and needs no second try, and its cost does not grow with the catalogue.
-
-        Args:
-            taken: ``[B, F]`` SIDs, -1 for padding.
-
-        Returns:
-            int64 ``[B, count]``, -1 where nothing is free.
-        """
-        low, high = self.bounds[begin], self.bounds[end]
-        chosen = []
-        for _ in range(count):
-            taken = taken.sort(1).values
-            counted = (taken >= begin[:, None]) & (taken < end[:, None])
-            counted[:, 1:] &= taken[:, 1:] != taken[:, :-1]
-            starts = self.bounds[taken.clamp(min=0)]
-            weights = torch.where(counted, self.bounds[taken.clamp(min=0) + 1] - starts, 0)
-            free = high - low - weights.sum(1)
-            share = torch.rand(len(taken), generator=generator, dtype=torch.float64)
-            place = low + torch.minimum((share * free).long(), free - 1)
-            for column in range(taken.shape[1]):
-                place += torch.where(place >= starts[:, column], weights[:, column], 0)
-            position = torch.searchsorted(self.reached, place, right=True).clamp(max=len(self.order) - 1)
-            item = torch.where(free > 0, self.order[position], -1)
-            chosen.append(item)
-            taken = torch.cat([taken, self.numbers(item[:, None])], 1)
-        return torch.stack(chosen, 1) if chosen else taken[:, :0]
-
-
-def _distinct(sids: Any) -> tuple[Tensor, Tensor]:
-    """The distinct SIDs in lexicographic order, int64 ``[U, L]``, and for each item the number of its SID, ``[N]``."""
-    codes = _check.integer_tensor(sids, "sids", 2).cpu()
-    if not codes.numel():
-        raise ValueError(f"sids must hold at least one SID of one code, got shape {tuple(codes.shape)}")
-    wrong = (codes < -1).any(1) | (codes[:, 0] < 0) | ((codes[:, 1:] >= 0) & (codes[:, :-1] < 0)).any(1)
-    _check.none(wrong, lambda row: f"sids[{row}] must be codes >= 0, then -1 as padding, got {codes[row].tolist()}")
-    distinct, of_item = torch.unique(codes, dim=0, return_inverse=True)
-    return distinct, of_item
-
-
-def _numbers(of_item: Tensor, items: Tensor, name: str) -> Tensor:
-    """The number of each item's SID; -1 for an item of -1."""
-    outside = ((items < -1) | (items >= len(of_item))).any(1)
-    _check.none(
-        outside,
-        lambda row: (
-            f"{name}[{row}] holds an item outside [0, {len(of_item)}): {items[row].tolist()}; items are row numbers of "
-            "sids, not item ids"
-        ),
-    )
-    return torch.where(items >= 0, of_item[items.clamp(min=0)], -1)
 
 
 def _check_rows(index: TrieIndex, items: Tensor, codes: Tensor, name: str) -> None:
