@@ -9,9 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.session_cases import build
 from torch import Tensor
 
 import raddpo_ext as rx
+from raddpo_ext import reference
 
 Sessions = list[tuple[int, int]]  # positives and negatives of each
 
@@ -188,3 +190,31 @@ def test_kept_pairs_leave_out_weights_of_zero():
     kept = sessions.kept_pairs("each")
     assert bool(kept[0])
     assert torch.equal(sessions.kept_pairs("each", weights), kept & (weights > 0))
+
+
+@pytest.mark.parametrize("weigh", [False, True])
+@pytest.mark.parametrize("policy", ["winner", "each", "pooled"])
+def test_kept_pairs_are_those_of_the_reference(policy: str, weigh: bool) -> None:
+    for seed in range(6):
+        case = build([(2, 4), (0, 3), (3, 5), (1, 9), (2, 0)], 3, seed)
+        weights = case.pair_weights if weigh else None
+        logps = case.logps.nan_to_num(0.0)
+        expected = reference.rad_dpo_loss(logps, case.sessions, positives=policy, pair_weights=weights)
+        assert 0 < expected.kept.sum() < len(expected.kept)
+        assert torch.equal(case.sessions.kept_pairs(policy, weights), expected.kept)
+        if not weigh:
+            assert torch.equal(case.sessions.counts(policy), expected.totals[:2, 1])
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        (torch.ones(3), ValueError, "pair_weights must have shape (8,), got (3,)"),
+        (torch.ones(8, dtype=torch.int64), TypeError, "pair_weights must be a float32, bfloat16, float16 or float64"),
+        (torch.tensor([1.0, -1, *[1.0] * 6]), ValueError, "pair_weights[1] = -1.0 is not finite and at least 0"),
+    ],
+)
+def test_kept_pairs_refuse_bad_weights(weights: torch.Tensor, error: type[Exception], message: str) -> None:
+    sessions = rx.SessionBatch(**parts([(2, 3), (1, 2)]))
+    with pytest.raises(error, match=re.escape(message)):
+        sessions.kept_pairs("each", weights)
