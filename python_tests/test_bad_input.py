@@ -85,7 +85,7 @@ BUILD: list[Case] = [
         "columns",
         build([[0]], vocab=VOCAB),
         ValueError,
-        "sids must have one column a level of vocab (2), got shape (1, 1)",
+        "sids must have one column per level of vocab (2), got shape (1, 1)",
     ),
     ("no vocab", build(vocab=[3, 3]), TypeError, "vocab must be a SIDVocab, got list"),
     ("length 0", build(lengths=[1, 0, 2]), ValueError, "lengths[1] = 0 is outside [1, 2]"),
@@ -94,7 +94,7 @@ BUILD: list[Case] = [
     ("float lengths", build(lengths=[2.0, 2.0, 2.0]), TypeError, "lengths must hold integers, got"),
     ("item -1", build(item_ids=[4, -1, 5]), ValueError, "item_ids[1] = -1 is negative"),
     ("item 2^63", build(item_ids=np.array([0, 2**63, 1], np.uint64)), ValueError, "item_ids[1] = 9223372036854775808"),
-    ("items' number", build(item_ids=[4]), ValueError, "item_ids must have one entry a row of sids (3), got 1"),
+    ("items' number", build(item_ids=[4]), ValueError, "item_ids must have one entry per row of sids (3), got 1"),
     ("item twice", build(item_ids=[4, 9, 4]), ValueError, "item_ids[0] and item_ids[2] are both 4"),
     ("float items", build(item_ids=[4.0, 9.0, 5.0]), TypeError, "item_ids must hold integers, got float64"),
     (

@@ -196,7 +196,7 @@ def test_version_and_help_without_torch(folder):
         ("build fixed.json -o nowhere/x", "nowhere: no such directory"),
         ("build fixed.json -o folder.npy", "folder.npy: is a directory"),
         ("build fixed.json -o x --sizes 2,7", "fixed.json: sids[2, 1] = 7 is outside [0, 7)"),
-        ("build fixed.json -o x --sizes 2,8,4", "fixed.json: sids must have one column a level of vocab (3)"),
+        ("build fixed.json -o x --sizes 2,8,4", "fixed.json: sids must have one column per level of vocab (3)"),
         ("build fixed.json -o x --sizes 2,x", "argument --sizes: expected an integer from 0 to 2147483646, got 'x'"),
         ("build fixed.json -o x --sizes 0,8", "fixed.json: sizes[0] must be at least 1, got 0"),
         ("build fixed.json -o x --eos 3", "fixed.json: eos = 3 is also the token of a code of level 1"),

@@ -322,7 +322,7 @@ BAD = [
     (lambda: BASE.add([[1, 1]], item_ids=[5]), ValueError, "item_ids hold 5, which is an item of the index already"),
     (lambda: BASE.add([[1, 1], [1, 2]], item_ids=[7, 7]), ValueError, "are both 7"),
     (lambda: BASE.add([[1, 1]], item_ids=[-7]), ValueError, "is negative"),
-    (lambda: BASE.add([[1, 1]], item_ids=[6, 7]), ValueError, "item_ids must have one entry a row"),
+    (lambda: BASE.add([[1, 1]], item_ids=[6, 7]), ValueError, "item_ids must have one entry per row"),
     (lambda: BASE.add([[1, 1, 1]]), ValueError, r"sids must have 2 columns, as the index has, got shape \(1, 3\)"),
     (lambda: BASE.add([[1, -1]]), ValueError, r"sids\[0, 1\] = -1 is outside"),
     (

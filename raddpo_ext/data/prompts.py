@@ -1,4 +1,4 @@
-"""Prompts of several lengths as one batch."""
+"""Prompts of different lengths as one batch."""
 
 from __future__ import annotations
 

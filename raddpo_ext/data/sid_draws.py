@@ -1,4 +1,4 @@
-"""Draws of items by their SIDs, without replacement: what the samplers of negatives have in common."""
+"""Draws of items by their SIDs without replacement, for the samplers of negatives."""
 
 from __future__ import annotations
 

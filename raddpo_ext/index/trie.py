@@ -24,7 +24,7 @@ _WORD = _C.HEADER
 
 
 class Lookup(NamedTuple):
-    """Ragged items: those of row ``i`` are ``items[offsets[i]:offsets[i + 1]]``."""
+    """The result of :meth:`TrieIndex.lookup`: the items of row ``i`` are ``items[offsets[i]:offsets[i + 1]]``."""
 
     items: Tensor
     offsets: Tensor
@@ -34,59 +34,68 @@ _SMALL_VOCAB = 2**20  # codes: 60 MB
 
 
 class TrieIndex:
-    """Immutable index of a catalogue; made by :meth:`build` or :meth:`load`.
+    """Immutable index of a catalogue, made by :meth:`build` or :meth:`load`.
 
-    One block of bytes, the same in memory, in a file and on a GPU: nodes numbered breadth first (root 0), the shape as
-    two bit sequences, one 16- or 32-bit symbol a node, and the item ids (``csrc/trie_index/trie.h``). About 21 bytes an
-    item for a million 8-level SIDs, 9 for 3 levels.
+    It is one block of bytes, the same in memory, in a file and on a GPU: nodes numbered breadth first (root 0), their
+    shape as two bit sequences, one 16- or 32-bit symbol per node, and the item ids (``csrc/trie_index/trie.h``). It
+    takes about 21 bytes per item for a million 8-level SIDs, 9 for 3 levels.
 
-    With ``vocab.eos`` every SID ends in that token, so a SID may be a prefix of another; its prefix's node then has
-    the end-of-sequence token as one more child. Leaves are whole SIDs, and one leaf may hold several items.
+    With ``vocab.eos`` every SID ends in that token, so a SID may be a prefix of another one: the node of the prefix has
+    the end-of-sequence token as a child. Leaves are whole SIDs, and a leaf may hold several items.
 
-    :meth:`restrict` and :meth:`discard` share the block and add two bits a node and an item, which of them are left.
-    Such an index behaves as one built from the items that are left, with the same vocab, but that nodes keep their
-    numbers (so numbers are missing, ``num_nodes`` of them below ``node_bound`` are left) and ``levels`` and
-    ``max_tokens`` are still those of the whole block.
+    :meth:`restrict` and :meth:`discard` share the block and add one bit per node and one per item: whether it is left.
+    Such an index behaves like one built from the items that are left, with the same vocab, except that nodes keep their
+    numbers (``num_nodes`` of the numbers below ``node_bound`` are left), and ``levels`` and ``max_tokens`` are those of
+    the whole block.
+
+    Example:
+        >>> index = rx.TrieIndex.build([[0, 1], [0, 2], [0, 2]], item_ids=[7, 8, 9])
+        >>> index.lookup([[0, 2]]).items
+        tensor([8, 9])
+        >>> index.children([0])
+        tensor([1, 2])
+        >>> index.restrict([7, 9]).items.tolist(), index.discard([8]).sids_of([9]).tolist()
+        ([7, 9], [[0, 2]])
     """
 
     def __init__(self, data: Tensor, header: Tensor) -> None:
         self.data = data  # uint8, on the index's device
-        self.header = header  # its first words as int64, on the CPU
-        self.live: Tensor | None = None  # uint8, beside the data: which nodes and items are left; None: all
-        self.block: tuple[Tensor, Tensor, Tensor | None] = (data, header, None)  # as the operators take it
-        self._host = data if data.device.type == "cpu" else None  # the block on the CPU, where changes are worked out
+        self.header = header  # the first words of the data as int64, on the CPU
+        self.live: Tensor | None = None  # uint8, on the data's device: which nodes and items are left; None: all
+        self.block: tuple[Tensor, Tensor, Tensor | None] = (data, header, None)  # in the form that operators take
+        self._host = data if data.device.type == "cpu" else None  # the block on the CPU, for restrict, discard and add
         self._node_tokens: Tensor | None = None
         self._left_items: Tensor | None = None
         self.num_items = self._word("num_items")
         self.num_sids = self._word("num_sids")
         self.num_nodes = self._word("num_nodes")
-        #: Every node's number is smaller.
+        #: One more than the largest node number.
         self.node_bound = self.num_nodes
-        #: Tokens of the longest SID, its end-of-sequence token counted: the steps of a search.
+        #: Tokens of the longest SID with its end-of-sequence token: the steps of a search.
         self.levels = self._word("levels")
-        #: Columns of a SID.
+        #: Number of columns of SIDs, without the end-of-sequence token.
         self.sid_levels = self._word("sid_levels")
-        #: Tokens that a SID of these columns can have.
+        #: Maximum number of tokens of a SID with these columns.
         self.most_levels = self.sid_levels + (self._word("eos") >= 0)
         #: Whether all SIDs have ``levels`` tokens.
         self.fixed_length = self.num_nodes - self._word("first_node", self.levels) == self.num_sids
         #: Largest token id of each level.
         self.max_tokens = [self._word("max_token", level) for level in range(self.levels)]
-        #: Token ids of each level: its codes that have one, and the end-of-sequence token where it can follow.
+        #: Number of token ids of each level: its codes with a token, and the end-of-sequence token where it can follow.
         self.num_symbols = [self._word("num_symbols", level) for level in range(self.levels)]
-        #: Children that a prefix has on average, of each level.
+        #: Mean number of children of a prefix, of each level.
         first = [self._word("first_node", depth) for depth in range(self.levels + 2)]
         self.mean_children = [
             (first[d + 2] - first[d + 1]) / max(1, first[d + 1] - first[d]) for d in range(self.levels)
         ]
-        # Where each level's token ids begin in the block, or the first of them where they follow one another.
+        # Where each level's token ids begin in the block or, if they are consecutive, the first token id.
         tables = [self._word("table", level) for level in range(self.levels)]
         self._token_tables = [None if table < 0 else self._word("tokens") + 4 * table for table in tables]
         self._first_tokens = [self._word("first_token", level) for level in range(self.levels)]
         codes = sum(self._word("sizes", level) for level in range(self.sid_levels))
         has_small_vocab = self._word("has_vocab") and codes <= _SMALL_VOCAB
         self._vocab: SIDVocab | None = self._make_vocab() if has_small_vocab else None
-        # Of each depth from 1 on, beside the data: to copy them for every call would wait for the GPU.
+        # The first node of each depth from 1 on, on the data's device, because a copy per call would synchronise.
         self._first_nodes = torch.tensor(first[1 : self.levels + 1], dtype=torch.int64, device=data.device)
 
     @classmethod
@@ -99,41 +108,44 @@ class TrieIndex:
         vocab: SIDVocab | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> TrieIndex:
-        """Builds the index from unsorted SIDs, on ``torch.get_num_threads()`` threads; Ctrl-C stops it.
+        """Build the index from unsorted SIDs, on ``torch.get_num_threads()`` threads. Ctrl-C stops it.
 
         Args:
-            sids: codes ``[N, L]`` of any integer type, numpy or torch; read up to each length.
-            item_ids: integers ``[N]``, distinct and ``>= 0``; default the row numbers. Stored in 32 bits where they
+            sids: codes ``[N, L]`` of any integer type, numpy or torch. Codes beyond a SID's length are ignored.
+            item_ids: integers ``[N]``, distinct and ``>= 0``; default the row numbers. Stored in 32 bits if they
                 fit, else in 64. Several items may share a SID; they keep their input order.
             lengths: integers ``[N]`` in ``[1, L]``; default all ``L``.
-            vocab: token ids of the codes; without one a code is its token id.
-            progress: called now and then with the share done, from 0 to 1.
+            vocab: token ids of the codes. Without a vocab, a code is its own token id.
+            progress: called now and then with the fraction done, from 0 to 1.
 
         Raises:
-            ValueError: no SIDs, a code outside its level or without a token, a repeated or negative item id, a length
-                out of range, more than 32 levels, or, without ``vocab.eos``, a SID that is a proper prefix of another.
-            TypeError: not integers.
+            ValueError: there are no SIDs, a code is outside its level or has no token, an item id repeats or is
+                negative, a length is out of range, there are more than 32 levels, or, without ``vocab.eos``, a SID is a
+                proper prefix of another one.
+            TypeError: an argument does not hold integers.
         """
         data = built_block(sids, item_ids, lengths, vocab, progress)
         return cls(data, _header_of(data))
 
     @property
     def vocab(self) -> SIDVocab | None:
-        """The vocab that the index was built with; a large one is made on first use, as a small file may name 2**24
-        codes."""
+        """The vocab that the index was built with, or None.
+
+        A large one is made on first use, because a small file may name 2**24 codes.
+        """
         if self._vocab is None and self._word("has_vocab"):
             self._vocab = self._make_vocab()
         return self._vocab
 
     @property
     def eos(self) -> int | None:
-        """The token that ends every SID, or None: ``vocab.eos`` without the vocab."""
+        """The token that ends every SID, or None. Equals ``vocab.eos``, without making the vocab."""
         eos = self._word("eos")
         return None if eos < 0 else eos
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole index, header included."""
+        """Bytes of the whole index, with its header."""
         return self.data.numel() + (0 if self.live is None else self.live.numel())
 
     @property
@@ -141,8 +153,7 @@ class TrieIndex:
         return self.data.device
 
     def to(self, device: torch.device | str) -> TrieIndex:
-        """The same index on another device. What :meth:`restrict`, :meth:`discard` and :meth:`add` need of it stays on
-        the CPU as well."""
+        """The same index on another device. It keeps the block on the CPU for restrict, discard and add."""
         live = None if self.live is None else self.live.to(device)
         return self._but(
             data=self.data.to(device),
@@ -153,18 +164,18 @@ class TrieIndex:
         )
 
     def restrict(self, item_mask: Any) -> TrieIndex:
-        """The index of the allowed items alone, for a request's filter.
+        """An index of the allowed items only, for the filter of a request.
 
-        Shares the block; a search in it is exact under the filter. ``restrict(a).restrict(b)`` allows what both allow.
-        May be empty: a search then gives empty rows.
+        It shares the block, and a search in it is exact under the filter. ``restrict(a).restrict(b)`` allows the items
+        that both allow. It may be empty: a search then gives empty rows.
 
         Args:
             item_mask: bool ``[M]`` by item id, ``M`` above the largest id of the index; or the allowed ids, integers
-                ``[K]``, of which those that the index lacks are ignored. Torch or numpy.
+                ``[K]``. Ids that the index lacks are ignored. Torch or numpy.
 
         Raises:
-            ValueError: a mask that is too short (naming an item that it leaves out), or a negative id.
-            TypeError: neither bool nor integers.
+            ValueError: the mask is too short (names an item beyond it), or an id is negative.
+            TypeError: the argument holds neither bools nor integers.
         """
         kind = item_mask.dtype if isinstance(item_mask, (Tensor, np.ndarray)) else None
         if kind not in (torch.bool, np.dtype(bool)):
@@ -175,11 +186,14 @@ class TrieIndex:
         return self._left(mask=np.ascontiguousarray(mask), keep=True)
 
     def discard(self, item_ids: Any) -> TrieIndex:
-        """The index without some items, integers ``[K]``; shares the block as :meth:`restrict` does.
+        """An index without some items. It shares the block, as :meth:`restrict` does.
+
+        Args:
+            item_ids: integers ``[K]``.
 
         Raises:
-            ValueError: an id that the index lacks.
-            TypeError: not integers.
+            ValueError: the index lacks an id.
+            TypeError: the ids are not integers.
         """
         ids = item_ids_of(item_ids, "item_ids")
         if len(ids) and ids.min() < 0:
@@ -187,15 +201,15 @@ class TrieIndex:
         return self._left(ids=ids, keep=False)
 
     def add(self, sids: Any, *, item_ids: Any = None, lengths: Any = None) -> TrieIndex:
-        """A new index with more items, the same to the byte as one built from the items that are left and these.
+        """A new index with more items. It has the same bytes as one built from the items that are left and these.
 
         Args:
-            sids, lengths: as in :meth:`build`; codes of the same vocab.
+            sids, lengths: as in :meth:`build`, with codes of the same vocab.
             item_ids: as in :meth:`build`; default the numbers after the largest id.
 
         Raises:
-            ValueError: as :meth:`build`; also another number of columns, or an id that the index has already.
-            TypeError: not integers.
+            ValueError: as in :meth:`build`; also if the number of columns differs, or the index already has an id.
+            TypeError: an argument does not hold integers.
         """
         codes = _check.integer_array(sids, "sids", 2)
         if codes.shape[1] != self.sid_levels:
@@ -234,8 +248,10 @@ class TrieIndex:
         )
 
     def with_live(self, live: Tensor) -> TrieIndex:
-        """This filtered index with another one's bits of what is left, or a buffer of such, as a captured search reads
-        them: the nodes and items of a search are right, and no count is (``num_items`` and kin)."""
+        """This filtered index with the bits of another one, or with a buffer of such bits that a captured search reads.
+
+        Nodes and items of a search are right then, but counts such as ``num_items`` are not.
+        """
         return self._but(live=live, _node_tokens=None, _left_items=None)
 
     def _but(self, **changes: Any) -> TrieIndex:
@@ -250,51 +266,52 @@ class TrieIndex:
         return self._host
 
     def _compact(self) -> np.ndarray:
-        """The block of what is left."""
+        """The block of the items that are left, without gaps."""
         data = self._host_data().numpy()
         return data if self.live is None else _C.trie_compact(data, self.live.cpu().numpy(), self.num_sids)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes what is left to one file, atomically: a reader sees the old file or the whole new one.
+        """Write the items that are left to one file, atomically: a reader sees the old file or the whole new one.
 
         Raises:
-            ValueError: nothing is left.
+            ValueError: no items are left.
         """
         if not self.num_items:
             raise ValueError(f"{os.fspath(path)}: an index without items cannot be saved")
         data = self._compact()
         with replacing(Path(path)) as file:
-            file.write(data.data)  # numpy's own tofile hides why it failed
+            file.write(data.data)  # numpy's tofile hides the cause of an error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TrieIndex:
-        """Maps a saved index into memory; processes that load the same file share its pages.
+        """Map a saved index into memory. Processes that load the same file share its pages.
 
-        The file may come from anywhere: what loads is what :meth:`build` and :meth:`save` write, to the byte. Every
+        The file may have any origin: it loads only if :meth:`build` and :meth:`save` would write the same bytes. Every
         header word, bit, symbol and item id is checked, which takes about 0.1 s for 10 million 8-level SIDs, and a
-        few times that where item ids are sparse. What cannot be checked is what somebody writes into the file later
-        (``cp NEW FILE`` does): the index would change or the process die under a search. Replace a file as
-        :meth:`save` and ``mv`` do, which make a new one of the same name; the old one stays for those who have it.
+        few times that if item ids are sparse. Later writes into the file cannot be checked: if ``cp NEW FILE``
+        overwrites it in place, the index changes or the process dies during a search. Replace a file as :meth:`save`
+        and ``mv`` do: they make a new file of the same name, and processes that have the old one keep it.
 
         Raises:
-            ValueError: the file is no index, no regular file, of another version, truncated, altered or malformed;
-                naming it and what is wrong.
-            OSError: it cannot be opened or mapped.
-            MemoryError: there is too little to check it.
+            ValueError: the file is not an index, is not a regular file, is of another version, or is truncated, altered
+                or malformed; names the file and the problem.
+            OSError: the file cannot be opened or mapped.
+            MemoryError: there is too little memory to check the file.
         """
         data = mapped_block(path)
         return cls(data, _header_of(data))
 
     def contains(self, sids: Any, lengths: Any = None) -> Tensor:
-        """Whether each SID is in the catalogue: bool ``[N]`` for ``sids`` ``[N, L]``; see :meth:`lookup`."""
+        """Whether the index has each SID: bool ``[N]`` for ``sids`` ``[N, L]``. Arguments: as for :meth:`lookup`."""
         _, count = self._items(self._leaves(sids, lengths))
         return count > 0
 
     def lookup(self, sids: Any, lengths: Any = None) -> Lookup:
-        """The items of each SID.
+        """Find the items of each SID.
 
         Args:
-            sids: integer codes ``[N, L]``, read up to each length. Codes that no SID has are not found, not an error.
+            sids: integer codes ``[N, L]``. Codes beyond a SID's length are ignored. A SID that the index lacks has no
+                items and is not an error.
             lengths: integer ``[N]`` in ``[0, L]``; default all ``L``.
 
         Returns:
@@ -307,17 +324,17 @@ class TrieIndex:
         return Lookup(self.items_at(first[rows] + torch.arange(len(rows), device=self.device) - offsets[rows]), offsets)
 
     def sids_of(self, item_ids: Any) -> Tensor:
-        """The SID of each item, :meth:`lookup` the other way round; one pass over the items, however many are asked.
+        """The SID of each item, the inverse of :meth:`lookup`. Every call passes once over all items of the index.
 
         Args:
-            item_ids: integers ``[K]``, in any order and more than once.
+            item_ids: integers ``[K]``, in any order, with repeats.
 
         Returns:
             int64 codes ``[K, sid_levels]``, -1 beyond a shorter SID's length; on the index's device.
 
         Raises:
-            ValueError: an id that the index lacks, naming it.
-            TypeError: not integers.
+            ValueError: the index lacks an id; names it.
+            TypeError: the ids are not integers.
         """
         ids = torch.from_numpy(item_ids_of(item_ids, "item_ids"))
         places = places_of(ids, self.items)
@@ -327,16 +344,16 @@ class TrieIndex:
         return self.paths(self._leaves_at(places))[0]
 
     def nodes(self, tokens: Tensor) -> Tensor:
-        """The trie node before each token: int64 ``[C, L]`` for token ids ``[C, L]``, -1 once a prefix is off the trie.
+        """The node before each token: int64 ``[C, L]`` for token ids ``[C, L]``, -1 after a prefix that no SID has.
 
-        ``nodes[:, 0]`` is the root. Padding (any id that is no child) gives -1 from there on.
+        ``nodes[:, 0]`` is the root. After padding, or any other token that is not a child, nodes are -1.
         """
         return self._walk(tokens)[:, :-1]
 
     def children(self, prefix: Sequence[int]) -> Tensor:
-        """Codes that can follow a prefix of codes, int64, in the order of their token ids; -1 stands for ``eos``.
+        """The codes that can follow a prefix of codes, int64, in the order of their token ids; -1 stands for ``eos``.
 
-        Empty for a whole SID and for a prefix that no SID has.
+        The result is empty for a whole SID and for a prefix that no SID has.
         """
         codes = torch.tensor([[*map(int, prefix)]], dtype=torch.int64, device=self.device).reshape(1, -1)
         depth = codes.shape[1]
@@ -345,53 +362,56 @@ class TrieIndex:
         tokens = self._tokens(codes, codes.new_full((1,), depth))[:, :depth]
         node = self._walk(tokens)[0, -1:]
         first, count = (int(x) for x in self.child_ranges(node))
-        if depth == self.sid_levels:  # nothing but the end-of-sequence token
+        if depth == self.sid_levels:  # the only child is the end-of-sequence token
             return codes.new_full((count,), -1)
         return self.paths(self.nodes_at(torch.arange(first, first + count, device=self.device)))[0][:, depth]
 
     def paths(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes on the way to each node and its depth in tokens.
+        """The codes on the path to each node, and its depth in tokens.
 
         Args:
             nodes: int64, any shape ``[...]``.
 
         Returns:
-            int64 codes ``[..., sid_levels]`` padded with -1 (also for ``eos``), int64 depths ``[...]``, -1 for no node.
+            int64 codes ``[..., sid_levels]`` padded with -1 (also for ``eos``), and int64 depths ``[...]``; -1 for a
+            number that is not a node.
         """
         self._check_nodes(nodes)
         codes, depths = torch.ops.raddpo.trie_paths(nodes.contiguous(), *self.block, self.sid_levels)
         return codes.view(*nodes.shape, self.sid_levels), depths.view(nodes.shape)
 
     def depths(self, nodes: Tensor) -> Tensor:
-        """Depth of each node in tokens, int64, shaped like ``nodes``; 0 for the root."""
+        """The depth of each node in tokens, int64, in the shape of ``nodes``; 0 for the root."""
         return torch.bucketize(nodes.contiguous(), self._first_nodes.to(nodes.device), right=True)
 
     def item_ranges(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """Where each node's items begin in :attr:`items` and how many they are, int64, shaped like ``nodes``."""
+        """Where each node's items begin in :attr:`items`, and their number: int64, in the shape of ``nodes``."""
         first, count = self._items(nodes)
         return first.view(nodes.shape), count.view(nodes.shape)
 
     def child_ranges(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
-        """Where each node's children begin among all nodes that are left (see :meth:`nodes_at`, :attr:`node_tokens`)
-        and how many they are, int64, shaped like ``nodes``. Unless restricted, that is the number of the first child.
+        """Where each node's children begin among all nodes that are left, and their number: int64, shaped as ``nodes``.
+
+        Places among the nodes that are left are those of :meth:`nodes_at` and :attr:`node_tokens`. In an index that is
+        not restricted, the place is the number of the first child.
         """
         self._check_nodes(nodes)
         first, count = torch.ops.raddpo.trie_children(nodes.contiguous(), *self.block)
         return first.view(nodes.shape), count.view(nodes.shape)
 
     def level_tokens(self, level: int) -> Tensor | slice:
-        """The token ids of a level, ascending: int64 ``[num_symbols]``, or a slice where they follow one another."""
+        """The token ids of a level, ascending: int64 ``[num_symbols]``, or a slice if they are consecutive."""
         start, first, count = self._token_tables[level], self._first_tokens[level], self.num_symbols[level]
         if start is None:
             return slice(first, first + count)
         return self.data[start : start + 4 * count].view(torch.int32).long()
 
     def nodes_at(self, places: Tensor) -> Tensor:
-        """The nodes at these places (int64 ``[K]``) among all that are left, in ascending order of their numbers."""
+        """The nodes at these places, int64 ``[K]``, among all nodes that are left, which are in ascending order."""
         return places if self.live is None else torch.ops.raddpo.trie_select(places.contiguous(), *self.block, False)
 
     def items_at(self, places: Tensor) -> Tensor:
-        """``items[places]`` as int64, for places of any shape, without a copy of all that are left."""
+        """``items[places]`` as int64, for places of any shape, without materialising :attr:`items`."""
         items = self._all_items()
         if self.live is None:
             return items[places].long()
@@ -404,8 +424,10 @@ class TrieIndex:
 
     @property
     def node_tokens(self) -> Tensor:
-        """Token id on the edge into each node that is left, int32 ``[num_nodes]``, -1 for the root; made on first use
-        and kept."""
+        """Token id on the edge into each node that is left, int32 ``[num_nodes]``, -1 for the root.
+
+        It is made on first use and cached.
+        """
         if self._node_tokens is None:
             tokens = self._all_node_tokens()
             if self.live is not None:
@@ -415,7 +437,7 @@ class TrieIndex:
 
     @property
     def items(self) -> Tensor:
-        """Every item id, leaf by leaf, int32 or int64 ``[num_items]``; of a restricted index made on first use."""
+        """All item ids, leaf by leaf, int32 or int64 ``[num_items]``. A restricted index makes them on first use."""
         if self.live is None:
             return self._all_items()
         if self._left_items is None:
@@ -424,7 +446,7 @@ class TrieIndex:
         return self._left_items
 
     def _all_items(self) -> Tensor:
-        """Those of the block."""
+        """All item ids of the block, left or not."""
         size = self._word("item_bytes")
         begin = self._word("items")
         items = self.data[begin : begin + size * self._word("num_items")]
@@ -456,7 +478,7 @@ class TrieIndex:
         return torch.ops.raddpo.trie_walk(tokens, *self.block)
 
     def _leaves(self, sids: Any, lengths: Any) -> Tensor:
-        """The node at the end of each SID, -1 for one that is no path."""
+        """The node at the end of each SID; -1 for a SID that the trie lacks."""
         codes = _check.integer_tensor(sids, "sids", 2).to(self.device)
         rows, columns = codes.shape
         if lengths is None:
@@ -468,7 +490,7 @@ class TrieIndex:
         return self._walk(tokens).gather(1, last[:, None])[:, 0]
 
     def _leaves_at(self, places: Tensor) -> Tensor:
-        """The node of each item: the last whose items begin at or before its place, by bisection."""
+        """The leaf of each item, by bisection: the last node whose items begin at or before the item's place."""
         low = torch.zeros_like(places)
         high = torch.full_like(places, self.num_nodes)
         while bool((high - low > 1).any()):
@@ -486,7 +508,7 @@ class TrieIndex:
         return int(self.header[_WORD[name] + offset])
 
     def _make_vocab(self) -> SIDVocab:
-        """From the tables."""
+        """The vocab, made from the block's tables of token ids."""
         header_bytes = self.data if self.data.device.type == "cpu" else self.data.cpu()
         token_ids = []
         for level in range(self.sid_levels):

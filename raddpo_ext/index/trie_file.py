@@ -1,4 +1,4 @@
-"""A saved TrieIndex as the block of bytes that it is, mapped into memory and checked."""
+"""The block of bytes of a saved TrieIndex, mapped into memory and checked."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from raddpo_ext import _C
 from raddpo_ext._files import open_regular
 
-_BYTES_PER_THREAD = 2**20  # are checked in the time that a thread takes to start
+_BYTES_PER_THREAD = 2**20  # checking them takes as long as starting a thread
 
 
 def mapped_block(path: str | os.PathLike[str]) -> Tensor:
-    """uint8; raises what :meth:`TrieIndex.load` does."""
+    """The block as uint8. Raises the errors of :meth:`TrieIndex.load`."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        # A private mapping: writable as torch wants it, yet the file stays as it is and its pages stay shared.
+        # A private mapping is writable, as torch requires, but the file does not change and its pages stay shared.
         try:
             content = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) if size else b""
         except OSError as error:

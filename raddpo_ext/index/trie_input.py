@@ -30,13 +30,13 @@ def built_block(
     if columns > most_levels:
         raise ValueError(f"sids must have at most {most_levels} levels, got shape {codes.shape}")
     if vocab is not None and vocab.levels != columns:
-        raise ValueError(f"sids must have one column a level of vocab ({vocab.levels}), got shape {codes.shape}")
+        raise ValueError(f"sids must have one column per level of vocab ({vocab.levels}), got shape {codes.shape}")
     ends = None if lengths is None else _check.lengths(lengths, rows, 1, columns).numpy()
     ids = None
     if item_ids is not None:
         ids = item_ids_of(item_ids, "item_ids")
         if len(ids) != rows:
-            raise ValueError(f"item_ids must have one entry a row of sids ({rows}), got {len(ids)}")
+            raise ValueError(f"item_ids must have one entry per row of sids ({rows}), got {len(ids)}")
     return torch.from_numpy(
         _C.trie_build(
             codes,

@@ -1,4 +1,4 @@
-"""Where item ids stand among the items of an index."""
+"""The positions of item ids among the items of an index."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from torch import Tensor
 
 
 class UnknownItem(ValueError):
-    """An id that the index lacks, and its position among those asked for."""
+    """An item id that the index lacks, and its position in the argument."""
 
     def __init__(self, name: str, item: int | str, position: int) -> None:
         super().__init__(f"{name} = {item!r:.60} is no item of the index")
         self.name, self.item, self.position = name, item, position
 
     def __reduce__(self) -> tuple[type[UnknownItem], tuple[str, int | str, int]]:
-        return type(self), (self.name, self.item, self.position)  # from one process to another
+        return type(self), (self.name, self.item, self.position)  # pickled between processes
 
 
 def places_of(ids: Tensor, items: Tensor) -> Tensor:
-    """Where each id stands in ``items``, -1 for one that is not there: one pass over them, however many are asked."""
+    """The position of each id in ``items``, -1 for an id that is not there. Passes once over all items."""
     wanted, order = ids.to(items.device).unique(return_inverse=True)
-    there = torch.isin(items, wanted.to(items.dtype)).nonzero()[:, 0]  # too large an id may wrap to one that is there
+    there = torch.isin(items, wanted.to(items.dtype)).nonzero()[:, 0]  # too large an id may wrap to another one here
     found, by_id = items[there].long().sort()
     nearest = torch.searchsorted(found, wanted)
-    nobody = found.new_full((1,), -1)  # beyond the last
+    nobody = found.new_full((1,), -1)  # for ids beyond the last
     known = torch.cat([found, nobody])[nearest] == wanted
     return torch.where(known, torch.cat([there[by_id], nobody])[nearest], -1)[order]

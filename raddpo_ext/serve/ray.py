@@ -1,7 +1,7 @@
 """The service's retriever as a Ray Serve deployment, for more than one machine (``pip install raddpo_ext[ray]``).
 
 Ray places the replicas, routes and batches requests and replaces replicas that die; a replica searches exactly as a
-worker of ``python -m raddpo_ext serve`` does, and takes and gives the same words::
+worker of ``python -m raddpo_ext serve`` does, with the same requests and answers::
 
     from ray import serve
     from raddpo_ext.serve.ray import deployment
@@ -53,8 +53,8 @@ def deployment(
         store: folder of a :class:`raddpo_ext.CatalogueStore` that holds a catalogue; the same path on every machine.
         beam_width, normalize, length_penalty: see :class:`raddpo_ext.SIDRetriever`.
         num_replicas: processes that hold the model.
-        max_batch_size: queries that a replica searches together.
-        batch_wait_timeout_s: seconds that the first query of a batch waits for others.
+        max_batch_size: maximum queries per search.
+        batch_wait_timeout_s: maximum seconds that the first query of a batch waits for others.
         device, dtype: where and in which type the model runs; ``"cuda"`` also needs
             ``ray_actor_options={"num_gpus": 1}``.
         options: other options of ``serve.deployment``, such as ``ray_actor_options``, ``max_queued_requests`` or
@@ -78,7 +78,7 @@ def deployment(
 
 
 class SIDRetrieverReplica:
-    """One replica. Use :func:`deployment`."""
+    """A replica of the deployment. Make it with :func:`deployment`."""
 
     def __init__(self, config: ServeConfig, batch_wait_timeout_s: float) -> None:
         self._config = config
@@ -91,13 +91,13 @@ class SIDRetrieverReplica:
         """Answers a request that is given by the deployment's handle.
 
         Raises:
-            ValueError: what the service would answer with status 422.
+            ValueError: the request is bad; the service would answer it with a 4xx status.
             RuntimeError: the search failed.
         """
         try:
             return json.loads(await self._respond(json.dumps(request).encode()))
         except ServiceError as error:
-            # Ray pickles what is raised, and these need no more than their message.
+            # Ray pickles exceptions, and these types need only their message.
             raise (ValueError if error.status < 500 else RuntimeError)(str(error)) from None
 
     async def __call__(self, request: Request) -> Response:
@@ -120,12 +120,12 @@ class SIDRetrieverReplica:
 
     @serve.batch
     async def _answer(self, queries: list[Query]) -> list[Answer]:
-        return await asyncio.to_thread(self._answer_together, queries)  # meanwhile the next batch fills up
+        return await asyncio.to_thread(self._answer_together, queries)  # so that the next batch can fill meanwhile
 
     def _answer_together(self, queries: list[Query]) -> list[Answer]:
         self._search.update()
         plain = [number for number, query in enumerate(queries) if not query.trace]
-        traced = [[number] for number, query in enumerate(queries) if query.trace]  # a search by itself each
+        traced = [[number] for number, query in enumerate(queries) if query.trace]  # one search each
         answers: dict[int, Answer] = {}
         for numbers in (plain, *traced):
             found = self._search.answer([queries[number] for number in numbers])

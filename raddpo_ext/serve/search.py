@@ -47,19 +47,19 @@ class Search:
         self.model = load_model(config)
         self.tokenizer = load_tokenizer(config.model)
         self.store = CatalogueStore(config.store)
-        self.version = 0  # until one is taken
+        self.version = 0  # until _take sets one
         self.store.current(self._take)
         self._service = StoreService(config.store, self.limits.vocab_size)
         self._service.tell(self.version, [*self.store.refused])
 
     @property
     def refused(self) -> str | None:
-        """The newest version that this model cannot serve, where it is newer than the one at hand, and why."""
+        """The newest version that this model cannot serve, and why, if it is newer than the served version."""
         version = max(self.store.refused, default=0)
         return f"catalogue version {version}: {self.store.refused[version]}" if version > self.version else None
 
     def update(self) -> None:
-        """Takes the store's newest version that this model can serve; else goes on with the one at hand."""
+        """Take the store's newest version that this model can serve, if it is newer than the served one."""
         try:
             self.store.current(self._take)
         except (OSError, MemoryError):
@@ -68,7 +68,7 @@ class Search:
         self._service.tell(self.version, [*self.store.refused])
 
     def _take(self, found: CatalogueVersion) -> None:
-        """Goes over to a version, or raises why this model cannot serve it."""
+        """Switch to a version. Raises an error if this model cannot serve it."""
         index = found.index.to(self.config.device)
         if not self.version:
             self.retriever = SIDRetriever(
@@ -82,7 +82,7 @@ class Search:
         self.retriever.index, self.version, self.names = index, found.version, found.names
 
     def _try_out(self, index: TrieIndex) -> Limits:
-        """One search: what cannot be searched is refused here and not in a request, which finds everything warm."""
+        """Run one search, so that a bad index is refused before any request, and requests find everything warm."""
         prompt = torch.zeros(1, 1, dtype=torch.int64, device=index.device)
         found = self.retriever.retrieve(prompt, top_k=1, index=index)
         if int(found.items[0, 0]) < 0:
@@ -90,12 +90,12 @@ class Search:
         text = self.model.config.get_text_config()
         longest = self.config.max_prompt
         if window := context(text):
-            # The last token of a SID is never fed; an encoder reads the prompt alone.
+            # The model never reads the last token of a SID. An encoder reads only the prompt.
             longest = min(longest, window - (0 if self.model.config.is_encoder_decoder else index.levels - 1))
         return Limits(text.vocab_size, longest)
 
     def answer(self, queries: Sequence[Query]) -> list[Answer]:
-        """One answer a query. A query that cannot be answered spoils no other's answer."""
+        """One answer per query. A query that cannot be answered does not affect the others."""
         answers: dict[int, Answer] = {}
         groups: dict[tuple[int, ...] | None, dict[int, list[int]]] = {}
         for number, query in enumerate(queries):
@@ -107,7 +107,7 @@ class Search:
                     groups.setdefault(self._allowed(query), {})[number] = prompt
             except ServiceError as error:
                 answers[number] = Answer(error.status, code=error.code, message=error.message)
-            except Exception:  # a tokenizer's
+            except Exception:  # a tokenizer can raise any type
                 _LOG.exception("a prompt could not be read")
                 answers[number] = _FAILED
         for allowed, prompts in groups.items():
@@ -116,7 +116,7 @@ class Search:
         return [answers[number] for number in range(len(queries))]
 
     def _answer_group(self, queries: list[Query], prompts: list[list[int]]) -> list[Answer]:
-        """Answers queries of one filter in one search, or if that fails one by one."""
+        """Answer queries with the same filter in one search or, if that fails, one by one."""
         try:
             return self._search(queries, prompts)
         except Exception:
@@ -140,14 +140,14 @@ class Search:
         )
         beams = [_beams(index, steps)] if steps else None
         answers = [self._rows(found, row, query, beams) for row, query in enumerate(queries)]
-        if index.num_items:  # then no prompt is without an item but by scores that are no numbers
+        if index.num_items:  # then only scores of NaN or -inf leave a prompt without items
             for row in (found.items[:, 0] < 0).nonzero()[:, 0].tolist():
                 _LOG.error("a prompt's scores are NaN or -inf")
                 answers[row] = _FAILED
         return answers
 
     def _rows(self, found: BeamResult, row: int, query: Query, beams: list[Any] | None) -> Answer:
-        """The first ``top_k`` of a row's items as JSON, empty ones left out."""
+        """The first ``top_k`` items of a row as JSON, without empty ones."""
         count = int((found.items[row, : query.top_k] >= 0).sum())
         body = {
             **self._named(found.items[row, :count].tolist(), "items"),
@@ -160,14 +160,14 @@ class Search:
         return _json(body)
 
     def _named(self, items: list[int], field: str) -> dict[str, Any]:
-        """The items as a client knows them, and their titles where the catalogue has some."""
+        """The items by their ids in the catalogue, with titles if it has any."""
         if self.names is None:
             return {field: items}
         titles = {} if self.names.titles is None else {"titles": self.names.titles_of(items)}
         return {field: self.names.ids_of(items), **titles}
 
     def _example(self) -> Answer:
-        """A history of the catalogue's first items, to try the service with; empty where the model's window is."""
+        """A history of the catalogue's first items to try, empty if the model's window is too small for one."""
         index = self.retriever.index
         fitting = (self.limits.longest_prompt - (self._bos is not None)) // index.sid_levels
         items = index.items[: min(3, max(0, fitting))].tolist()
@@ -180,7 +180,7 @@ class Search:
         return getattr(self.model.config.get_text_config(), "bos_token_id", None)
 
     def _allowed(self, query: Query) -> tuple[int, ...] | None:
-        """The items of the index that a query allows; ids that the catalogue lacks are passed over."""
+        """The items of the index that a query allows. Ids that the catalogue lacks are ignored."""
         if query.allowed_items is None:
             return None
         kind, called = (int, "integers") if self.names is None or self.names.ids is None else (str, "strings")
@@ -224,13 +224,13 @@ def _codes(sid: list[int]) -> list[int]:
 
 
 def _beams(index: TrieIndex, steps: list[BeamState]) -> list[list[dict[str, Any]]]:
-    """For each level its beams, best first; one is alive while a beam of the last level comes from it."""
+    """The beams of each level, best first. A beam is alive if a beam of the last level descends from it."""
     levels: list[list[dict[str, Any]]] = []
     living: set[int] | None = None
     for level, state in reversed(list(enumerate(steps))):
         prefixes = index.paths(state.nodes[0])[0].tolist()
         scores, parents = state.scores[0].tolist(), state.parents[0].tolist()
-        slots = [slot for slot, score in enumerate(scores) if score > -math.inf]  # the empty ones come last
+        slots = [slot for slot, score in enumerate(scores) if score > -math.inf]  # empty slots come last
         levels.append(
             [
                 {
