@@ -42,21 +42,18 @@ class SessionObjective(nn.Module):
 
         That of preference and SFT is 1: they are this batch's share of the whole batch's loss.
         """
-        output = self.loss(
-            states.hidden,
-            states.weight,
+        result = self.loss.result(
+            self.logps(states, packed),
             packed.sessions,
-            rows=states.rows,
-            bias=states.bias,
             embeddings=None if self.similarity_weighting is None else states.embeddings,
             ref_logps=ref_logps,
             normalizer=normalizer,
         )
-        totals = output.totals
-        losses = torch.stack((output.metrics["preference"], output.metrics["sft"])).to(totals.dtype)
+        totals = result.totals
+        losses = torch.stack((result.preference, result.sft)).detach().to(totals.dtype)
         shares = torch.stack((losses, torch.ones_like(losses)), 1)
         truncated = torch.stack([totals.new_full((), n) for n in (packed.num_truncated, packed.sessions.num_sessions)])
-        return output.loss, torch.cat((shares, totals[2:], truncated[None]))
+        return result.loss, torch.cat((shares, totals[2:], truncated[None]))
 
     def logps(self, states: SessionStates, packed: PackedSessions) -> Tensor:
         """``[C, L]`` token log-probs."""

@@ -32,13 +32,11 @@ class RADDPOOutput(NamedTuple):
             the share of those pairs' negative tokens that get no gradient from the preference; ``dropped_pairs``, the
             share of pairs of equal SIDs or with an empty one. A mean of nothing is 0.
         logps: ``[C, L]`` token log-probs, 0 beyond the lengths; differentiable.
-        totals: the sums and counts that the metrics are means of, as in :class:`SessionLossOutput`.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
     logps: Tensor
-    totals: Tensor
 
 
 class RADDPOLoss(nn.Module):
@@ -197,6 +195,31 @@ class RADDPOLoss(nn.Module):
         Raises:
             ValueError, TypeError: naming the argument and the value.
         """
+        result = self.result(
+            logps,
+            sessions,
+            embeddings=embeddings,
+            ref_logps=ref_logps,
+            pair_weights=pair_weights,
+            detach=detach,
+            normalizer=normalizer,
+            check=check,
+        )
+        return RADDPOOutput(result.loss, _metrics(result), logps)
+
+    def result(
+        self,
+        logps: Tensor,
+        sessions: SessionBatch,
+        *,
+        embeddings: Tensor | None = None,
+        ref_logps: Tensor | None = None,
+        pair_weights: Tensor | None = None,
+        detach: Tensor | None = None,
+        normalizer: Any = None,
+        check: bool = False,
+    ) -> SessionLossOutput:
+        """:meth:`of_logps` as :func:`rad_dpo_loss` returns it, with the sums behind the metrics."""
         if (embeddings is None) != (self.similarity_weighting is None):
             wanted = "be None without" if self.similarity_weighting is None else "be given with"
             raise ValueError(f"embeddings must {wanted} similarity_weighting, got {type(embeddings).__name__}")
@@ -204,7 +227,7 @@ class RADDPOLoss(nn.Module):
             if pair_weights is not None:
                 raise ValueError("pair_weights must be None with similarity_weighting, which gives them")
             pair_weights = self.similarity_weighting(embeddings, sessions)
-        result = rad_dpo_loss(
+        return rad_dpo_loss(
             logps,
             sessions,
             ref_logps=ref_logps,
@@ -214,7 +237,6 @@ class RADDPOLoss(nn.Module):
             check=check,
             **self.options,
         )
-        return RADDPOOutput(result.loss, _metrics(result), logps, result.totals)
 
 
 def _metrics(result: SessionLossOutput) -> dict[str, Tensor]:
