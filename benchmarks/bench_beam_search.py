@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from benchmarks.peers.beam_search import METHODS, check_same
-from benchmarks.peers.beam_search_cases import CASES, Case, Level, Search
+from benchmarks.peers.beam_search_cases import CASES, Search
 from raddpo_ext.bench.compare import Missing
+from raddpo_ext.bench.searches import Case, Level
 
 SECONDS = 0.5  # a method and case, at least 3 rounds
 Prepared = tuple[Search, list[Level]]

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks.peers.token_logps import methods
-from benchmarks.peers.token_logps_cases import CASES, Case, Problem
 from benchmarks.peers.token_logps_timing import check
+from raddpo_ext.bench.token_logps_cases import CASES, Case, Problem
 
 CHOSEN = [case for case in CASES if case.section in ("head", "peers", "level") and not case.huge_pages]
 NAMES = list(dict.fromkeys(name for case in CHOSEN for name in methods(case)))

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import raddpo_ext as rx
-from benchmarks.peers.session_loss import CASES, METHODS, Batch
 from raddpo_ext.bench.compare import Missing
-from raddpo_ext.bench.session_loss import Problem
+from raddpo_ext.bench.session_loss_cases import CASES, Batch, Case
+from raddpo_ext.bench.session_loss_peers import METHODS
 
-MODULE_CASE = {"sessions": 64, "positives": (3, 3), "negatives": (13, 13), "levels": 4}
+MODULE_CASE = Case("winner", 64, (3, 3), (13, 13))
 SECONDS = 0.5  # a method and case, at least 3 rounds
 
 
@@ -50,9 +50,9 @@ def test_session_loss(benchmark, batch: Batch, method: str) -> None:
 @pytest.mark.parametrize("method", ["operator", "RADDPOLoss"])
 def test_module(benchmark, method: str) -> None:
     benchmark.group = "RADDPOLoss without its linear part, 64 sessions of 3 and 13"
-    problem, module = Problem(**MODULE_CASE), rx.RADDPOLoss()
+    batch, module = Batch(MODULE_CASE), rx.RADDPOLoss()
     of_logps = {"operator": rx.rad_dpo_loss, "RADDPOLoss": module.of_logps}[method]
-    step = problem.differentiated(lambda: of_logps(problem.logps, problem.sessions).loss)
+    step = batch.differentiate(lambda logps: of_logps(logps, batch.sessions).loss)
     step()
     run(benchmark, step)
 

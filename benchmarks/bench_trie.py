@@ -29,10 +29,12 @@ import numpy as np
 import torch
 
 import raddpo_ext as rx
-from benchmarks.harness import catalogues, report, results
+from benchmarks.harness import report, results
 from benchmarks.harness.report import markdown
 from benchmarks.harness.timing import Cost, measured, middle, timed
+from raddpo_ext.bench import catalogues
 from raddpo_ext.bench.compare import Missing
+from raddpo_ext.bench.trie import words_of
 
 MODULE = "benchmarks.bench_trie"
 THREADS = 2
@@ -115,22 +117,8 @@ def ours(sids: np.ndarray) -> dict[str, Any]:
     return result
 
 
-def _words(sids: np.ndarray) -> list[np.ndarray]:
-    """Each SID's codes packed into as few integers as hold them."""
-    width = int(sids.max()).bit_length()
-    most = 63 // width  # levels in a word
-    words = []
-    for begin in range(0, sids.shape[1], most):
-        word = np.zeros(len(sids), np.int64)
-        for column in sids[:, begin : begin + most].T:
-            word <<= width
-            word |= column
-        words.append(word)
-    return words
-
-
 def numpy_sort(sids: np.ndarray) -> dict[str, Any]:
-    words = _words(sids)
+    words = words_of(sids)
     sort = partial(np.argsort, words[0]) if len(words) == 1 else partial(np.lexsort, words[::-1])
     return peer(sort, len(sids))
 
@@ -141,7 +129,7 @@ def static(sids: np.ndarray) -> dict[str, Any]:
     except ImportError:
         raise Missing("the module static_decoding (STATIC) is not importable") from None
     codes = int(sids.max()) + 1
-    sids = sids[np.lexsort(_words(sids)[::-1])]
+    sids = sids[np.lexsort(words_of(sids)[::-1])]
     distinct = sids[np.r_[True, (sids[1:] != sids[:-1]).any(1)]]
     items = len(sids)
     del sids

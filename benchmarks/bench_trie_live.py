@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 import raddpo_ext as rx
-from benchmarks.harness import catalogues, report, results
+from benchmarks.harness import report, results
 from benchmarks.harness.timing import timed
+from raddpo_ext.bench import catalogues
 
 MODULE = "benchmarks.bench_trie_live"
 THREADS = 2

@@ -27,13 +27,16 @@ import numpy as np
 import torch
 
 import raddpo_ext as rx
-from benchmarks.harness import catalogues, report, results
+from benchmarks.harness import report, results
 from benchmarks.pages import scaling_page
-from raddpo_ext.bench import token_logps
+from raddpo_ext.bench import catalogues, token_logps
 from raddpo_ext.bench.beam_search_peers import bare_lse
 from raddpo_ext.bench.compare import Comparison, Run, measure
 from raddpo_ext.bench.searches import Level, Search
-from raddpo_ext.bench.session_loss import Problem
+from raddpo_ext.bench.session_loss_cases import Batch
+from raddpo_ext.bench.session_loss_cases import Case as SessionCase
+from raddpo_ext.bench.session_loss_peers import bare_bytes, ours
+from raddpo_ext.bench.token_logps_cases import Case as LogpsCase
 
 MODULE = "benchmarks.scaling"
 CPU = torch.device("cpu")
@@ -43,17 +46,29 @@ BLOCK = 10 * MILLION  # rows of a catalogue that are drawn or copied together
 CANDIDATES, PACKED = 8192, 1024  # of a batch of sessions for the loss, and of one that is packed
 PROMPT = 128  # tokens of each session's
 LARGE = 152_064  # a language model's vocabulary
-ROWS = {"rows": 256, "vocab_size": 32768}  # of log-probs
+ROWS = (256, 32768)  # of log-probs, and their vocabulary
 Point = dict[str, Any]
 
 
 def timed(
-    family: str, panel: str, x: int, methods: dict[str, Run], floor: dict[str, Run], steps: int = 1, **note: float
+    family: str,
+    panel: str,
+    x: int,
+    methods: dict[str, Run],
+    floor: dict[str, Run],
+    steps: int = 1,
+    before: Run = lambda: None,
+    **note: float,
 ) -> Point:
     """A point: the times of methods and floor, of one of the ``steps`` that a call makes, and what else is noted."""
-    comparison = Comparison(panel, methods, floor, steps=steps, agree=lambda *_: None)
+    comparison = Comparison(panel, methods, floor, steps=steps, agree=lambda *_: None, before=before)
     times = measure(comparison, ROUNDS, BURST)
     return {"family": family, "panel": panel, "x": x, "methods": times, "floors": list(floor), "note": note}
+
+
+def ours_of(family: str, panel: str, x: int, made: Comparison) -> Point:
+    """A comparison's point without its peers."""
+    return timed(family, panel, x, {"ours": made.methods["ours"]}, made.floors, before=made.before)
 
 
 def uniform(items: int, codes: int, levels: int) -> np.ndarray:
@@ -142,10 +157,10 @@ def vocabulary(counts: Sequence[int]) -> Iterator[Point]:
         vocab = rx.SIDVocab([256] * 3, offsets=[count - 256] * 3)
         yield step("vocabulary", count, Search(rx.TrieIndex.build(sids, vocab=vocab), count, 1, 50))
         for panel, made in (
-            ("token_logps", token_logps.from_logits(CPU, rows=64, vocab_size=count, compiled=False)),
-            ("linear_token_logps", token_logps.from_hidden(CPU, rows=64, vocab_size=count, hidden_size=512)),
+            ("token_logps", token_logps.comparison(CPU, case=LogpsCase("logits", 64, count), compiled=False)),
+            ("linear_token_logps", token_logps.comparison(CPU, case=LogpsCase("sweep", 64, count, 512))),
         ):
-            yield timed("vocabulary", panel, count, {"ours": made.methods["ours"]}, made.floors)
+            yield ours_of("vocabulary", panel, count, made)
 
 
 def length(counts: Sequence[int]) -> Iterator[Point]:
@@ -158,10 +173,12 @@ def sessions(counts: Sequence[int]) -> Iterator[Point]:
     """As many candidates of 4 codes in sessions of ``count``."""
     for count in counts:
         for panel, positives in (("one positive", 1), ("a quarter positives", max(1, count // 4))):
-            made = Problem(CANDIDATES // count, (positives,) * 2, (count - positives,) * 2, 4)
-            floor, pairs = {"its bytes, copied": made.bytes_moved()}, made.sessions.num_pairs
-            yield timed("sessions", f"rad_dpo_loss, {panel}", count, {"ours": made.ours()}, floor, pairs=pairs)
-        yield from packing(count, Problem(PACKED // count, (1, 1), (count - 1,) * 2, 4).sessions)
+            batch = Batch(SessionCase("winner", CANDIDATES // count, (positives,) * 2, (count - positives,) * 2))
+            methods, floor = {"ours": ours(batch)}, {"its bytes, copied": bare_bytes(batch)}
+            pairs = batch.sessions.num_pairs
+            yield timed("sessions", f"rad_dpo_loss, {panel}", count, methods, floor, pairs=pairs)
+        packed = SessionCase("winner", PACKED // count, (1, 1), (count - 1,) * 2)
+        yield from packing(count, Batch(packed).sessions)
 
 
 def packing(count: int, batch: rx.SessionBatch) -> Iterator[Point]:
@@ -185,8 +202,8 @@ def threads(counts: Sequence[int]) -> Iterator[Point]:
     large = Search(rx.TrieIndex.build(uniform(100_000, 256, 3), vocab=vocab), LARGE, 1, 50)
     small = Search(rx.TrieIndex.build(uniform(MILLION, 2048, 3)), 2048, 2, 70)
     logps = {
-        "token_logps": token_logps.from_logits(CPU, **ROWS, compiled=False),
-        "linear_token_logps": token_logps.from_hidden(CPU, **ROWS, hidden_size=512),
+        "token_logps": token_logps.comparison(CPU, case=LogpsCase("logits", *ROWS), compiled=False),
+        "linear_token_logps": token_logps.comparison(CPU, case=LogpsCase("sweep", *ROWS, 512)),
     }
     for count in counts:
         torch.set_num_threads(count)
@@ -197,7 +214,7 @@ def threads(counts: Sequence[int]) -> Iterator[Point]:
             del point["methods"]['ours, normalize="trie"']
             yield point
         for panel, made in logps.items():
-            yield timed("threads", panel, count, {"ours": made.methods["ours"]}, made.floors)
+            yield ours_of("threads", panel, count, made)
 
 
 CORES = len(os.sched_getaffinity(0))

@@ -28,8 +28,9 @@ from benchmarks.gpu import losses as gpu_losses
 from benchmarks.gpu import retriever as gpu_retriever
 from benchmarks.gpu.report import gpu_environment, kernel_name, require_gpu
 from benchmarks.gpu.timing import STEPS, copy_bandwidth, graph_us, product_rate
-from benchmarks.harness import catalogues, results
+from benchmarks.harness import results
 from benchmarks.harness.report import RESULTS, markdown
+from raddpo_ext.bench import catalogues
 from raddpo_ext.decoding.row_lse import row_lse
 
 QWEN_VOCAB = 151_936

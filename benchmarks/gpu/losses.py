@@ -17,22 +17,21 @@ from torch import Tensor
 import raddpo_ext as rx
 from benchmarks.gpu.timing import graph_us, median_us
 from benchmarks.harness.report import markdown
-from benchmarks.peers.session_loss import Batch
-from benchmarks.peers.session_loss import Case as SessionCase
-from benchmarks.peers.token_logps import (
+from benchmarks.peers.token_logps import PEERS
+from benchmarks.peers.token_logps_timing import TOLERANCE
+from raddpo_ext.bench.compare import Missing
+from raddpo_ext.bench.session_loss_cases import Batch
+from raddpo_ext.bench.session_loss_cases import Case as SessionCase
+from raddpo_ext.bench.token_logps_cases import CANDIDATES, Case, Problem, Step
+from raddpo_ext.bench.token_logps_peers import (
     EXPRESSIONS,
     FLOORS,
-    PEERS,
     Method,
-    Step,
     bare_gemms,
     log_softmax_fp32,
     ours,
     plain,
 )
-from benchmarks.peers.token_logps_cases import CANDIDATES, Case, Problem
-from benchmarks.peers.token_logps_timing import TOLERANCE
-from raddpo_ext.bench.compare import Missing
 
 VOCAB = 151_936
 BF16 = torch.bfloat16
@@ -109,16 +108,6 @@ def methods(case: Case) -> dict[str, Method]:
     return {"ours": ours, **peers, **{name: PEERS[name] for name in names}, "bare_gemms": bare_gemms}
 
 
-def on_gpu(case: Case) -> Problem:
-    problem = Problem(case)
-    for name in ("hidden", "weight"):
-        moved = getattr(problem, name).detach().cuda().requires_grad_()
-        setattr(problem, name, moved)
-        problem.leaves[name] = moved
-    problem.upstream, problem.targets = problem.upstream.cuda(), problem.targets.cuda()
-    return problem
-
-
 @dataclass
 class Call:
     value: dict[str, Tensor]
@@ -138,7 +127,7 @@ def called(problem: Problem, step: Step) -> Call:
 
 
 def measure(case: Case, prepared: Mapping[str, Method]) -> dict[str, Any]:
-    problem = on_gpu(case)
+    problem = Problem(case, "cuda")
     expected: dict[str, Tensor] = {}
     times: dict[str, float] = {}
     peaks: dict[str, int] = {}
@@ -174,10 +163,9 @@ def measure(case: Case, prepared: Mapping[str, Method]) -> dict[str, Any]:
 
 def measure_sessions(case: SessionCase, bandwidth: float) -> dict[str, Any]:
     """``rad_dpo_loss`` and its gradient, replayed from a graph and called; the launches of each way."""
-    batch = Batch(case)
-    sessions = batch.sessions.to("cuda")
-    weights = batch.weights.cuda()
-    logps = [batch.logps.detach().cuda().requires_grad_() for _ in range(4)]
+    batch = Batch(case, "cuda")
+    sessions, weights = batch.sessions, batch.weights
+    logps = [batch.logps.detach().clone().requires_grad_() for _ in range(4)]
 
     def step(leaf: Tensor) -> None:
         leaf.grad = None

@@ -24,8 +24,9 @@ from torch import Tensor
 
 import raddpo_ext as rx
 from benchmarks.gpu.timing import graph_us
-from benchmarks.harness import catalogues
 from benchmarks.harness.report import markdown
+from raddpo_ext.bench import catalogues
+from raddpo_ext.bench.retriever import generate
 
 PROMPT, LEVELS, CODES, ITEMS, TOP_K = 256, 3, 8192, 10_000_000, 10
 VOCAB = 151_936
@@ -89,20 +90,10 @@ def call_ms(call: Callable[[], Any]) -> dict[str, Any]:
     return {"ms": statistics.median(times[2:]), "peak_bytes": torch.cuda.max_memory_allocated() - before}
 
 
-def generate(model: Any, index: rx.TrieIndex, ids: Tensor, mask: Tensor, width: int, constrained: bool) -> Tensor:
+def generated(model: Any, index: rx.TrieIndex, ids: Tensor, width: int, constrained: bool) -> Tensor:
     processor = rx.TrieLogitsProcessor(index, prompt_length=ids.shape[1], num_beams=width)
-    return model.generate(
-        input_ids=ids,
-        attention_mask=mask.long(),
-        logits_processor=[processor] if constrained else [],
-        num_beams=width,
-        num_return_sequences=TOP_K,
-        max_new_tokens=LEVELS,
-        do_sample=False,
-        length_penalty=0.0,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
+    processors = [processor] if constrained else []
+    return generate(model, ids, width=width, levels=LEVELS, top_k=TOP_K, logits_processor=processors)
 
 
 def head_rows(normalize: str, level: int, weight: Tensor, index: rx.TrieIndex) -> Tensor:
@@ -173,7 +164,7 @@ def measure_search(
         torch.cuda.empty_cache()
     if width <= GENERATE:
         for name, constrained in (("generate", True), ("generate without a constraint", False)):
-            ways[name] = call_ms(partial(generate, model, index, ids, mask, width, constrained))
+            ways[name] = call_ms(partial(generated, model, index, ids, width, constrained))
             torch.cuda.empty_cache()
     return {
         "batch": batch,

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.peers.beam_search_cases import Level, Search
+from benchmarks.peers.beam_search_cases import Search
 from raddpo_ext.bench.beam_search_peers import (
     Node,
     agree,
@@ -29,6 +29,7 @@ from raddpo_ext.bench.beam_search_peers import (
     ours,
 )
 from raddpo_ext.bench.compare import Missing
+from raddpo_ext.bench.searches import Level
 
 Step = Callable[[], Any]
 # STATIC holds two dense vocab x vocab tables (5 bytes an entry) when its first two levels are dense, its default.

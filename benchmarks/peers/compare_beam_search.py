@@ -26,8 +26,9 @@ from benchmarks.harness import report, results
 from benchmarks.harness.results import milliseconds
 from benchmarks.harness.timing import measured, middle
 from benchmarks.peers.beam_search import FLOORS, METHODS, check_same
-from benchmarks.peers.beam_search_cases import CASES, Case, Level, Search
+from benchmarks.peers.beam_search_cases import CASES, Search
 from raddpo_ext.bench.compare import Cost, Missing, burst_of
+from raddpo_ext.bench.searches import Case, Level
 
 MODULE = "benchmarks.peers.compare_beam_search"
 PEERS = [name for name in METHODS if name != "ours" and name not in FLOORS]

@@ -32,10 +32,11 @@ from torch import Tensor
 from benchmarks.harness import report, results
 from benchmarks.harness.report import MIB
 from benchmarks.harness.results import milliseconds
-from benchmarks.peers import session_loss, token_logps_cases
-from benchmarks.peers.token_logps import PEERS, PLAIN, Step, methods
-from benchmarks.peers.token_logps_cases import Case, Problem
+from benchmarks.peers.token_logps import PEERS, methods
 from benchmarks.peers.token_logps_timing import run_case
+from raddpo_ext.bench import session_loss_cases, session_loss_peers, token_logps_cases
+from raddpo_ext.bench.token_logps_cases import Case, Problem, Step
+from raddpo_ext.bench.token_logps_peers import PLAIN
 
 MODULE = "benchmarks.peers.compare_losses"
 PACKAGES = ("trl", "liger_kernel", "verl", "transformers", "triton")
@@ -56,7 +57,7 @@ TITLES = {
 class SessionCase:
     """A case of session_loss among the others."""
 
-    case: session_loss.Case
+    case: session_loss_cases.Case
     section = group = "session"
     dtype = torch.float32
     huge_pages = beyond_budget = False
@@ -70,7 +71,7 @@ class SessionProblem:
     """Its batch; the gradient is returned, and needs no leaf."""
 
     def __init__(self, case: SessionCase) -> None:
-        self.case, self.batch = case, session_loss.Batch(case.case)
+        self.case, self.batch = case, session_loss_cases.Batch(case.case)
         self.leaves: dict[str, Tensor] = {}
 
     def reset(self) -> None:
@@ -80,7 +81,7 @@ class SessionProblem:
 
 
 AnyCase = Case | SessionCase
-CASES: list[AnyCase] = [*token_logps_cases.CASES, *map(SessionCase, session_loss.CASES)]
+CASES: list[AnyCase] = [*token_logps_cases.CASES, *map(SessionCase, session_loss_cases.CASES)]
 
 
 def problem_and_methods(case: AnyCase) -> tuple[Problem | SessionProblem, dict[str, Callable[[Any], Step]]]:
@@ -92,19 +93,8 @@ def problem_and_methods(case: AnyCase) -> tuple[Problem | SessionProblem, dict[s
         step()  # compiles
         return step
 
-    problem = SessionProblem(case)
-    against = {name: partial(called_once, method) for name, method in session_loss.METHODS.items()}
-    return problem, {**against, "bare_bytes": bare_bytes}
-
-
-def bare_bytes(problem: SessionProblem) -> Step:
-    """As many bytes as forward and backward must move: tokens, lengths, weights and log-probs are read, rewards,
-    margins, the saved gradient and the gradient written, and the saved one read."""
-    sessions, logps = problem.batch.sessions, problem.batch.logps
-    read = sessions.tokens.nbytes + sessions.lengths.nbytes + problem.batch.weights.nbytes + 2 * logps.nbytes
-    written = 4 * (sessions.num_candidates + sessions.num_pairs) + 2 * logps.nbytes
-    there, here = torch.zeros(2, (read + written) // 2, dtype=torch.uint8)
-    return lambda: here.copy_(there)
+    against = session_loss_peers.METHODS | {"bare_bytes": session_loss_peers.bare_bytes}
+    return SessionProblem(case), {name: partial(called_once, method) for name, method in against.items()}
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,12 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import raddpo_ext as rx
 from benchmarks.harness import catalogues, report, results
 from benchmarks.harness.report import MIB
 from benchmarks.harness.timing import measured, middle, take_turns
+from raddpo_ext.bench.retriever import agree, children_of, generate, random_model
 from raddpo_ext.integrations import decoders
 
 MODULE = "benchmarks.peers.compare_retriever"
@@ -72,35 +72,15 @@ def catalogue() -> rx.TrieIndex:
     return rx.TrieIndex.build(sids, vocab=rx.SIDVocab([CODES] * sids.shape[1], offset=FIRST))
 
 
-def make_model() -> Qwen3ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        head_dim=HEAD_DIM,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    )
-    return Qwen3ForCausalLM(config).eval()
-
-
 class Search:
     """The model, the catalogue and prompts, and a retrieval by method: ``(scores [B, W], tokens or SIDs)``."""
 
     def __init__(self, case: Case) -> None:
-        self.case, self.model, self.index = case, make_model(), catalogue()
+        self.case, self.model, self.index = case, random_model(VOCAB, HIDDEN, LAYERS), catalogue()
         generator = torch.Generator().manual_seed(1)
         self.prompts = torch.randint(FIRST, (case.batch, case.prompt), generator=generator)
-        self.children: dict[tuple[int, ...], list[int]] = {}
-        for node in range(self.index.num_nodes):
-            sid = [code for code in self.index.paths(torch.tensor([node]))[0][0].tolist() if code >= 0]
-            tokens = tuple(FIRST + CODES * level + code for level, code in enumerate(sid))
-            if tokens:
-                self.children.setdefault(tokens[:-1], []).append(tokens[-1])
+        assert self.index.vocab is not None
+        self.children = children_of(self.index.vocab.encode(torch.from_numpy(catalogues.real("industrial")).long()))
 
     def retriever(self, normalize: str, shared: bool) -> rx.SIDRetriever:
         return rx.SIDRetriever(
@@ -109,17 +89,12 @@ class Search:
 
     def generate(self) -> tuple[Tensor, Tensor]:
         length = self.prompts.shape[1]
-        found = self.model.generate(
-            input_ids=self.prompts,
-            attention_mask=torch.ones_like(self.prompts),
+        found = generate(
+            self.model,
+            self.prompts,
+            width=self.case.width,
+            levels=self.index.levels,
             prefix_allowed_tokens_fn=lambda _, row: self.children[tuple(row[length:].tolist())],
-            num_beams=self.case.width,
-            num_return_sequences=self.case.width,
-            max_new_tokens=self.index.levels,
-            do_sample=False,
-            length_penalty=0.0,
-            pad_token_id=0,
-            eos_token_id=None,
             return_dict_in_generate=True,
             output_scores=True,
         )
@@ -155,28 +130,15 @@ def retrieval(case: Case, rounds: int) -> dict[str, Any]:
             methods[name] = lambda retriever=retriever: retriever.retrieve(search.prompts)
             if normalize == "vocab":
                 held[name.split()[0]] = cache_bytes(methods[name])
-        ours, theirs = methods[f"shared {normalize}"](), methods[f"reordered {normalize}"]()
-        agree(ours.scores, ours.sids, theirs.scores, theirs.sids)
+        ours, theirs = (methods[f"{kind} {normalize}"]() for kind in ("shared", "reordered"))
+        agree((theirs.scores, theirs.sids), (ours.scores, ours.sids), TOLERANCE)
     if case.generate:
         methods["generate"] = search.generate
         found = methods["shared vocab"]()
-        agree(found.scores, found.sids, *search.generate())
+        agree(search.generate(), (found.scores, found.sids), TOLERANCE)
     costs = methods_costs(methods, rounds)
     gflop = {normalize: search.operations(normalize) / 1e9 for normalize in ("vocab", "level")}
     return {**costs, "cache_bytes": held, "gflop": gflop}
-
-
-def agree(scores: Tensor, sids: Tensor, other_scores: Tensor, other_sids: Tensor) -> None:
-    """The same SIDs by the same scores; two whose scores are that close may change places, or one end in the beam."""
-    torch.testing.assert_close(scores, other_scores, rtol=TOLERANCE, atol=0)
-    for query in range(len(scores)):
-        ours, theirs = (
-            dict(zip(map(tuple, found[query].tolist()), values[query].tolist(), strict=True))
-            for found, values in ((sids, scores), (other_sids, other_scores))
-        )
-        sure = min(ours.values()) * (1 - TOLERANCE)  # scores are negative
-        assert {sid for sid, score in ours.items() if score > sure} <= theirs.keys(), "other SIDs are found"
-        assert all(abs(ours[sid] / theirs[sid] - 1) < TOLERANCE for sid in ours.keys() & theirs.keys())
 
 
 def cache_bytes(retrieve: Callable[[], Any]) -> int:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.timing import Measured, measured, middle
-from benchmarks.peers.token_logps import FLOORS, Method, Step
-from benchmarks.peers.token_logps_cases import Case, Problem
 from raddpo_ext.bench.compare import Cost, Missing, burst_of
+from raddpo_ext.bench.token_logps_cases import Case, Problem, Step
+from raddpo_ext.bench.token_logps_peers import FLOORS, Method
 
 BURST = 0.05  # seconds
 ENOUGH = 0.3  # seconds of one method in one process,

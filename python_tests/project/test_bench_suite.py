@@ -19,6 +19,7 @@ from benchmarks.harness.suite import MEMBERS, Member
 from benchmarks.pages import figures, reliability_page, suite_page
 from benchmarks.peers import token_logps_timing
 from raddpo_ext.bench.compare import Missing, burst_of
+from raddpo_ext.bench.trie import words_of
 
 NAMES = [member.name for member in MEMBERS]
 WORKING = """
@@ -258,10 +259,10 @@ def test_every_chart_has_its_floor() -> None:
 def test_index_peers(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     sids = rng.integers(50, size=(2000, 3), dtype=np.int32)
-    words = bench_trie._words(sids)
+    words = words_of(sids)
     np.testing.assert_array_equal(np.lexsort(words[::-1]), np.lexsort(sids.T[::-1]))
     long = rng.integers(2048, size=(2000, 8), dtype=np.int32)
-    np.testing.assert_array_equal(np.lexsort(bench_trie._words(long)[::-1]), np.lexsort(long.T[::-1]))
+    np.testing.assert_array_equal(np.lexsort(words_of(long)[::-1]), np.lexsort(long.T[::-1]))
     for method in bench_trie.METHODS.values():
         try:
             found = method(sids)

@@ -10,19 +10,12 @@ from torch import Tensor
 
 from raddpo_ext.bench.beam_search_peers import agree, bare_lse, dict_trie, gather_lse, hf_style, ours
 from raddpo_ext.bench.compare import Comparison, Run
-from raddpo_ext.bench.searches import Level, Search
-from raddpo_ext.index.trie import TrieIndex
-from raddpo_ext.index.vocab import SIDVocab
+from raddpo_ext.bench.searches import Case, Level, Search
 
 
-def comparison(
-    device: torch.device, *, items: int, codes: int, levels: int, vocab_size: int, batch_size: int, beam_width: int
-) -> Comparison:
-    """A step is the mean over one search's. The catalogue is uniform; its tokens are the vocabulary's last where that
-    has more than ``codes``."""
-    sids = torch.randint(codes, (items, levels), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    vocab = None if vocab_size == codes else SIDVocab([codes] * levels, offset=vocab_size - levels * codes)
-    search = Search(TrieIndex.build(sids, vocab=vocab).to(device), vocab_size, batch_size, beam_width)
+def comparison(device: torch.device, *, case: Case) -> Comparison:
+    """A step is the mean over one search's, in a synthetic catalogue."""
+    search = Search(case.index_of(case.sids()).to(device), case.vocab, case.batch, case.beams)
     steps = list(search.levels())
 
     def whole(prepare: Callable[[Search, Level], Run]) -> Run:
@@ -39,9 +32,9 @@ def comparison(
         "prefix_allowed_tokens_fn, as HF": hf_style,
     }
     return Comparison(
-        f"beam step V={vocab_size} L={levels} B={batch_size} W={beam_width}, {items:,} items",
+        f"beam step V={case.vocab} L={case.levels} B={case.batch} W={case.beams}, {case.items:,} items",
         {"ours": whole(ours)} | {name: whole(peer) for name, peer in peers.items()},
         {"log-sum-exp of the logits": whole(bare_lse)},
-        steps=levels,
+        steps=case.levels,
         agree=agree_everywhere,
     )

@@ -58,6 +58,7 @@ class Comparison:
         floors: calls that only do what no way can do without.
         steps: how many of the thing a call computes; times are of one.
         agree: takes a method's result and ours; raises AssertionError unless they are the same.
+        before: runs before each call, untimed.
         note: said beside the name.
         unavailable: methods that cannot run here, and why.
     """
@@ -67,6 +68,7 @@ class Comparison:
     floors: dict[str, Run]
     steps: int = 1
     agree: Callable[[Any, Any], None] = agree
+    before: Run = lambda: None
     note: str = ""
     unavailable: dict[str, str] = field(default_factory=dict)
 
@@ -100,7 +102,7 @@ def measure(
     for _ in range(rounds):
         for name, run in runs.items():
             if sum(cost.wall for costs in bursts[name] for cost in costs) < ENOUGH:
-                bursts[name].append(burst_of(run, burst, time_one=time_one))
+                bursts[name].append(burst_of(run, burst, comparison.before, time_one))
     return {name: _summary(found, comparison.steps) for name, found in bursts.items()}
 
 
@@ -114,8 +116,10 @@ def _summary(bursts: list[list[Cost]], steps: int) -> dict[str, float]:
 def _check_same(comparison: Comparison) -> None:
     """Also the first call of each method, in which some compile."""
     (first, run), *others = comparison.methods.items()
+    comparison.before()
     expected = run()
     for name, other in others:
+        comparison.before()
         try:
             comparison.agree(other(), expected)
         except AssertionError as error:

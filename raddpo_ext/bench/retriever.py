@@ -20,51 +20,24 @@ def comparison(
     device: torch.device, *, items: int, vocab_size: int, hidden_size: int, layers: int, prompt: int, beam_width: int
 ) -> Comparison:
     """One prompt through a Qwen3 with random weights. The floor is the head's product with the states of every beam."""
-    try:
-        from transformers import Qwen3Config, Qwen3ForCausalLM
-    except ImportError as error:
-        raise Missing(f"transformers cannot be imported: {error}") from None
-    torch.manual_seed(0)
-    heads = hidden_size // HEAD_DIM
-    model: Any = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=vocab_size,
-            hidden_size=hidden_size,
-            intermediate_size=3 * hidden_size,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            head_dim=HEAD_DIM,
-            tie_word_embeddings=True,
-        )
-    )
-    model = model.eval().to(device)
+    model = random_model(vocab_size, hidden_size, layers).to(device)
     vocab = SIDVocab([CODES] * LEVELS, offset=vocab_size - LEVELS * CODES)
     sids = torch.randint(CODES, (items, LEVELS))
     retriever = SIDRetriever(model, TrieIndex.build(sids, vocab=vocab).to(device), beam_width=beam_width)
     prompts = torch.randint(vocab_size - LEVELS * CODES, (1, prompt), device=device)
-    following: dict[tuple[int, ...], set[int]] = {}
-    for tokens in vocab.encode(sids).tolist():
-        for level, token in enumerate(tokens):
-            following.setdefault(tuple(tokens[:level]), set()).add(token)
-    allowed = {prefix: list(tokens) for prefix, tokens in following.items()}
+    allowed = children_of(vocab.encode(sids))
 
     def ours() -> tuple[Tensor, Tensor]:
         found = retriever.retrieve(prompts)
         return found.scores, vocab.encode(found.sids[0].cpu())[None]
 
-    def generate() -> tuple[Tensor, Tensor]:
-        found = model.generate(
-            input_ids=prompts,
-            attention_mask=torch.ones_like(prompts),
+    def peer() -> tuple[Tensor, Tensor]:
+        found = generate(
+            model,
+            prompts,
+            width=beam_width,
+            levels=LEVELS,
             prefix_allowed_tokens_fn=lambda _, row: allowed[tuple(row[prompt:].tolist())],
-            num_beams=beam_width,
-            num_return_sequences=beam_width,
-            max_new_tokens=LEVELS,
-            do_sample=False,
-            length_penalty=0.0,
-            pad_token_id=0,
-            eos_token_id=None,
             return_dict_in_generate=True,
             output_scores=True,
         )
@@ -75,17 +48,68 @@ def comparison(
     weight = model.lm_head.weight.detach()
     return Comparison(
         f"retrieval, Qwen3 of {layers} layers H={hidden_size} V={vocab_size}, prompt of {prompt}, W={beam_width}",
-        {"ours": torch.no_grad()(ours), "generate, prefix_allowed_tokens_fn": generate},
+        {"ours": torch.no_grad()(ours), "generate, prefix_allowed_tokens_fn": peer},
         {"the head's products": lambda: torch.mm(rows, weight.T, out=logits)},
         agree=agree,
     )
 
 
-def agree(result: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+def random_model(vocab_size: int, hidden_size: int, layers: int) -> Any:
+    """A Qwen3 with random weights and heads of 64, in evaluation mode.
+
+    Raises:
+        Missing: transformers cannot be imported.
+    """
+    try:
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+    except ImportError as error:
+        raise Missing(f"transformers cannot be imported: {error}") from None
+    torch.manual_seed(0)
+    heads = hidden_size // HEAD_DIM
+    config = Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+    return Qwen3ForCausalLM(config).eval()
+
+
+def children_of(sids: Tensor) -> dict[tuple[int, ...], list[int]]:
+    """The tokens behind each prefix of the SIDs ``[N, L]``, as a user holds them for ``prefix_allowed_tokens_fn``."""
+    following: dict[tuple[int, ...], dict[int, None]] = {}
+    for tokens in sids.tolist():
+        for level, token in enumerate(tokens):
+            following.setdefault(tuple(tokens[:level]), {})[token] = None
+    return {prefix: list(tokens) for prefix, tokens in following.items()}
+
+
+def generate(model: Any, ids: Tensor, *, width: int, levels: int, top_k: int | None = None, **options: Any) -> Any:
+    """What transformers' own beam search finds behind prompts of one length; ``options`` hold the constraint."""
+    return model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        num_beams=width,
+        num_return_sequences=top_k or width,
+        max_new_tokens=levels,
+        do_sample=False,
+        length_penalty=0.0,
+        pad_token_id=0,
+        eos_token_id=None,
+        **options,
+    )
+
+
+def agree(result: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], tolerance: float = TOLERANCE) -> None:
     """Raises AssertionError unless scores are equal, best first, and so are the SIDs, but for SIDs of equal scores,
     which may change places."""
     (got, got_sids), (scores, sids) = result, expected
-    near = TOLERANCE * scores.abs()
+    near = tolerance * scores.abs()
     off = (got - scores).abs()
     require(bool((off <= near).all()), f"its scores are off by up to {float(off.max()):.2g}")
     gaps = (scores[:, :-1] - scores[:, 1:]).cpu() > 2 * near[:, 1:].cpu()

@@ -2,14 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from raddpo_ext.bench import catalogues
 from raddpo_ext.decoding.beam_step import BeamState, beam_step
 from raddpo_ext.index.trie import TrieIndex
+from raddpo_ext.index.vocab import SIDVocab
+
+
+@dataclass(frozen=True)
+class Case:
+    """``vocab`` logits a row, ``batch`` queries of ``beams`` beams over SIDs of ``levels`` codes."""
+
+    catalogue: str  # "uniform" or "clustered", or the name of a real one
+    vocab: int
+    levels: int
+    batch: int
+    beams: int
+    items: int = 0  # of a synthetic catalogue
+    codes: int = 0  # of a level, the last tokens of the vocabulary; 0: all levels have all tokens
+
+    @property
+    def name(self) -> str:
+        return f"{self.catalogue} V{self.vocab} L{self.levels} B{self.batch} W{self.beams}"
+
+    def index_of(self, sids: Any) -> TrieIndex:
+        if not self.codes:
+            return TrieIndex.build(sids)
+        vocab = SIDVocab([self.codes] * self.levels, offset=self.vocab - self.levels * self.codes)
+        return TrieIndex.build(sids, vocab=vocab)
+
+    def sids(self) -> np.ndarray:
+        """Of a synthetic catalogue."""
+        draw: Callable[[int, int, int], np.ndarray] = getattr(catalogues, self.catalogue)
+        return draw(self.items, self.codes or self.vocab, self.levels)
+
+
+MILLION = 1_000_000
+QWEN_VOCAB = 151_936  # the SID tokens are appended to a language model's vocabulary
+SYNTHETIC = [Case("uniform", 2048, 8, 2, 70, MILLION), Case("uniform", 8192, 3, 8, 128, MILLION)]
 
 
 @dataclass

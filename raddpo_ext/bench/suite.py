@@ -9,30 +9,32 @@ import torch
 
 from raddpo_ext.bench import beam_search, retriever, session_loss, token_logps, trie
 from raddpo_ext.bench.compare import Comparison
+from raddpo_ext.bench.searches import MILLION, QWEN_VOCAB, SYNTHETIC
+from raddpo_ext.bench.searches import Case as SearchCase
+from raddpo_ext.bench.session_loss_cases import Case as SessionCase
+from raddpo_ext.bench.token_logps_cases import Case as LogpsCase
 
-MILLION = 1_000_000
-QWEN_VOCAB = 151_936  # the SID tokens are appended to a language model's vocabulary
 LARGE = QWEN_VOCAB + 3 * 256
 
 Prepare = Callable[[torch.device], Comparison]
 step, retrieval = beam_search.comparison, retriever.comparison
 CORE: dict[str, Prepare] = {
-    "beam step 2k": partial(step, items=MILLION, codes=2048, levels=8, vocab_size=2048, batch_size=2, beam_width=70),
-    "beam step 8k": partial(step, items=MILLION, codes=8192, levels=3, vocab_size=8192, batch_size=8, beam_width=128),
-    "beam step 152k": partial(step, items=100_000, codes=256, levels=3, vocab_size=LARGE, batch_size=1, beam_width=50),
-    "token_logps": partial(token_logps.from_logits, rows=256, vocab_size=32768),
-    "linear_token_logps": partial(token_logps.from_hidden, rows=256, vocab_size=32768, hidden_size=512),
-    "session loss": partial(session_loss.comparison, sessions=256, positives=(1, 4), negatives=(3, 64), levels=4),
+    "beam step 2k": partial(step, case=SYNTHETIC[0]),
+    "beam step 8k": partial(step, case=SYNTHETIC[1]),
+    "beam step 152k": partial(step, case=SearchCase("uniform", LARGE, 3, 1, 50, 100_000, 256)),
+    "token_logps": partial(token_logps.comparison, case=LogpsCase("logits", 256, 32768)),
+    "linear_token_logps": partial(token_logps.comparison, case=LogpsCase("sweep", 256, 32768, 512)),
+    "session loss": partial(session_loss.comparison, case=SessionCase("winner")),
     "index": partial(trie.comparison, items=MILLION, codes=8192, levels=3),
     "retrieval": partial(
         retrieval, items=100_000, vocab_size=LARGE, hidden_size=256, layers=2, prompt=128, beam_width=50
     ),
 }
 TINY: dict[str, Prepare] = {
-    "beam step": partial(step, items=300, codes=16, levels=3, vocab_size=99, batch_size=2, beam_width=5),
-    "token_logps": partial(token_logps.from_logits, rows=3, vocab_size=50),
-    "linear_token_logps": partial(token_logps.from_hidden, rows=3, vocab_size=50, hidden_size=8),
-    "session loss": partial(session_loss.comparison, sessions=5, positives=(1, 3), negatives=(2, 4), levels=3),
+    "beam step": partial(step, case=SearchCase("uniform", 99, 3, 2, 5, 300, 16)),
+    "token_logps": partial(token_logps.comparison, case=LogpsCase("logits", 3, 50)),
+    "linear_token_logps": partial(token_logps.comparison, case=LogpsCase("sweep", 3, 50, 8)),
+    "session loss": partial(session_loss.comparison, case=SessionCase("winner", 5, (1, 3), (2, 4), 3)),
     "index": partial(trie.comparison, items=300, codes=16, levels=3),
     "retrieval": partial(retrieval, items=300, vocab_size=900, hidden_size=64, layers=1, prompt=4, beam_width=5),
 }

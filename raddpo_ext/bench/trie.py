@@ -14,9 +14,7 @@ from raddpo_ext.index.trie import TrieIndex
 def comparison(device: torch.device, *, items: int, codes: int, levels: int) -> Comparison:
     """Of uniform SIDs that fit a 63-bit word. It is built on the CPU whatever ``device`` is."""
     sids = torch.randint(codes, (items, levels), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    words = np.zeros(items, np.int64)
-    for column in sids.numpy().T:
-        words = words * codes + column
+    (words,) = words_of(sids.numpy())
     copied = torch.empty_like(sids)
 
     def nested_dicts() -> dict:
@@ -48,3 +46,17 @@ def comparison(device: torch.device, *, items: int, codes: int, levels: int) -> 
         agree=agree,
         note=f"{TrieIndex.build(sids).nbytes / items:.1f} bytes an item",
     )
+
+
+def words_of(sids: np.ndarray) -> list[np.ndarray]:
+    """Each SID's codes packed into as few integers as hold them."""
+    width = int(sids.max()).bit_length()
+    most = 63 // width  # levels in a word
+    words = []
+    for begin in range(0, sids.shape[1], most):
+        word = np.zeros(len(sids), np.int64)
+        for column in sids[:, begin : begin + most].T:
+            word <<= width
+            word |= column
+        words.append(word)
+    return words

@@ -15,9 +15,9 @@ from benchmarks.gpu import losses as gpu_losses
 from benchmarks.gpu import report, timing
 from benchmarks.gpu import retriever as gpu_retriever
 from benchmarks.harness import results
-from benchmarks.peers.session_loss import Case as SessionCase
-from benchmarks.peers.token_logps_cases import Case as LossCase
 from python_tests.gpu import gpu_sanitize, gpu_suite
+from raddpo_ext.bench.session_loss_cases import Case as SessionCase
+from raddpo_ext.bench.token_logps_cases import Case as LossCase
 
 SMALL = {
     "vocab_size": 120, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,

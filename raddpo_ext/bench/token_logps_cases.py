@@ -7,6 +7,7 @@ candidates, against other libraries' fused heads), ``level`` (a softmax over one
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -14,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import raddpo_ext as rx
+from raddpo_ext.index.vocab import SIDVocab
 
+Step = Callable[[], Tensor]
 SPREAD = 3.0  # standard deviation of the logits: peaked as a trained model's, so that the softmax counts in gradients
 CANDIDATES = 16  # of a preference batch, the first half chosen, the second rejected
 BETA, GAMMA = 2.0, 0.5
@@ -112,26 +114,27 @@ def _random(*shape: int, seed: int, spread: float = 1.0) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def _weight(vocab: int, hidden: int, dtype: torch.dtype) -> Tensor:
-    return _random(vocab, hidden, seed=0, spread=SPREAD * hidden**-0.5).to(dtype).requires_grad_()
+def _weight(vocab: int, hidden: int, dtype: torch.dtype, device: str) -> Tensor:
+    return _random(vocab, hidden, seed=0, spread=SPREAD * hidden**-0.5).to(device, dtype).requires_grad_()
 
 
 class Problem:
     """A case's inputs. A method runs :meth:`reset`, untimed, before each of its calls."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, device: torch.device | str = "cpu") -> None:
         self.case = case
         generator = torch.Generator().manual_seed(1)
-        self.upstream = _random(case.rows, seed=2)
+        self.upstream = _random(case.rows, seed=2).to(device)
         self.targets = torch.randint(case.codes or case.vocab, (case.rows,), generator=generator)
         if case.codes:
             self.targets += case.vocab + self.codes_of_levels[self.levels]
+        self.targets = self.targets.to(device)
         if case.hidden:
-            self.weight = _weight(case.vocab, case.hidden, case.dtype)
-            self.hidden = _random(case.rows, case.hidden, seed=3).to(case.dtype).requires_grad_()
+            self.weight = _weight(case.vocab, case.hidden, case.dtype, str(device))
+            self.hidden = _random(case.rows, case.hidden, seed=3).to(device, case.dtype).requires_grad_()
             self.leaves = {"hidden": self.hidden, "weight": self.weight}
         else:
-            self.values = _random(case.rows, case.vocab, seed=3, spread=SPREAD).to(case.dtype)
+            self.values = _random(case.rows, case.vocab, seed=3, spread=SPREAD).to(device, case.dtype)
             self.given = self.values.clone().requires_grad_()
             self.leaves = {"logits": self.given}
         self.clear()
@@ -151,8 +154,8 @@ class Problem:
         return self.case.codes * torch.arange(-LEVELS, 0)
 
     @cached_property
-    def sid_vocab(self) -> rx.SIDVocab:
-        return rx.SIDVocab([self.case.codes] * LEVELS, offset=self.case.vocab - LEVELS * self.case.codes)
+    def sid_vocab(self) -> SIDVocab:
+        return SIDVocab([self.case.codes] * LEVELS, offset=self.case.vocab - LEVELS * self.case.codes)
 
     def reset(self) -> None:
         """Drops the gradients, but for a ``weight.grad`` to be added to, and restores logits that the last call

@@ -1,8 +1,5 @@
 """The session loss with its gradient, ours and the same in plain torch.
 
-256 sessions of 1 to 4 positives and 3 to 64 negatives, SIDs of 4 codes, half of a session's negatives next to its
-winner in the sorted catalogue, a weight per pair.
-
 - ``vectorised`` returns what ours does: the loss, the rewards, the margin of every pair and the accuracy. It has every
   row number and every slot of its padded tables prepared: whatever follows from the sessions' sizes is not timed. It
   compares tokens in each call, as ours does.
@@ -19,75 +16,29 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, softplus
 
-import raddpo_ext as rx
-from benchmarks.harness import catalogues
 from raddpo_ext.bench.compare import Missing
-from raddpo_ext.bench.session_loss import BETA, Padding
-
-ITEMS, CODES, NEIGHBOURS = 50_000, 256, 40  # of the catalogue; rows of it around the winner
-Loss = Callable[[Tensor], Tensor]
-Step = Callable[[], tuple[Tensor, Tensor]]
+from raddpo_ext.bench.session_loss_cases import BETA, Batch, Step
+from raddpo_ext.losses.rad_dpo_loss import rad_dpo_loss
 
 
-@dataclass(frozen=True)
-class Case:
-    """``positives`` as in :func:`raddpo_ext.rad_dpo_loss`."""
+class Padding:
+    """Where the entries of ascending groups stand in a table ``[groups, most]``."""
 
-    positives: str
-    sessions: int = 256
-    most_positives: int = 4
-    negatives: tuple[int, int] = (3, 64)
-    levels: int = 4
+    def __init__(self, group: Tensor) -> None:
+        counts = torch.bincount(group)
+        self.shape = len(counts), int(counts.max())
+        places = torch.arange(len(group), device=group.device)
+        self.slots = group * self.shape[1] + places - (counts.cumsum(0) - counts)[group]
 
-    @property
-    def name(self) -> str:
-        least, most = self.negatives
-        return f"{self.positives} S{self.sessions} P1-{self.most_positives} N{least}-{most} L{self.levels}"
-
-
-CASES = [Case("winner"), Case("each"), Case("pooled")]
-
-
-class Batch:
-    """A case's sessions, weights and log-probs, a leaf."""
-
-    def __init__(self, case: Case) -> None:
-        rng = np.random.default_rng(0)
-        catalogue = np.unique(catalogues.clustered(ITEMS, CODES, case.levels), axis=0)
-        least, most = [1, case.negatives[0]], [case.most_positives, case.negatives[1]]
-        counts = rng.integers(least, most, (case.sessions, 2), endpoint=True)
-        rows: list[int] = []
-        for positives, negatives in counts:
-            drawn = rng.integers(len(catalogue), size=positives + negatives)
-            near = drawn[0] + rng.integers(1, NEIGHBOURS, negatives // 2)
-            rows += [*drawn[: len(drawn) - len(near)], *near % len(catalogue)]
-        self.case = case
-        self.tokens = torch.from_numpy(catalogue[rows]).long()
-        self.sessions = rx.SessionBatch(
-            self.tokens,
-            torch.full((len(rows),), case.levels),
-            torch.tensor([0, *accumulate(counts.sum(1).tolist())]),
-            torch.from_numpy(counts[:, 0].copy()),
-        )
-        generator = torch.Generator().manual_seed(0)
-        self.logps = (-3 * torch.rand(len(rows), case.levels, generator=generator)).requires_grad_()
-        self.weights = 0.5 + 0.5 * torch.rand(self.sessions.num_pairs, generator=generator)
-
-    def differentiate(self, loss: Loss) -> Step:
-        def step() -> tuple[Tensor, Tensor]:
-            value = loss(self.logps)
-            return value, torch.autograd.grad(value, self.logps)[0]
-
-        return step
+    def log_sum_exp(self, terms: Tensor) -> Tensor:
+        table = terms.new_full((self.shape[0] * self.shape[1],), -math.inf)
+        return table.index_copy(0, self.slots, terms).view(self.shape).logsumexp(1)
 
 
 class Layout:
@@ -95,8 +46,7 @@ class Layout:
 
     def __init__(self, batch: Batch) -> None:
         sessions = batch.sessions
-        session = torch.repeat_interleave(sessions.offsets.diff())  # of each row
-        is_positive = torch.arange(len(session)) - sessions.offsets[session] < sessions.num_positives[session]
+        session, is_positive = sessions.owners(), sessions.is_positive()  # of each row
         self.is_negative = ~is_positive[:, None]
         self.positives, self.negatives = is_positive.nonzero()[:, 0], (~is_positive).nonzero()[:, 0]
         self.winner_of_row = sessions.offsets[session]
@@ -150,12 +100,14 @@ def shared_with_any(tokens: Tensor, at: Layout) -> Tensor:
 
 def longest_with_any(by_pair: Tensor, tokens: Tensor, at: Layout) -> Tensor:
     longest = by_pair.new_zeros(len(tokens)).scatter_reduce(0, at.negative_of_pair, by_pair, "amax")
-    return torch.arange(tokens.shape[1]) < longest[:, None]
+    return torch.arange(tokens.shape[1], device=tokens.device) < longest[:, None]
 
 
 def pooled_loss(logps: Tensor, shared: Tensor, weights: Tensor, at: Layout) -> Tensor:
     rewards = BETA / logps.shape[1] * torch.where(shared, logps.detach(), logps).sum(1)
-    least = torch.ones(len(logps)).scatter_reduce(0, at.negative_of_pair, weights, "amin", include_self=False)
+    least = torch.ones(len(logps), device=logps.device).scatter_reduce(
+        0, at.negative_of_pair, weights, "amin", include_self=False
+    )
     terms = (rewards + least.log()).masked_fill(shared[:, -1], -math.inf).index_select(0, at.negatives)
     pool = at.positives_by_session.log_sum_exp(rewards.index_select(0, at.positives))
     return softplus(at.by_session.log_sum_exp(terms) - pool).mean() - (logps * at.sft_share).sum()
@@ -169,7 +121,7 @@ EXPERT = {
 
 
 def ours(batch: Batch) -> Step:
-    loss = partial(rx.rad_dpo_loss, pair_weights=batch.weights, beta=BETA, positives=batch.case.positives)
+    loss = partial(rad_dpo_loss, pair_weights=batch.weights, beta=BETA, positives=batch.case.positives)
     return batch.differentiate(lambda logps: loss(logps, batch.sessions).loss)
 
 
@@ -185,7 +137,7 @@ def metrics(logps: Tensor, dropped: Tensor, at: Layout, in_loss: slice | Tensor)
 def _vectorised(batch: Batch) -> Callable[[Tensor], tuple[Tensor, ...]]:
     at, mode, count = Layout(batch), batch.case.positives, batch.case.levels
     in_loss = at.winner_pairs if mode == "winner" else slice(None)
-    levels = torch.arange(count)
+    levels = torch.arange(count, device=batch.tokens.device)
 
     def run(logps: Tensor) -> tuple[Tensor, ...]:
         by_pair = shared = shared_by_pair(batch.tokens, at)  # the margins need it of every pair
@@ -265,3 +217,13 @@ METHODS: dict[str, Callable[[Batch], Step]] = {
     "compiled": compiled,
     "loop": loop,
 }
+
+
+def bare_bytes(batch: Batch) -> Callable[[], Tensor]:
+    """Copies as many bytes as forward and backward must move: tokens, lengths, weights and log-probs are read, rewards,
+    margins, the saved gradient and the gradient written, and the saved one read."""
+    sessions, gradient = batch.sessions, batch.logps.nbytes
+    read = sessions.tokens.nbytes + sessions.lengths.nbytes + batch.weights.nbytes + 2 * gradient
+    written = 4 * (sessions.num_candidates + sessions.num_pairs) + 2 * gradient
+    there, here = torch.zeros(2, (read + written) // 2, dtype=torch.uint8, device=batch.tokens.device)
+    return lambda: here.copy_(there)
