@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable
 
 from torch import Tensor
 from tqdm import tqdm
 
 import raddpo_ext as rx
-from demo.model import START, Tokens, generate
+from demo.model import Tokens, generate
+from demo.sft import START
+from raddpo_ext.bench.retriever import children_of
 from raddpo_ext.data.catalogue import Case
 
 
 def latencies(retriever: rx.SIDRetriever, tokens: Tokens, cases: list[Case], beams: int) -> tuple[float, float]:
     """Median seconds of one query at a time: the retriever, and ``generate`` that asks a Python function for the
     allowed tokens of every beam and masks the whole vocabulary with them."""
-    follow: dict[tuple[int, ...], set[int]] = defaultdict(set)
-    for row in tokens.of_item:
-        for level, token in enumerate(row.tolist()):
-            follow[tuple(row[:level].tolist())].add(token)
-    allowed = {prefix: sorted(after) for prefix, after in follow.items()}
+    allowed = children_of(row.tolist() for row in tokens.of_item)
     ours, theirs = [], []
     for case in tqdm(cases, desc="timing", unit="query", disable=None):
         ids, mask = tokens.pad([case.history])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +11,8 @@ import torch
 from torch import Tensor
 
 import raddpo_ext as rx
+from demo.sft import HISTORY, START
 from raddpo_ext.data.catalogue import Case, Catalogue, load_catalogue
-
-START = 0  # opens every sequence, and pads it
-HISTORY = 10  # purchases that the model looks back on
 
 
 @dataclass(frozen=True)
@@ -51,12 +50,9 @@ class Data:
         """Token ids there are, ``START`` among them."""
         return 1 + START + sum(self.sizes)
 
-    def prompt(self, items: list[int]) -> np.ndarray:
-        """Token ids of the last ``HISTORY`` items, after ``START``."""
-        return self.sequence(items[-HISTORY:])
-
-    def sequence(self, items: list[int]) -> np.ndarray:
-        return np.concatenate([[START], self.tokens.numpy()[items].ravel()])
+    def prompts(self, histories: Iterable[list[int]]) -> list[list[int]]:
+        """Token ids of the last ``HISTORY`` items of each, after ``START``."""
+        return rx.history_prompts(self.index, [items[-HISTORY:] for items in histories], bos_token_id=START)
 
 
 def load(folder: Path) -> Data:

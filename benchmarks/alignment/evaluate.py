@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import raddpo_ext as rx
-from benchmarks.alignment.data import HISTORY, START, Data
+from benchmarks.alignment.data import Data
+from demo.sft import HISTORY, START
 from raddpo_ext.data.metrics import invalid_share, retrieval_metrics
 from raddpo_ext.integrations.decoders import SharedPrefixDecoder
 
@@ -79,6 +80,6 @@ def _by_length(data: Data, histories: Sequence[list[int]], search: Callable[[Ten
     for rows in by_length.values():
         for at in range(0, len(rows), BATCH):
             batch = rows[at : at + BATCH]
-            prompts = torch.stack([torch.from_numpy(data.prompt(histories[row])) for row in batch])
+            prompts = torch.tensor(data.prompts(histories[row] for row in batch))
             found.update(zip(batch, search(prompts), strict=True))
     return torch.stack([found[row] for row in range(len(histories))])

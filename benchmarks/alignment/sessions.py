@@ -38,7 +38,7 @@ class Sessions(NamedTuple):
     def history(self, data: Data, row: int) -> list[int]:
         return data.train[int(self.users[row])][: int(self.cuts[row])]
 
-    def batch(self, data: Data, positives: int, negatives: int) -> tuple[list[np.ndarray], rx.SessionBatch]:
+    def batch(self, data: Data, positives: int, negatives: int) -> tuple[list[list[int]], rx.SessionBatch]:
         """The prompts, and at most so many candidates of either kind a session."""
         items = torch.cat([self.positives[:, :positives], self.negatives[:, :negatives]], 1)
         real = items >= 0
@@ -47,7 +47,7 @@ class Sessions(NamedTuple):
         torch.cumsum(real.sum(1), 0, out=offsets[1:])
         lengths = torch.full((len(tokens),), data.levels)
         sessions = rx.SessionBatch(tokens, lengths, offsets, (self.positives[:, :positives] >= 0).sum(1))
-        return [data.prompt(self.history(data, row)) for row in range(len(items))], sessions
+        return data.prompts(self.history(data, row) for row in range(len(items))), sessions
 
 
 def cut(data: Data, count: int) -> Sessions:
@@ -78,7 +78,7 @@ def mine(data: Data, model: Any, sessions: Sessions, seed: int) -> Sessions:
     found = []
     for at in range(0, len(sessions.users), MINED_AT_ONCE):
         part = sessions.rows(slice(at, at + MINED_AT_ONCE))
-        prompts = [data.prompt(part.history(data, row)).tolist() for row in range(len(part.users))]
+        prompts = data.prompts(part.history(data, row) for row in range(len(part.users)))
         positives = [[item for item in row if item >= 0] for row in part.positives.tolist()]
         found.append(sample_negatives(samplers, data.sids, prompts, positives, generator))
     negatives = torch.cat(found)

@@ -14,7 +14,7 @@ from torch import Tensor
 import raddpo_ext as rx
 from benchmarks.alignment.data import Data
 from benchmarks.alignment.sessions import FURTHER, KINDS, Sessions
-from benchmarks.alignment.sft import rate
+from demo.sft import rate
 from raddpo_ext.data.metrics import squeezing
 from raddpo_ext.integrations.transformers import session_states
 

@@ -19,7 +19,6 @@ turns, over the whole catalogue.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -31,9 +30,10 @@ from torch import Tensor
 
 import raddpo_ext as rx
 from benchmarks.alignment import sft
-from benchmarks.alignment.data import HISTORY, Data, load
+from benchmarks.alignment.data import Data, load
 from benchmarks.harness import catalogues, report, results
 from benchmarks.harness.timing import Cost, middle, timed
+from demo.sft import HISTORY
 from raddpo_ext.data.catalogue import Case
 from raddpo_ext.integrations.decoders import SharedPrefixDecoder
 
@@ -59,12 +59,15 @@ class Found(NamedTuple):
 
 
 class Paths:
-    """Which paths lead to an allowed item, without the index. A path is the number that its tokens write in base V."""
+    """Which paths lead to an allowed item, without the index, and that index for ours. A path is the number that its
+    tokens write in base V."""
 
     def __init__(self, data: Data, allowed: Tensor) -> None:
         self.base, self.levels = data.vocab_size, data.levels
         self.places = self.base ** torch.arange(self.levels - 1, -1, -1)
         self.sids = (data.tokens * self.places).sum(1)
+        vocab = data.index.vocab
+        self.index = rx.TrieIndex.build(data.sids[allowed], item_ids=allowed.nonzero()[:, 0], vocab=vocab)
         self.prefixes = [torch.unique(self.sids[allowed] // place) for place in self.places.tolist()]
         self.known = [set(prefixes.tolist()) for prefixes in self.prefixes]
 
@@ -99,7 +102,7 @@ def ours(logits: Logits, data: Data, paths: Paths, batch: int, width: int) -> Fo
         kept.append((tokens >= 0).sum(1))
         return logits(tokens, parents, level)
 
-    found = rx.beam_search(step, data.index, batch_size=batch, beam_width=width)
+    found = rx.beam_search(step, paths.index, batch_size=batch, beam_width=width)
     assert data.index.vocab is not None
     tokens = data.index.vocab.encode(found.sids.clamp(min=0).flatten(0, 1)).unflatten(0, found.items.shape)
     counts = torch.stack([*kept[1:], (found.items >= 0).sum(1)], 1)
@@ -236,7 +239,7 @@ def times(model: Any, data: Data, paths: Paths, cases: list[Case], width: int) -
 
 
 def _prompts(data: Data, cases: list[Case]) -> Tensor:
-    return torch.stack([torch.from_numpy(data.prompt(case.history)) for case in cases])
+    return torch.tensor(data.prompts(case.history for case in cases))
 
 
 def _spread(cases: list[Case], most: int) -> list[Case]:
@@ -250,17 +253,16 @@ def run_setting(data: Data, epochs: int, share: float, most: int) -> Iterator[di
     model.load_state_dict(state["model"])
     model.eval()
     allowed = torch.rand(len(data.sids), generator=torch.Generator().manual_seed(0)) < share
-    index = rx.TrieIndex.build(data.sids[allowed], item_ids=allowed.nonzero()[:, 0], vocab=data.index.vocab)
-    part, paths = dataclasses.replace(data, index=index), Paths(data, allowed)
+    paths = Paths(data, allowed)
     cases = _spread([case for case in data.test if allowed[case.item]], most)
     setting = {"epochs": epochs, "loss": state["losses"][-1], "share": share, "cases": len(cases)}
     for width in WIDTHS:
-        found = run(model, part, paths, cases, width)
+        found = run(model, data, paths, cases, width)
         yield {
             **setting,
             "width": width,
             "searches": {name: summary(one, found["ours"], paths, cases, width) for name, one in found.items()},
-            "times": times(model, part, paths, _spread(cases, 60), width) if (epochs, share) == SETTINGS[0] else {},
+            "times": times(model, data, paths, _spread(cases, 60), width) if (epochs, share) == SETTINGS[0] else {},
         }
 
 

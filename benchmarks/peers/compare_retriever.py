@@ -80,7 +80,7 @@ class Search:
         generator = torch.Generator().manual_seed(1)
         self.prompts = torch.randint(FIRST, (case.batch, case.prompt), generator=generator)
         assert self.index.vocab is not None
-        self.children = children_of(self.index.vocab.encode(torch.from_numpy(catalogues.real("industrial")).long()))
+        self.children = children_of(self.index.vocab.encode(catalogues.real("industrial")).tolist())
 
     def retriever(self, normalize: str, shared: bool) -> rx.SIDRetriever:
         return rx.SIDRetriever(

@@ -97,7 +97,7 @@ def test_the_unconstrained_search_finds_the_best_rows(data: Data, lab: Lab) -> N
     model = lab.start(0)
     history = data.test[0].history
     rows = evaluate.retrieve_freely(model, dataclasses.replace(data, sids=data.sids[:, :2]), [history], 50)[0]
-    prompt = torch.from_numpy(data.prompt(history))
+    prompt = torch.tensor(data.prompts([history])[0])
     tokens = torch.arange(data.vocab_size)
     with torch.no_grad():
         first = model(prompt[None]).logits[0, -1].log_softmax(0)

@@ -22,7 +22,8 @@ from demo.__main__ import main
 from demo.alignment import BATCH, GROUPS, Curves, align, session_logps
 from demo.figure import draw
 from demo.mining import BEAM, POPULAR, SIBLINGS, Session, cut, cut_sessions, mine
-from demo.model import HISTORY, START, Tokens, train
+from demo.model import Tokens, train
+from demo.sft import HISTORY, START
 from demo.shop import make_shop
 from raddpo_ext.data.catalogue import Case, load_catalogue
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def comparison(
     sids = torch.randint(CODES, (items, LEVELS))
     retriever = SIDRetriever(model, TrieIndex.build(sids, vocab=vocab).to(device), beam_width=beam_width)
     prompts = torch.randint(vocab_size - LEVELS * CODES, (1, prompt), device=device)
-    allowed = children_of(vocab.encode(sids))
+    allowed = children_of(vocab.encode(sids).tolist())
 
     def ours() -> tuple[Tensor, Tensor]:
         found = retriever.retrieve(prompts)
@@ -80,10 +81,10 @@ def random_model(vocab_size: int, hidden_size: int, layers: int) -> Any:
     return Qwen3ForCausalLM(config).eval()
 
 
-def children_of(sids: Tensor) -> dict[tuple[int, ...], list[int]]:
-    """The tokens behind each prefix of the SIDs ``[N, L]``, as a user holds them for ``prefix_allowed_tokens_fn``."""
+def children_of(sids: Iterable[list[int]]) -> dict[tuple[int, ...], list[int]]:
+    """The tokens behind each prefix of the SIDs, as a user holds them for ``prefix_allowed_tokens_fn``."""
     following: dict[tuple[int, ...], dict[int, None]] = {}
-    for tokens in sids.tolist():
+    for tokens in sids:
         for level, token in enumerate(tokens):
             following.setdefault(tuple(tokens[:level]), {})[token] = None
     return {prefix: list(tokens) for prefix, tokens in following.items()}
