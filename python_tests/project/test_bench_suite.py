@@ -89,7 +89,7 @@ def test_goes_on_where_it_was(lab: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_only_an_edit_of_its_sources_makes_a_result_stale(lab: Path) -> None:
-    path, members = lab / "results.jsonl", [*STUBS[:2], Member("third", ("third",), 1, ("other",))]
+    path, members = lab / "results.jsonl", [*STUBS[:2], Member("third", ("third",), 1, ("op", "other"))]
 
     def again() -> list[str]:
         suite.run_all(members, [], path)
@@ -102,7 +102,7 @@ def test_only_an_edit_of_its_sources_makes_a_result_stale(lab: Path) -> None:
     (lab / "other" / "code.h").write_text("edited")
     assert again() == ["third"]
     (lab / "op" / "more.py").write_text("added")
-    assert again() == ["first", "second"]
+    assert again() == ["first", "second", "third"]
     found = results.read(path)
     found["second"]["sources"] = "unknown"
     results.write(path, found)
