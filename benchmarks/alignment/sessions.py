@@ -13,7 +13,7 @@ from benchmarks.alignment.data import Data
 from raddpo_ext.data.negatives import BeamNegatives, PopularityNegatives, SiblingNegatives, sample_negatives
 
 FURTHER = 2  # most positives after the winner
-KINDS = {"beam": 2, "siblings": 3, "popularity": 3}  # negatives a session
+KINDS = {"beam": 2, "siblings": 3, "popularity": 3}  # negatives per session
 BEAMS = 20  # of which its own negatives are taken
 MINED_AT_ONCE = 256
 

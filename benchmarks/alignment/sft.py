@@ -32,7 +32,7 @@ def train(data: Data, seed: int, path: Path, epochs: int = EPOCHS) -> dict[str, 
     ``path`` holds the run's state after each whole epoch, and is taken up where it is there.
 
     Returns:
-        That state: ``model``, ``losses`` (nats a token) and ``seconds`` by epoch, and what training goes on from.
+        That state: ``model``, ``losses`` (nats per token) and ``seconds`` by epoch, and what training goes on from.
     """
     model = make_model(data, seed)
     rows = [np.array(row) for row in rx.history_prompts(data.index, windows(data), bos_token_id=START)]

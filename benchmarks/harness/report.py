@@ -28,7 +28,7 @@ MIB = 2**20
 def parser(module: str, text: str, processes: int) -> argparse.ArgumentParser:
     """The options that the benchmarks of the suite have in common."""
     made = argparse.ArgumentParser(prog=f"python -m {module}", description=text.splitlines()[0])
-    made.add_argument("--processes", type=int, default=processes, help=f"fresh processes a case ({processes})")
+    made.add_argument("--processes", type=int, default=processes, help=f"fresh processes per case ({processes})")
     made.add_argument("--quick", action="store_true", help="as short as it can be, to see that it works")
     made.add_argument("--cases", default="", help="only cases whose name contains this")
     made.add_argument("--out", type=Path, help="write the result to this file")

@@ -45,7 +45,7 @@ def static(search: Search, level: Level) -> Step:
     """STATIC (``static_decoding``, not part of this project), with its dense first two levels where they fit.
 
     Its public loop makes whole searches only; this is one turn of it around its own masking function. The number of
-    tokens a beam keeps at a dense level is the beam width, the least that makes the beam exact.
+    tokens that a beam keeps at a dense level is the beam width, the least that makes the beam exact.
     """
     try:
         from static_decoding.decoding_pt import generate_and_apply_logprobs_mask

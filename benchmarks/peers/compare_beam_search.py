@@ -49,7 +49,7 @@ TARGETS = {
 def time_level(
     search: Search, level: Level, rounds: int, without: list[str], unavailable: dict[str, str]
 ) -> dict[str, tuple[float, float, int]]:
-    """Median seconds a call, the CPU's and the wall's, and peak bytes, of every method that is available."""
+    """Median seconds per call, the CPU's and the wall's, and peak bytes, of every method that is available."""
     steps = {}
     for name, prepare in METHODS.items():
         if name in without:

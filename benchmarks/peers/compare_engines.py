@@ -221,7 +221,7 @@ def _items_first(found: Found, paths: Paths) -> Tensor:
 
 @torch.no_grad()
 def times(model: Any, data: Data, paths: Paths, cases: list[Case], width: int) -> dict[str, Any]:
-    """Milliseconds a query, and how many times ours: medians over the cases, the first of which is not counted."""
+    """Milliseconds per query, and how many times ours: medians over the cases, the first of which is not counted."""
     costs: dict[str, list[Cost]] = {name: [] for name in TIMED}
     for case in cases:
         prompts = _prompts(data, [case])

@@ -75,7 +75,7 @@ def _check_same(case: Case, name: str, results: dict[str, Tensor], expected: dic
 
 
 def run_case(problem: Problem, methods: Mapping[str, Method], rounds: int) -> dict[str, Any]:
-    """Median seconds a call, the wall's and the CPU's, and peak bytes by method."""
+    """Median seconds per call, the wall's and the CPU's, and peak bytes by method."""
     checked = check(problem, methods)
     long = {name: [cost] for name, cost in checked.costs.items() if cost.wall > LONG}
     costs: dict[str, list[Cost]] = {name: long.get(name, []) for name in checked.steps}

@@ -65,7 +65,7 @@ def test_table_and_file(tmp_path, capsys):
             assert 0 < time["least"] <= time["median"] <= time["most"] < math.inf
             assert time["calls"] == 1
             assert time["cpu"] >= 0
-    assert "bytes an item" in result["results"][-2]["note"]
+    assert "bytes per item" in result["results"][-2]["note"]
 
 
 def test_tables_come_one_by_one(capsys):

@@ -18,7 +18,7 @@ from raddpo_ext.index.vocab import SIDVocab
 
 @dataclass(frozen=True)
 class Case:
-    """``vocab`` logits a row, ``batch`` queries of ``beams`` beams over SIDs of ``levels`` codes."""
+    """``vocab`` logits per row, ``batch`` queries of ``beams`` beams over SIDs of ``levels`` codes."""
 
     catalogue: str  # "uniform" or "clustered", or the name of a real one
     vocab: int

@@ -34,8 +34,8 @@ class Case:
     vocab: int
     hidden: int = 0  # width of the hidden states; 0: the logits are given
     dtype: torch.dtype = torch.float32
-    length: int = 0  # tokens a candidate of a SimPO loss; 0: each log-prob has a random gradient
-    codes: int = 0  # codes a level, the last tokens of the vocabulary; 0: normalised over the vocabulary
+    length: int = 0  # tokens per candidate of a SimPO loss; 0: each log-prob has a random gradient
+    codes: int = 0  # codes per level, the last tokens of the vocabulary; 0: normalised over the vocabulary
     accumulate: bool = False  # the weight's gradient is added to an existing ``weight.grad``; False: it is fresh
     budget: int = BUDGET
     huge_pages: bool = False  # torch's allocator gives huge pages to every method

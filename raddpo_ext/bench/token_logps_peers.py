@@ -145,7 +145,7 @@ def torch_lce_auto(problem: Problem) -> Step:
     """The same with the chunks it chooses itself, of one or two rows here."""
     case = problem.case
     if (case.length, case.vocab) != (4, 32768):
-        raise Missing("measured at 64 rows of 32768 logits only: it takes seconds a call, minutes at bfloat16")
+        raise Missing("measured at 64 rows of 32768 logits only: it takes seconds per call, minutes at bfloat16")
     return _torch_lce(problem)
 
 

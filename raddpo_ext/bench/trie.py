@@ -44,7 +44,7 @@ def comparison(device: torch.device, *, items: int, codes: int, levels: int) -> 
         },
         {"copy of the SIDs": lambda: copied.copy_(sids)},
         agree=agree,
-        note=f"{TrieIndex.build(sids).nbytes / items:.1f} bytes an item",
+        note=f"{TrieIndex.build(sids).nbytes / items:.1f} bytes per item",
     )
 
 
