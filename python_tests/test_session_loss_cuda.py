@@ -14,7 +14,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.cuda_on_cpu.shim import Shim
-from support.session_cases import CORES, Case, assert_close, build, cases, name_of, options, run, scale_of
+from support.session_cases import (
+    CORES,
+    Case,
+    assert_close,
+    assert_results_close,
+    build,
+    cases,
+    name_of,
+    options,
+    run,
+    scale_of,
+)
 
 import raddpo_ext as rx
 from raddpo_ext import reference
@@ -57,8 +68,7 @@ def assert_matches_cpu(shim: Shim, order: tuple[int, int], case: Case, arguments
     assert got[4].tolist() == result.margins.tolist()
     assert got[5] == result.accuracy
     scale = max(1.0, arguments.get("beta", 2.0)) * max([1.0, *result.rewards[result.rewards.isfinite()].abs().tolist()])
-    for value, expected in zip(got, [*result, gradient], strict=True):
-        assert_close(value, expected, scale)
+    assert_results_close(got, [*result, gradient], scale)
 
 
 @CORE
@@ -76,8 +86,8 @@ def test_equals_reference(
     shim: Shim, case: Case, core: dict[str, Any], chosen: dict[str, Any], order: tuple[int, int]
 ) -> None:
     expected, gradient = run(reference.rad_dpo_loss, case, core | chosen, (1, -0.7, 0.4))
-    for value, other in zip(run_on_shim(shim, order, case, core | chosen), (*expected, gradient), strict=True):
-        assert_close(value, other, max(scale_of(expected), chosen["beta"]))
+    got = run_on_shim(shim, order, case, core | chosen)
+    assert_results_close(got, (*expected, gradient), max(scale_of(expected), chosen["beta"]))
 
 
 @pytest.mark.parametrize("core", CORES[::3], ids=name_of)
@@ -122,8 +132,7 @@ def test_weights_of_any_size(shim: Shim) -> None:
             expected, gradient = run(reference.rad_dpo_loss, case.to(torch.float64), arguments, (1, 1, 1))
             result, cpu_gradient = run(rx.rad_dpo_loss, case, arguments, (1, 1, 1))
             for got in ([*result, cpu_gradient], run_on_shim(shim, (0, 0), case, arguments, (1, 1, 1))):
-                for value, other in zip(got, (*expected, gradient), strict=True):
-                    assert_close(value, other, 8)
+                assert_results_close(got, (*expected, gradient), 8)
 
 
 @settings(max_examples=30)

@@ -4,7 +4,7 @@ them. Shapes are drawn one by one and shrink; tokens and values come from a draw
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
@@ -16,7 +16,6 @@ from torch import Tensor
 
 import raddpo_ext as rx
 from raddpo_ext import _C
-from raddpo_ext.losses.session_loss import TOTALS
 
 from .instruction_sets import ISAS
 from .tolerances import TOLERANCE
@@ -213,20 +212,29 @@ def scale_of(result: Any) -> float:
 
 
 def assert_close(got: Tensor, expected: Tensor, scale: float = 1.0) -> None:
-    """Of totals the means, as float32 log-probs give them, and their counts exactly."""
     if got.dtype == torch.bool:
         assert torch.equal(got, expected)
         return
     rtol, atol = TOLERANCE["session_loss", got.dtype]
-    if got.shape[-2:] == (len(TOTALS), 2):
-        rtol, atol = TOLERANCE["session_loss", torch.float32]
-        assert torch.equal(got[..., 1], expected[..., 1])
-        got, expected = (table[..., 0] / table[..., 1].clamp(min=1) for table in (got, expected))
-        # Whether a margin is above 0 may be a matter of rounding: who compares it, compares the accuracy.
-        got, expected = (torch.cat((means[..., :5], means[..., 6:]), -1) for means in (got, expected))
     torch.testing.assert_close(
         got.detach().double(), expected.detach().double(), rtol=rtol, atol=scale * atol, equal_nan=True
     )
+
+
+def assert_totals_close(got: Tensor, expected: Tensor, scale: float = 1.0) -> None:
+    """The means, as float32 log-probs give them, and their counts exactly."""
+    assert got.dtype == torch.float64
+    assert torch.equal(got[..., 1], expected[..., 1])
+    means = [table[..., 0] / table[..., 1].clamp(min=1) for table in (got, expected)]
+    # Whether a margin is above 0 may be a matter of rounding: who compares it, compares the accuracy.
+    assert_close(*(torch.cat((values[..., :5], values[..., 6:]), -1).float() for values in means), scale)
+
+
+def assert_results_close(got: Sequence[Tensor], expected: Sequence[Tensor], scale: float = 1.0) -> None:
+    """The fields of two :class:`rx.SessionLossOutput`; a gradient may follow them."""
+    at = rx.SessionLossOutput._fields.index("totals")
+    for place, (value, other) in enumerate(zip(got, expected, strict=True)):
+        (assert_totals_close if place == at else assert_close)(value, other, scale)
 
 
 def common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
