@@ -237,7 +237,7 @@ STEP: list[Case] = [
         "node, checked",
         step(state=state(nodes=STATE.nodes + 99), check=True),
         ValueError,
-        "state.nodes[0, 0] = 99 is no node of the index, which has 7",
+        "state.nodes[0, 0] must be in [-1, 7), the nodes of the index, got 99",
     ),
     ("batch -1", lambda: rx.BeamState.start(INDEX, -1), ValueError, "batch_size must be at least 0, got -1"),
 ]

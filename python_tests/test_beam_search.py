@@ -128,7 +128,7 @@ def test_more_items_than_beams() -> None:
     def step_fn(tokens: Tensor, parents: Tensor, level: int) -> Tensor:
         return torch.tensor([2.0, 1.0, 0.0]).expand(*tokens.shape, 3)
 
-    with pytest.warns(UserWarning, match="top_k = 3 items, but a last beam_width of 2 finds 2 at most"):
+    with pytest.warns(UserWarning, match="top_k = 3 is above the last beam_width, 2: a search finds at most 2 items"):
         assert search(single, 2, 3) == 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -128,7 +128,7 @@ def test_nothing_whole(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-x").mkdir()
     (tmp_path / "checkpoint-7").touch()
     for _ in range(2):
-        with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        with pytest.raises(ValueError, match="holds no complete checkpoint"):
             run(seeded(qwen3), ROWS, output_dir=str(tmp_path), resume=True, **OPTIONS)
         shutil.rmtree(tmp_path / "checkpoint-6", ignore_errors=True)
 

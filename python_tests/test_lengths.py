@@ -122,7 +122,7 @@ def test_a_rope_that_changes(lengths: tuple[int, ...], shared: bool) -> None:
 
 @pytest.mark.parametrize("shared", [None, False])
 def test_a_rope_that_would_change_within_a_sid(shared: bool | None) -> None:
-    with pytest.raises(ValueError, match=r"input_ids\[1\] has 15 tokens, and the SID would cross the 16"):
+    with pytest.raises(ValueError, match=r"input_ids\[1\] has 15 tokens, so that its SID would cross position 16"):
         rx.SIDRetriever(phi3(16), make_index(12), beam_width=4, shared_prefix=shared).retrieve(*batch(20, 15, 14))
 
 
@@ -204,7 +204,7 @@ def test_rows_of_a_model_in_shards_are_not_tried(wrapper: str) -> None:
         next(model.parameters()).ds_id = 0
     else:
         model.model.layers[0].add_module("_fsdp_wrapped_module", torch.nn.Identity())
-    with pytest.warns(UserWarning, match="more than 0 tokens are not checked, as the weights of .* are in shards"):
+    with pytest.warns(UserWarning, match="more than 0 tokens are not checked, because the weights of .* are sharded"):
         session_states(model, packed_rows(10, 2))
 
 
@@ -266,7 +266,7 @@ def test_experts_whose_capacity_rows_compete_for(name: str, monkeypatch: pytest.
                 monkeypatch.setattr(module, "forward", partial(over_the_batch, module.forward))
     else:
         model = nllb(0.5)
-    with pytest.raises(TypeError, match=r"every row of a batch its own logits.*capacity"):
+    with pytest.raises(TypeError, match=r"each row of a batch independently.*capacity"):
         rx.SIDRetriever(model, make_index(12), beam_width=4).retrieve(*batch(5, 5))
     with pytest.raises(ValueError, match=r"cannot be packed.*capacity"):
         verify_packing(model)

@@ -223,7 +223,7 @@ def test_nothing_is_allowed(way, level, told):
     options = WAYS[way]
     processor = rx.TrieLogitsProcessor(make_index(), 6, num_beams=options.get("num_beams", 1) if told else 1)
     with pytest.raises(
-        ValueError, match=r"scores\[0\], of query 0, rules out every token that the catalogue allows after"
+        ValueError, match=r"scores\[0\] \(query 0\) excludes every token that the catalogue allows after"
     ):
         make_model().generate(
             **prompts(),
@@ -290,7 +290,7 @@ def test_dead_beams_are_no_way_out():
     processor = rx.TrieLogitsProcessor(index, 6, num_beams=4)
     got = beams(model, 4, 2, do_sample=False, logits_processor=[processor])
     assert (got.sequences_scores > -1e8).sum() == 6
-    with pytest.raises(ValueError, match="rules out every token"):
+    with pytest.raises(ValueError, match="excludes every token"):
         beams(model, 4, 2, do_sample=False, logits_processor=[processor], suppress_tokens=list(SUPPRESSED["level 1"]))
 
 
@@ -323,15 +323,17 @@ def test_bad_construction():
 def test_bad_calls():
     index, scores = make_index(), torch.zeros(1, VOCAB)
     ids = torch.full((1, 4), FIRST)
-    with pytest.raises(ValueError, match=r"prompt_length is 5, but input_ids has shape \(1, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"prompt_length must be at most the columns of input_ids, of shape \(1, 4\), got 5"
+    ):
         rx.TrieLogitsProcessor(index, 5)(ids, scores)
-    with pytest.raises(ValueError, match=r"max_new_tokens must be 2, .* token 3 is asked for"):
+    with pytest.raises(ValueError, match=r"max_new_tokens must be 2, .* generate asks for token 3"):
         rx.TrieLogitsProcessor(index, 2)(ids, scores)
     with pytest.raises(ValueError, match=r"more than 79 columns, .* got shape \(1, 70\)"):
         rx.TrieLogitsProcessor(index, 4)(ids, scores[:, :70])
     with pytest.raises(ValueError, match=r"scores must have 1 rows .* got shape \(2, 120\)"):
         rx.TrieLogitsProcessor(index, 4)(ids, scores.expand(2, -1))
-    with pytest.raises(ValueError, match="num_beams is 2, but scores has 1 rows"):
+    with pytest.raises(ValueError, match="num_beams must divide the 1 rows of scores, got 2"):
         rx.TrieLogitsProcessor(index, 4, num_beams=2)(ids, scores)
     with pytest.raises(ValueError, match="on one device, got cpu, meta, cpu"):
         rx.TrieLogitsProcessor(index, 4)(ids, scores.to("meta"))

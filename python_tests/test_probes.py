@@ -122,7 +122,7 @@ def test_packing_is_refused_by_name(name: str) -> None:
 def test_a_model_that_looks_ahead_is_refused_by_name(name: str) -> None:
     """XLNet sees every token; ProphetNet's relative positions change with the length of what it is given."""
     model = make(name)
-    message = f"model must give logits that no later token changes: {type(model).__name__} does not"
+    message = f"model must be causal: later tokens change the logits of {type(model).__name__}"
     with pytest.raises(TypeError, match=message):
         rx.SIDRetriever(model, make_index(12), beam_width=4).retrieve(*prompts())
 

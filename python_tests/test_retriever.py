@@ -476,10 +476,10 @@ def _bad_inputs():
         "no token": (ValueError, r"input_ids must hold at least one prompt .* \(3, 0\)", ids[:, :0], mask[:, :0]),
         "mask type": (TypeError, "attention_mask must be a bool or integer tensor, got torch.float32", ids, mask / 1),
         "mask shape": (ValueError, r"attention_mask must have the shape .* got \(3, 6\)", ids, mask[:, 1:]),
-        "empty prompt": (ValueError, r"attention_mask\[1\] leaves the prompt no token", ids, empty),
+        "empty prompt": (ValueError, r"attention_mask\[1\] must keep at least one token", ids, empty),
         "high id": (ValueError, r"input_ids\[1, 6\] = 120 is outside \[0, 120\)", high, mask),
         "low id": (ValueError, r"input_ids\[2, 5\] = -1 is outside", low, mask),
-        "window": (ValueError, r"input_ids\[0\] has 63 tokens, and 2 more of the SID exceed .* window of 64",
+        "window": (ValueError, r"input_ids\[0\] has 63 tokens, and with 2 more of the SID exceeds .* window of 64",
                    torch.ones(2, 63, dtype=torch.int64), None),
         "meta": (ValueError, "on one device, got meta, cpu, cpu", ids.to("meta"), mask.to("meta")),
     }  # fmt: skip
@@ -503,7 +503,7 @@ def test_the_window_counts_real_tokens():
 
 def test_bad_construction():
     model, index = make_model("qwen3"), make_index(20)
-    with pytest.raises(ValueError, match="index holds token id 127, which a model of vocab_size 120 lacks"):
+    with pytest.raises(ValueError, match="index must hold token ids below the model's vocab_size 120, got 127"):
         rx.SIDRetriever(model, make_index(200, size=26), beam_width=4)
     with pytest.raises(ValueError, match="beam_width must be at least 1, got 0"):
         rx.SIDRetriever(model, index, beam_width=0)

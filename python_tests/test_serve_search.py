@@ -296,7 +296,7 @@ def test_a_start_beside_versions_that_cannot_be_served(folder: Path, tmp_path: P
     config = ServeConfig(model=folder, store=store.path, beam_width=WIDTH)
     search = Search(config)
     assert search.version == 1
-    assert search.refused == "catalogue version 2: index holds token id 40, which a model of vocab_size 40 lacks"
+    assert search.refused == "catalogue version 2: index must hold token ids below the model's vocab_size 40, got 40"
     check(search.answer([Query([3])])[0], search, [3], make_index(1))
     with pytest.raises(ValueError, match="token id 40, but the model of the service"):
         store.publish(FOREIGN)
@@ -312,7 +312,9 @@ def test_a_start_beside_versions_that_cannot_be_served(folder: Path, tmp_path: P
 
 
 def test_no_version_that_can_be_served(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="1 is refused: index holds token id 40"):
+    with pytest.raises(
+        FileNotFoundError, match="1 is refused: index must hold token ids below the model's vocab_size 40"
+    ):
         make_search(folder, tmp_path, FOREIGN)
     assert not (tmp_path / "store/.service.json").exists()
 
@@ -337,7 +339,10 @@ NORM = "model.layers.1.input_layernorm.weight"
         (lambda w: w.update(extra=torch.zeros(2)), "the checkpoint does not fit Qwen3ForCausalLM: extra$"),
         (lambda w: w[NORM].__setitem__(3, math.nan), f"the checkpoint's {NORM} holds NaN"),
         (lambda w: w["model.embed_tokens.weight"][39].fill_(math.nan), r"model\.embed_tokens\.weight holds NaN"),
-        (lambda w: w[NORM].fill_(math.inf), "1 is refused: the model scores no item of it: its logits are NaN or -inf"),
+        (
+            lambda w: w[NORM].fill_(math.inf),
+            "1 is refused: the model gives no item a finite score: its logits are NaN or -inf",
+        ),
     ],
 )
 def test_checkpoints_that_are_not_sound(folder: Path, tmp_path: Path, change: Any, message: str) -> None:

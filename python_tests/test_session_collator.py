@@ -95,7 +95,7 @@ def test_truncation_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     assert packed.input_ids[0, :3].tolist() == [17, 18, 19]
     assert candidates_of(packed.sessions) == [[[1, 2], [3], [1, 4]]] * 2
     assert [record.getMessage()[:50] for record in caplog.records] == [
-        "1 of 2 prompts of a batch were longer than max_len"
+        "1 of 2 prompts of a batch exceeded max_length = 5 "
     ]
     vocab = rx.SIDVocab([10, 10], offsets=[10, 20])
     rows[0]["prompt_ids"] = [10, 20, 11, 21, 12, 22]
@@ -113,11 +113,19 @@ def test_truncation_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
         ({**ROW, "prompt_ids": []}, ValueError, r"prompts\[1\] must have at least one token"),
         ({**ROW, "prompt_ids": [4, -2]}, ValueError, r"prompts\[1\]\[1\] = -2 is no token id"),
         ({**ROW, "prompt_ids": [0.5]}, TypeError, r"prompts\[1\] must hold integers, got float64"),
-        ({**ROW, "positives": [[1], []]}, ValueError, r"rows\[1\]\['positives'\]\[1\] holds no token"),
+        (
+            {**ROW, "positives": [[1], []]},
+            ValueError,
+            r"rows\[1\]\['positives'\]\[1\] must have at least one token, got none",
+        ),
         ({**ROW, "positives": [1, 2]}, (TypeError, ValueError), r"rows\[1\]\['positives'\]\[0\] must have 1 dimension"),
         ({**ROW, "negatives": [[1], [2.5]]}, TypeError, r"rows\[1\]\['negatives'\]\[1\] must hold integers"),
         ({**ROW, "negatives": [[1], ["a"]]}, TypeError, r"rows\[1\]\['negatives'\]\[1\] must hold integers"),
-        ({**ROW, "negatives": [[1], [3, -7]]}, ValueError, r"rows\[1\]\['negatives'\]\[1\] holds -7"),
+        (
+            {**ROW, "negatives": [[1], [3, -7]]},
+            ValueError,
+            r"rows\[1\]\['negatives'\]\[1\] must hold token ids of at least 0, got -7",
+        ),
         ({**ROW, "negatives": [None]}, TypeError, r"rows\[1\]\['negatives'\]\[0\] must hold integers"),
         ({**ROW, "negatives": None}, TypeError, r"rows\[1\]\['negatives'\] must be a list of candidates, got None"),
         ({**ROW, "negatives": [[90]]}, ValueError, r"rows\[1\] holds token id 90, outside \[0, 80\)"),
@@ -217,11 +225,17 @@ def test_conversations(tokenizer: Any) -> None:
         ({"prompt": "x", "chosen": "a"}, r"rows\[0\] has no column 'rejected'"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, r"rows\[0\]\['prompt'\] must be text or a list of messages"),
         ({"prompt": "x", "chosen": 3, "rejected": "b"}, r"rows\[0\]\['chosen'\] must be a completion or a list"),
-        ({"prompt": "x", "chosen": ["a", 4], "rejected": "b"}, r"rows\[0\]\['chosen'\]\[1\] must be of the prompt's"),
-        ({"prompt": "x", "chosen": "a", "rejected": ["b", " "]}, r"rows\[0\]\['negatives'\]\[1\] holds no token"),
+        (
+            {"prompt": "x", "chosen": ["a", 4], "rejected": "b"},
+            r"rows\[0\]\['chosen'\]\[1\] must be text or messages, like the prompt",
+        ),
+        (
+            {"prompt": "x", "chosen": "a", "rejected": ["b", " "]},
+            r"rows\[0\]\['negatives'\]\[1\] must have at least one token, got none",
+        ),
         (
             {"prompt": [{"role": "user", "content": "x"}], "chosen": "a", "rejected": "b"},
-            r"rows\[0\]\['chosen'\]\[0\] must be of the prompt's kind, text or messages, got 'a'",
+            r"rows\[0\]\['chosen'\]\[0\] must be text or messages, like the prompt, got 'a'",
         ),
         (
             {

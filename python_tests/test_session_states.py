@@ -194,7 +194,7 @@ def test_verify_packing(make: Any) -> None:
     assert model.training
     head = model.get_output_embeddings()
     head.register_forward_hook(lambda module, inputs, output: output * 1.1)
-    with pytest.raises(ValueError, match=f"{type(model).__name__} looks past the attention mask, or changes its head"):
+    with pytest.raises(ValueError, match=f"{type(model).__name__} ignores the attention mask, or changes its head"):
         verify_packing(model)
 
 
@@ -202,7 +202,7 @@ def test_verify_packing_finds_a_model_that_looks_past_the_mask() -> None:
     model = seeded(qwen3)
     forward = model.model.forward
     model.model.forward = lambda attention_mask=None, **kwargs: forward(attention_mask=None, **kwargs)
-    with pytest.raises(ValueError, match="gives other log-probs for packed sessions"):
+    with pytest.raises(ValueError, match="gives different log-probs for packed sessions"):
         verify_packing(model)
 
 
@@ -234,7 +234,7 @@ def test_bad_input() -> None:
         session_states(nn.Linear(2, 2), packed)
     with pytest.raises(ValueError, match="must have a language modelling head, Qwen3Model has none"):
         session_states(transformers.AutoModel.from_config(model.config), packed)
-    for attention, message in [("flash_attention_2", "takes no mask of its own"), ("flex_attention", "needs CUDA")]:
+    for attention, message in [("flash_attention_2", "takes no custom mask"), ("flex_attention", "needs CUDA")]:
         model.model.config._attn_implementation = attention
         with pytest.raises(ValueError, match=message):
             session_states(model, packed)

@@ -384,4 +384,4 @@ def test_a_checkpoint_without_the_weighting(tmp_path: Any, caplog: pytest.LogCap
     logging.getLogger("transformers").propagate = True
     with caplog.at_level(logging.WARNING):
         run(seeded(qwen3), ROWS, resume=str(checkpoint), max_steps=2)
-    assert any("similarity_weighting starts anew" in record.getMessage() for record in caplog.records)
+    assert any("similarity_weighting starts from scratch" in record.getMessage() for record in caplog.records)

@@ -140,7 +140,7 @@ def test_an_adapter_on_the_head_or_the_embeddings(options: dict[str, Any], refus
         pytest.skip(f"this PEFT does not do it: {error}")
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     if refused:
-        with pytest.raises(ValueError, match=r"model has an adapter .* on its head, which the loss would pass over"):
+        with pytest.raises(ValueError, match=r"model has an adapter .* on its head, which the loss would ignore"):
             run(model, ROWS, max_steps=1)
         return
     found = run(model, ROWS, max_steps=2, learning_rate=0.1, use_reference=True)
@@ -191,7 +191,7 @@ def test_start_values_come_and_go() -> None:
 def test_a_gradient_that_the_packed_pass_lacks_is_named() -> None:
     """Of a fresh adapter, whose output is 0: no log-prob shows it."""
     model = accept_sessions(peft.get_peft_model(seeded(qwen3), peft.LoraConfig(r=2, target_modules=["lm_head"])))
-    with pytest.raises(ValueError, match=r"trainable parameter .*lm_head\.lora_B.* gets another gradient"):
+    with pytest.raises(ValueError, match=r"trainable parameter .*lm_head\.lora_B.* gets a different gradient"):
         verify_gradients(model)
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameter; load them with is_trainable=True"):
@@ -219,7 +219,7 @@ def test_an_adapter_that_leaks_is_found_though_it_adds_nothing_yet() -> None:
     model = accept_sessions(averaging(peft.get_peft_model(small(), peft.LoraConfig(r=2, target_modules=["q_proj"]))))
     start = {name: value.clone() for name, value in model.state_dict().items()}
     verify_packing(model)
-    with pytest.raises(ValueError, match="model gives other log-probs for packed sessions"):
+    with pytest.raises(ValueError, match="model gives different log-probs for packed sessions"):
         verify_adapters(model)
     assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
 
@@ -238,7 +238,7 @@ def test_adapters_that_are_put_in_otherwise(way: str) -> None:
         found.add_adapter(config)
         return found
 
-    with pytest.raises(ValueError, match=r"model has an adapter .* on its head, which the loss would pass over"):
+    with pytest.raises(ValueError, match=r"model has an adapter .* on its head, which the loss would ignore"):
         run(model("q_proj", "lm_head"), ROWS, max_steps=1)
     made = model("q_proj")
     start = {name: p.detach().clone() for name, p in made.named_parameters()}

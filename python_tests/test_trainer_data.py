@@ -177,7 +177,7 @@ def test_a_stream_that_is_read_once_loses_no_row() -> None:
         (rx.SIDVocab([8, 8, 8], offset=16, eos=2), {}, r"code \d of level \d"),
         (rx.SIDVocab([2], token_ids=[[3, 9]]), {}, "code 0 of level 0 is token id 3, where the tokenizer has '<unk>'"),
         (rx.SIDVocab([2, 2], offset=34), {}, "code 0 of level 0 is token id 34, where the tokenizer has none"),
-        (rx.SIDVocab([8, 8, 8], offset=17), {}, r"vocab holds token id 40, which a model of vocab_size 40 lacks"),
+        (rx.SIDVocab([8, 8, 8], offset=17), {}, r"vocab must hold token ids below the model's vocab_size 40, got 40"),
     ],
 )
 def test_a_vocabulary_of_another_tokenizer_or_model(vocab: Any, reader: Any, message: str, tmp_path: Path) -> None:
@@ -199,8 +199,8 @@ def test_vocabularies_that_are_the_tokenizers(tmp_path: Path) -> None:
 def test_an_index_of_another_model_or_vocabulary(tmp_path: Path) -> None:
     foreign = rx.TrieIndex.build(SIDS, vocab=rx.SIDVocab([8, 8, 8], offset=17))
     for extra, message in [
-        ({"index": foreign}, "vocab holds token id 40, which a model of vocab_size 40 lacks"),
-        ({"index": rx.TrieIndex.build([[5, 40]])}, "index holds token id 40, which a model of vocab_size 40 lacks"),
+        ({"index": foreign}, "vocab must hold token ids below the model's vocab_size 40, got 40"),
+        ({"index": rx.TrieIndex.build([[5, 40]])}, "index must hold token ids below the model's vocab_size 40, got 40"),
         ({"index": INDEX, "vocab": rx.SIDVocab([8, 8, 8], offset=10)}, "vocab must be the index's"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -221,7 +221,9 @@ def test_candidates_that_the_index_lacks(tmp_path: Path, caplog: pytest.LogCaptu
         trainer(TOKENS, tmp_path, extra={"index": other}, normalize="trie")
     elsewhere = rx.TrieIndex.build([[0, 7, 7]], vocab=VOCAB)
     trainer(TOKENS, tmp_path, extra={"index": elsewhere})
-    with pytest.raises(ValueError, match=r"120 of 120 .* of eval_dataset .*; is it the index of another catalogue"):
+    with pytest.raises(
+        ValueError, match=r"120 of 120 .* of eval_dataset .*; the index seems to be that of another catalogue"
+    ):
         trainer(TOKENS, tmp_path, extra={"index": elsewhere, "eval_dataset": TOKENS * 5})
 
 
@@ -233,9 +235,9 @@ def test_an_empty_data_set_is_named(tmp_path: Path) -> None:
         (TOKENS, {"eval_dataset": {"x": [], "y": TOKENS}}, r"eval_dataset\['x'\]"),
         ([], {"data_collator": lambda rows: rows}, "train_dataset"),
     ]:
-        with pytest.raises(ValueError, match=f"^{name} holds no row$"):
+        with pytest.raises(ValueError, match=f"^{name} must have at least one row, got none$"):
             trainer(rows, tmp_path, extra=extra)
-    with pytest.raises(ValueError, match=r"^eval_dataset holds no row$"):
+    with pytest.raises(ValueError, match=r"^eval_dataset must have at least one row, got none$"):
         trainer(TOKENS, tmp_path).evaluate([])
 
 

@@ -22,7 +22,7 @@ _REFUSED = {
     "ADALORA": "adds a regularizer to the model's own loss and prunes its ranks by a call after every step",
     "ADAPTION_PROMPT": "puts tokens before the prompt",
     "CARTRIDGE": "puts tokens before the prompt",
-    "LILY": "weighs its experts by a mean over all tokens of a batch, those that follow and other candidates' too",
+    "LILY": "weights its experts by a mean over all tokens of a batch, later tokens and other candidates included",
     "POLY": "needs task_ids in every call",
     "SHADOW": "runs a second network beside the model's layers",
     "XLORA": "runs the model twice, to weigh its adapters by the prompt",
@@ -69,8 +69,8 @@ def refuse_config(config: Any) -> None:
         why = "starts where the prompt invokes it (alora_invocation_tokens)"
     if why is not None:
         raise ValueError(
-            f"peft_config: adapters of type {kind} cannot be trained on packed sessions, as PEFT's {kind} {why}; use "
-            "adapters of its layers, such as LoRA"
+            f"peft_config: adapters of type {kind} cannot be trained on packed sessions: PEFT's {kind} {why}; use "
+            "adapters of single layers, such as LoRA"
         )
 
 
@@ -84,7 +84,7 @@ def refuse_head(model: Any) -> None:
     if isinstance(head, BaseTunerLayer) or is_wrapped:
         raise ValueError(
             f"model has an adapter ({type(head).__module__}.{type(head).__name__}) on its head, which the loss would "
-            "pass over: leave the head out of target_modules and of trainable_token_indices, or train it whole with "
+            "ignore: leave the head out of target_modules and of trainable_token_indices, or train it whole with "
             "modules_to_save"
         )
 
@@ -156,8 +156,8 @@ def verify_gradients(model: Any) -> None:
         scale = float(right.abs().max())
         if float((found[name] - right).abs().max()) > (1e-2 if exact else 0.5) * scale:
             raise ValueError(
-                f"model's trainable parameter {name} gets another gradient from packed sessions than from a plain "
-                "forward: its adapter does more than its layer, and cannot be trained here"
+                f"model's trainable parameter {name} gets a different gradient from packed sessions than from a plain "
+                "forward: its adapter changes more than its own layer, and cannot be trained on packed sessions"
             )
 
 

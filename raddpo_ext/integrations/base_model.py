@@ -19,15 +19,15 @@ def base_model(model: Any) -> Any:
     """The transformers model behind ``torch.compile`` and PEFT adapters."""
     if type(model).__name__ in _WRAPPERS:
         raise ValueError(
-            f"model is wrapped in {type(model).__name__}, which averages gradients only if called itself: give the "
-            "model to accept_sessions before it is wrapped, then call wrapped(packed=packed)"
+            f"model is wrapped in {type(model).__name__}, which averages gradients only if called itself: call "
+            "accept_sessions on the model before wrapping it, then call wrapped(packed=packed)"
         )
     model = getattr(model, "_orig_mod", model)
     if hasattr(model, "get_base_model"):
         if model.active_peft_config.is_prompt_learning:
             raise ValueError(
                 f"model has adapters of type {model.active_peft_config.peft_type.value}, which put tokens before the "
-                "prompt and cannot be packed; use adapters of its layers, such as LoRA"
+                "prompt and cannot be packed; use adapters of single layers, such as LoRA"
             )
         model = model.get_base_model()
     if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):

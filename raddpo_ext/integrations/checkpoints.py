@@ -26,7 +26,9 @@ class CheckpointedTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
-                raise ValueError(f"resume_from_checkpoint = True, but {self.args.output_dir} holds no whole checkpoint")
+                raise ValueError(
+                    f"resume_from_checkpoint = True, but {self.args.output_dir} holds no complete checkpoint"
+                )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -53,7 +55,7 @@ def last_whole_checkpoint(folder: str) -> str | None:
         error = _unreadable(path)
         if error is None:
             return str(path)
-        _logger.warning("%s was not written to its end and is passed over: %s", path, error)
+        _logger.warning("%s is incomplete and is skipped: %s", path, error)
     return None
 
 

@@ -29,13 +29,13 @@ _logger = logging.get_logger(__name__)
 def check_vocabulary(vocab: SIDVocab | None, index: TrieIndex | None, vocab_size: int, tokenizer: Any) -> None:
     """Raises ValueError where the SIDs' tokens are not the model's, the index's or the tokenizer's."""
     if vocab is not None and vocab.max_token >= vocab_size:
-        raise ValueError(f"vocab holds token id {vocab.max_token}, which a model of vocab_size {vocab_size} lacks")
+        raise ValueError(f"vocab must hold token ids below the model's vocab_size {vocab_size}, got {vocab.max_token}")
     if index is not None:
         if index.vocab is not None and index.vocab != vocab:
             raise ValueError(f"vocab must be the index's, {index.vocab}, got {vocab}")
         if max(index.max_tokens) >= vocab_size:
             raise ValueError(
-                f"index holds token id {max(index.max_tokens)}, which a model of vocab_size {vocab_size} lacks"
+                f"index must hold token ids below the model's vocab_size {vocab_size}, got {max(index.max_tokens)}"
             )
     if vocab is not None and hasattr(tokenizer, "convert_ids_to_tokens"):
         for level in range(vocab.levels):
@@ -95,7 +95,7 @@ def _check_dataset(
             for place, tokens in found:
                 why = None if check is None else check.why_not(tokens)
                 if why is not None:
-                    raise ValueError(f"{place} = {tokens} is no SID of vocab: it {why}")
+                    raise ValueError(f"{place} = {tokens} is not a SID of vocab: it {why}")
         except (ValueError, TypeError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{name}[{number}]: {error}") from error
@@ -113,9 +113,9 @@ def _check_dataset(
             f"{lacking[0]}"
         )
         if need_index:
-            raise ValueError(f"{told}; normalize = 'trie' needs every candidate to be in it")
+            raise ValueError(f"{told}; normalize = 'trie' needs every candidate in the index")
         if len(lacking) == candidates >= _FOREIGN:
-            raise ValueError(f"{told}; is it the index of another catalogue?")
+            raise ValueError(f"{told}; the index seems to be that of another catalogue")
         _logger.warning(told)
 
 
@@ -133,7 +133,7 @@ def _sampled(dataset: Any, name: str) -> Iterator[tuple[int, Any]]:
     for number, row in found:
         yield number, row
     if number < 0:
-        raise ValueError(f"{name} holds no row")
+        raise ValueError(f"{name} must have at least one row, got none")
 
 
 def _check_tokenizer(vocab: SIDVocab, level: int, tokenizer: Any) -> None:
@@ -150,8 +150,8 @@ def _check_tokenizer(vocab: SIDVocab, level: int, tokenizer: Any) -> None:
         if token is None or token_id in special:
             what = "none" if token is None else f"{token!r}"
             raise ValueError(
-                f"vocab: code {code} of level {level} is token id {token_id}, where the tokenizer has {what}; are the "
-                "SIDs' tokens added to the tokenizer, and the vocab's offsets theirs?"
+                f"vocab: code {code} of level {level} is token id {token_id}, where the tokenizer has {what}; add "
+                "the SIDs' tokens to the tokenizer, or correct the vocab's offsets"
             )
         tokens.append((code, token_id, token))
     # Tokens such as <a_12> are numbered: then one prefix is the level's, and the numbers follow the codes.
@@ -168,5 +168,5 @@ def _check_tokenizer(vocab: SIDVocab, level: int, tokenizer: Any) -> None:
             expected = f"{kind[0]}{code + kind[1]}{kind[2]}"
             raise ValueError(
                 f"vocab: code {code} of level {level} is token id {token_id}, which the tokenizer reads as {token!r}, "
-                f"not as {expected!r}; are the vocab's offsets and sizes the tokenizer's?"
+                f"not as {expected!r}; correct the vocab's offsets and sizes"
             )

@@ -36,7 +36,7 @@ def check_capturable(model: Any) -> None:
     elif base.config._attn_implementation == "flex_attention":
         reason = "the model's attention is 'flex_attention', which is compiled for each mask: use 'sdpa'"
     elif torch.is_autocast_enabled(_DEVICE):
-        reason = "autocast is on, whose copies of the weights go with it: convert the model"
+        reason = "autocast is on, and frees its copies of the weights when it ends: convert the model instead"
     if reason is not None:
         raise ValueError(f"cuda_graph = True, but {reason}")
 
@@ -183,8 +183,8 @@ class SearchGraphs:
                 raise
             except RuntimeError as error:
                 raise RuntimeError(
-                    f"cuda_graph = True, but a search with {type(model).__name__} could not be captured, by the error "
-                    "above; cuda_graph = False runs it"
+                    f"cuda_graph = True, but a search with {type(model).__name__} could not be captured because of "
+                    "the error above; set cuda_graph = False"
                 ) from error
             current.wait_stream(self._stream)
         return graph

@@ -95,10 +95,10 @@ class TrieLogitsProcessor:
         if len(query):
             row = int(query[0]) * self.num_beams + int(row[0])
             raise ValueError(
-                f"scores[{row}], of query {int(query[0])}, rules out every token that the catalogue allows after "
-                f"{input_ids[row, self.prompt_length :].tolist()}: all of them are -inf, or one is NaN. Look for "
-                "suppress_tokens, bad_words_ids and the like, and for logits that overflow"
-                + (", or give num_beams to let single beams end" if self.num_beams == 1 else "")
+                f"scores[{row}] (query {int(query[0])}) excludes every token that the catalogue allows after "
+                f"{input_ids[row, self.prompt_length :].tolist()}: all of them are -inf, or one is NaN. Check "
+                "suppress_tokens, bad_words_ids and similar options, and whether logits overflow"
+                + (", or set num_beams so that single beams may end" if self.num_beams == 1 else "")
             )
 
     def _allowed(self, nodes: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,11 +124,14 @@ class TrieLogitsProcessor:
         """Number of tokens generated so far."""
         level = input_ids.shape[1] - self.prompt_length
         if level < 0:
-            raise ValueError(f"prompt_length is {self.prompt_length}, but input_ids has shape {tuple(input_ids.shape)}")
+            raise ValueError(
+                f"prompt_length must be at most the columns of input_ids, of shape {tuple(input_ids.shape)}, got "
+                f"{self.prompt_length}"
+            )
         if level >= self.index.levels and self.eos_token_id is None:
             raise ValueError(
                 f"max_new_tokens must be {self.index.levels}, the length of a SID, for an index without eos and "
-                f"eos_token_id None, but token {level + 1} is asked for"
+                f"eos_token_id None, but generate asks for token {level + 1}"
             )
         largest = max(self.index.max_tokens[level] if level < self.index.levels else 0, self.eos_token_id or 0)
         if scores.dim() != 2 or len(scores) != len(input_ids) or scores.shape[1] <= largest:
@@ -137,7 +140,7 @@ class TrieLogitsProcessor:
                 f"shape {tuple(scores.shape)}"
             )
         if len(scores) % self.num_beams:
-            raise ValueError(f"num_beams is {self.num_beams}, but scores has {len(scores)} rows")
+            raise ValueError(f"num_beams must divide the {len(scores)} rows of scores, got {self.num_beams}")
         if not input_ids.device == scores.device == self.index.device:
             raise ValueError(
                 f"input_ids, scores and index must be on one device, got {input_ids.device}, {scores.device}, "

@@ -49,8 +49,8 @@ def prove_lengths(model: Any, packed: PackedSessions, predictors: Callable[[Pack
         return
     if _in_shards(model):
         warnings.warn(
-            f"packed rows of more than {lengths.longest(way)} tokens are not checked, as the weights of "
-            f"{type(model).__name__} are in shards: call check_lengths(model, packed) before they are, with such rows",
+            f"packed rows of more than {lengths.longest(way)} tokens are not checked, because the weights of "
+            f"{type(model).__name__} are sharded: call check_lengths(model, packed) with such rows before sharding",
             stacklevel=2,
         )
         return
@@ -70,8 +70,8 @@ def prove_lengths(model: Any, packed: PackedSessions, predictors: Callable[[Pack
             module.training = mode
     if not holds:
         raise ValueError(
-            f"{refused}: its states are others than those of one row a candidate, as with a window of the last tokens; "
-            "give fewer candidates a session, or max_length"
+            f"{refused}: its states differ from those of one row per candidate, as with a window of the last tokens; "
+            "use fewer candidates per session, or set max_length"
         )
 
 
@@ -91,7 +91,8 @@ def _check_windows(model: Any, packed: PackedSessions) -> None:
             row = int(packed.prompt_lengths.index_add(0, sessions.owners(), sessions.lengths).argmax())
             raise ValueError(
                 f"packed has rows of {columns} tokens (row {row} is the longest), more than {name} = {window} of "
-                f"{type(model).__name__}, which counts a row's columns; give fewer candidates a session, or max_length"
+                f"{type(model).__name__}, which counts a row's columns; use fewer candidates per session, or set "
+                "max_length"
             )
     for name, window in windows(model).items():
         if packed.input_ids.shape[1] <= window:
@@ -100,7 +101,7 @@ def _check_windows(model: Any, packed: PackedSessions) -> None:
         if longest > window:
             raise ValueError(
                 f"packed holds a prompt and candidate of {longest} tokens, more than the model's config.{name} = "
-                f"{window}; give max_length to the collator or to pack_sessions"
+                f"{window}; set max_length of the collator or of pack_sessions"
             )
 
 

@@ -58,7 +58,7 @@ def _completion(
         ids: list[int] = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
         return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
     if isinstance(prompt, str) or not _is_conversation(completion):
-        raise ValueError(f"{name} must be of the prompt's kind, text or messages, got {_short(completion)}")
+        raise ValueError(f"{name} must be text or messages, like the prompt, got {_short(completion)}")
     whole = _template(tokenizer, prompt + completion)
     if whole[: len(prompt_ids)] != prompt_ids:
         raise ValueError(f"{name}: the chat template of prompt and completion does not begin with that of the prompt")

@@ -286,8 +286,8 @@ def verify(model: Any, head: Head | None, shared: Callable[..., Decoder] = Share
     if rows_compete(model):
         settings = ", ".join(f"{name} = {value}" for name, value in expert_capacities(base).items())
         raise TypeError(
-            f"model must give every row of a batch its own logits, the experts of {name} drop tokens of one for those "
-            f"of another ({settings})"
+            f"model must compute each row of a batch independently: the experts of {name} drop tokens of one row for "
+            f"those of another ({settings})"
         )
     takes_positions = not base.config.is_encoder_decoder and "position_ids" in forward_parameters(model)
     if not bool(probe.expected.isfinite().all()):
@@ -301,7 +301,7 @@ def verify(model: Any, head: Head | None, shared: Callable[..., Decoder] = Share
             break
     else:
         if probe.ahead > limits.wrong * probe.spread:
-            raise TypeError(f"model must give logits that no later token changes: {name} does not")
+            raise TypeError(f"model must be causal: later tokens change the logits of {name}")
         what = "model must give the same logits with a KV cache, reordered from step to step, as without"
         try:
             probe.outputs(ways.kind(model), None)
@@ -312,7 +312,7 @@ def verify(model: Any, head: Head | None, shared: Callable[..., Decoder] = Share
         raise TypeError(f"{what}: {name} does not")
     # There is no slower way: one that rounds by its neighbours is its own, one that mixes them has none.
     if probe.mixes(ways.kind(model), None, limits.rounding):
-        raise TypeError(f"model must give every row of a batch its own logits, those of {name} depend on other rows")
+        raise TypeError(f"model must compute each row of a batch independently: logits of {name} depend on other rows")
     limit = max(limits.rounding, 4 * alone)
     padded = ways._replace(padded=True)
     if probe.error(padded.kind(model), None) <= limit and not probe.leaks(padded.kind(model), None):

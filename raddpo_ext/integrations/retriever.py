@@ -114,9 +114,10 @@ class SIDRetriever:
     def _check_index(self, index: TrieIndex) -> None:
         _check.instance(index, "index", TrieIndex)
         self._widths(index)
-        if max(index.max_tokens) >= self._vocab_size:
+        largest = max(index.max_tokens)
+        if largest >= self._vocab_size:
             raise ValueError(
-                f"index holds token id {max(index.max_tokens)}, which a model of vocab_size {self._vocab_size} lacks"
+                f"index must hold token ids below the model's vocab_size {self._vocab_size}, got {largest}"
             )
 
     def _widths(self, index: TrieIndex) -> list[int]:
@@ -235,8 +236,8 @@ class SIDRetriever:
         if not shares and (self.shared_prefix or self._graphs is not None):
             name = "shared_prefix" if self.shared_prefix else "cuda_graph"
             raise ValueError(
-                f"{name} = True, but {type(self.model).__name__} cannot share a prompt of {tokens} tokens: it looks "
-                "past a mask, or at a window of the last tokens"
+                f"{name} = True, but {type(self.model).__name__} cannot share a prompt of {tokens} tokens: it "
+                "ignores the attention mask, or attends to a window of the last tokens"
             )
         ways = ways._replace(shared=shares)
         if not shares and ways.padded and not holds(ways):
@@ -255,8 +256,8 @@ class SIDRetriever:
         _check.none(
             (lengths <= window) & (lengths + index.levels - 1 > window),
             lambda row: (
-                f"input_ids[{row}] has {int(lengths[row])} tokens, and the SID would cross the {window} "
-                f"(original_max_position_embeddings) beyond which the rope of {type(self.model).__name__} changes"
+                f"input_ids[{row}] has {int(lengths[row])} tokens, so that its SID would cross position {window} "
+                f"(original_max_position_embeddings), where the rope of {type(self.model).__name__} changes"
             ),
         )
 
@@ -298,7 +299,7 @@ class SIDRetriever:
             mask = _as_mask(attention_mask, input_ids)
         input_ids, mask = input_ids.long().cpu(), mask.cpu()
         lengths = mask.sum(1)
-        _check.none(lengths == 0, lambda row: f"attention_mask[{row}] leaves the prompt no token")
+        _check.none(lengths == 0, lambda row: f"attention_mask[{row}] must keep at least one token, got none")
         outside = mask & ((input_ids < 0) | (input_ids >= self._vocab_size))
         if bool(outside.any()):
             row, column = outside.nonzero()[0].tolist()
@@ -312,8 +313,8 @@ class SIDRetriever:
             _check.none(
                 lengths + steps > self._window,
                 lambda row: (
-                    f"input_ids[{row}] has {int(lengths[row])} tokens, and {steps} more of the SID exceed the "
-                    f"model's window of {self._window} (max_position_embeddings)"
+                    f"input_ids[{row}] has {int(lengths[row])} tokens, and with {steps} more of the SID exceeds "
+                    f"the model's window of {self._window} (max_position_embeddings)"
                 ),
             )
         return input_ids.masked_fill(~mask, 0), mask

@@ -87,8 +87,8 @@ class SessionCollator:
         if packed.num_truncated and not self._has_logged:
             self._has_logged = True
             _logger.warning(
-                "%d of %d prompts of a batch were longer than max_length = %d with their candidates and lost their "
-                "first tokens; further ones are not logged",
+                "%d of %d prompts of a batch exceeded max_length = %d together with their candidates and lost their "
+                "first tokens; this is logged once",
                 packed.num_truncated,
                 len(rows),
                 self.options["max_length"],
@@ -151,7 +151,7 @@ class SessionCollator:
             why = sids.why_not(tokens)
             if why is not None:
                 read = "" if self.tokenizer is None else f" {self.tokenizer.convert_ids_to_tokens(tokens)}"
-                raise ValueError(f"{name} = {tokens}{read} is no SID of vocab: it {why}")
+                raise ValueError(f"{name} = {tokens}{read} is not a SID of vocab: it {why}")
 
 
 def named_candidates(sessions: SessionBatch, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[int]]]:
@@ -187,11 +187,11 @@ def _refuse(rows: list[dict[str, Any]]) -> NoReturn:
             for j, ids in enumerate(row[column]):
                 name = f"rows[{i}][{column!r}][{j}]"
                 if hasattr(ids, "__len__") and len(ids) == 0:
-                    raise ValueError(f"{name} holds no token")
+                    raise ValueError(f"{name} must have at least one token, got none")
                 smallest = _check.integer_array(ids, name, 1).min()
                 if smallest < 0:
-                    raise ValueError(f"{name} holds {smallest}, which is no token id")
-    raise TypeError("rows hold candidates of types that do not go together")
+                    raise ValueError(f"{name} must hold token ids of at least 0, got {smallest}")
+    raise TypeError("rows must hold candidates of one type, got several that cannot be combined")
 
 
 def _items(rows: list[dict[str, Any]]) -> Tensor:

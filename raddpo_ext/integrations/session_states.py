@@ -188,8 +188,8 @@ def verify_packing(model: Any) -> None:
     if leaks or not difference <= tolerance(inner).wrong:
         what = "a candidate's states depend on another's tokens" if leaks else f"by {difference:.2g} of their spread"
         raise ValueError(
-            f"model gives other log-probs for packed sessions than for one row a candidate ({what}): "
-            f"{type(inner).__name__} looks past the attention mask, or changes its head's output in an unknown way"
+            f"model gives different log-probs for packed sessions and for one row per candidate ({what}): "
+            f"{type(inner).__name__} ignores the attention mask, or changes its head's output in an unknown way"
         )
 
 
@@ -258,7 +258,7 @@ def _check_attention(body: Any, packed: PackedSessions) -> None:
         raise ValueError(f"flex_attention needs CUDA to train, got {device}; use 'sdpa'")
     if attention not in ("sdpa", "eager", "flex_attention"):
         raise ValueError(
-            f"model has the attention {attention!r}, which takes no mask of its own; call "
+            f"model has the attention {attention!r}, which takes no custom mask; call "
             "model.set_attn_implementation('sdpa'), or 'eager', or 'flex_attention'"
         )
 

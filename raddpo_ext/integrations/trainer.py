@@ -93,7 +93,9 @@ class RADDPOTrainer(SessionDataTrainer):
         if args.deepspeed:
             raise ValueError("args.deepspeed must be None: use FSDP2 to shard the model (fsdp='full_shard')")
         if args.n_gpu > 1:
-            raise ValueError(f"args.n_gpu must be at most 1, got {args.n_gpu}: start one process a GPU, with torchrun")
+            raise ValueError(
+                f"args.n_gpu must be at most 1, got {args.n_gpu}: start one process per GPU, with torchrun"
+            )
         if index is not None:
             _check.instance(index, "index", TrieIndex)
             vocab = index.vocab if vocab is None else vocab
@@ -113,7 +115,9 @@ class RADDPOTrainer(SessionDataTrainer):
             ref_model = copy.deepcopy(model)
         needs_start = ref_model is None and args.use_reference
         if needs_start and inner.device.type == "meta":
-            raise ValueError("args.use_reference needs ref_model where a rank's model has no weights of its own")
+            raise ValueError(
+                "ref_model must be given with args.use_reference if a rank's model is on the meta device, got None"
+            )
         if data_collator is None:
             data_collator = _collator(inner, args, vocab, processing_class)
         check_vocabulary(vocab, index, inner.get_input_embeddings().weight.shape[0], processing_class)
@@ -265,7 +269,7 @@ class RADDPOTrainer(SessionDataTrainer):
             return
         path = Path(checkpoint, _WEIGHTING_FILE)
         if not path.is_file():
-            _logger.warning("%s does not exist: similarity_weighting starts anew", path)
+            _logger.warning("%s does not exist: similarity_weighting starts from scratch", path)
             return
         state = torch.load(path, map_location="cpu", weights_only=True)
         self.objective.similarity_weighting.load_state_dict(state)

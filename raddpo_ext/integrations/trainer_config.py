@@ -48,18 +48,20 @@ class RADDPOConfig(TrainingArguments):
     report_to: None | str | list[str] = field(  # noqa: RUF036  HfArgumentParser reads str off the second place
         default="none", metadata={"help": "Where to report to."}
     )
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    logging_steps: float = field(default=10, metadata={"help": "Number of optimizer steps between logs."})
     ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Only for a model with trainable parameters that text does not reach."}
+        default=False, metadata={"help": "Needed only if some trainable parameters are not used for text."}
     )
 
     beta: float = field(default=2.0, metadata={"help": "Scale of the rewards."})
-    gamma: float = field(default=0.0, metadata={"help": "Margin that the winner's reward is to keep, outside beta."})
+    gamma: float = field(default=0.0, metadata={"help": "Target margin of the winner's reward, not scaled by beta."})
     length_normalized: bool = field(default=True, metadata={"help": "Divide a candidate's reward by its length."})
     protect: str = field(
-        default="winner", metadata={"help": "Common prefixes that are detached: 'winner', 'positives' or 'none'."}
+        default="winner", metadata={"help": "Which common prefixes are detached: 'winner', 'positives' or 'none'."}
     )
-    aggregation: str = field(default="negatives", metadata={"help": "How negatives meet: 'negatives' or 'margins'."})
+    aggregation: str = field(
+        default="negatives", metadata={"help": "How negatives are combined: 'negatives' or 'margins'."}
+    )
     weighting: str = field(default="loss", metadata={"help": "Where pair weights enter: 'loss' or 'reward'."})
     positives: str = field(
         default="winner", metadata={"help": "Which positives act as the winner: 'winner', 'each' or 'pooled'."}
@@ -73,26 +75,28 @@ class RADDPOConfig(TrainingArguments):
         default="vocab", metadata={"help": "Support of a token's softmax: 'vocab', 'level' or 'trie'."}
     )
 
-    similarity_weighting: bool = field(default=True, metadata={"help": "Weigh pairs by their similarity (RDRW)."})
-    similarity_window: int = field(default=4096, metadata={"help": "Similarities that RDRW takes its quantiles of."})
+    similarity_weighting: bool = field(default=True, metadata={"help": "Weight pairs by their similarity (RDRW)."})
+    similarity_window: int = field(
+        default=4096, metadata={"help": "Number of similarities that RDRW takes its quantiles from."}
+    )
     use_reference: bool = field(
         default=False, metadata={"help": "Subtract a reference model's log-probs, as DPO does."}
     )
     disable_dropout: bool = field(
-        default=True, metadata={"help": "Switch the model's dropout off, as it is noise in a margin."}
+        default=True, metadata={"help": "Disable the model's dropout, which is noise in a margin."}
     )
 
     layout: str = field(
         default="candidates", metadata={"help": "Packing: 'candidates', or 'trie' to compute a shared prefix once."}
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "Most tokens of prompt and candidate; default: the model's window."}
+        default=None, metadata={"help": "Maximum tokens of prompt plus candidate; default: the model's window."}
     )
-    pad_to_multiple_of: int | None = field(
-        default=None, metadata={"help": "Make the packed rows' length a multiple of it."}
-    )
+    pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Pad packed rows to a multiple of this."})
 
-    eval_beam_width: int = field(default=50, metadata={"help": "Beams of the constrained retrieval in an evaluation."})
+    eval_beam_width: int = field(
+        default=50, metadata={"help": "Beam width of the constrained retrieval in an evaluation."}
+    )
     eval_ks: list[int] = field(
         default_factory=lambda: [5, 10, 50], metadata={"help": "Cut-offs of recall and NDCG, at most eval_beam_width."}
     )
@@ -110,7 +114,7 @@ class RADDPOConfig(TrainingArguments):
                 raise ValueError(f"{name} must be {neutral}, got {getattr(self, name)}: {why}")
         loading: Any = self.accelerator_config
         if loading.dispatch_batches:
-            raise ValueError("accelerator_config.dispatch_batches must be False: packed batches cannot be cut up")
+            raise ValueError("accelerator_config.dispatch_batches must be False: packed batches cannot be split")
         loading.dispatch_batches = False  # each rank reads its share of a stream
 
     @property

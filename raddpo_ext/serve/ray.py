@@ -104,7 +104,7 @@ class SIDRetrieverReplica:
         """Answers a HTTP request, whatever its path."""
         try:
             if request.method != "POST":
-                raise ServiceError(405, "bad_request", "a request is a POST")
+                raise ServiceError(405, "bad_request", "the method must be POST")
             content = await self._respond(await read_body(request, self._config.max_body))
             status = 200
         except ServiceError as error:

@@ -86,7 +86,7 @@ class Search:
         prompt = torch.zeros(1, 1, dtype=torch.int64, device=index.device)
         found = self.retriever.retrieve(prompt, top_k=1, index=index)
         if int(found.items[0, 0]) < 0:
-            raise ValueError("the model scores no item of it: its logits are NaN or -inf")
+            raise ValueError("the model gives no item a finite score: its logits are NaN or -inf")
         text = self.model.config.get_text_config()
         longest = self.config.max_prompt
         if window := context(text):
@@ -120,7 +120,7 @@ class Search:
         try:
             return self._search(queries, prompts)
         except Exception:
-            _LOG.exception("a search of %d queries failed", len(queries))
+            _LOG.exception("a search for %d queries failed", len(queries))
         if len(queries) == 1:
             return [_FAILED]
         return [self._answer_group([query], [prompt])[0] for query, prompt in zip(queries, prompts, strict=True)]
