@@ -18,14 +18,20 @@ from raddpo_ext.logps.head import Head, checked_head
 
 
 class BeamResult(NamedTuple):
-    """What :func:`beam_search` found, best first, ``R`` rows a query; an empty row has score ``-inf`` and item -1.
+    """Results of :func:`beam_search`, best first, ``R`` rows per query; an empty row has score ``-inf`` and item -1.
 
-    Take the parts by name: ``found.items``.
+    Access the parts by name, for example ``found.items``.
 
     Attributes:
         items: int64 ``[B, R]``.
         scores: float32 ``[B, R]``, divided by ``length ** length_penalty``.
         sids: int64 ``[B, R, L]`` codes, padded with -1.
+
+    Example:
+        >>> scores = torch.tensor([[-0.5, -torch.inf]])
+        >>> found = rx.BeamResult(torch.tensor([[7, -1]]), scores, torch.tensor([[[0], [-1]]]))
+        >>> found.items[found.items >= 0]
+        tensor([7])
     """
 
     items: Tensor
@@ -49,29 +55,42 @@ def beam_search(
     on_step: Callable[[int, BeamState], None] | None = None,
     check: bool = False,
 ) -> BeamResult:
-    """Constrained beam search with a model behind ``step_fn``.
+    """Searches a catalogue with constrained beam search; ``step_fn`` runs the model.
 
-    With ``beam_width`` at least the number of live prefixes and finished SIDs at every level, the result is that of
-    scoring the whole catalogue.
+    If ``beam_width`` is at least the number of live prefixes and finished SIDs at every level, the result equals that
+    of scoring the whole catalogue.
 
     Args:
         step_fn: ``(tokens [B, W], parents [B, W], level) -> logits [B, W, V]``, or with ``weight`` hidden states
-            ``[B, W, H]``. At level 0 ``tokens`` is ``[B, 1]`` of -1 and ``parents`` 0; later they are the last step's,
-            ``parents`` the slots of the same query in the call before, by which a KV cache is reordered. Tokens are -1
-            in finished and empty slots; their logits are ignored. Called once a level, ``index.levels`` times.
+            ``[B, W, H]``. At level 0 ``tokens`` is ``[B, 1]`` of -1 and ``parents`` is 0. Later both come from the
+            last step: ``parents`` are slots of the same query in the previous call; use them to reorder a KV cache.
+            Tokens are -1 in finished and empty slots, whose logits are ignored. Called once per level,
+            ``index.levels`` times.
         index: the catalogue.
         batch_size: ``B``.
-        beam_width: one width, or one for each call. A list may go on up to the vocabulary's levels, ``eos`` counted,
-            where the catalogue has no SID of that length; what goes beyond ``index.levels`` is not used.
+        beam_width: one width, or one per call. A list may be as long as the vocabulary has levels, including ``eos``,
+            even if the catalogue has no SID of that length; widths beyond ``index.levels`` are not used.
         normalize, length_penalty, check: see :func:`beam_step`.
-        top_k: return this many items a query, a collided SID repeated for each of its items. Default: one row a SID
-            of the last width, with its first item. More than the beams can hold is warned of.
-        weight, bias, temperature, logit_softcap: of the language model's head, see :func:`linear_beam_step`.
-        on_step: called with each level and the state after it: the beams that lived, best first. One that no
-            ``parents`` of the state after it names has died.
+        top_k: return this many items per query; a SID of several items is repeated for each of them. Default: one row
+            per SID of the last width, with its first item. A ``top_k`` above the last width warns.
+        weight, bias, temperature, logit_softcap: the language model's head, see :func:`linear_beam_step`.
+        on_step: called with each level and the state after it: the surviving beams, best first. A beam that is in no
+            ``parents`` of the next state was dropped.
 
     Returns:
         :class:`BeamResult`, without gradient; ``R`` is ``top_k``, or the last width.
+
+    Raises:
+        ValueError, TypeError: naming the argument and the value.
+
+    Example:
+        >>> index = rx.TrieIndex.build([[0, 1], [0, 2], [1, 0]], item_ids=[70, 71, 72])
+        >>> table = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 3.0]])  # logits of each level, whatever the prefix
+        >>> def step_fn(tokens, parents, level):
+        ...     return table[level].expand(*tokens.shape, 3)
+        >>> found = rx.beam_search(step_fn, index, batch_size=1, beam_width=3)
+        >>> found.items, found.sids[0, 0]
+        (tensor([[71, 70, 72]]), tensor([0, 2]))
     """
     widths = _check.widths(beam_width, index.levels, index.most_levels)
     check_top_k(top_k, widths[-1], index)
@@ -79,7 +98,9 @@ def beam_search(
     if weight is not None:
         head = checked_head(weight, bias, temperature, logit_softcap)
     elif bias is not None or temperature != 1 or logit_softcap is not None:
-        raise ValueError("bias, temperature and logit_softcap need weight: without it step_fn returns final logits")
+        raise ValueError(
+            "bias, temperature and logit_softcap need weight: without weight, step_fn returns final logits"
+        )
     return head_beam_search(
         step_fn,
         index,
@@ -107,7 +128,7 @@ def head_beam_search(
     on_step: Callable[[int, BeamState], None] | None = None,
     check: bool = False,
 ) -> BeamResult:
-    """:func:`beam_search` with checked widths, one per level, and a checked head, or None: ``step_fn`` gives logits."""
+    """:func:`beam_search` with checked widths, one per level. Without a head ``step_fn`` returns logits."""
     options: dict[str, Any] = {"normalize": normalize, "length_penalty": length_penalty, "check": check}
     state = BeamState.start(index, batch_size)
     for level, width in enumerate(beam_width):
@@ -124,13 +145,13 @@ def head_beam_search(
 
 
 def check_top_k(top_k: int | None, width: int, index: TrieIndex) -> None:
-    """Raises for a number that is none, and warns of one that a last width cannot hold."""
+    """Raises for a ``top_k`` that is not a positive integer, and warns if it is above the last width."""
     if top_k is None:
         return
     if width < min(_check.width(top_k, "top_k"), index.num_sids) and index.num_items == index.num_sids:
         warnings.warn(
-            f"top_k = {top_k} items, but a last beam_width of {width} finds {width} at most: the other rows stay empty "
-            "(item -1)",
+            f"top_k = {top_k} is above the last beam_width, {width}: a search finds at most {width} items, and the "
+            "other rows stay empty (item -1)",
             stacklevel=3,
         )
 
@@ -144,7 +165,7 @@ def _result(state: BeamState, index: TrieIndex, length_penalty: float, top_k: in
     if top_k is None:
         items = torch.where(count > 0, index.items_at(first), -1)
         return BeamResult(items, scores, sids)
-    # Item k of a query lies in the first beam whose items, added up, exceed k.
+    # Item k of a query is in the first beam at which the running sum of items exceeds k.
     ends = count.cumsum(1)
     rank = torch.arange(top_k, device=scores.device).expand(len(scores), top_k).contiguous()
     beam = torch.searchsorted(ends, rank, right=True)

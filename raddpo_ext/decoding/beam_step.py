@@ -17,15 +17,21 @@ LOGIT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class BeamState:
-    """The beams of every query, best first; ``[B, W]`` each, ``[B, 1]`` at the start.
+    """The beams of every query, best first; each tensor is ``[B, W]``, and ``[B, 1]`` at the start.
 
-    An empty slot has score ``-inf``, parent 0, token and node -1.
+    An empty slot has score ``-inf``, parent 0, token -1 and node -1.
 
     Attributes:
-        scores: float32 sums of log-probs, no length penalty applied.
-        tokens: int64 last token ids; -1 at the start and for a SID that was already finished a step before.
-        parents: int64 slots of the same query in the step before.
+        scores: float32 sums of log-probs, without length penalty.
+        tokens: int64 last token ids; -1 at the start and for a SID that was finished before the last step.
+        parents: int64 slots of the same query in the previous step.
         nodes: int64 trie nodes.
+
+    Example:
+        >>> index = rx.TrieIndex.build([[0, 1], [0, 2], [1, 0]])
+        >>> rx.BeamState.start(index, batch_size=2).nodes  # one beam per query, at the root
+        tensor([[0],
+                [0]])
     """
 
     scores: Tensor
@@ -35,7 +41,7 @@ class BeamState:
 
     @classmethod
     def start(cls, index: TrieIndex, batch_size: int, device: torch.device | str | None = None) -> BeamState:
-        """One beam a query, at the root."""
+        """The state before the first step: one beam per query, at the root."""
         shape = (_check.integer(batch_size, "batch_size", 0), 1)
         device = index.device if device is None else device
         zeros = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -54,20 +60,20 @@ def beam_step(
     length_penalty: float = 0.0,
     check: bool = False,
 ) -> BeamState:
-    """Extends every live beam by every child it has in the trie and keeps the best ``beam_width``, in one fused op.
+    """Extends every live beam by all its children in the trie and keeps the best ``beam_width``, in one fused op.
 
-    A child's score is its parent's plus ``min(logit - logsumexp, 0)``, in float32; the log-sum-exp runs over the
-    softmax's support. A finished beam (a leaf) keeps its score and its node, with token -1 and its own slot as parent.
-    Candidates compete by ``score / length ** length_penalty``, length in tokens; ties go to the lower parent, then to
-    the lower token id. A candidate whose score is ``-inf`` or NaN is not kept, so a row of logits with a NaN, or all
-    ``-inf``, ends its beam.
+    A child's score is its parent's score plus ``min(logit - logsumexp, 0)``, in float32; the log-sum-exp runs over the
+    softmax's support. A finished beam (a leaf) keeps its score and its node; its token is -1 and its parent is its own
+    slot. Candidates are ranked by ``score / length ** length_penalty``, length in tokens; ties go to the lower parent,
+    then to the lower token id. A candidate whose score is ``-inf`` or NaN is dropped, so a row of logits that holds a
+    NaN, or only ``-inf``, ends its beam.
 
     Args:
         logits: ``[B, W, V]`` float32, bfloat16 or float16, of the state's beams. Any strides with a contiguous last
-            dimension are read in place.
-        state: the beams before, ``[B, W]``.
-        index: on the device of ``logits``.
-        beam_width: beams kept, from 1 to ``2**31 - 1``; may exceed the catalogue.
+            dimension are read without a copy.
+        state: the beams before the step, ``[B, W]``.
+        index: the catalogue, on the device of ``logits``.
+        beam_width: number of beams to keep, from 1 to ``2**31 - 1``; may exceed the catalogue.
         normalize: support of the softmax. ``"vocab"``: all of ``V``. ``"level"``: the level's codes, and ``eos`` after
             the first level (needs an index with a vocab). ``"trie"``: the children only.
         length_penalty: finite exponent.
@@ -78,6 +84,13 @@ def beam_step(
 
     Raises:
         ValueError, TypeError: naming the argument and the value.
+
+    Example:
+        >>> index = rx.TrieIndex.build([[0, 1], [0, 2], [1, 0]])
+        >>> state = rx.BeamState.start(index, batch_size=1)
+        >>> state = rx.beam_step(torch.tensor([[[2.0, 1.0, 0.0]]]), state, index, beam_width=2)
+        >>> state.tokens, state.scores
+        (tensor([[0, 1]]), tensor([[-0.4076, -1.4076]]))
     """
     _check.float_tensor(logits, "logits", LOGIT_TYPES)
     refuse_transforms("beam_step", logits, state.scores if isinstance(state, BeamState) else None)
@@ -108,7 +121,7 @@ def beam_step(
 def check_state(
     rows: Tensor, name: str, state: BeamState, index: TrieIndex, normalize: str, length_penalty: float
 ) -> int:
-    """The support's number; raises what a step refuses. ``rows``: the logits or hidden states, by their name."""
+    """Checks a step's arguments and returns the number of its softmax support. Errors call ``rows`` by ``name``."""
     _check.instance(state, "state", BeamState)
     _check.instance(index, "index", TrieIndex)
     if rows.dim() != 3 or rows.shape[:2] != state.nodes.shape:
@@ -143,7 +156,7 @@ def is_extended(state: BeamState, index: TrieIndex) -> Tensor:
 
 
 def _check_columns(logits: Tensor, state: BeamState, index: TrieIndex) -> None:
-    """A model with one head a level has as many columns as the level needs; any other has enough for all levels."""
+    """Checks the columns per level: a model with one head per level has as many as that level needs."""
     for level in set(index.depths(state.nodes[is_extended(state, index)]).tolist()):
         check_level_columns(logits, index, level)
 
@@ -165,8 +178,8 @@ def _check_values(logits: Tensor, state: BeamState, index: TrieIndex) -> None:
     if bool(outside.any()):
         query, beam = outside.nonzero()[0].tolist()
         raise ValueError(
-            f"state.nodes[{query}, {beam}] = {int(state.nodes[query, beam])} is no node of the index, which has "
-            f"{index.node_bound}"
+            f"state.nodes[{query}, {beam}] must be in [-1, {index.node_bound}), the nodes of the index, got "
+            f"{int(state.nodes[query, beam])}"
         )
 
 

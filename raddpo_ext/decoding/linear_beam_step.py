@@ -1,4 +1,4 @@
-"""One step of the constrained beam search from hidden states: the head meets only the tokens that the step needs."""
+"""One step of the constrained beam search from hidden states; logits are computed only for the tokens it needs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from raddpo_ext.decoding.row_lse import row_lse
 from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.logps.head import Head, checked_head
 
-_WEIGHT_BYTES = 1 << 22  # of a tile's rows of the weight, on the CPU: in its cache, and enough to fill a product
-_LOGIT_BYTES = 1 << 30  # of the logits held at once, on CUDA
-_ROWS_A_READ = 128  # rows that a GPU multiplies by a row of the weight in the time that reading it takes, about
+_WEIGHT_BYTES = 1 << 22  # rows of the weight per tile on the CPU: they fit its cache and keep a product efficient
+_LOGIT_BYTES = 1 << 30  # logits held at once on CUDA
+_ROWS_A_READ = 128  # about how many rows a GPU multiplies by a row of the weight in the time of reading that row
 
 
 def linear_beam_step(
@@ -32,23 +32,23 @@ def linear_beam_step(
     level: int | None = None,
     check: bool = False,
 ) -> BeamState:
-    """:func:`raddpo_ext.beam_step` of the logits ``hidden @ weight.T + bias``, most of which are never made.
+    """Runs :func:`raddpo_ext.beam_step` on the logits ``hidden @ weight.T + bias`` without materialising most of them.
 
-    Under ``"level"`` only the level's rows of ``weight`` are multiplied, under ``"trie"`` only those of the live beams'
-    children. ``"vocab"`` needs every row, for the log-sum-exp. On the CPU it is summed up tile by tile while a tile's
-    logits are in cache, and none is kept. On a GPU all logits are made, of as many queries at a time as fit 1 GiB; a
-    query that does not fit is summed up in tiles too. Children's logits are float32, or of the product's type where
-    more are made than theirs: under ``"level"``, and mostly on a GPU.
+    ``normalize="level"`` multiplies only the level's rows of ``weight``, ``"trie"`` only those of the live beams'
+    children. ``"vocab"`` needs every row, for the log-sum-exp. On the CPU the log-sum-exp is computed tile by tile
+    while a tile's logits are in cache, and no logits are kept. On a GPU all logits are computed, for as many queries at
+    a time as fit 1 GiB; a query that does not fit is computed in tiles too. The children's logits are float32 if only
+    they are computed. If more are computed (under ``"level"``, and mostly on a GPU), they have the product's type.
 
     Args:
         hidden: ``[B, W, H]`` float32, bfloat16 or float16: the states that predict each beam's next token.
-        weight: ``[V, H]`` of the language model's head, of the same type.
+        weight: ``[V, H]``, the weight of the language model's head, of the same dtype.
         state, index, beam_width, normalize, length_penalty: see :func:`raddpo_ext.beam_step`.
-        bias: ``[V]`` of the head.
+        bias: ``[V]``, the bias of the head.
         temperature: divides the logits.
-        logit_softcap: caps them before, ``softcap * tanh(logit / softcap)``.
-        level: depth of the beams that are extended, in tokens: all of a search's are of one. Default: it is read from
-            the state, which on CUDA waits for the GPU.
+        logit_softcap: caps the logits before that, ``softcap * tanh(logit / softcap)``.
+        level: depth in tokens of the beams to extend, which is the same for all beams of a search. Default: read from
+            the state, which synchronises on CUDA.
         check: also raise ValueError for NaN in ``hidden`` (synchronises on CUDA).
 
     Returns:
@@ -56,6 +56,13 @@ def linear_beam_step(
 
     Raises:
         ValueError, TypeError: naming the argument and the value; also for a state whose beams are of several levels.
+
+    Example:
+        >>> index = rx.TrieIndex.build([[0, 1], [0, 2], [1, 0]])
+        >>> hidden, weight = torch.ones(1, 1, 2), torch.tensor([[1.0, 1.0], [0.5, 0.5], [0.0, 0.0]])
+        >>> state = rx.linear_beam_step(hidden, weight, rx.BeamState.start(index, 1), index, beam_width=2)
+        >>> state.tokens, state.scores
+        (tensor([[0, 1]]), tensor([[-0.4076, -1.4076]]))
     """
     head = checked_head(weight, bias, temperature, logit_softcap)
     return head_beam_step(
@@ -84,7 +91,8 @@ def head_beam_step(
     level: int | None,
     check: bool,
 ) -> BeamState:
-    """:func:`linear_beam_step` with a head that is checked."""
+    """:func:`linear_beam_step` with a checked head."""
+    # Check the arguments.
     _check_hidden(hidden, head)
     refuse_transforms("linear_beam_step", hidden, head.weight, head.bias)
     support = check_state(hidden, "hidden", state, index, normalize, length_penalty)
@@ -100,11 +108,13 @@ def head_beam_step(
         if bool(bad.any()):
             query, beam = bad.nonzero()[0].tolist()
             raise ValueError(f"hidden[{query}, {beam}] holds NaN")
+    # On a GPU, "vocab" computes all logits, as its log-sum-exp needs them anyway.
     scores, nodes = state.scores.contiguous(), state.nodes.contiguous()
     tail = (beam_width, support, length_penalty)
     queries = _queries_at_once(hidden, head.weight) if normalize == "vocab" else 0
     if queries:
         return _step_of_all_logits(hidden, head, scores, nodes, index, queries, tail)
+    # Otherwise compute the level's logits or only the children's, and under "vocab" the log-sum-exp apart.
     rows = hidden.reshape(-1, hidden.shape[2])
     if normalize == "level" or _level_is_cheaper(rows, index, level):
         level_head = head.rows(index.level_tokens(level))
@@ -126,7 +136,7 @@ def head_beam_step(
 
 
 def _child_logits(rows: Tensor, head: Head, scores: Tensor, nodes: Tensor, index: TrieIndex, level: int) -> Tensor:
-    """The logits of each beam's children: those rows of the weight alone are read."""
+    """The logits of each beam's children; only their rows of the weight are read."""
     return torch.ops.raddpo.child_logits(
         rows if rows.stride(1) == 1 else rows.contiguous(),
         head.weight if head.weight.stride(1) == 1 else head.weight.contiguous(),
@@ -142,7 +152,7 @@ def _child_logits(rows: Tensor, head: Head, scores: Tensor, nodes: Tensor, index
 
 
 def _queries_at_once(hidden: Tensor, weight: Tensor) -> int:
-    """Of how many queries all logits are made and held at once, on a GPU; 0: of none, they are made in tiles."""
+    """How many queries' logits are computed at once on a GPU; 0 means that the log-sum-exp is computed in tiles."""
     if hidden.device.type == "cpu":
         return 0
     return min(len(hidden), _LOGIT_BYTES // max(1, hidden.shape[1] * len(weight) * hidden.element_size()))
@@ -157,7 +167,7 @@ def _step_of_all_logits(
     queries: int,
     tail: tuple[int, int, float],
 ) -> BeamState:
-    """The step from whole rows of logits, of at most ``queries`` queries at a time."""
+    """Runs the step from full rows of logits, for at most ``queries`` queries at a time."""
     parts = -(-len(hidden) // queries)
     steps = []
     for states, *beams in zip(*(x.tensor_split(parts) for x in (hidden, scores, nodes)), strict=True):
@@ -167,8 +177,10 @@ def _step_of_all_logits(
 
 
 def _level_is_cheaper(hidden: Tensor, index: TrieIndex, level: int) -> bool:
-    """Whether a product with all the level's rows of the weight takes less time than to read those of each beam's
-    children. On a GPU one read serves many beams, until the matrix units are busy."""
+    """Whether multiplying all the level's rows of the weight is faster than reading the rows of each beam's children.
+
+    On a GPU one read serves many beams, until the matrix units are busy.
+    """
     work = index.num_symbols[level] * max(1, len(hidden) / _ROWS_A_READ)
     return hidden.device.type != "cpu" and len(hidden) * index.mean_children[level] >= work
 

@@ -1,4 +1,4 @@
-"""Row log-sum-exp: the floor under every op that must read its logits once."""
+"""Row log-sum-exp: the lower bound on the time of every op that must read its logits once."""
 
 from __future__ import annotations
 
