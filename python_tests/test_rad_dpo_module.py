@@ -268,7 +268,7 @@ def test_accumulated_and_distributed_batches_equal_one_big_batch() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"bata": 2.0}, "options must be of .* got \\['bata'\\]"),
+        ({"bata": 2.0}, "options must be among .* got \\['bata'\\]"),
         ({"similarity_weighting": 3}, "similarity_weighting must be a SimilarityWeighting, got int"),
     ],
 )

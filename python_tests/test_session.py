@@ -129,7 +129,7 @@ META = torch.zeros(5, 3, dtype=torch.int64, device="meta")
         ({"lengths": META[:, 0]}, ValueError, "lengths must be on the device of tokens, cpu, got meta"),
         ({"offsets": META[:3, 0]}, ValueError, "offsets must be on the device of tokens, cpu, got meta"),
         ({"num_positives": META[:2, 0]}, ValueError, "num_positives must be on the device of tokens, cpu, got meta"),
-        ({"lengths": torch.tensor([1, 2])}, ValueError, "lengths must have one entry a row of tokens (5), got 2"),
+        ({"lengths": torch.tensor([1, 2])}, ValueError, "lengths must have one entry per row of tokens (5), got 2"),
         (
             {"offsets": torch.tensor([0, 5])},
             ValueError,
@@ -140,12 +140,20 @@ META = torch.zeros(5, 3, dtype=torch.int64, device="meta")
         ({"lengths": torch.tensor([1, -2, 3, 0, 0])}, ValueError, "lengths[1] = -2 is outside [0, 3]"),
         ({"offsets": torch.tensor([1, 3, 5])}, ValueError, "offsets must begin with 0, got 1"),
         ({"offsets": torch.tensor([0, 3, 4])}, ValueError, "offsets must end with the number of candidates (5), got 4"),
-        ({"offsets": torch.tensor([0, 6, 5])}, ValueError, "offsets must not fall: offsets[2] = 5 after 6"),
-        ({"offsets": torch.tensor([0, 2**63 - 1, 5])}, ValueError, "offsets must not fall: offsets[2] = 5 after 92233"),
-        ({"offsets": torch.tensor([0, -(2**63), 5])}, ValueError, "offsets must not fall: offsets[1] = -9223372036854"),
+        ({"offsets": torch.tensor([0, 6, 5])}, ValueError, "offsets must be non-decreasing: offsets[2] = 5 after 6"),
+        (
+            {"offsets": torch.tensor([0, 2**63 - 1, 5])},
+            ValueError,
+            "offsets must be non-decreasing: offsets[2] = 5 after 92233",
+        ),
+        (
+            {"offsets": torch.tensor([0, -(2**63), 5])},
+            ValueError,
+            "offsets must be non-decreasing: offsets[1] = -9223372036854",
+        ),
         ({"num_positives": torch.tensor([4, 0])}, ValueError, "num_positives[0] = 4 is outside [0, 3]"),
         ({"num_positives": torch.tensor([3, -1])}, ValueError, "num_positives[1] = -1 is outside [0, 2]"),
-        ({"tokens": BATCH["tokens"] - 4}, ValueError, "tokens[1, 0] = -1 is no token id"),
+        ({"tokens": BATCH["tokens"] - 4}, ValueError, "tokens[1, 0] must be at least 0, got -1"),
         ({"num_pairs": 3}, ValueError, "num_pairs must be 2, the number of pairs, got 3"),
         ({"num_pairs": -1}, ValueError, "num_pairs must be at least 0, got -1"),
         ({"num_pairs": 2.0}, TypeError, "num_pairs must be an integer, got 2.0"),
@@ -211,7 +219,7 @@ def test_kept_pairs_are_those_of_the_reference(policy: str, weigh: bool) -> None
     [
         (torch.ones(3), ValueError, "pair_weights must have shape (8,), got (3,)"),
         (torch.ones(8, dtype=torch.int64), TypeError, "pair_weights must be a float32, bfloat16, float16 or float64"),
-        (torch.tensor([1.0, -1, *[1.0] * 6]), ValueError, "pair_weights[1] = -1.0 is not finite and at least 0"),
+        (torch.tensor([1.0, -1, *[1.0] * 6]), ValueError, "pair_weights[1] must be finite and at least 0, got -1.0"),
     ],
 )
 def test_kept_pairs_refuse_bad_weights(weights: torch.Tensor, error: type[Exception], message: str) -> None:

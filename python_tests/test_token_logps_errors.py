@@ -61,8 +61,8 @@ SHARED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({**TRIE, "nodes": None}, ValueError, "normalize = 'trie' needs nodes"),
     ({**TRIE, "nodes": NODES[0]}, ValueError, r"nodes must have the shape of targets, \(2, 2\), got \(2,\)"),
     ({**TRIE, "nodes": NODES.to(META)}, ValueError, "targets, nodes and index must be on one device, got cpu, meta"),
-    ({**TRIE, "nodes": NODES - 2}, ValueError, "nodes hold -2, no node of the index, which has 5"),
-    ({**TRIE, "nodes": NODES + 4}, ValueError, "nodes hold 5, no node of the index"),
+    ({**TRIE, "nodes": NODES - 2}, ValueError, r"nodes must be in \[-1, 5\), got -2"),
+    ({**TRIE, "nodes": NODES + 4}, ValueError, r"nodes must be in \[-1, 5\), got 5"),
 ]
 LOGITS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"logits": [[0.0]]}, TypeError, "logits must be a float32, .* tensor, got list"),
@@ -78,7 +78,7 @@ SHARD.ds_id = 3  # as DeepSpeed marks it
 LINEAR: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"hidden": torch.zeros(2, 2, 2).int()}, TypeError, "hidden must be a float32, .*, got torch.int32"),
     ({"hidden": None}, TypeError, "hidden must be .*, got NoneType"),
-    ({"hidden": torch.tensor(1.0)}, ValueError, r"hidden must have some dimensions, got shape \(\)"),
+    ({"hidden": torch.tensor(1.0)}, ValueError, r"hidden must have at least one dimension, got shape \(\)"),
     ({"weight": None}, TypeError, "weight must be .*, got NoneType"),
     ({"weight": torch.zeros(7, 2).long()}, TypeError, "weight must be .*, got torch.int64"),
     ({"weight": torch.zeros(7)}, ValueError, r"weight must have 2 dimensions, got shape \(7,\)"),

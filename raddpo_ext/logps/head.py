@@ -1,4 +1,4 @@
-"""A language model's head, and what it does to its logits: one definition for training and decoding."""
+"""A language model's head and the transform of its logits: one definition for training and decoding."""
 
 from __future__ import annotations
 
@@ -35,29 +35,29 @@ class Head(NamedTuple):
         return 0.0 if self.logit_softcap is None else self.logit_softcap
 
     def rows(self, chosen: Tensor | slice) -> Head:
-        """The head of these tokens alone."""
+        """The head restricted to these tokens."""
         bias = None if self.bias is None else self.bias[chosen]
         return self._replace(weight=self.weight[chosen], bias=bias)
 
     def product(self, hidden: Tensor) -> Tensor:
-        """``hidden @ weight.T + bias``, in their type."""
+        """``hidden @ weight.T + bias`` in the dtype of its operands."""
         return F.linear(hidden, self.weight, self.bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """All logits, float32 ``[..., V]``."""
+        """The transformed logits of all tokens, float32 ``[..., V]``."""
         logits = self.product(hidden).float()
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits * self.scale
 
     def transform_(self, logits: Tensor) -> Tensor:
-        """Makes logits of a product in its type, in place; without gradient."""
+        """Transform the result of ``product`` to logits in place, without gradient."""
         if self.softcap:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits if self.temperature == 1 else logits.mul_(self.scale)
 
     def check_hidden(self, hidden: Tensor) -> None:
-        """Raises ValueError for states of another device or another number of features."""
+        """Raise ValueError for states on another device or with another number of features."""
         for name, value in (("weight", self.weight), ("bias", self.bias)):
             if value is not None and value.device != hidden.device:
                 raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {value.device}")
@@ -68,7 +68,7 @@ class Head(NamedTuple):
             )
 
     def check_dtype(self, hidden: Tensor) -> None:
-        """Raises TypeError unless weight and bias are of the states' type."""
+        """Raise TypeError unless weight and bias have the dtype of the states."""
         for name, value in (("weight", self.weight), ("bias", self.bias)):
             if value is not None and value.dtype != hidden.dtype:
                 raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}")
@@ -77,7 +77,7 @@ class Head(NamedTuple):
 def checked_head(
     weight: Tensor, bias: Tensor | None = None, temperature: float = 1.0, logit_softcap: float | None = None
 ) -> Head:
-    """The head of a user's arguments.
+    """Check a user's arguments and make a head of them.
 
     Raises:
         ValueError, TypeError: naming the argument and the value.
@@ -99,7 +99,7 @@ def checked_head(
 
 
 def check_states(value: Tensor | None, name: str) -> Tensor:
-    """A float tensor that is all here."""
+    """Check that ``value`` is a float tensor and not a shard of one."""
     tensor = _check.float_tensor(value, name)
     if getattr(tensor, "ds_id", None) is not None and tensor.numel() == 0:
         raise ValueError(f"{name} is a DeepSpeed ZeRO-3 shard; gather it with deepspeed.zero.GatheredParameters")
@@ -107,13 +107,13 @@ def check_states(value: Tensor | None, name: str) -> Tensor:
 
 
 def check_transform(temperature: float, logit_softcap: float | None) -> tuple[float, float]:
-    """The factor on the logits and their cap, 0 for none."""
+    """Check the arguments and return the factor on the logits and their cap, 0 for none."""
     scale = 1.0 / _check.positive(temperature, "temperature")
     return scale, 0.0 if logit_softcap is None else _check.positive(logit_softcap, "logit_softcap")
 
 
-def transform_and_slope(logits: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
-    """The logits capped and scaled, and the derivative of that."""
+def transform_and_derivative(logits: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    """The capped and scaled logits, and the derivative of this transform."""
     if softcap == 0:
         return logits * scale, torch.full_like(logits, scale)
     capped = torch.tanh(logits / softcap)

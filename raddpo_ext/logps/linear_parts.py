@@ -1,4 +1,4 @@
-"""Which rows of the hidden states linear_token_logps multiplies with which rows of the head."""
+"""Chooses which rows of the hidden states linear_token_logps multiplies by which rows of the head."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from raddpo_ext.logps.softmax_support import Lists, SoftmaxSupport
 
-_IGNORED = -1  # among the numbers of a part's columns, where a token that is ignored may be any of them
+_IGNORED = -1  # marks ignored targets of a part: the user's ignore_index may be the number of one of its columns
 
 
 class Part(NamedTuple):
@@ -19,13 +19,13 @@ class Part(NamedTuple):
         rows: int64 ``[R]``, None for all of them in order.
         first: the head's rows are ``first : first + width``, where ``columns`` is None.
         width: ``N``.
-        columns: int64 ``[N]`` rows of the head otherwise, ascending.
-        targets: int64 ``[R]``, numbers of columns of the product; ``ignored`` where outside its support, or ignored.
-        ignored: no number of a column.
-        outside: bool ``[R]``: targets outside their support, or None where there are none.
-        lists: each row's support, in columns of the product; None for all of them.
-        num_targets: targets are below it; ``N`` by default. A target from ``N`` on has no column of its own: its row
-            takes part with its softmax alone.
+        columns: otherwise, int64 ``[N]`` rows of the head, ascending.
+        targets: int64 ``[R]`` columns of the product; ``ignored`` for a target that is ignored or outside its support.
+        ignored: a number that is not a column.
+        outside: bool ``[R]``: targets outside their support, or None if there are none.
+        lists: each row's support in columns of the product; None for all columns.
+        num_targets: exclusive upper bound of the targets, ``N`` by default. A target that is at least ``N`` has no
+            column: only the softmax of its row is computed.
     """
 
     rows: Tensor | None
@@ -42,12 +42,12 @@ class Part(NamedTuple):
 def parts_of(
     targets: Tensor, support: SoftmaxSupport | None, num_columns: int, ignore_index: int, skip_ignored: bool
 ) -> list[Part]:
-    """Parts that hold every row whose log-prob is to be worked out.
+    """The parts that cover every row whose log-prob must be computed.
 
     Args:
         targets: int64 ``[T]``.
-        support: of the shape of ``targets``.
-        skip_ignored: leave ignored rows out, which reads values.
+        support: shaped like ``targets``, or None for the whole vocabulary.
+        skip_ignored: skip ignored rows, which reads values.
     """
     if len(targets) == 0:
         return []
@@ -105,7 +105,7 @@ def _of_level(
 
 def _of_depth(rows: Tensor, targets: Tensor, support: SoftmaxSupport) -> Part:
     all_lists = support.lists
-    # Supports that begin at the same place are one node's children: each node's are taken once.
+    # Supports that begin at the same place are the children of one node: take each node's children once.
     begins, which = all_lists.begins[rows].unique(return_inverse=True)
     counts = torch.zeros_like(begins).scatter_(0, which, all_lists.counts[rows])
     ends = counts.cumsum(0)
@@ -120,6 +120,6 @@ def _of_depth(rows: Tensor, targets: Tensor, support: SoftmaxSupport) -> Part:
 
 
 def _find(columns: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each target stands in ascending ``columns``, and whether it does not."""
+    """The place of each target in ascending ``columns``, and a mask of the targets that are not there."""
     place = torch.searchsorted(columns, targets).clamp(max=len(columns) - 1)
     return place, columns[place] != targets

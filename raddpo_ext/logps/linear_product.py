@@ -1,4 +1,4 @@
-"""The matrix products behind linear_token_logps: a part's logits, whole or in tiles, and its share of the gradients."""
+"""The matrix products behind linear_token_logps: a part's logits, whole or in tiles, and their gradients."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from raddpo_ext import _C
 from raddpo_ext.logps.linear_parts import Part
 from raddpo_ext.logps.token_logps import Options, logps_and_lse, overwrite_by_gradient
 
-# A tile beyond the budget has at least this many columns and rows, or all of them: less would not fill a product.
+# Minimum columns and rows of a tile, unless there are fewer: smaller products are slow.
 _MIN_COLUMNS, _MIN_ROWS = 1024, 256
-#: Multiplications from which leaving rows out pays for finding out which.
+#: Multiplications above which skipping rows saves more time than finding them costs.
 MIN_SKIP_FLOPS = 1 << 26
 _HUGE = 1 << 25  # bytes from which malloc maps fresh pages for every call
 
 
 class Plan(NamedTuple):
-    """What the parts have in common."""
+    """The settings that all parts have in common."""
 
     dtype: torch.dtype  # of the products
     scale: float
@@ -28,8 +28,8 @@ class Plan(NamedTuple):
     ignore_index: int
     budget: int  # bytes of logits
     needs_grad: bool
-    accumulate: bool  # whether the weight's gradient goes straight into weight.grad
-    skip_ignored: bool  # whether ignored rows are left out, which reads values
+    accumulate: bool  # whether the weight's gradient is added to weight.grad directly
+    skip_ignored: bool  # whether ignored rows are skipped, which reads values
 
 
 class Product:
@@ -47,10 +47,10 @@ class Product:
             self.weight, self.bias = weight[chosen], None if bias is None else bias[chosen]
         rows, columns = self.hidden.shape[0], part.width
         budget_left //= plan.dtype.itemsize
-        #: Whether the logits need no more than ``budget_left`` bytes.
+        #: Whether the logits need at most ``budget_left`` bytes.
         self.fits = rows * columns <= budget_left
         if not self.fits:
-            # All rows in a tile if they can be: its rows of the weight's gradient are then one product.
+            # Prefer tiles of all rows: a tile's rows of the weight's gradient are then a single product.
             if part.lists is None:
                 columns = min(columns, max(_MIN_COLUMNS, budget_left // rows))
             rows = min(rows, max(_MIN_ROWS, budget_left // columns))
@@ -69,9 +69,9 @@ class Product:
                 tile_logp, tile_lse = logps_and_lse(logits, tile_targets, self._options(rows, columns))
                 if columns.start == 0:
                     logp, lse = tile_logp, tile_lse
-                else:  # the target is in one tile, and -inf in the others
+                else:  # a target's log-prob is -inf in all tiles but one
                     both = torch.logaddexp(lse, tile_lse)
-                    shift = both.masked_fill(both == -torch.inf, 0.0)  # every logit so far is -inf
+                    shift = both.masked_fill(both == -torch.inf, 0.0)  # -inf: every logit so far is -inf
                     logp = torch.maximum(logp + (lse - shift), tile_logp + (tile_lse - shift))
                     lse = both
             logps.append(logp)
@@ -85,7 +85,10 @@ class Product:
         return logp, lse, logits
 
     def backward(self, grad: Tensor, lse: Tensor, kept: Tensor | None, gradients: Gradients) -> None:
-        """Adds this part's share to the gradients, given that of its log-probs; overwrites the kept logits."""
+        """Add this part's contribution to the gradients, given the gradient of its log-probs.
+
+        Overwrites the kept logits.
+        """
         buffer = self._buffer() if kept is None else None
         for columns in self.column_tiles:
             weight_sum = None
@@ -112,7 +115,7 @@ class Product:
                 gradients.add_weight(self.part, columns, weight_sum)
 
     def _buffer(self) -> Tensor | None:
-        """For one tile after the other: two at once exceed the budget, and malloc maps fresh pages for a large one."""
+        """A buffer that all tiles reuse: two exceed the budget, and malloc maps fresh pages for each large one."""
         alone = self.fits and self._tile_size * self.plan.dtype.itemsize < _HUGE
         return None if alone or torch.compiler.is_compiling() else empty(self.hidden, (self._tile_size,))
 
@@ -134,7 +137,7 @@ class Product:
         return Options(numbers, begins, counts, plan.scale, plan.softcap, part.ignored, columns.start, limit)
 
     def _live(self, grad: Tensor) -> Tensor | None:
-        """The rows with a gradient, on the CPU where leaving out the others saves much."""
+        """The rows with a gradient, or None where skipping the other rows would not save time."""
         if grad.device.type != "cpu" or self.part.lists is not None or torch.compiler.is_compiling():
             return None
         if grad.shape[0] * self.weight.numel() < MIN_SKIP_FLOPS:
@@ -144,7 +147,7 @@ class Product:
 
 
 class Gradients:
-    """Of the hidden states, the weight and the bias, each where it is needed."""
+    """Accumulates the gradients of hidden states, weight and bias, as far as they are needed."""
 
     def __init__(
         self,
@@ -163,7 +166,7 @@ class Gradients:
         self._hidden_grad: Tensor | None = None
         self.bias = bias.new_zeros(bias.shape, dtype=self.sum_dtype) if bias is not None and needs_bias else None
         self._bias_dtype = None if bias is None else bias.dtype
-        # A single part with every row of the weight writes each row of its gradient once.
+        # A single part with all rows of the weight writes each row of the gradient once: no zeros are needed.
         self._once = len(products) == 1 and products[0].part.columns is None and products[0].part.width == len(weight)
         self._adds_to = weight if plan.accumulate else None
         self.weight: Tensor | None = None
@@ -175,7 +178,7 @@ class Gradients:
                 self.weight.zero_()
 
     def add_hidden(self, part: Part, rows: slice, live: Tensor | None, left: Tensor, right: Tensor) -> None:
-        """Adds ``left @ right``."""
+        """Add ``left @ right`` to the gradient of the hidden states."""
         whole = part.rows is None and live is None
         if whole and self._hidden_grad is None and left.shape[0] == self._hidden.shape[0]:
             self._hidden_grad = (left @ right).to(self._hidden_dtype)
@@ -196,7 +199,7 @@ class Gradients:
         self.bias[_rows_of_weight(part, columns)] += piece
 
     def add_weight(self, part: Part, columns: slice, left: Tensor, right: Tensor | None = None) -> None:
-        """Adds ``left @ right``, or ``left``."""
+        """Add ``left @ right``, or ``left`` alone, to the gradient of the weight."""
         assert self.weight is not None
         place = _rows_of_weight(part, columns)
         if isinstance(place, Tensor) or right is None or self.weight.dtype != left.dtype:
@@ -213,7 +216,7 @@ class Gradients:
             _cut_out(self.weight, place).addmm_(left, right)
 
     def add_pairs(self, rows: Tensor, columns: Tensor, factors: Tensor, hidden: Tensor, weight: Tensor) -> None:
-        """Adds that of single logits, whose gradients are ``factors`` and who stand in ``rows`` and ``columns``."""
+        """Add the contribution of single logits at ``rows`` and ``columns``, whose gradients are ``factors``."""
         if self.needs_hidden:
             if self._hidden_grad is None:
                 self._hidden_grad = self._hidden.new_zeros(self._hidden.shape, dtype=self._hidden_dtype)
@@ -224,7 +227,7 @@ class Gradients:
             _add_rows(self.weight, columns, factors[:, None] * hidden.index_select(0, rows))
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """What goes back to autograd."""
+        """The gradients in the form that autograd expects."""
         hidden, weight = self._hidden_grad, self.weight
         if self.needs_hidden and hidden is None:
             hidden = torch.zeros_like(self._hidden)
@@ -238,7 +241,7 @@ class Gradients:
 
 
 def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Uninitialised; on huge pages where it is large, see csrc/common/huge_pages.h."""
+    """An uninitialised tensor; a large one on the CPU uses huge pages, see csrc/common/huge_pages.h."""
     out = like.new_empty(shape)
     if out.device.type == "cpu" and not torch.compiler.is_compiling() and out.nbytes >= _HUGE:
         _C.advise_huge_pages(out.data_ptr(), out.nbytes)
@@ -246,17 +249,17 @@ def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _cut(size: int, step: int) -> list[slice]:
-    """``[0, size)`` in slices of ``step``."""
+    """Cut ``[0, size)`` into slices of ``step``."""
     return [slice(begin, min(begin + step, size)) for begin in range(0, size, step)]
 
 
 def _cut_out(x: Tensor, place: slice) -> Tensor:
-    """``x[place]``, without a view of the whole."""
+    """``x[place]``, or ``x`` itself if that is all of it."""
     return x if place.stop - place.start == x.shape[0] else x[place]
 
 
 def _add_rows(to: Tensor, places: Tensor, values: Tensor) -> None:
-    """Adds each row in its place, of which there may be several; on CUDA in an order that never changes."""
+    """Add each row of ``values`` at its place. Places may repeat; the result on CUDA is deterministic."""
     to.index_put_((places,), values.to(to.dtype), accumulate=True)
 
 

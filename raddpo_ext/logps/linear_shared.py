@@ -1,8 +1,8 @@
-"""Log-probs of several targets a row of the hidden states: the row meets the head once, whatever the number of targets.
+"""Log-probs of several targets per row of the hidden states. Each row is multiplied by the head once.
 
-A log-prob is the target's logit less the row's log-sum-exp. Only the latter needs the whole row of logits, and of the
-gradient only its softmax, with the sum of the targets' gradients before it. The targets' own logits, and their share of
-the gradients, are inner products of single rows, done one by one.
+A log-prob is the target's logit minus the row's log-sum-exp. Only the log-sum-exp needs the whole row of logits. Its
+gradient is the softmax of the row times the sum of the targets' gradients. The targets' own logits and their
+contributions to the gradients are inner products of single rows, computed one by one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from raddpo_ext._autograd import differentiable_once
-from raddpo_ext.logps.head import transform_and_slope
+from raddpo_ext.logps.head import transform_and_derivative
 from raddpo_ext.logps.linear_parts import Part
 from raddpo_ext.logps.linear_product import Gradients, Plan, Product
 
@@ -48,12 +48,12 @@ class SharedTokenLogps(torch.autograd.Function):
                 kept = logits
         if own is None:
             own = _own_logits(*factors, safe, rows, dtype)
-        logit, slope = transform_and_slope(own, plan.scale, plan.softcap)
+        logit, derivative = transform_and_derivative(own, plan.scale, plan.softcap)
         logps = (logit - lse[rows]).clamp(max=0)
         logps = torch.where(known & (logit > -torch.inf), logps, -torch.inf).masked_fill(~counted, 0.0)
         if plan.needs_grad:
             ctx.save_for_backward(
-                hidden, weight, bias, *factors, lse, kept, safe, rows, slope, logps.isfinite() & counted
+                hidden, weight, bias, *factors, lse, kept, safe, rows, derivative, logps.isfinite() & counted
             )
             ctx.part, ctx.plan, ctx.overwritten, ctx.op = part, plan, False, "linear_token_logps"
             ctx.leaf = weight if plan.accumulate else None
@@ -62,27 +62,27 @@ class SharedTokenLogps(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, tensors: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, hidden_factor, weight_factor, bias_factor, lse, kept, targets, rows, slope, live = tensors
+        hidden, weight, bias, *factors, lse, kept, targets, rows, derivative, live = tensors
+        hidden_factor, weight_factor, bias_factor = factors
         ctx.overwritten = True
         part, plan = ctx.part, ctx.plan
         grad = grad.masked_fill(~live, 0.0)
         totals = lse.new_zeros(lse.shape).index_put_((rows,), grad, accumulate=True)
         budget = plan.budget if kept is None else kept.numel() * kept.element_size()
-        factors = (hidden_factor, weight_factor, bias_factor)
-        products = [] if part is None else [Product(part, plan, *factors, budget)]
+        products = [] if part is None else [Product(part, plan, hidden_factor, weight_factor, bias_factor, budget)]
         owner = weight if ctx.leaf is None else ctx.leaf
         gradients = Gradients(products, plan, hidden, owner, bias, ctx.needs_input_grad)
         for product in products:
             chosen = slice(None) if part.rows is None else part.rows
             product.backward(totals[chosen], lse[chosen], kept, gradients)
-        gradients.add_pairs(rows, targets, grad * slope, hidden_factor, weight_factor)
+        gradients.add_pairs(rows, targets, grad * derivative, hidden_factor, weight_factor)
         return (*gradients.results(), None, None, None)
 
 
 def _softmax_part(hidden: Tensor, columns: int, rows: Tensor, skip_unused: bool) -> Part | None:
-    """Every row of ``hidden``, with ``skip_unused`` only those among ``rows``.
+    """A part with every row of ``hidden``, or with ``skip_unused`` only the rows that occur in ``rows``.
 
-    The target of each is a column beyond the last, so that only its softmax is worked out.
+    Each target is a column beyond the last, so that only the softmax is computed.
     """
     used = None
     if skip_unused:
@@ -98,6 +98,6 @@ def _softmax_part(hidden: Tensor, columns: int, rows: Tensor, skip_unused: bool)
 def _own_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Rounded as the products round: so near a log-sum-exp that is nearly one logit, the difference is right."""
+    """The targets' logits, rounded like the products: a log-prob near 0 is then an exact difference."""
     products = hidden.index_select(0, rows).to(dtype).mul_(weight.index_select(0, targets)).sum(-1)
     return (products if bias is None else products + bias[targets]).to(hidden.dtype).to(dtype)

@@ -1,4 +1,4 @@
-"""linear_token_logps: token log-probs from hidden states, with the language model's head fused in."""
+"""linear_token_logps: token log-probs from hidden states, fused with the language model's head."""
 
 from __future__ import annotations
 
@@ -38,42 +38,49 @@ def linear_token_logps(
     accumulate_grad: bool = False,
     check: bool = False,
 ) -> Tensor:
-    """:func:`token_logps` of the logits ``hidden @ weight.T + bias``, without materialising all of them.
+    """Compute :func:`token_logps` of the logits ``hidden @ weight.T + bias`` without materialising all logits.
 
-    While the logits fit ``logits_budget`` bytes they are kept and the backward pass overwrites them by their gradient:
-    three matrix products in all. Beyond it they are worked out tile by tile, and again backward: four. Under
-    ``"level"`` only the level's rows of ``weight`` are multiplied, under ``"trie"`` only the rows that are children of
-    some prefix. On the CPU ignored rows, and backward those without a gradient, are left out where that pays.
-    Products run in the dtype of ``hidden`` and ``weight``, or in autocast's; tiles that add up to one gradient do so in
-    float32.
+    Logits that fit ``logits_budget`` bytes are kept, and the backward pass overwrites them by their gradient: three
+    matrix products in total. Beyond the budget they are computed tile by tile, and again in the backward pass: four
+    products. ``"level"`` multiplies only the level's rows of ``weight``, ``"trie"`` only the rows of tokens that are
+    children of some prefix. On the CPU, ignored rows and, in the backward pass, rows without a gradient are skipped
+    where that saves time. Products run in the dtype of ``hidden`` and ``weight``, or in that of autocast. Gradients
+    that are sums over tiles are accumulated in float32.
 
     Args:
-        hidden: ``[..., H]`` float32, bfloat16, float16 or float64: the states that predict the targets. Finite, also
-            where the target is ignored.
-        weight: ``[V, H]`` of the same dtype (any under autocast). A sharded ``DTensor`` (FSDP2) is gathered, and its
-            gradient averaged over the ranks, as FSDP2 does; a DeepSpeed ZeRO-3 shard is refused.
+        hidden: ``[..., H]`` float32, bfloat16, float16 or float64: the states that predict the targets. They
+            must be finite, even where the target is ignored.
+        weight: ``[V, H]`` in the same dtype (any under autocast). A sharded ``DTensor`` (FSDP2) is gathered, and its
+            gradient is averaged over the ranks, as FSDP2 does. A DeepSpeed ZeRO-3 shard raises an error.
         targets: int64 ``[...]``.
         bias: ``[V]``, sharded as ``weight`` or not, or None.
-        rows: int64, of the shape of ``targets``: which row of ``hidden``, then ``[U, H]``, predicts each target. Under
-            ``"vocab"`` a row is multiplied once, however many targets it has. Default: ``hidden`` has a row a target.
+        rows: int64, in the shape of ``targets``: the row of ``hidden`` that predicts each target. ``hidden`` then has
+            the shape ``[U, H]``. With ``"vocab"`` each row is multiplied once, for any number of targets. Default:
+            ``hidden`` has one row per target.
         vocab, levels, index, nodes, normalize, temperature, logit_softcap, ignore_index: see :func:`token_logps`.
-        logits_budget: bytes of logits kept from the forward to the backward pass, and held at once beyond that; a tile
-            has at least 256 rows and 1024 columns.
-        accumulate_grad: add the gradient of ``weight``, a leaf, straight into ``weight.grad``. Hooks on ``weight`` do
-            not see it. While ``torch.compile`` traces it is returned to autograd as ever.
-        check: see :func:`token_logps`; NaN in ``hidden``, ``weight`` or ``bias`` raises.
+        logits_budget: maximum bytes of logits that are kept for the backward pass, or of a tile of logits beyond that.
+            A tile has at least 256 rows and 1024 columns, even if the budget is smaller.
+        accumulate_grad: add the gradient of ``weight``, which must be a leaf, directly to ``weight.grad``. Hooks on
+            ``weight`` do not see it. Under ``torch.compile`` autograd adds it as usual.
+        check: see :func:`token_logps`; also raise for NaN in ``hidden``, ``weight`` or ``bias``.
 
     Returns:
-        float32 ``[...]`` (float64 for float64), differentiable once in ``hidden``, ``weight`` and ``bias``, in
-        reverse mode: anything else is an error.
+        float32 ``[...]`` (float64 for float64), differentiable once in ``hidden``, ``weight`` and ``bias``, in reverse
+        mode; other derivatives raise an error.
 
     Raises:
         ValueError, TypeError: naming the argument and the value.
         RuntimeError: from a second backward pass.
 
     Source: Liger Kernel (arXiv 2410.10989) and Cut Cross-Entropy (arXiv 2411.09009) fuse the head with the loss.
+
+    Example:
+        >>> hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> weight = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0]])  # of a vocabulary of three tokens
+        >>> rx.linear_token_logps(hidden, weight, torch.tensor([2, 0]))
+        tensor([-0.4076, -1.0986])
     """
-    # All checks.
+    # Check all arguments.
     head = _checked_head(hidden, weight, bias, temperature, logit_softcap)
     _check_rows(hidden, targets, rows)
     refuse_transforms("linear_token_logps", hidden, weight, bias)
@@ -84,7 +91,7 @@ def linear_token_logps(
         _check_values(hidden, head, targets, rows, ignore_index, check)
     dtype = _compute_dtype(hidden, head)
     head = _gathered(head, accumulate_grad)
-    # What the routes have in common.
+    # Prepare what all routes need.
     compiling = torch.compiler.is_compiling()
     if rows is not None and (support is not None or compiling):
         hidden, rows = hidden[rows], None
@@ -100,7 +107,7 @@ def linear_token_logps(
         accumulate=accumulate_grad and not compiling,
         skip_ignored=targets.device.type == "cpu" and not compiling and flops >= MIN_SKIP_FLOPS,
     )
-    # The route.
+    # Choose the route.
     if rows is not None:
         return _by_rows(hidden, head, targets, rows, plan)
     if support is None and not (plan.skip_ignored or accumulate_grad or compiling) and _fits(hidden, head, plan):
@@ -109,21 +116,23 @@ def linear_token_logps(
 
 
 def _by_rows(hidden: Tensor, head: Head, targets: Tensor, rows: Tensor, plan: Plan) -> Tensor:
-    """Several targets per state: each state is multiplied once."""
+    """Several targets per state. Each state is multiplied by the head once."""
     logps = SharedTokenLogps.apply(hidden, head.weight, head.bias, targets.reshape(-1), rows.reshape(-1), plan)
     return logps.view(targets.shape)
 
 
 def _by_autograd(hidden: Tensor, head: Head, targets: Tensor, plan: Plan) -> Tensor:
-    """No rows to leave out, no tiles: autograd's own product has the least overhead."""
+    """No rows to skip and no tiles. Autograd's own matrix product has the lowest overhead."""
     columns = head.weight.shape[0]
     options = Options(None, None, None, plan.scale, plan.softcap, plan.ignore_index, 0, columns)
     return differentiable(head.product(hidden), targets, options, True, "linear_token_logps")
 
 
 def _by_parts(hidden: Tensor, head: Head, targets: Tensor, support: SoftmaxSupport | None, plan: Plan) -> Tensor:
-    """One product per part: the rows that are not ignored, in tiles where the budget asks for them, or the rows of each
-    level or depth with their columns."""
+    """One product per part, in tiles where it exceeds the budget.
+
+    The parts are the rows that are not ignored or, with a support, the rows of each level or depth.
+    """
     flat_targets = targets.reshape(-1)
     flat_hidden = hidden.reshape(-1, hidden.shape[-1])
     support = None if support is None else support.flatten()
@@ -137,7 +146,7 @@ def _fits(hidden: Tensor, head: Head, plan: Plan) -> bool:
 
 
 class _LinearTokenLogps(torch.autograd.Function):
-    """The logits of the parts that fit the budget are kept, and overwritten by their gradient."""
+    """Log-probs of the parts. Logits that fit the budget are kept, and the backward pass overwrites them."""
 
     @staticmethod
     def forward(
@@ -166,7 +175,7 @@ class _LinearTokenLogps(torch.autograd.Function):
         if plan.needs_grad:
             ctx.save_for_backward(hidden, weight, bias, *factors, *lses, *kept)
             ctx.parts, ctx.plan, ctx.overwritten, ctx.op = parts, plan, False, "linear_token_logps"
-            # Itself, as saved tensors come back as others after checkpointing or offloading.
+            # Kept by reference: checkpointing and offloading replace saved tensors by other objects.
             ctx.leaf = weight if plan.accumulate else None
         return logps
 
@@ -192,14 +201,14 @@ class _LinearTokenLogps(torch.autograd.Function):
 
 
 def _nbytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()  # Tensor.nbytes is beyond torch.compile where shapes vary
+    return x.numel() * x.element_size()  # torch.compile cannot trace Tensor.nbytes with dynamic shapes
 
 
 def _checked_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, logit_softcap: float | None
 ) -> Head:
     if check_states(hidden, "hidden").dim() == 0:
-        raise ValueError(f"hidden must have some dimensions, got shape {tuple(hidden.shape)}")
+        raise ValueError(f"hidden must have at least one dimension, got shape {tuple(hidden.shape)}")
     head = checked_head(weight, bias, temperature, logit_softcap)
     head.check_hidden(hidden)
     return head
@@ -251,7 +260,7 @@ def _gathered(head: Head, accumulate_grad: bool) -> Head:
 
 
 def _whole(weight: Tensor, accumulate_grad: bool) -> Tensor:
-    """``weight``, or the bias, gathered if it is sharded: its gradient is then the ranks' mean, scattered again."""
+    """``weight`` or bias, gathered if it is sharded. Its gradient is the mean over the ranks, sharded again."""
     if not hasattr(weight, "placements"):
         return weight
     from torch.distributed.tensor import DTensor, Partial, Replicate

@@ -29,12 +29,12 @@ class SoftmaxSupport(NamedTuple):
     """The tokens that each target competes with.
 
     Attributes:
-        lists: of token ids; ``begins`` and ``counts`` have the targets' shape.
-        groups: int64, of the targets' shape: rows that share most of their columns; the level, or the depth of the
-            prefix. -1 where the support is empty.
-        num_groups: see ``groups``.
-        vocab: whose levels the groups are, if they are levels.
-        period: of the groups, if they are the positions in the last dimension; else 0.
+        lists: token ids; ``begins`` and ``counts`` have the shape of the targets.
+        groups: int64, in the shape of the targets: the level, or the depth of the prefix. Rows of a group have most of
+            their columns in common. -1 where the support is empty.
+        num_groups: number of groups.
+        vocab: the vocabulary, if the groups are its levels; else None.
+        period: size of the last dimension, if the groups are positions in it; else 0.
     """
 
     lists: Lists
@@ -44,7 +44,7 @@ class SoftmaxSupport(NamedTuple):
     period: int
 
     def flatten(self) -> SoftmaxSupport:
-        """That of ``targets.reshape(-1)``."""
+        """The support of ``targets.reshape(-1)``."""
         columns, begins, counts = self.lists
         lists = Lists(columns, begins.reshape(-1), counts.reshape(-1))
         return self._replace(lists=lists, groups=self.groups.reshape(-1))
@@ -126,7 +126,7 @@ def _of_nodes(
     if check:
         wrong = (nodes < -1) | (nodes >= index.node_bound)
         if bool(wrong.any()):
-            raise ValueError(f"nodes hold {int(nodes[wrong][0])}, no node of the index, which has {index.node_bound}")
+            raise ValueError(f"nodes must be in [-1, {index.node_bound}), got {int(nodes[wrong][0])}")
     if torch.compiler.is_compiling() and not index.has_node_tokens:
         raise ValueError("index.node_tokens must be read once before torch.compile traces normalize = 'trie'")
     first, count = index.child_ranges(nodes)

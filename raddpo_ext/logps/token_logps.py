@@ -1,4 +1,4 @@
-"""token_logps: log-probs of target tokens from logits, in one read forward and one read and write backward."""
+"""token_logps: log-probs of target tokens, in one read of the logits forward and one read and write backward."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from raddpo_ext.logps.softmax_support import support_of
 
 
 class Options(NamedTuple):
-    """What the operators take after their tensors, in the order of csrc/schema.cpp; csrc/token_logps/token_logps.h."""
+    """The operators' arguments after their tensors, in the order of csrc/schema.cpp. See csrc/token_logps."""
 
-    columns: Tensor | None  # those and the next two: each row's support, None for the whole vocabulary
+    columns: Tensor | None  # columns, begins and counts are each row's support, None for the whole vocabulary
     begins: Tensor | None
     counts: Tensor | None
     scale: float
     softcap: float  # 0 for none
     ignore_index: int
-    first_column: int  # of the vocabulary, which the logits' first column is
+    first_column: int  # the token id of the logits' first column
     vocab_size: int
 
 
@@ -43,41 +43,46 @@ def token_logps(
     inplace_backward: bool = False,
     check: bool = False,
 ) -> Tensor:
-    """Log-probs ``z[t] - log(sum over j in support of exp(z[j]))`` of target tokens ``t``, ``z`` being the logits.
+    """Compute the log-probs ``z[t] - log(sum over j in support of exp(z[j]))`` of target tokens ``t``.
 
-    ``z = logit_softcap * tanh(logits / logit_softcap) / temperature``: the cap belongs to the model, the temperature
-    to who reads its logits. The forward pass saves the log-sum-exp of each row only; the backward pass writes
-    ``g * (onehot - softmax)``, ``g`` being the log-prob's gradient, and exact zeros for a row with ``g = 0``.
-    Log-probs are at most 0, in float32 (float64 for float64 logits).
+    Here ``z = logit_softcap * tanh(logits / logit_softcap) / temperature``. The cap is part of the model; the
+    temperature is chosen by the caller. The forward pass saves only the log-sum-exp of each row. The backward pass
+    writes ``g * (onehot - softmax)``, where ``g`` is the gradient of the log-prob, and exact zeros for a row with
+    ``g = 0``. Log-probs are at most 0, in float32 (float64 for float64 logits).
 
     Args:
-        logits: ``[..., V]`` float32, bfloat16, float16 or float64. Rows at any strides are read in place.
+        logits: ``[..., V]`` float32, bfloat16, float16 or float64. Rows with any strides are read without a copy.
         targets: int64 ``[...]`` token ids in ``[0, V)``.
         vocab: levels and their tokens, for ``"level"``.
-        levels: int64, broadcast to ``targets``: each target's level, ``vocab.levels`` standing for ``eos`` alone.
-            Default: its position in the last dimension.
+        levels: int64, broadcast to ``targets``: the level of each target; at level ``vocab.levels`` only ``eos`` is
+            possible. Default: the target's position in the last dimension.
         index: the catalogue, for ``"trie"``.
-        nodes: int64, shaped like ``targets``: the node of each target's prefix, ``index.nodes(tokens)``.
-        normalize: support of the softmax: ``"vocab"`` all of ``V``, ``"level"`` the codes of the target's level and,
-            after the first, ``eos``; ``"trie"`` the children of the prefix. A target outside its support has log-prob
-            ``-inf`` and no gradient.
+        nodes: int64, shaped like ``targets``, for ``"trie"``: the node of each target's prefix,
+            ``index.nodes(tokens)``.
+        normalize: the support of the softmax. ``"vocab"``: all ``V`` tokens. ``"level"``: the codes of the target's
+            level and, after the first level, ``eos``. ``"trie"``: the children of the prefix. A target outside its
+            support has log-prob ``-inf`` and no gradient.
         temperature: positive.
         logit_softcap: positive, or None.
         ignore_index: a target of this value has log-prob 0 and no gradient.
-        inplace_backward: write the gradient into the storage of ``logits``, which then no longer hold logits. Not for
-            rows that share memory (``expand``), nor while ``torch.compile`` traces: there the gradient gets storage of
-            its own.
-        check: also raise ValueError for NaN logits, and on CUDA for the values of integer tensors (synchronises).
-            On CUDA without it, a target outside ``[0, V)`` gives ``-inf``.
+        inplace_backward: write the gradient over ``logits``, whose values are then lost. For rows that share memory
+            (``expand``) and under ``torch.compile``, the gradient gets its own storage instead.
+        check: also raise ValueError for NaN logits, and on CUDA for invalid values of integer tensors (synchronises).
+            Without it, on CUDA a target outside ``[0, V)`` has log-prob ``-inf``.
 
     Returns:
-        ``[...]``, differentiable once, in reverse mode: anything else is an error.
+        ``[...]``, differentiable once, in reverse mode; other derivatives raise an error.
 
     Raises:
         ValueError, TypeError: naming the argument and the value.
         RuntimeError: from a second backward pass after ``inplace_backward``.
 
     Source: the gather - logsumexp identity; Liger Kernel (arXiv 2410.10989) writes gradients in place.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, 0.0, 0.0]])
+        >>> rx.token_logps(logits, torch.tensor([2, -100]))  # the second target is ignored
+        tensor([-0.4076,  0.0000])
     """
     _check_logits(logits, targets)
     refuse_transforms("token_logps", logits)
@@ -94,7 +99,7 @@ def token_logps(
 
 
 def differentiable(logits: Tensor, targets: Tensor, options: Options, inplace_backward: bool, op: str) -> Tensor:
-    """The op on logits of any leading shape, its autograd formula included; ``op`` is its name in errors."""
+    """Run the op with autograd on logits of any leading shape; ``op`` is its name in errors."""
     rows = _rows(logits)
     if torch.compiler.is_compiling():
         logps = torch.ops.raddpo.token_logps(rows, targets.contiguous(), *options)[0]
@@ -109,7 +114,7 @@ def differentiable(logits: Tensor, targets: Tensor, options: Options, inplace_ba
 
 
 def _rows(logits: Tensor) -> Tensor:
-    """``logits`` as ``[rows, V]`` or ``[outer, inner, V]``, in place where their strides allow it."""
+    """``logits`` as ``[rows, V]`` or ``[outer, inner, V]``, as a view where their strides allow it."""
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         logits = logits.contiguous()
     if logits.dim() == 1:
@@ -118,7 +123,7 @@ def _rows(logits: Tensor) -> Tensor:
 
 
 def _share_memory(rows: Tensor) -> bool:
-    """Whether two entries may have one address."""
+    """Whether two entries may have the same address."""
     reach = 1
     for stride, size in sorted(zip(rows.stride(), rows.shape, strict=True)):
         if size > 1 and stride < reach:
@@ -128,7 +133,7 @@ def _share_memory(rows: Tensor) -> bool:
 
 
 def check_targets(targets: Tensor, num_columns: int, ignore_index: int) -> None:
-    """Raises ValueError for a target outside the vocabulary."""
+    """Raise ValueError for a target outside the vocabulary."""
     wrong = ((targets < 0) | (targets >= num_columns)) & (targets != ignore_index)
     if bool(wrong.any()):
         place = wrong.nonzero()[0].tolist()
@@ -144,7 +149,7 @@ def _check_logits(logits: Tensor, targets: Tensor) -> None:
 
 
 def check_rows(targets: Tensor, values: Tensor, name: str) -> None:
-    """Raises ValueError unless there is one target a row of ``values``, on its device."""
+    """Raise ValueError unless there is one target per row of ``values``, on the same device."""
     if targets.shape != values.shape[:-1]:
         raise ValueError(
             f"targets must have the shape of {name} without its last dimension, {tuple(values.shape[:-1])}, got "
@@ -155,7 +160,7 @@ def check_rows(targets: Tensor, values: Tensor, name: str) -> None:
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Log-probs and log-sum-exps. Run at once, the autograd kernel need not be reached through the dispatcher."""
+    """Log-probs and log-sum-exps with their gradient. In eager mode this avoids the dispatcher."""
 
     @staticmethod
     def forward(
@@ -173,7 +178,7 @@ class _TokenLogps(torch.autograd.Function):
         logits, targets, lse = saved
         if ctx.inplace:
             ctx.overwritten = True
-            logits = logits.detach()  # an alias that nobody else holds: autograd takes it as the gradient, uncopied
+            logits = logits.detach()  # an alias with no other reference: autograd takes it as the gradient uncopied
             overwrite_by_gradient(grad, logits, targets, lse, ctx.options)
         else:
             logits = torch.ops.raddpo.token_logps_backward(grad.contiguous(), logits, targets, lse, *ctx.options)
@@ -181,7 +186,7 @@ class _TokenLogps(torch.autograd.Function):
 
 
 def logps_and_lse(logits: Tensor, targets: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """The op without the autograd formula that is registered for it."""
+    """Run the op without autograd."""
     if torch.compiler.is_compiling():
         return torch.ops.raddpo.token_logps(logits, targets, *options)
     return below_autograd(torch.ops.raddpo.token_logps.default, logits, targets, *options)
@@ -190,7 +195,10 @@ def logps_and_lse(logits: Tensor, targets: Tensor, options: Options) -> tuple[Te
 def overwrite_by_gradient(
     grad: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, options: Options, live: Tensor | None = None
 ) -> None:
-    """Writes the gradient of the logits over them; with ``live`` (CPU) only that of these rows, into the first rows."""
+    """Overwrite the logits by their gradient.
+
+    With ``live`` (CPU only), the gradients of these rows alone are written, into the first rows.
+    """
     columns, begins, counts, *rest = options
     torch.ops.raddpo.token_logps_backward_(
         grad.contiguous(), logits, targets, lse, columns, begins, counts, live, *rest

@@ -1,4 +1,4 @@
-"""The arguments that rad_dpo_loss and multilabel_contrastive_loss share: checked, and as the operator takes them."""
+"""Checks and converts the arguments that rad_dpo_loss and multilabel_contrastive_loss have in common."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_input(value: Any, name: str, sessions: Any, dim: int) -> None:
 
 
 def constant(value: Any, name: str, like: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """``value``, a tensor of this type and shape on the device of ``like``, contiguous and without gradient."""
+    """Check the dtype, shape and device of ``value``, and return it contiguous and without gradient."""
     _check.instance(value, name, Tensor)
     if value.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {value.dtype}")
@@ -38,7 +38,7 @@ def constant(value: Any, name: str, like: Tensor, dtype: torch.dtype, shape: Seq
 
 
 def _reads_values(tensor: Tensor, check: bool) -> bool:
-    """Whether values are checked: not where that synchronises, nor in a graph, which cannot depend on them."""
+    """Whether values are checked: with ``check``, and on the CPU. A traced graph cannot depend on values."""
     return check or (tensor.device.type == "cpu" and not torch.compiler.is_compiling())
 
 
@@ -68,7 +68,7 @@ def level_weights(weights: Any, like: Tensor, check: bool) -> Tensor | None:
         if not isinstance(weights, Sequence):
             raise TypeError(f"level_weights must be a sequence or a tensor of numbers, got {weights!r}")
         numbers = [_check.not_negative(weight, f"level_weights[{i}]") for i, weight in enumerate(weights)]
-        # One by one on the device: a copy of the list would wait for a GPU.
+        # Filled on the device one by one: copying the list to a GPU would synchronise.
         given = torch.cat([like.new_full((1,), number) for number in numbers]) if numbers else like.new_empty(0)
         return constant(given, "level_weights", like, like.dtype, like.shape[1:])
     weights = constant(weights.to(like.dtype), "level_weights", like, like.dtype, like.shape[1:])
@@ -78,11 +78,13 @@ def level_weights(weights: Any, like: Tensor, check: bool) -> Tensor | None:
 
 
 def divisors(normalizer: Sequence[Any] | Tensor | None, reduction: str, like: Tensor, check: bool) -> dict[str, Any]:
-    """What preference and SFT are divided by instead of the counts: a float64 tensor ``[2]``, or two numbers."""
+    """The divisors of preference and SFT that replace the counts: a float64 tensor ``[2]``, or two numbers."""
     if normalizer is None:
         return {}
     if reduction != "mean":
-        raise ValueError(f"normalizer must be None with reduction={reduction!r}, which divides nothing")
+        raise ValueError(
+            f"normalizer must be None with reduction={reduction!r}, which does not divide, got {normalizer!r}"
+        )
     values = list(normalizer) if isinstance(normalizer, Sequence | Tensor) else [normalizer]
     if len(values) != 2:
         raise ValueError(f"normalizer must be (sessions, tokens), got {normalizer!r}")
@@ -102,5 +104,5 @@ def _divisor(value: Any, name: str, like: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         return torch.full((), _check.positive(value, name), dtype=torch.float64, device=like.device)
     if value.numel() != 1 or value.device != like.device:
-        raise ValueError(f"{name} must have one element, on {like.device}, got {value!r}")
+        raise ValueError(f"{name} must be a number or a tensor of one element on {like.device}, got {value!r}")
     return value.detach().reshape(()).to(torch.float64)

@@ -1,4 +1,4 @@
-"""RADDPOLoss: from hidden states, head and sessions to a loss and its metrics."""
+"""RADDPOLoss: computes a loss and its metrics from hidden states, head and sessions."""
 
 from __future__ import annotations
 
@@ -22,16 +22,25 @@ _OPTIONS = set(inspect.signature(rad_dpo_loss).parameters) - _GIVEN_BY_CALL
 
 
 class RADDPOOutput(NamedTuple):
-    """What :class:`RADDPOLoss` returns.
+    """The result of :class:`RADDPOLoss`.
 
     Attributes:
-        loss: of no dimension, or ``[S]`` with ``reduction="none"``; differentiable.
-        metrics: tensors without gradient, of no dimension, to log: ``loss``, ``preference``, ``sft`` (as reduced);
-            ``rewards/chosen`` and ``rewards/rejected``, the mean rewards of the positives and of the negatives;
-            ``rewards/margins``, ``rewards/accuracies`` and ``pair_weights``, means over the loss's pairs; ``detached``,
-            the share of those pairs' negative tokens that get no gradient from the preference; ``dropped_pairs``, the
-            share of pairs of equal SIDs or with an empty one. A mean of nothing is 0.
+        loss: a scalar, or ``[S]`` with ``reduction="none"``; differentiable.
+        metrics: tensors to log, without gradient. ``loss``, ``preference`` and ``sft`` have the shape of ``loss``; the
+            others are scalars: ``rewards/chosen`` and ``rewards/rejected``, the mean rewards of the positives and of
+            the negatives; ``rewards/margins``, ``rewards/accuracies`` and ``pair_weights``, means over the kept pairs;
+            ``detached``, the fraction of the tokens of these pairs' negatives that get no gradient from the preference;
+            ``dropped_pairs``, the fraction of pairs with equal SIDs or an empty SID. Means over nothing are 0.
         logps: ``[C, L]`` token log-probs, 0 beyond the lengths; differentiable.
+
+    Example:
+        >>> tokens = torch.tensor([[1, 2], [1, 3], [4, 2]])  # a positive and two negatives
+        >>> sessions = rx.SessionBatch(tokens, torch.tensor([2, 2, 2]), torch.tensor([0, 3]), torch.tensor([1]))
+        >>> output = rx.RADDPOLoss()(torch.zeros(3, 2, 4), torch.zeros(5, 4), sessions)  # uniform over 5 tokens
+        >>> output.logps[0]
+        tensor([-1.6094, -1.6094])
+        >>> output.metrics["detached"]  # one of four: the first negative's first token
+        tensor(0.2500)
     """
 
     loss: Tensor
@@ -40,19 +49,27 @@ class RADDPOOutput(NamedTuple):
 
 
 class RADDPOLoss(nn.Module):
-    """:func:`linear_token_logps`, :class:`SimilarityWeighting` and :func:`rad_dpo_loss` in one module.
+    """Combine :func:`linear_token_logps`, :class:`SimilarityWeighting` and :func:`rad_dpo_loss` in one module.
 
     Args:
-        similarity_weighting: gives the pairs' weights from the candidates' embeddings, or None.
+        similarity_weighting: computes the pair weights from the candidates' embeddings, or None.
         normalize, vocab, index, temperature, logit_softcap, logits_budget, accumulate_grad: see
-            :func:`linear_token_logps`; each token's level is its position.
-        options: of :func:`rad_dpo_loss` (``beta``, ``gamma``, ``protect``, ...), or one of :data:`PRESETS`:
+            :func:`linear_token_logps`; the level of each token is its position.
+        options: arguments of :func:`rad_dpo_loss` (``beta``, ``gamma``, ``protect``, ...), or one of :data:`PRESETS`:
             ``RADDPOLoss(**rx.PRESETS["s_dpo"])``.
 
     Raises:
         ValueError, TypeError: naming the argument and the value.
 
     Source: RAD-DPO (arXiv 2602.23964).
+
+    Example:
+        >>> tokens = torch.tensor([[1, 2], [1, 3], [4, 2]])  # a positive and two negatives
+        >>> sessions = rx.SessionBatch(tokens, torch.tensor([2, 2, 2]), torch.tensor([0, 3]), torch.tensor([1]))
+        >>> hidden, weight = torch.zeros(3, 2, 4), torch.zeros(5, 4, requires_grad=True)
+        >>> output = rx.RADDPOLoss(beta=2.0, sft_weight=0.0)(hidden, weight, sessions)
+        >>> output.loss  # both negatives are as likely as the positive: log(1 + 2)
+        tensor(1.0986, grad_fn=<_SessionLossBackward>)
     """
 
     def __init__(
@@ -73,7 +90,7 @@ class RADDPOLoss(nn.Module):
             _check.instance(similarity_weighting, "similarity_weighting", SimilarityWeighting)
         unknown = set(options) - _OPTIONS
         if unknown:
-            raise TypeError(f"options must be of {sorted(_OPTIONS)}, got {sorted(unknown)}")
+            raise TypeError(f"options must be among {sorted(_OPTIONS)}, got {sorted(unknown)}")
         self.similarity_weighting = similarity_weighting
         self.index = index
         self.head_options: dict[str, Any] = {
@@ -101,18 +118,19 @@ class RADDPOLoss(nn.Module):
         normalizer: Any = None,
         check: bool = False,
     ) -> RADDPOOutput:
-        """The loss of a batch of sessions.
+        """Compute the loss of a batch of sessions.
 
         Args:
-            hidden: ``[C, L, H]`` last-layer states that predict ``sessions.tokens``: that of token ``i`` comes from the
-                position before it. Not read beyond the lengths.
+            hidden: ``[C, L, H]`` last-layer states that predict ``sessions.tokens``: the state for token ``i`` is at
+                the position before it. States beyond the lengths are not read.
             weight: ``[V, H]`` of the head.
             sessions: the candidates.
             bias: ``[V]`` of the head, or None.
-            rows: int64 ``[C, L]``: which row of ``hidden``, then ``[U, H]``, predicts each token, see
-                :func:`linear_token_logps`.
-            embeddings: ``[C, D]`` states at the candidates' last tokens, for ``similarity_weighting``, and only for it.
-            pair_weights: ``[M]``, where there is no ``similarity_weighting``.
+            rows: int64 ``[C, L]``, the row of ``hidden`` that predicts each token. ``hidden`` then has the shape
+                ``[U, H]``, see :func:`linear_token_logps`.
+            embeddings: ``[C, D]`` states at the candidates' last tokens: required with ``similarity_weighting``, else
+                None.
+            pair_weights: ``[M]``, or None; must be None with ``similarity_weighting``.
             ref_logps, detach, normalizer, check: see :func:`rad_dpo_loss`.
 
         Raises:
@@ -140,7 +158,7 @@ class RADDPOLoss(nn.Module):
         rows: Tensor | None = None,
         check: bool = False,
     ) -> Tensor:
-        """The linear part of :meth:`forward`: each candidate's token log-probs, those of a reference model too.
+        """Compute the candidates' token log-probs, the linear part of :meth:`forward`; also for a reference model.
 
         Args:
             hidden, weight, sessions, bias, rows, check: see :meth:`forward`.
@@ -186,10 +204,10 @@ class RADDPOLoss(nn.Module):
         normalizer: Any = None,
         check: bool = False,
     ) -> RADDPOOutput:
-        """The rest of :meth:`forward`, from the log-probs on: the pairs' weights, the loss and its metrics.
+        """Compute pair weights, loss and metrics from the log-probs, the rest of :meth:`forward`.
 
         Args:
-            logps: ``[C, L]``, of :meth:`logps` or from elsewhere.
+            logps: ``[C, L]``, from :meth:`logps` or another source.
             sessions, embeddings, ref_logps, pair_weights, detach, normalizer, check: see :meth:`forward`.
 
         Raises:
@@ -219,13 +237,13 @@ class RADDPOLoss(nn.Module):
         normalizer: Any = None,
         check: bool = False,
     ) -> SessionLossOutput:
-        """:meth:`of_logps` as :func:`rad_dpo_loss` returns it, with the sums behind the metrics."""
+        """Like :meth:`of_logps`, but return the :class:`SessionLossOutput`, which has the sums behind the metrics."""
         if (embeddings is None) != (self.similarity_weighting is None):
-            wanted = "be None without" if self.similarity_weighting is None else "be given with"
-            raise ValueError(f"embeddings must {wanted} similarity_weighting, got {type(embeddings).__name__}")
+            required = "be None without" if self.similarity_weighting is None else "be given with"
+            raise ValueError(f"embeddings must {required} similarity_weighting, got {type(embeddings).__name__}")
         if self.similarity_weighting is not None:
             if pair_weights is not None:
-                raise ValueError("pair_weights must be None with similarity_weighting, which gives them")
+                raise ValueError("pair_weights must be None with similarity_weighting, which computes them")
             pair_weights = self.similarity_weighting(embeddings, sessions)
         return rad_dpo_loss(
             logps,

@@ -1,4 +1,4 @@
-"""SessionBatch: the ragged candidates of a batch of sessions, as the losses and the packing take them."""
+"""SessionBatch: the ragged candidates of a batch of sessions, the input of the losses and of the packing."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from raddpo_ext.losses import session_loss
 
 
 class SessionBatch:
-    """Candidates of ``S`` sessions in ``C`` rows: those of session ``s`` are rows ``offsets[s]:offsets[s + 1]``, the
-    first ``num_positives[s]`` of them positives, the others negatives. Any count may be 0.
+    """Candidates of ``S`` sessions in ``C`` rows.
 
-    Pairs are flat, every positive with every negative of its session: session by session, positive-major.
-    Values are checked on the CPU. A batch built there and moved by :meth:`to` is used on a GPU without synchronising.
+    Session ``s`` has the rows ``offsets[s]:offsets[s + 1]``: first ``num_positives[s]`` positives, then negatives. Any
+    count may be 0. Every positive and every negative of a session form a pair. Pairs are numbered session by session,
+    positive-major.
+
+    Values are checked on the CPU. A batch that is built there and moved by :meth:`to` does not synchronise with a GPU.
 
     Args:
-        tokens: int64 ``[C, L]`` token ids, never read beyond the length.
+        tokens: int64 ``[C, L]`` token ids; entries beyond the lengths are not read.
         lengths: int64 ``[C]`` in ``[0, L]``.
-        offsets: int64 ``[S + 1]`` from 0 to ``C``, never falling.
-        num_positives: int64 ``[S]``, at most the session's candidates.
-        num_pairs: number of pairs ``M``, for a batch built on a GPU; default: read from there, which synchronises.
+        offsets: int64 ``[S + 1]`` from 0 to ``C``, non-decreasing.
+        num_positives: int64 ``[S]``, at most the number of the session's candidates.
+        num_pairs: number of pairs ``M``. Without it, a batch that is built on a GPU reads it from there (synchronises).
         check: also check values on a GPU (synchronises).
 
     Attributes:
@@ -33,6 +35,14 @@ class SessionBatch:
 
     Raises:
         ValueError, TypeError: naming the argument and the value.
+
+    Example:
+        >>> tokens = torch.tensor([[1, 2], [1, 3], [4, 2], [5, 6], [5, 7]])
+        >>> sessions = rx.SessionBatch(tokens, torch.full((5,), 2), torch.tensor([0, 3, 5]), torch.tensor([1, 1]))
+        >>> sessions
+        SessionBatch(num_sessions=2, num_candidates=5, num_pairs=3, device='cpu')
+        >>> sessions.pairs()
+        (tensor([0, 0, 3]), tensor([1, 2, 4]))
     """
 
     def __init__(
@@ -75,7 +85,7 @@ class SessionBatch:
         return self.tokens.device
 
     def layout(self) -> dict[str, Any]:
-        """The sessions as the operators take them: contiguous tensors and ``num_pairs``, by their arguments' names."""
+        """The operators' arguments that describe sessions, by name: contiguous tensors and ``num_pairs``."""
         names = ("tokens", "lengths", "offsets", "num_positives", "pair_offsets")
         return {name: getattr(self, name).contiguous() for name in names} | {"num_pairs": self.num_pairs}
 
@@ -84,7 +94,7 @@ class SessionBatch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> SessionBatch:
-        """The same batch in page-locked memory, from where it goes to a GPU without waiting."""
+        """The same batch in page-locked memory, which ``to(..., non_blocking=True)`` copies asynchronously."""
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> SessionBatch:
@@ -94,7 +104,7 @@ class SessionBatch:
         return changed
 
     def mask(self) -> Tensor:
-        """Which entries of ``tokens`` lie within the lengths: bool ``[C, L]``."""
+        """A mask of the entries of ``tokens`` within the lengths: bool ``[C, L]``."""
         return torch.arange(self.tokens.shape[1], device=self.device) < self.lengths[:, None]
 
     def owners(self) -> Tensor:
@@ -102,13 +112,13 @@ class SessionBatch:
         return torch.repeat_interleave(self.offsets.diff(), output_size=self.num_candidates)
 
     def is_positive(self) -> Tensor:
-        """Which candidates are positives: bool ``[C]``."""
+        """A mask of the candidates that are positives: bool ``[C]``."""
         session = self.owners()
         rows = torch.arange(self.num_candidates, device=self.device)
         return rows - self.offsets[session] < self.num_positives[session]
 
     def pairs(self) -> tuple[Tensor, Tensor]:
-        """Candidate rows of each pair's positive and negative: int64 ``[M]`` each."""
+        """The rows of each pair's positive and negative: int64 ``[M]`` each."""
         counts = self.pair_offsets.diff()
         session = torch.repeat_interleave(counts, output_size=self.num_pairs)
         number = torch.arange(self.num_pairs, device=self.device) - self.pair_offsets[session]
@@ -118,12 +128,13 @@ class SessionBatch:
         return positive, first_negative[session] + number % negatives
 
     def kept_pairs(self, positives: str = "winner", pair_weights: Tensor | None = None) -> Tensor:
-        """Which pairs enter the preference loss: bool ``[M]``.
+        """A mask of the pairs in the preference loss: bool ``[M]``.
 
-        A pair with a member of length 0, of equal SIDs or of weight 0 does not; of the others ``positives`` chooses.
+        Pairs with a member of length 0, with equal SIDs or of weight 0 are dropped. ``positives`` selects from the
+        rest.
 
         Args:
-            positives: see :func:`rad_dpo_loss`, whose result has the same as ``kept``.
+            positives: see :func:`rad_dpo_loss`, whose result has the same mask as ``kept``.
             pair_weights: ``[M]`` finite and at least 0, or None.
 
         Raises:
@@ -136,9 +147,10 @@ class SessionBatch:
         return self._facts(positives, pair_weights).kept
 
     def counts(self, positives: str = "winner") -> Tensor:
-        """What ``reduction="mean"`` divides by: the sessions that keep a pair, and the tokens of all positives.
+        """The divisors of ``reduction="mean"``: the sessions that keep a pair, and the tokens of all positives.
 
-        Summed over accumulated batches and ranks they are the ``normalizer`` of :func:`rad_dpo_loss`, 0 replaced by 1.
+        Their sums over accumulated batches and ranks, with 0 replaced by 1, are the ``normalizer`` of
+        :func:`rad_dpo_loss`.
 
         Args:
             positives: see :func:`rad_dpo_loss`.
@@ -149,7 +161,7 @@ class SessionBatch:
         return self._facts(positives).totals[:2, 1]
 
     def _facts(self, positives: str, pair_weights: Tensor | None = None) -> session_loss.Results:
-        """What the loss's operator finds out about the sessions, whatever the log-probs are."""
+        """The operator's results that do not depend on the log-probs."""
         dtype = torch.float32 if pair_weights is None else torch.promote_types(pair_weights.dtype, torch.float32)
         return session_loss.session_loss(
             session_loss.Arguments(
@@ -175,7 +187,7 @@ class SessionBatch:
                 raise ValueError(f"{name} must be on the device of tokens, {self.tokens.device}, got {value.device}")
         if len(self.lengths) != len(self.tokens):
             raise ValueError(
-                f"lengths must have one entry a row of tokens ({len(self.tokens)}), got {len(self.lengths)}"
+                f"lengths must have one entry per row of tokens ({len(self.tokens)}), got {len(self.lengths)}"
             )
         if len(self.offsets) != len(self.num_positives) + 1:
             raise ValueError(
@@ -196,7 +208,9 @@ class SessionBatch:
         sizes = offsets.diff()
         _check.none(
             sizes < 0,
-            lambda s: f"offsets must not fall: offsets[{s + 1}] = {int(offsets[s + 1])} after {int(offsets[s])}",
+            lambda s: (
+                f"offsets must be non-decreasing: offsets[{s + 1}] = {int(offsets[s + 1])} after {int(offsets[s])}"
+            ),
         )
         _check.none(
             (positives < 0) | (positives > sizes),
@@ -205,7 +219,7 @@ class SessionBatch:
         negative = (self.tokens < 0) & self.mask()
         if bool(negative.any()):
             row, column = negative.nonzero()[0].tolist()
-            raise ValueError(f"tokens[{row}, {column}] = {int(self.tokens[row, column])} is no token id")
+            raise ValueError(f"tokens[{row}, {column}] must be at least 0, got {int(self.tokens[row, column])}")
 
     def __repr__(self) -> str:
         return (

@@ -1,5 +1,8 @@
-"""The operator ``session_loss``, behind rad_dpo_loss and multilabel_contrastive_loss: its arguments and results by
-name, their shapes for ``torch.compile``, and autograd. Arguments are taken to be valid."""
+"""The operator ``session_loss`` behind rad_dpo_loss and multilabel_contrastive_loss.
+
+This file names its arguments and results, gives their shapes to ``torch.compile`` and adds autograd. Arguments must be
+valid: the public functions check them.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,13 @@ from raddpo_ext._autograd import differentiable_once, refuse_transforms_of_opera
 
 _NAMES = "session_loss (rad_dpo_loss, multilabel_contrastive_loss)"  # in errors about derivatives
 
-# The operator takes positions in these, which are the order of the enums in csrc/session_loss/session_loss.h.
+# The operator takes positions in these tuples. Their order is that of the enums in csrc/session_loss/session_loss.h.
 PROTECT = ("winner", "positives", "none")
 AGGREGATION = ("negatives", "margins")
 WEIGHTING = ("loss", "reward")
 POSITIVES = ("winner", "each", "pooled")
 REDUCTION = ("mean", "sum", "none")
-#: The rows of the operator's totals, in the order of Total there, by the metrics that they are the means of.
+#: The metrics whose sums and counts are the rows of the operator's totals, in the order of the enum Total there.
 TOTALS = (
     "preference",
     "sft",
@@ -36,7 +39,7 @@ TOTALS = (
 
 
 class Arguments(NamedTuple):
-    """The operator's arguments, in the order of csrc/schema.cpp. Where there is a default it changes nothing."""
+    """The operator's arguments, in the order of csrc/schema.cpp. Each default leaves the loss unchanged."""
 
     logps: Tensor
     tokens: Tensor
@@ -66,7 +69,7 @@ class Arguments(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What the operator returns; ``gradient`` and ``scales`` are for its backward pass."""
+    """The operator's results. ``gradient`` and ``scales`` are saved for the backward pass."""
 
     loss: Tensor
     preference: Tensor
@@ -97,25 +100,25 @@ class BackwardArguments(NamedTuple):
 
 
 def session_loss(arguments: Arguments) -> Results:
-    """The operator. Run at once, its autograd kernel need not be reached through the dispatcher, which takes 15 us."""
+    """Run the operator. In eager mode this calls its autograd kernel directly: the dispatcher would add 15 us."""
     if torch.compiler.is_compiling():
         return Results(*torch.ops.raddpo.session_loss.default(*arguments))
     try:
         return Results(*_differentiable(*arguments))
     except RuntimeError:
         if arguments.pair_weights is not None and arguments.pair_weights.device.type == "cpu":
-            check_weights(arguments.pair_weights, "pair_weights")  # names what the operator only refuses
+            check_weights(arguments.pair_weights, "pair_weights")  # the operator's error does not name the entry
         raise
 
 
 def check_weights(weights: Tensor, name: str) -> None:
-    """Raises for the first weight that is not finite and at least 0."""
+    """Raise ValueError for the first weight that is not finite and at least 0."""
     if weights.numel():
-        least, most = weights.aminmax()  # NaN if there is one
-        if not (float(least) >= 0 and float(most) < math.inf):
+        smallest, largest = weights.aminmax()  # NaN if any weight is NaN
+        if not (float(smallest) >= 0 and float(largest) < math.inf):
             _check.none(
                 ~((weights >= 0) & (weights < math.inf)),
-                lambda i: f"{name}[{i}] = {float(weights[i])} is not finite and at least 0",
+                lambda i: f"{name}[{i}] must be finite and at least 0, got {float(weights[i])}",
             )
 
 
@@ -145,7 +148,7 @@ def _(*arguments: Any) -> Tensor:
 
 
 class _SessionLoss(torch.autograd.Function):
-    """Of the log-probs and all of the operator's arguments, in one tuple: each argument of its own would cost."""
+    """The operator with its gradient. Its arguments are one tuple, because each argument of ``apply`` costs time."""
 
     @staticmethod
     def forward(ctx: Any, logps: Tensor, a: Arguments) -> Results:
@@ -171,8 +174,10 @@ class _SessionLoss(torch.autograd.Function):
 
 
 def _differentiable(*arguments: Any) -> tuple[Tensor, ...]:
-    """The operator's autograd kernel. ``torch.library.register_autograd`` makes one that takes 150 us, for so many
-    arguments."""
+    """The operator's autograd kernel.
+
+    The kernel that ``torch.library.register_autograd`` makes takes 150 us with this many arguments.
+    """
     a = Arguments(*arguments)
     refuse_transforms_of_operator(_NAMES, a.logps)
     if a.need_gradient:

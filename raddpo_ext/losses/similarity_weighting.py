@@ -1,4 +1,4 @@
-"""Similarity weighting (RDRW): the more a negative is like its positive, the less their pair weighs."""
+"""Similarity weighting (RDRW): the more similar a negative is to its positive, the lower the weight of their pair."""
 
 from __future__ import annotations
 
@@ -14,52 +14,63 @@ from raddpo_ext._autograd import refuse_transforms
 from raddpo_ext.losses.session import SessionBatch
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# How many embedding entries are multiplied at a time: on a CPU what stays in cache, on a GPU what is worth a launch.
+# Embedding entries multiplied at a time: few enough for a CPU's cache, and enough for a GPU launch.
 _CHUNK = {"cpu": 2**18, "cuda": 2**24}
 
 
 class SimilarityWeighting(nn.Module):
-    """Pair weights from the cosine similarity of the candidates' embeddings, measured by its recent quantiles.
+    """Weigh pairs by the cosine similarity of their embeddings, relative to the quantiles of recent similarities.
 
-    With ``s`` the cosine of a pair's embeddings (its candidates' last-layer hidden states at the last token), and
-    ``q_lo <= q_mid <= q_hi`` the quantiles (linear interpolation) of the ``window`` most recent similarities::
+    Let ``s`` be the cosine similarity of a pair's embeddings (the last-layer hidden states at the candidates' last
+    tokens), and ``q_lo <= q_mid <= q_hi`` quantiles (linear interpolation) of the ``window`` most recent similarities::
 
         w = 1                                                                 s <= q_lo, or s is not finite
         w = min_weight                                                        s >= q_hi
         w = min_weight + (1 - min_weight) * sigmoid(-u * steepness / 2)       between them
-        u = (s - q_mid) / (q_mid - q_lo) below q_mid, (s - q_mid) / (q_hi - q_mid) from there on
+        u = (s - q_mid) / (q_mid - q_lo) below q_mid, (s - q_mid) / (q_hi - q_mid) from q_mid on
 
-    ``w = 1`` until ``window`` similarities have been seen. A call in training mode weighs, then appends its finite
-    similarities, except those of pairs that the losses drop (a length of 0, equal SIDs). In eval mode it only weighs.
+    ``w = 1`` until ``window`` similarities have been seen. A call in training mode computes weights and then appends
+    its finite similarities, except for pairs that the losses drop (a length of 0, equal SIDs). In eval mode a call only
+    computes weights.
 
-    What calls append counts from the next :meth:`commit` on. A trainer that commits once an optimizer step, after the
-    step's last call, gets the same from accumulated and from distributed batches as from one big batch. Until the
-    first :meth:`commit` every call in training mode commits by itself; to have the first step's calls wait too, commit
-    once before it.
+    Appended similarities take effect at the next :meth:`commit`. A trainer that commits once per optimizer step, after
+    the step's last call, gets the same weights from accumulated and from distributed batches as from one big batch.
+    Until the first :meth:`commit`, every call in training mode commits by itself. To defer the calls of the first step
+    too, commit once before it.
 
-    Where ``torch.distributed`` is initialised, a commit gathers every rank's similarities and appends them in rank
-    order: all ranks must commit equally often and then hold the same state. Nothing synchronises with a GPU.
+    If ``torch.distributed`` is initialised, a commit gathers the similarities of all ranks and appends them in rank
+    order. All ranks must commit equally often; they then hold the same state. Nothing synchronises with a GPU.
 
-    The state is in buffers, so that ``state_dict`` resumes it bit for bit, and stays float32 under ``half()``. In a
-    module wrapped by ``DistributedDataParallel`` its ``broadcast_buffers`` gives every rank rank 0's ``pending`` before
-    a forward: accumulate under its ``no_sync()``, or keep this module outside of the wrapped one.
+    The state is in buffers: ``state_dict`` restores it bit for bit, and ``half()`` leaves it float32. In a module
+    wrapped by ``DistributedDataParallel``, ``broadcast_buffers`` overwrites every rank's ``pending`` by that of rank 0
+    before each forward. Accumulate under ``no_sync()``, or keep this module outside of the wrapped one.
 
     Args:
-        window: number of similarities that the quantiles are taken of, at least 2.
-        quantiles: the levels of ``q_lo, q_mid, q_hi`` in ``[0, 1]``, not falling.
-        steepness: of the logistic, positive.
-        min_weight: the lowest weight, in ``(0, 1]``.
+        window: number of similarities behind the quantiles, at least 2.
+        quantiles: the levels of ``q_lo, q_mid, q_hi`` in ``[0, 1]``, non-decreasing.
+        steepness: steepness of the logistic, positive.
+        min_weight: the minimum weight, in ``(0, 1]``.
         process_group: the ranks that share the state; default: all.
 
     Attributes:
-        history: float32 ``[window]`` committed similarities, newest last; NaN where there is none yet.
-        pending: float32 ``[window]``, likewise those appended since the last commit.
+        history: float32 ``[window]`` committed similarities, newest last, padded in front with NaN.
+        pending: float32 ``[window]`` similarities appended since the last commit, padded likewise.
         thresholds: float32 ``[3]``: ``q_lo, q_mid, q_hi`` of ``history``, NaN until it is full.
 
     Raises:
         ValueError, TypeError: naming the argument and the value.
 
     Source: RDRW of RAD-DPO (arXiv 2602.23964).
+
+    Example:
+        >>> tokens = torch.tensor([[1, 2], [1, 3], [4, 2]])  # a positive and two negatives
+        >>> sessions = rx.SessionBatch(tokens, torch.tensor([2, 2, 2]), torch.tensor([0, 3]), torch.tensor([1]))
+        >>> weighting = rx.SimilarityWeighting(window=2)
+        >>> embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])  # the first negative is like the positive
+        >>> weighting(embeddings, sessions)  # too few similarities so far
+        tensor([1., 1.])
+        >>> weighting(embeddings, sessions)
+        tensor([0.5000, 1.0000])
     """
 
     history: Tensor
@@ -89,12 +100,12 @@ class SimilarityWeighting(nn.Module):
 
     @torch.no_grad()
     def forward(self, embeddings: Tensor, sessions: SessionBatch) -> Tensor:
-        """The weight of each pair.
+        """Compute the weight of each pair.
 
         Args:
-            embeddings: ``[C, D]`` float32, bfloat16, float16 or float64, one row a candidate. A row that is zero or
-                not finite has no direction: its pairs weigh 1 and are not appended.
-            sessions: their layout.
+            embeddings: ``[C, D]`` float32, bfloat16, float16 or float64, one row per candidate. Pairs with
+                a row that is zero or not finite have weight 1 and are not appended.
+            sessions: the candidates.
 
         Returns:
             ``[M]`` weights in the order of ``sessions.pairs()``, float32 (float64 for float64), without gradient.
@@ -117,7 +128,7 @@ class SimilarityWeighting(nn.Module):
 
     @torch.no_grad()
     def commit(self) -> None:
-        """Ends an optimizer step: what its calls have appended, on all ranks, counts from now on."""
+        """End an optimizer step: similarities that its calls appended on any rank take effect from now on."""
         self._commits_by_itself = False
         self._commit()
 
@@ -134,11 +145,11 @@ class SimilarityWeighting(nn.Module):
         low, middle, high = self.thresholds.unbind()
         below = (similarities - middle) / (middle - low)
         above = (similarities - middle) / (high - middle)
-        # Equal thresholds divide by 0 here, but only where one of the two lines after the next takes over.
+        # Equal thresholds divide by 0 here, but only for similarities that one of the masks below overwrites.
         logistic = torch.sigmoid(torch.where(similarities < middle, below, above) * (-self.steepness / 2))
         weights = self.min_weight + (1 - self.min_weight) * logistic
         weights = weights.masked_fill(similarities >= high, self.min_weight)
-        return weights.masked_fill(~(similarities > low), 1.0)  # also where either of them is NaN
+        return weights.masked_fill(~(similarities > low), 1.0)  # also where the similarity or the threshold is NaN
 
     def _check_arguments(self, embeddings: Tensor, sessions: SessionBatch) -> None:
         _check.instance(sessions, "sessions", SessionBatch)
@@ -147,7 +158,7 @@ class SimilarityWeighting(nn.Module):
             raise TypeError(f"embeddings must be float32, bfloat16, float16 or float64, got {embeddings.dtype}")
         if embeddings.dim() != 2 or embeddings.shape[0] != sessions.num_candidates or embeddings.shape[1] == 0:
             raise ValueError(
-                f"embeddings must have one row a candidate ({sessions.num_candidates}) and at least one column, got "
+                f"embeddings must have one row per candidate ({sessions.num_candidates}) and at least one column, got "
                 f"shape {tuple(embeddings.shape)}"
             )
         if embeddings.device != self.history.device:
@@ -160,7 +171,7 @@ class SimilarityWeighting(nn.Module):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SimilarityWeighting:
-        """Moves the buffers as ``fn`` does, and leaves them float32."""
+        """Apply ``fn`` to the buffers, but keep them float32."""
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -170,7 +181,7 @@ class SimilarityWeighting(nn.Module):
         return self
 
     def get_extra_state(self) -> Tensor:
-        """Whether :meth:`commit` has been called: a tensor, as file formats for tensors only need it."""
+        """Whether :meth:`commit` has been called. It is a tensor, because some file formats hold only tensors."""
         return torch.tensor(not self._commits_by_itself)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -188,16 +199,16 @@ def _levels(quantiles: Sequence[float]) -> tuple[float, ...]:
         raise TypeError(f"quantiles must be a sequence of three numbers, got {quantiles!r}")
     levels = tuple(_check.number(level, f"quantiles[{i}]") for i, level in enumerate(quantiles))
     if len(levels) != 3 or not 0 <= levels[0] <= levels[1] <= levels[2] <= 1:
-        raise ValueError(f"quantiles must be three numbers in [0, 1] that do not fall, got {quantiles}")
+        raise ValueError(f"quantiles must be three non-decreasing numbers in [0, 1], got {quantiles}")
     return levels
 
 
 def _cosine(embeddings: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
-    """Cosine of each pair's rows, rounded to float32 as the history holds it; NaN for a row without a direction.
+    """The cosine of each pair's rows in float32, the dtype of the history; NaN if a row is zero or not finite.
 
     Overwrites ``embeddings``.
     """
-    # Divided by its largest entry first, a row's squares neither overflow nor vanish.
+    # Dividing each row by its largest entry first keeps its squares from overflow and underflow.
     embeddings /= torch.maximum(embeddings.amax(-1, keepdim=True), -embeddings.amin(-1, keepdim=True))
     embeddings /= torch.linalg.vector_norm(embeddings, dim=-1, keepdim=True)
     rows = max(1, _CHUNK.get(embeddings.device.type, _CHUNK["cuda"]) // embeddings.shape[1])
@@ -210,19 +221,19 @@ def _cosine(embeddings: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
 
 
 def _appended(old: Tensor, new: Tensor) -> Tensor:
-    """The last finite values of ``old`` and then ``new``, as many as ``old`` holds, behind NaN where they are fewer."""
+    """The last finite values of ``old`` followed by ``new``: as many as ``old`` holds, padded in front with NaN."""
     window = len(old)
     values = torch.cat((old, new))
     finite = values.isfinite()
     count = finite.cumsum(0)
     place = count + (window - 1 - count[-1])
-    place = place.masked_fill(~finite | (place < 0), window)  # all the others share one place, behind the window
+    place = place.masked_fill(~finite | (place < 0), window)  # discarded values go to one extra place at the end
     return values.new_full((window + 1,), math.nan).scatter_(0, place, values)[:window]
 
 
 def _quantiles(history: Tensor, levels: Sequence[float]) -> Tensor:
-    """Quantiles of a full history, NaN of another."""
-    ascending = history.double().sort().values  # in float64 rounding never makes a quantile pass its neighbour
+    """The quantiles of a full history, NaN if it is not full."""
+    ascending = history.double().sort().values  # in float64, rounding cannot reorder the quantiles
     found = []
     for level in levels:
         rank = level * (len(history) - 1)

@@ -1,6 +1,6 @@
-"""The package's functions in plain PyTorch and Python: any device, any float type, written to be read.
+"""The package's functions in plain PyTorch and Python, for any device and float type, written to be read.
 
-They say what the fused operators compute and are what those are tested against. Arguments are taken to be valid.
+They define what the fused operators compute; the tests compare the operators with them. Arguments must be valid.
 """
 
 from raddpo_ext.reference.beam_search import beam_search, beam_step, row_lse

@@ -1,4 +1,4 @@
-"""The session losses, one session, one positive and one negative at a time. Gradients are autograd's."""
+"""The session losses in plain loops over sessions, positives and negatives. Autograd computes the gradients."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def rad_dpo_loss(
     levels = [1.0] * logps.shape[1] if level_weights is None else torch.as_tensor(level_weights).tolist()
 
     def reward(row: int, num_detached: int = 0) -> Tensor:
-        """``r_c``; no gradient through its first ``num_detached`` tokens, or those of ``detach`` if it is given."""
+        """``r_c``, without gradient through its first ``num_detached`` tokens or, if given, those of ``detach``."""
         length = len(sids[row])
         detached = torch.arange(length, device=logps.device) < num_detached if detach is None else detach[row, :length]
         tokens = torch.where(detached, logps[row, :length].detach(), logps[row, :length])
@@ -51,17 +51,17 @@ def rad_dpo_loss(
         return beta * tokens.sum() / (max(length, 1) if length_normalized else 1)
 
     def negative_reward(row: int, protected: Sequence[int]) -> Tensor:
-        """``r_n`` as it acts against the positives ``protected``."""
+        """``r_n``, detached on its longest prefix in common with the positives ``protected``."""
         return reward(row, 0 if protect == "none" else max(_common_prefix(sids[p], sids[row]) for p in protected))
 
     def loss_of(winner: Tensor, against: list[tuple[Tensor, Tensor]]) -> Tensor:
-        return _smoothed(_gap(winner, against, gamma, aggregation, weighting), label_smoothing)
+        return _smoothed(_loss_argument(winner, against, gamma, aggregation, weighting), label_smoothing)
 
-    zero = logps[:0].sum()  # a zero that autograd traces back to logps
+    zero = logps[:0].sum()  # a zero with a gradient path to logps
     rewards = [reward(row).detach() for row in range(sessions.num_candidates)]
     margins: list[Tensor] = []  # of all pairs
     in_loss: list[bool] = []
-    totals: list[list[tuple[float, float]]] = []  # of each session: sums, and what they are divided by
+    totals: list[list[tuple[float, float]]] = []  # of each session: sums and their counts
     preferences, num_kept = [], 0
     log_likelihoods, num_tokens = [], 0
     for session in range(sessions.num_sessions):
@@ -79,7 +79,7 @@ def rad_dpo_loss(
         terms = []
         if positives == "pooled" and kept:
             pool = _log_sum_exp([reward(p) for p in rows if sids[p]])
-            terms.append(loss_of(pool, [(negative_reward(n, rows), w) for n, w in _least(kept).items()]))
+            terms.append(loss_of(pool, [(negative_reward(n, rows), w) for n, w in _min_weights(kept).items()]))
         elif positives != "pooled":
             for p in rows if positives == "each" else rows[:1]:
                 protected = rows if protect == "positives" else [p]
@@ -151,8 +151,8 @@ def multilabel_contrastive_loss(
         kept = _kept(weights, sids, pooled=True)
         if kept:
             pool = _log_sum_exp([scores[p] / temperature for p in _positive_rows(sessions, session) if sids[p]])
-            against = [(scores[n] / temperature, weight) for n, weight in _least(kept).items()]
-            terms.append(_smoothed(_gap(pool, against, 0.0, "negatives", "loss"), 0.0))
+            against = [(scores[n] / temperature, weight) for n, weight in _min_weights(kept).items()]
+            terms.append(_smoothed(_loss_argument(pool, against, 0.0, "negatives", "loss"), 0.0))
         else:
             terms.append(zero)
         num_kept += len(kept) > 0
@@ -185,7 +185,7 @@ def _pair_weights(sessions: SessionBatch, session: int, pair_weights: Tensor | N
 
 
 def _kept(weights: PairWeights, sids: list[Sid], pooled: bool) -> PairWeights:
-    """The pairs that are not dropped. A pool drops a negative as a whole."""
+    """The pairs that are not dropped. A pool drops a negative from all its pairs."""
     present = {(p, n): weight for (p, n), weight in weights.items() if sids[p] and sids[n]}
     bad = {(p, n) for (p, n), weight in present.items() if sids[p] == sids[n] or weight == 0}
     if pooled:
@@ -194,12 +194,12 @@ def _kept(weights: PairWeights, sids: list[Sid], pooled: bool) -> PairWeights:
     return {pair: weight for pair, weight in present.items() if pair not in bad}
 
 
-def _least(kept: PairWeights) -> dict[int, Tensor]:
-    """``w_n = min_p w_pn`` of each negative."""
-    least: dict[int, Tensor] = {}
+def _min_weights(kept: PairWeights) -> dict[int, Tensor]:
+    """The minimum weight ``w_n = min_p w_pn`` of each negative."""
+    smallest: dict[int, Tensor] = {}
     for (_, n), weight in kept.items():
-        least[n] = torch.minimum(least.get(n, weight), weight)
-    return least
+        smallest[n] = torch.minimum(smallest.get(n, weight), weight)
+    return smallest
 
 
 def _common_prefix(a: Sid, b: Sid) -> int:
@@ -207,17 +207,20 @@ def _common_prefix(a: Sid, b: Sid) -> int:
 
 
 def _log_sum_exp(terms: list[Tensor]) -> Tensor:
-    """Where the greatest is infinite it is shared evenly among its equals; torch's gradient would be NaN."""
+    """Log-sum-exp whose gradient is not NaN for an infinite maximum: the terms that equal it have equal weights."""
     stacked = torch.stack(terms)
     most = stacked.detach().max()
     return stacked[stacked == most].mean() if most.isinf() else stacked.logsumexp(0)
 
 
-def _gap(
+def _loss_argument(
     winner: Tensor, against: list[tuple[Tensor, Tensor]], gamma: float, aggregation: str, weighting: str
 ) -> Tensor:
-    """``A`` of a winner's reward against rewards and weights: ``LSE(r_j + gamma + log w_j) - r_w``, or, aggregating the
-    margins, ``-LSE(-r_j - gamma + log w_j) - r_w``. It is ``-inf`` where the negatives alone make it so."""
+    """The loss argument ``A`` of a winner's reward against rewards and weights.
+
+    ``LSE(r_j + gamma + log w_j) - r_w`` or, with ``aggregation="margins"``, ``-LSE(-r_j - gamma + log w_j) - r_w``. It
+    is ``-inf`` if the term of the negatives is, whatever ``r_w``.
+    """
     sign = 1 if aggregation == "negatives" else -1
     if weighting == "loss":
         terms = [sign * (reward + gamma) + weight.log() for reward, weight in against]
@@ -227,15 +230,15 @@ def _gap(
     return lse if lse == -math.inf else lse - winner
 
 
-def _smoothed(gap: Tensor, label_smoothing: float) -> Tensor:
+def _smoothed(argument: Tensor, label_smoothing: float) -> Tensor:
     """``(1 - e) softplus(A) + e softplus(-A)``, where ``softplus(x) = -logsigmoid(-x)``."""
     if label_smoothing == 0:  # 0 * softplus(inf) would be NaN
-        return -logsigmoid(-gap)
-    return -(1 - label_smoothing) * logsigmoid(-gap) - label_smoothing * logsigmoid(gap)
+        return -logsigmoid(-argument)
+    return -(1 - label_smoothing) * logsigmoid(-argument) - label_smoothing * logsigmoid(argument)
 
 
 def _stacked(terms: list[Tensor], zero: Tensor) -> Tensor:
-    return torch.stack([zero, *terms])[1:]  # works for none, too
+    return torch.stack([zero, *terms])[1:]  # also stacks no terms
 
 
 def _reduced(terms: list[Tensor], zero: Tensor, count: Number, reduction: str) -> Tensor:

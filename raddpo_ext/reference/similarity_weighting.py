@@ -1,4 +1,4 @@
-"""Similarity weighting, one pair at a time."""
+"""Similarity weighting in a plain loop over pairs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from raddpo_ext.losses.session import SessionBatch
 
 
 class SimilarityWeighting:
-    """See :class:`raddpo_ext.SimilarityWeighting`, in one process. The state is in lists that hold no empty places."""
+    """See :class:`raddpo_ext.SimilarityWeighting`, for a single process. The state is in lists without
+    padding.
+    """
 
     def __init__(
         self,
@@ -52,7 +54,7 @@ class SimilarityWeighting:
         self._commit()
 
     def weight(self, similarity: float) -> float:
-        """The weight of a pair of this similarity."""
+        """The weight of a pair with this similarity."""
         if self.thresholds is None or not math.isfinite(similarity):
             return 1.0
         low, middle, high = self.thresholds
@@ -72,7 +74,7 @@ class SimilarityWeighting:
 
 
 def _pairs(sessions: SessionBatch) -> list[tuple[int, int]]:
-    """Rows of every positive with every negative of its session."""
+    """The rows of each pair of a positive and a negative of the same session."""
     pairs = []
     offsets = sessions.offsets.tolist()
     for session, positives in enumerate(sessions.num_positives.tolist()):
@@ -88,10 +90,10 @@ def _sid(sessions: SessionBatch, row: int) -> list[int]:
 
 
 def _cosine(first: Tensor, second: Tensor) -> float:
-    """In float32, which the history holds; NaN if one of them is zero or not finite."""
+    """The cosine in float32, the dtype of the history; NaN if a row is zero or not finite."""
     return (_direction(first) * _direction(second)).sum().float().item()
 
 
 def _direction(row: Tensor) -> Tensor:
-    row = row / row.abs().max()  # so that no square overflows
+    row = row / row.abs().max()  # keeps squares from overflow
     return row / torch.linalg.vector_norm(row)

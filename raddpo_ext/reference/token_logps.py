@@ -25,7 +25,7 @@ def token_logps(
     logit_softcap: float | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """``[...]`` log-probs of ``targets`` ``[...]``, in the type of ``logits`` ``[..., V]``, which may be any."""
+    """Log-probs of ``targets`` ``[...]`` in the dtype of ``logits`` ``[..., V]``, which may be any float type."""
     if logit_softcap is not None:
         logits = logit_softcap * torch.tanh(logits / logit_softcap)
     logits = logits / temperature
@@ -63,28 +63,31 @@ def linear_token_logps(
     rows: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """The same of the logits ``hidden @ weight.T + bias``, with ``hidden`` ``[..., H]`` and ``weight`` ``[V, H]``; or
-    of rows of ``hidden`` ``[U, H]``, one number a target."""
+    """:func:`token_logps` of the logits ``hidden @ weight.T + bias``.
+
+    ``hidden`` is ``[..., H]`` and ``weight`` is ``[V, H]``. With ``rows``, ``hidden`` is ``[U, H]``, and ``rows`` has
+    the row that predicts each target.
+    """
     logits = (hidden if rows is None else hidden[rows]) @ weight.T
     return token_logps(logits if bias is None else logits + bias, targets, **options)
 
 
 def level_tokens(vocab: SIDVocab | None, level: int) -> list[int]:
-    """Tokens that can stand at a level: its codes' and, after the first, the end of the sequence."""
+    """The tokens that are possible at a level: its codes and, after the first level, the end of the sequence."""
     assert vocab is not None
     codes = [] if level == vocab.levels else [token for token in vocab.token_ids[level].tolist() if token >= 0]
     return codes + ([vocab.eos] if vocab.eos is not None and level > 0 else [])
 
 
 def child_tokens(index: TrieIndex | None, node: int) -> list[int]:
-    """Tokens on the edges out of a node, found by walking there and trying every child."""
+    """The tokens of a node's children, found by following its path from the root."""
     assert index is not None
     if node < 0:
         return []
     codes, depth = index.paths(torch.tensor([node]))
     level = int(depth[0])
     path = [code for code in codes[0, :level].tolist() if code >= 0]
-    if len(path) < level:  # behind the end of the sequence
+    if len(path) < level:  # after the end of the sequence
         return []
     children = index.children(path)
     if index.vocab is None:
