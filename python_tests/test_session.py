@@ -191,6 +191,19 @@ def test_counts_are_what_the_mean_divides_by():
         sessions.counts("all")
 
 
+def test_counts_can_be_reduced() -> None:
+    """Gloo adds up the wrong entries of a tensor that is not contiguous, without an error."""
+    assert rx.SessionBatch(**parts([(2, 3), (1, 2)])).counts().is_contiguous()
+
+
+def test_kept_pairs_and_counts_of_strided_tokens() -> None:
+    given = parts([(2, 3), (1, 2)])
+    plain, strided = rx.SessionBatch(**given), rx.SessionBatch(**(given | {"tokens": given["tokens"].T.contiguous().T}))
+    assert not strided.tokens.is_contiguous()
+    assert torch.equal(strided.kept_pairs("each"), plain.kept_pairs("each"))
+    assert torch.equal(strided.counts("each"), plain.counts("each"))
+
+
 def test_kept_pairs_leave_out_weights_of_zero():
     sessions = rx.SessionBatch(**parts([(2, 3), (1, 2)]) | {"lengths": torch.full((8,), 3)})
     weights = torch.ones(sessions.num_pairs)

@@ -37,11 +37,6 @@ def constant(value: Any, name: str, like: Tensor, dtype: torch.dtype, shape: Seq
     return (value.detach() if value.requires_grad else value).contiguous()
 
 
-def _reads_values(tensor: Tensor, check: bool) -> bool:
-    """Whether values are checked: with ``check``, and on the CPU. A traced graph cannot depend on values."""
-    return check or (tensor.device.type == "cpu" and not torch.compiler.is_compiling())
-
-
 def check_nan(logps: Tensor, name: str, sessions: SessionBatch) -> None:
     bad = (logps.isnan() & sessions.mask()).nonzero()
     if len(bad):
@@ -72,7 +67,7 @@ def level_weights(weights: Any, like: Tensor, check: bool) -> Tensor | None:
         given = torch.cat([like.new_full((1,), number) for number in numbers]) if numbers else like.new_empty(0)
         return constant(given, "level_weights", like, like.dtype, like.shape[1:])
     weights = constant(weights.to(like.dtype), "level_weights", like, like.dtype, like.shape[1:])
-    if _reads_values(weights, check):
+    if _check.reads_values(weights, check):
         check_weights(weights, "level_weights")
     return weights
 
@@ -92,7 +87,7 @@ def divisors(normalizer: Sequence[Any] | Tensor | None, reduction: str, like: Te
         sessions, tokens = (_check.positive(value, f"normalizer[{i}]") for i, value in enumerate(values))
         return {"session_divisor": sessions, "token_divisor": tokens}
     divisors = torch.stack([_divisor(value, f"normalizer[{i}]", like) for i, value in enumerate(values)])
-    if _reads_values(divisors, check):
+    if _check.reads_values(divisors, check):
         _check.none(
             ~((divisors > 0) & (divisors < math.inf)),
             lambda i: f"normalizer[{i}] must be finite and positive, got {float(divisors[i])}",

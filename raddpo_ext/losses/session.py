@@ -158,14 +158,14 @@ class SessionBatch:
         Returns:
             float64 ``[2]``.
         """
-        return self._facts(positives).totals[:2, 1]
+        return self._facts(positives).totals[:2, 1].contiguous()  # for collectives, which ignore strides
 
     def _facts(self, positives: str, pair_weights: Tensor | None = None) -> session_loss.Results:
         """The operator's results that do not depend on the log-probs."""
         dtype = torch.float32 if pair_weights is None else torch.promote_types(pair_weights.dtype, torch.float32)
         return session_loss.session_loss(
             session_loss.Arguments(
-                logps=torch.zeros_like(self.tokens, dtype=dtype),
+                logps=torch.zeros(self.tokens.shape, dtype=dtype, device=self.device),
                 **self.layout(),
                 pair_weights=None if pair_weights is None else pair_weights.detach().to(dtype).contiguous(),
                 positives=_check.choice(positives, "positives", session_loss.POSITIVES),
