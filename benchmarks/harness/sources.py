@@ -9,10 +9,12 @@ from benchmarks.harness.catalogues import ROOT
 
 SUFFIXES = {".cpp", ".h", ".inl", ".cu", ".cuh", ".py"}
 
-INDEX = ("csrc/common", "csrc/trie", "csrc/trie_index", "raddpo_ext/index", "raddpo_ext/_check.py")
-DECODING = (*INDEX, "csrc/beam_search", "csrc/child_logits", "csrc/row_lse", "raddpo_ext/decoding")
-LOGPS = ("csrc/common", "csrc/token_logps", "csrc/row_lse", "raddpo_ext/logps", "raddpo_ext/_check.py")
-LOSSES = (*LOGPS, "csrc/session_loss", "raddpo_ext/losses", "raddpo_ext/_autograd.py")
+COMMON = ("csrc/common", "raddpo_ext/_check.py", "raddpo_ext/_autograd.py")
+INDEX = (*COMMON, "csrc/trie", "csrc/trie_index", "raddpo_ext/index")
+STEPS = ("csrc/beam_search", "csrc/child_logits", "csrc/row_lse", "raddpo_ext/decoding", "raddpo_ext/logps/head.py")
+DECODING = (*INDEX, *STEPS)
+LOGPS = (*COMMON, "csrc/token_logps", "csrc/row_lse", "raddpo_ext/logps", "raddpo_ext/index/vocab.py")
+LOSSES = (*LOGPS, "csrc/session_loss", "raddpo_ext/losses")
 PACKING = (*LOSSES, "csrc/pack_sessions", "raddpo_ext/data/pack_sessions.py", "raddpo_ext/integrations")
 RETRIEVAL = (*DECODING, "raddpo_ext/integrations")
 SERVICE = (*RETRIEVAL, "raddpo_ext/serve")

@@ -116,6 +116,21 @@ def test_every_member_is_built_of_sources_that_are_there() -> None:
     assert all(len(sources.digest(member.sources)) == 16 for member in MEMBERS)
 
 
+@pytest.mark.parametrize("places", [sources.DECODING, sources.LOSSES])
+def test_what_a_source_imports_is_a_source(places: tuple[str, ...]) -> None:
+    """But for what reads files, and the trie of log-probs, whose cases have none."""
+    known = {"raddpo_ext/_files.py", "raddpo_ext/index/tokenizer_sids.py", "raddpo_ext/index/trie.py"}
+    root, found = sources.ROOT, set()
+    files = [file for place in places for file in (root / place, *(root / place).glob("*.py")) if file.suffix == ".py"]
+    known |= {str(file.relative_to(root)) for file in files}
+    for file in files:
+        for package, names in re.findall(r"^from (raddpo_ext[\w.]*) import (.*)$", file.read_text(), re.MULTILINE):
+            modules = [package, *(f"{package}.{name}" for name in names.split(", "))]
+            found |= {module.replace(".", "/") + ".py" for module in modules}
+    found = {path for path in found if (root / path).is_file()}
+    assert found - known == set()
+
+
 def test_only_what_is_named(lab: Path) -> None:
     path = lab / "results.jsonl"
     suite.run_all(STUBS, [], path)
