@@ -36,10 +36,20 @@ def base_model(model: Any) -> Any:
 
 
 def logits_map(model: Any) -> dict[str, float]:
-    """How a model turns its head's output into logits: ``temperature`` and ``logit_softcap``, where it does.
+    """Returns how a model turns its head's output into logits: ``temperature`` and ``logit_softcap``, if it has them.
 
     They are arguments of :class:`raddpo_ext.RADDPOLoss`, :func:`raddpo_ext.linear_token_logps` and
     :func:`raddpo_ext.linear_beam_step`.
+
+    Example:
+        >>> from transformers import Gemma2Config, Gemma2ForCausalLM
+        >>> from raddpo_ext.integrations.transformers import logits_map
+        >>> config = Gemma2Config(
+        ...     vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        ...     num_key_value_heads=1, head_dim=8
+        ... )
+        >>> logits_map(Gemma2ForCausalLM(config))
+        {'logit_softcap': 30.0}
     """
     config = base_model(model).config.get_text_config(decoder=True)
     found = {}
@@ -53,8 +63,8 @@ def logits_map(model: Any) -> dict[str, float]:
 
 
 def model_head(model: Any) -> Head | None:
-    """A model's head; None where the model must run it itself: behind ``torch.compile``, with adapters or quantized
-    weights in the head, with weights in shards."""
+    """A model's head, or None if only the model can run it: behind ``torch.compile``, with adapters or quantized
+    weights in the head, with sharded weights."""
     if hasattr(model, "_orig_mod"):
         return None
     head = base_model(model).get_output_embeddings()

@@ -14,22 +14,22 @@ from raddpo_ext.index.trie import TrieIndex
 class TrieLogitsProcessor:
     """Lets ``generate`` (greedy, sampling, beams, any batch) produce whole SIDs of the catalogue and nothing else.
 
-    Takes the place of ``prefix_allowed_tokens_fn``, without a Python call a beam::
+    Replaces ``prefix_allowed_tokens_fn``, without a Python call per beam::
 
         processor = TrieLogitsProcessor(index, prompt_length=input_ids.shape[1])
         model.generate(input_ids, logits_processor=[processor], max_new_tokens=index.levels, num_beams=20,
                        do_sample=False, length_penalty=0.0)
 
-    Tokens that no SID has after the prefix get ``-inf``. After a whole SID only the end token may follow, at score 0,
-    so that ending adds nothing to the SID's score. A prefix that is in no SID can end only, too: ``generate`` makes
-    such beams when it has more of them than the catalogue has SIDs, and marks them by scores below ``-1e8``.
+    Tokens that no SID has after the prefix get ``-inf``. After a complete SID only the end token is allowed, at score
+    0, so that ending adds nothing to the SID's score. A prefix that is in no SID may only end too: ``generate`` makes
+    such beams if it has more beams than the catalogue has SIDs, and marks them by scores below ``-1e8``.
 
-    Where another processor (``suppress_tokens``, ``bad_words_ids``) or an overflow has left none of the allowed tokens
-    a score above ``-inf``, ``generate`` would take a token outside the catalogue: the call raises instead.
+    If another processor (``suppress_tokens``, ``bad_words_ids``) or an overflow leaves no allowed token with a score
+    above ``-inf``, ``generate`` would take a token outside the catalogue. The call then raises instead.
 
     With ``do_sample=True``, which many checkpoints' ``generation_config`` sets together with ``top_k`` and ``top_p``,
-    ``generate`` filters once more behind every processor and so drops SIDs: for beams say ``do_sample=False``, for
-    samples of the whole catalogue ``top_k=0, top_p=1.0``.
+    ``generate`` filters again after every processor and so drops SIDs. For beams set ``do_sample=False``; for samples
+    of the whole catalogue set ``top_k=0, top_p=1.0``.
 
     Args:
         index: the catalogue, on the device of the scores. Its token ids are the model's.
@@ -37,11 +37,18 @@ class TrieLogitsProcessor:
             encoder-decoder (the decoder's start token).
         eos_token_id: the end token, normally the ``eos_token_id`` of ``generate``. Default: that of ``index.vocab``.
             Without either, ``generate`` must stop by ``max_new_tokens``, and all SIDs must have one length.
-        num_beams: that of ``generate``, so that a beam without a token to go on with is dropped as long as its query
-            has another. Default: every row needs one.
+        num_beams: that of ``generate``. A beam without an allowed token is then dropped as long as its query has
+            another beam. Default: every row needs an allowed token.
 
     Raises:
         ValueError, TypeError: naming the argument and the value.
+
+    Example:
+        >>> index = rx.TrieIndex.build([[4, 8], [4, 9], [5, 10]])
+        >>> processor = rx.TrieLogitsProcessor(index, prompt_length=1)
+        >>> scores = processor(torch.tensor([[1, 4]]), torch.zeros(1, 12))  # prompt 1, then code 4 was generated
+        >>> scores.isfinite().nonzero()[:, 1]
+        tensor([8, 9])
     """
 
     def __init__(
@@ -63,18 +70,18 @@ class TrieLogitsProcessor:
         """Masks the scores of one step.
 
         Args:
-            input_ids: int64 ``[N, T]``: prompts of ``prompt_length`` tokens and what was generated since.
+            input_ids: int64 ``[N, T]``: prompts of ``prompt_length`` tokens and the tokens generated after them.
             scores: float ``[N, V]``.
 
         Returns:
-            ``[N, V]`` of the same type; the input is left as it is.
+            ``[N, V]`` of the same dtype; the input is not changed.
 
         Raises:
-            ValueError: the arguments do not fit each other or the index, or a query has no token to go on with: the
-                scores of all that the catalogue allows are ``-inf``, or one of them is NaN.
+            ValueError: the arguments do not fit each other or the index, or a query has no token left: the scores of
+                all tokens that the catalogue allows are ``-inf``, or one of them is NaN.
         """
         level = self._check_call(input_ids, scores)
-        # One more column, as nodes() gives the node before each token.
+        # Add a column, as nodes() returns the node before each token.
         prefix = torch.nn.functional.pad(input_ids[:, self.prompt_length :], (0, 1), value=-1)
         nodes, row_of = torch.unique(self.index.nodes(prefix)[:, -1], return_inverse=True)
         row, token, ends = self._allowed(nodes, level)
@@ -84,13 +91,13 @@ class TrieLogitsProcessor:
         stuck = ~(scores.amax(1) > -math.inf) & ~ends[row_of]
         if bool(stuck.any()):
             self._check_queries(input_ids, stuck, stuck | (nodes[row_of] < 0))
-            scores.masked_fill_(stuck[:, None], -math.inf)  # a NaN would be taken for the best
+            scores.masked_fill_(stuck[:, None], -math.inf)  # generate would take a NaN as the best score
         if self.eos_token_id is not None:
             scores[:, self.eos_token_id].masked_fill_(ends[row_of], 0.0)
         return scores
 
     def _check_queries(self, input_ids: Tensor, stuck: Tensor, dead: Tensor) -> None:
-        """Raises for a query that has a stuck beam and none that lives; one outside the catalogue is dead."""
+        """Raises for a query with a stuck beam and no live one. A beam outside the catalogue is not live."""
         query, row = (stuck.view(-1, self.num_beams) & dead.view(-1, self.num_beams).all(1, keepdim=True)).nonzero().T
         if len(query):
             row = int(query[0]) * self.num_beams + int(row[0])
@@ -102,7 +109,7 @@ class TrieLogitsProcessor:
             )
 
     def _allowed(self, nodes: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The tokens that may follow each node, as pairs (row, token), and which rows have none, bool."""
+        """The tokens that may follow each node, as pairs (row, token), and a bool per row that has none."""
         first, count = torch.ops.raddpo.trie_children(nodes, *self.index.block)
         row = torch.repeat_interleave(count)
         before = first - (count.cumsum(0) - count)

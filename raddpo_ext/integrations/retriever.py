@@ -30,41 +30,54 @@ from raddpo_ext.logps.head import Head
 class SIDRetriever:
     """Retrieves items with a causal or encoder-decoder language model of ``transformers``.
 
-    Each prompt runs through the model once and its keys and values are kept once; then every step feeds one token a
-    beam, all beams of a query as one row, where each sees the prompt and its own ancestors. The head meets only the
-    tokens that the step needs (:func:`raddpo_ext.linear_beam_step`). It is ``model.generate`` with a trie constraint
-    and ``do_sample=False``, but a finished SID waits within the beam, and the model's ``generation_config`` has no say
-    (only ``decoder_start_token_id`` is read).
+    Each prompt runs through the model once, and its keys and values are stored once. Every step then feeds one token
+    per beam. All beams of a query are one row, in which each beam sees the prompt and its own ancestors. The head
+    computes logits only for the tokens that the step needs (:func:`raddpo_ext.linear_beam_step`). The search is that of
+    ``model.generate`` with a trie constraint and ``do_sample=False``, but finished SIDs keep their place in the beam,
+    and the model's ``generation_config`` is ignored (only ``decoder_start_token_id`` is read).
 
-    What a model allows is found out at the first call: a few tokens run through it in each way, against plain forwards
-    without a cache, and tokens that must not matter are changed. Whenever prompts are longer than before, one of their
-    length is tried as well, which costs about six prompts. One that cannot share a prefix (an encoder-decoder,
-    flash attention, a window shorter than the prompt, positions worked out from the mask) has a row of the KV cache a
-    beam, which follows the beams. Where padding changes its logits, prompts are searched in groups of one length. One
-    whose head cannot be taken apart (behind ``torch.compile``, with adapters) makes its logits itself.
+    The first call tests what the model allows: it runs a few tokens in each way, compares them with plain forwards
+    without a cache, and changes tokens that must not matter. Prompts longer than before are tested at their length too,
+    which costs about six prompts. A model that cannot share a prefix (an encoder-decoder, flash attention, a window
+    shorter than the prompt, positions computed from the mask) uses one KV-cache row per beam, reordered at every step.
+    If padding changes a model's logits, prompts are searched in groups of equal length. If the head cannot run
+    separately (behind ``torch.compile``, with adapters), the model computes its own logits.
 
     Args:
         model: a model with a language modelling head, compiled or not, of any size and float type up to 32
             bits. It must be in evaluation mode when it retrieves; its mode is never changed.
         index: the catalogue, on the model's device. Its token ids are the model's.
-        beam_width: beams a query: one width, or one for each of the ``index.levels`` steps. A list may be as long
+        beam_width: beams per query: one width, or one for each of the ``index.levels`` steps. A list may be as long
             as the vocabulary has levels (one more with an end token), beyond the longest SID of this index.
         normalize, length_penalty: see :func:`raddpo_ext.beam_step`.
-        shared_prefix: whether beams share their prompt's keys and values. Default: where the model allows.
+        shared_prefix: whether beams share their prompt's keys and values. Default: if the model allows it.
         cuda_graph: capture the whole search, prompt and all, in a CUDA graph and replay it. The first call with a batch
-            size, prompt length (rounded up to a multiple of 64) and ``top_k`` captures, which takes a few searches'
-            time; the last 16 graphs are kept. All filters of one catalogue (``restrict``, ``discard``) share one more
-            graph per shape. Another catalogue given to :meth:`retrieve` has graphs of its own, which keep it in memory.
-            A graph reads the model's weights where they were: change them in place, and after any other change to the
-            model assign ``index`` anew, which drops the graphs. Calls with ``on_step`` are not captured.
+            size, prompt length (rounded up to a multiple of 64) and ``top_k`` captures, which takes the time of a few
+            searches; the last 16 graphs are kept. All filters of one catalogue (``restrict``, ``discard``) share one
+            more graph per shape. Another catalogue given to :meth:`retrieve` has graphs of its own, which keep it in
+            memory. A graph reads the model's weights at the addresses they had: change weights in place. After any
+            other change to the model assign ``index`` again, which drops the graphs. Calls with ``on_step`` are not
+            captured.
 
     Attributes:
         index: the catalogue; may be replaced between calls. To search another one in a single call, such as a
             request's filter, give it to :meth:`retrieve`.
 
     Raises:
-        ValueError, TypeError: naming the argument and the value; also where ``index`` holds a token id that the model
+        ValueError, TypeError: naming the argument and the value; also if ``index`` holds a token id that the model
             does not have.
+
+    Example:
+        >>> from transformers import Qwen3Config, Qwen3ForCausalLM
+        >>> config = Qwen3Config(
+        ...     vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        ...     num_key_value_heads=1, head_dim=8
+        ... )
+        >>> index = rx.TrieIndex.build([[4, 8], [4, 9], [5, 10]], item_ids=[70, 71, 72])
+        >>> retriever = rx.SIDRetriever(Qwen3ForCausalLM(config).eval(), index, beam_width=3)
+        >>> found = retriever.retrieve(torch.tensor([[1, 2, 3]]), top_k=3)
+        >>> sorted(found.items[0].tolist())  # by ascending id; found.items has the best first
+        [70, 71, 72]
     """
 
     def __init__(
@@ -133,16 +146,16 @@ class SIDRetriever:
         index: TrieIndex | None = None,
         on_step: Callable[[int, BeamState], None] | None = None,
     ) -> BeamResult:
-        """The best items of each prompt.
+        """Returns the best items of each prompt.
 
         Args:
-            input_ids: int64 ``[B, T]`` token ids, padded on either side; ids under the mask are not looked at.
+            input_ids: int64 ``[B, T]`` token ids, padded on either side; ids of padding are ignored.
             attention_mask: bool or integer ``[B, T]``, 0 on padding. Default: no padding.
-            top_k: return this many items a query, a collided SID repeated for each of its items. Default: one row a SID
-                of the last width, with its first item.
-            index: search this one in this call, and leave :attr:`index` as it is: a filtered one
-                (``retriever.index.restrict(item_mask)``), or any other whose token ids are the model's. Calls from
-                several threads may each have their own.
+            top_k: return this many items per query; a SID of several items is repeated for each of them. Default: one
+                row per SID of the last width, with its first item.
+            index: search this index in this call, and leave :attr:`index` as it is. It may be a filtered one
+                (``retriever.index.restrict(item_mask)``) or any other whose token ids are the model's. Calls from
+                several threads may each use another one.
             on_step: see :func:`raddpo_ext.beam_search`.
 
         Returns:
@@ -155,8 +168,8 @@ class SIDRetriever:
                 training mode, whose dropout would make the result random; a prompt whose SID would cross the length
                 beyond which the model's rope changes; with ``shared_prefix=True`` or ``cuda_graph=True`` also a model
                 or prompts that do not allow it.
-            TypeError: not integers, or a model that gives its own logits in no way that a search can follow: no KV
-                cache, or one that cannot follow beams.
+            TypeError: not integers, or a model that a search cannot use: without a KV cache, or with one that cannot be
+                reordered by beam.
         """
         if self.model.training:
             raise ValueError("model is in training mode, call model.eval() before retrieving")
@@ -200,13 +213,13 @@ class SIDRetriever:
             searched = index.with_live(*live) if live else index
             return head_beam_search(decoder, searched, head, batch_size=len(prompts), beam_width=widths, **options)
 
-        # What is left of a filtered index is an input, as the prompts are: its block has one graph for every filter.
+        # The live nodes of a filtered index are an input, as the prompts are, so one graph serves every filter.
         live = () if index.live is None else (index.live,)
         key = (prompts.shape, id(index.data), len(live), *widths, *options.values())
         return self._graphs.run(key, search, model, prompts, mask, *live)
 
     def _find_ways(self, mask: Tensor, index: TrieIndex) -> Ways:
-        """What the model allows with these prompts."""
+        """How the model can be searched with these prompts; raises if a requested way is not possible."""
         if self._ways is None:
             self._ways = verify(self.model, model_head(self.model), self._shared_decoder(PROBE_BEAMS))
         ways, base = self._ways, base_model(self.model)
@@ -214,7 +227,7 @@ class SIDRetriever:
         self._check_rope(changing_rope(base), lengths, index)
         tokens, steps = int(lengths.max()), index.levels - 1
         fed = self._widths(index)[:-1]
-        # Beams that share a prompt see all of it, whatever slides over a beam of its own; and their slots add up.
+        # Beams that share a prompt see all of it, even beyond a sliding window. Their slots in the cache add up.
         unit = self._multiple()
         slots = {name: (window - sum(fed)) // unit * unit for name, window in slot_windows(base).items()}
         positions = {name: window - steps for name, window in windows(base).items()}
@@ -222,7 +235,7 @@ class SIDRetriever:
             slots, positions = {}, {}
         outgrown = {name for name, window in positions.items() if tokens > window}
         if outgrown - {"sliding_window"}:
-            ways = ways._replace(padded=False)  # chunks and ropes are not counted from where a padded prompt begins
+            ways = ways._replace(padded=False)  # chunks and ropes count from the padding, not from the prompt
         limit = min((n for n in (*slots.values(), *positions.values()) if n >= tokens), default=1 << 62)
 
         def holds(ways: Ways) -> bool:
@@ -250,7 +263,7 @@ class SIDRetriever:
         return ways
 
     def _check_rope(self, window: int | None, lengths: Tensor, index: TrieIndex) -> None:
-        """A rope that changes in the middle of a SID leaves keys in the cache that a plain forward would not have."""
+        """Refuses a rope that changes within a SID: the cache would hold keys that a plain forward does not compute."""
         if window is None or self.model.config.is_encoder_decoder:
             return
         _check.none(
@@ -262,7 +275,7 @@ class SIDRetriever:
         )
 
     def _multiple(self) -> int:
-        """Prompts are padded to a multiple of so many columns."""
+        """The number of columns to a multiple of which prompts are padded."""
         if self._graphs is None:
             return 1
         from raddpo_ext.integrations.graphed import COLUMNS
@@ -280,7 +293,7 @@ class SIDRetriever:
         self, input_ids: Tensor, attention_mask: Tensor | None, index: TrieIndex
     ) -> tuple[Tensor, Tensor]:
         """The prompts, 0 where there is no token, and the mask of real tokens, bool ``[B, T]``: on the CPU, where
-        looking at their values costs no more than the copy."""
+        reading their values costs no more than the copy."""
         if not isinstance(input_ids, Tensor):
             raise TypeError(f"input_ids must be an integer tensor, got {type(input_ids).__name__}")
         _check.integer_tensor(input_ids, "input_ids", 2)

@@ -1,4 +1,4 @@
-"""SessionCollator: rows of a data set to one packed batch."""
+"""SessionCollator: makes one packed batch from rows of a data set."""
 
 from __future__ import annotations
 
@@ -22,25 +22,34 @@ _logger = logging.getLogger(__name__)
 
 
 class SessionCollator:
-    """Makes packed sessions of rows, as a ``DataLoader``'s ``collate_fn`` and in its workers.
+    """Packs rows of sessions into a batch, as the ``collate_fn`` of a ``DataLoader`` and in its workers.
 
-    A row holds token ids: ``prompt_ids``, ``positives`` and ``negatives``, the latter two lists of candidates, of any
-    number and lengths, strongest positive first. With a ``tokenizer`` it may instead hold TRL's columns ``prompt``,
-    ``chosen`` and ``rejected``, as text or as messages, ``chosen`` and ``rejected`` one or a list each. A column
-    ``items``, the item ids of the positives, is passed on for the evaluation.
+    A row holds token ids: ``prompt_ids``, ``positives`` and ``negatives``. The latter two are lists of candidates, of
+    any number and lengths, strongest positive first. With a ``tokenizer`` a row may instead hold TRL's columns
+    ``prompt``, ``chosen`` and ``rejected``, as text or as messages; ``chosen`` and ``rejected`` are one completion or a
+    list of them. A column ``items``, the item ids of the positives, is passed on for the evaluation.
 
-    A prompt that does not fit loses its first tokens, and the first one to do so is logged; candidates are never cut.
+    A prompt that does not fit loses its first tokens, which is logged once; candidates are never cut.
 
     Args:
         layout, padding_side, pad_token_id, pad_to_multiple_of, max_length, vocab, embeddings: see
             :func:`raddpo_ext.pack_sessions`. With ``vocab.eos``, candidates of text and of messages end in it.
-        tokenizer: of ``transformers``, for rows of text.
-        vocab_size: refuse token ids from it on, or None.
-        sids_only: refuse candidates that are no SID of ``vocab``: a token that its level lacks, a code too many, and
-            with ``vocab.eos`` a candidate that does not end there.
+        tokenizer: a tokenizer of ``transformers``, for rows of text.
+        vocab_size: token ids must be below it; None: no limit.
+        sids_only: refuse candidates that are not SIDs of ``vocab``: a token that its level lacks, too many codes, and
+            with ``vocab.eos`` a candidate that does not end in it.
 
     Raises:
         ValueError, TypeError: naming the argument and the value; when called, the row in the batch and the value.
+
+    Example:
+        >>> from raddpo_ext.integrations.transformers import SessionCollator
+        >>> rows = [{"prompt_ids": [1, 2], "positives": [[4, 8]], "negatives": [[4, 9], [5, 10]]}]
+        >>> batch = SessionCollator()(rows)
+        >>> batch["packed"].input_ids
+        tensor([[ 1,  2,  4,  8,  4,  9,  5, 10]])
+        >>> SessionCollator(layout="trie")(rows)["packed"].input_ids.shape
+        torch.Size([1, 7])
     """
 
     def __init__(
@@ -72,7 +81,7 @@ class SessionCollator:
             raise ValueError("sids_only needs vocab, got None")
         self._sids = SIDCheck(vocab) if sids_only and vocab is not None else None
         self._has_logged = False
-        # No row at all is a batch too: what packing refuses of these options, it refuses here.
+        # An empty batch makes packing check these options here, and not at the first batch.
         pack_sessions([], self._sessions([]), **self.options)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -155,7 +164,7 @@ class SessionCollator:
 
 
 def named_candidates(sessions: SessionBatch, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[int]]]:
-    """Of each candidate its place in the rows, as an error names it, and its tokens."""
+    """Each candidate's place in the rows, as an error names it, and its tokens."""
     tokens, lengths = sessions.tokens.tolist(), sessions.lengths.tolist()
     offsets, positives = sessions.offsets.tolist(), sessions.num_positives.tolist()
     for i, row in enumerate(rows):

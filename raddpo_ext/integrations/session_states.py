@@ -39,16 +39,22 @@ from raddpo_ext.losses.session import SessionBatch
 
 
 class SessionStates(NamedTuple):
-    """What :func:`session_states` returns, by the names that :class:`raddpo_ext.RADDPOLoss` has for it:
+    """What :func:`session_states` returns, named like the arguments of :class:`raddpo_ext.RADDPOLoss`:
     ``loss(sessions=packed.sessions, **states._asdict())``.
 
     Attributes:
-        hidden: the states that predict the candidates' tokens; differentiable. ``[U, H]``, each once, of a decoder-only
-            model, ``[C, L, H]`` of an encoder-decoder.
+        hidden: the states that predict the candidates' tokens; differentiable. ``[U, H]``, each state once, for a
+            decoder-only model; ``[C, L, H]`` for an encoder-decoder.
         rows: int64 ``[C, L]``: which of the ``U`` predicts each token; None for an encoder-decoder.
         embeddings: ``[C, H]`` states at the candidates' last tokens, or None where they were not packed.
         weight: ``[V, H]`` of the language modelling head.
         bias: ``[V]`` of the head, or None.
+
+    Example:
+        >>> from raddpo_ext.integrations.transformers import SessionStates
+        >>> states = SessionStates(torch.randn(4, 8), torch.tensor([[0, 1], [0, 2]]), None, torch.randn(16, 8), None)
+        >>> states.hidden[states.rows].shape  # of candidates, tokens, hidden size
+        torch.Size([2, 2, 8])
     """
 
     hidden: Tensor
@@ -59,10 +65,10 @@ class SessionStates(NamedTuple):
 
 
 def session_states(model: Any, packed: PackedSessions) -> SessionStates:
-    """Runs a language model over packed sessions, up to the states that its head reads; no logits are made.
+    """Runs a language model over packed sessions, up to the states that its head reads; no logits are computed.
 
     A decoder-only model runs once over the packed rows. An encoder-decoder encodes each prompt once and decodes one row
-    a candidate: the start token, then the candidate's tokens.
+    per candidate: the start token, then the candidate's tokens.
 
     Args:
         model: a ``transformers`` model with a language modelling head, behind PEFT adapters or ``torch.compile`` or
@@ -76,7 +82,23 @@ def session_states(model: Any, packed: PackedSessions) -> SessionStates:
     Raises:
         ValueError: a model without a head, of another attention, wrapped for data parallelism (which works through its
             ``forward``: see :func:`accept_sessions`), whose window is shorter than a prompt with its candidate, or
-            whose states in rows as long are not those of one row a candidate: see :func:`check_lengths`.
+            whose states in rows of this length differ from those of one row per candidate: see :func:`check_lengths`.
+
+    Example:
+        >>> from transformers import Qwen3Config, Qwen3ForCausalLM
+        >>> config = Qwen3Config(
+        ...     vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        ...     num_key_value_heads=1, head_dim=8
+        ... )
+        >>> from raddpo_ext.integrations.transformers import SessionCollator, session_states
+        >>> rows = [{"prompt_ids": [1, 2], "positives": [[4, 8]], "negatives": [[4, 9], [5, 10]]}]
+        >>> packed = SessionCollator(embeddings=False)(rows)["packed"]
+        >>> states = session_states(Qwen3ForCausalLM(config), packed)
+        >>> states.rows  # the three candidates' first tokens share the prompt's last state
+        tensor([[0, 1],
+                [0, 2],
+                [0, 3]])
+        >>> loss = rx.RADDPOLoss()(sessions=packed.sessions, **states._asdict()).loss
     """
     _check.instance(packed, "packed", PackedSessions)
     model = base_model(model)
@@ -106,13 +128,27 @@ def _predictors(model: Any, packed: PackedSessions) -> Tensor:
 
 
 def check_lengths(model: Any, packed: PackedSessions) -> None:
-    """The checks of the rows' length that :func:`session_states` makes, for a model that is to be sharded or compiled.
+    """Checks that a model can take rows of this length, before it is sharded or compiled.
+
+    :func:`session_states` makes the same checks.
 
     Args:
-        model, packed: see :func:`session_states`; of ``packed`` only the longest row counts.
+        model, packed: see :func:`session_states`; only the longest row of ``packed`` counts.
 
     Raises:
-        ValueError: rows as long leave other states than one row a candidate, or a window is shorter than they are.
+        ValueError: rows of this length give other states than one row per candidate, or exceed a window of the model.
+
+    Example:
+        >>> from transformers import Qwen3Config, Qwen3ForCausalLM
+        >>> config = Qwen3Config(
+        ...     vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        ...     num_key_value_heads=1, head_dim=8, max_position_embeddings=4
+        ... )
+        >>> from raddpo_ext.integrations.transformers import SessionCollator, check_lengths
+        >>> rows = [{"prompt_ids": [1, 2, 3], "positives": [[4, 8]], "negatives": []}]
+        >>> check_lengths(Qwen3ForCausalLM(config), SessionCollator()(rows)["packed"])
+        Traceback (most recent call last):
+        ValueError: packed holds a prompt and candidate of 5 tokens, more than the model's ...
     """
     model = base_model(model)
     _head(model)
@@ -126,7 +162,20 @@ def accept_sessions(model: Any) -> Any:
 
     ``model(packed=packed)`` is :func:`session_states`; ``model(packed=packed, compute=f, **more)`` is
     ``f(states, packed, **more)``. Whatever wraps the model afterwards (DDP, FSDP, autocast) then sees an ordinary
-    forward, as it must to average gradients. Without ``packed`` the model is as before.
+    forward, which it needs to average gradients. Without ``packed`` the model works as before.
+
+    Example:
+        >>> from transformers import Qwen3Config, Qwen3ForCausalLM
+        >>> config = Qwen3Config(
+        ...     vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        ...     num_key_value_heads=1, head_dim=8
+        ... )
+        >>> from raddpo_ext.integrations.transformers import SessionCollator, accept_sessions
+        >>> model = accept_sessions(Qwen3ForCausalLM(config))
+        >>> rows = [{"prompt_ids": [1, 2], "positives": [[4, 8]], "negatives": [[4, 9], [5, 10]]}]
+        >>> packed = SessionCollator()(rows)["packed"]
+        >>> model(packed=packed, compute=lambda states, packed: states.hidden.shape)
+        torch.Size([4, 8])
     """
     inner = base_model(model)
     forward = inner.forward
@@ -148,22 +197,31 @@ def accept_sessions(model: Any) -> Any:
 
 
 def _not_of_a_wrapper(kwargs: dict[str, Any], compute: Callable) -> dict[str, Any]:
-    """Without what PEFT's class for a task adds to every call: ``input_ids=None``, ``labels=None`` and more."""
+    """Removes what PEFT's task classes add to every call: ``input_ids=None``, ``labels=None`` and more."""
     named = inspect.signature(getattr(compute, "forward", compute)).parameters
     return {name: value for name, value in kwargs.items() if value is not None or name in named}
 
 
 @torch.no_grad()
 def verify_packing(model: Any) -> None:
-    """Checks that packing leaves a model's log-probs what they are: some small passes each way.
+    """Checks that packing does not change a model's log-probs, by some small passes with and without it.
 
-    Some models look past a mask (recurrent layers), or do more after the head than :func:`logits_map` knows. Such a
-    model would learn from wrong log-probs without a sign of it. All that a candidate must not see is changed: its
-    states must stay, however faint the leak would be at the model's initialization. A model whose window counts a
-    row's columns is refused where that window is below its context, as a packed row may be longer.
+    Some models ignore a mask (recurrent layers), or do more after the head than :func:`logits_map` knows. Such a model
+    would silently train on wrong log-probs. The check changes every token that a candidate must not see; the
+    candidate's states must not change, however faint the leak is at the model's initialization. A model whose window
+    counts a row's columns is refused if that window is below its context, as a packed row may be longer.
 
     Raises:
-        ValueError: they differ, or the model cannot be packed at all.
+        ValueError: the log-probs differ, or the model cannot be packed at all.
+
+    Example:
+        >>> from transformers import Qwen3Config, Qwen3ForCausalLM
+        >>> config = Qwen3Config(
+        ...     vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        ...     num_key_value_heads=1, head_dim=8
+        ... )
+        >>> from raddpo_ext.integrations.transformers import verify_packing
+        >>> verify_packing(Qwen3ForCausalLM(config))  # raises for a model that cannot be packed
     """
     inner = base_model(model)
     longest = context(inner.config.get_text_config(decoder=True)) or 0

@@ -37,12 +37,12 @@ _WEIGHTING_FILE = "similarity_weighting.pt"
 class RADDPOTrainer(SessionDataTrainer):
     """Trains a language model on sessions by RAD-DPO, with everything else as in ``transformers.Trainer``.
 
-    The loss is that of the whole batch, over accumulated batches and ranks alike: however a batch is split, the same
-    model comes out. It works with gradient accumulation, DDP and FSDP2, PEFT adapters, gradient checkpointing, autocast
-    and ``torch_compile``. A run that is resumed goes on as if it had never stopped, the similarity weighting included;
-    ``resume_from_checkpoint=True`` passes over a checkpoint that was being written when the run was killed.
+    The loss is that of the whole batch, over accumulated batches and ranks alike, so the trained model does not depend
+    on how a batch is split. It works with gradient accumulation, DDP and FSDP2, PEFT adapters, gradient checkpointing,
+    autocast and ``torch_compile``. A resumed run continues as if it had never stopped, the similarity weighting
+    included; ``resume_from_checkpoint=True`` skips a checkpoint that was being written when the run was killed.
 
-    Logged, as means over what came since the last time: ``loss`` and its parts ``preference`` and ``sft``; the rewards,
+    Logged, as means since the last log: ``loss`` and its parts ``preference`` and ``sft``; the rewards,
     margins, accuracies, weights and detached share of :class:`raddpo_ext.RADDPOOutput`; ``dropped_pairs``, the share of
     pairs of equal SIDs; and ``truncated_prompts``, the share of prompts that lost tokens.
 
@@ -53,19 +53,33 @@ class RADDPOTrainer(SessionDataTrainer):
     Args:
         model: a ``transformers`` model with a language modelling head, or one with PEFT adapters.
         args: the options.
-        ref_model: the reference; by default, with ``args.use_reference``, the model as it is now: a frozen copy of it,
-            or, with adapters, of what is trainable, which the model takes for the reference's pass.
-        data_collator: a :class:`SessionCollator`; by default one of ``args``.
+        ref_model: the reference. Default with ``args.use_reference``: the model as it is now. Without adapters this is
+            a frozen copy. With adapters only the trainable values are copied, and swapped in for the reference's pass.
+        data_collator: a :class:`SessionCollator`; by default one made from ``args``.
         train_dataset, eval_dataset: rows as :class:`SessionCollator` takes them.
         processing_class: a tokenizer, for rows of text.
         peft_config: adds these PEFT adapters.
         index: the catalogue, for the evaluation and ``args.normalize = "trie"``.
-        vocab: the SIDs' tokens, for ``args.normalize = "level"`` and so that no SID of a prompt is cut; by default the
-            index's.
+        vocab: the SIDs' tokens, for ``args.normalize = "level"`` and so that no SID of a prompt is cut; by default
+            ``index.vocab``.
         callbacks, optimizers: see ``transformers.Trainer``.
 
     Raises:
         ValueError, TypeError: naming the argument and the value.
+
+    Example:
+        >>> from transformers import Qwen3Config, Qwen3ForCausalLM
+        >>> config = Qwen3Config(
+        ...     vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        ...     num_key_value_heads=1, head_dim=8
+        ... )
+        >>> from raddpo_ext.integrations.transformers import RADDPOConfig, RADDPOTrainer
+        >>> rows = [{"prompt_ids": [1, 2], "positives": [[4, 8]], "negatives": [[4, 9], [5, 10]]}]
+        >>> args = RADDPOConfig(output_dir="run", max_steps=1, use_cpu=True, disable_tqdm=True, logging_steps=99)
+        >>> trainer = RADDPOTrainer(Qwen3ForCausalLM(config), args, train_dataset=rows)
+        >>> trainer.train().global_step
+        {'train_runtime': ...}
+        1
     """
 
     args: RADDPOConfig

@@ -21,7 +21,7 @@ LOSS_OPTIONS = (
     "label_smoothing",
 )
 
-#: Options of TrainingArguments that have nothing to act on here, the value at which they ask for nothing, and why.
+#: Options of TrainingArguments that have no effect here, their neutral value, and why they must have it.
 _UNUSED: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0.0, "the preference's own is label_smoothing"),
     "batch_eval_metrics": (False, "an evaluation's metrics are sums over its rows already"),
@@ -32,13 +32,19 @@ _UNUSED: dict[str, tuple[Any, str]] = {
 
 @dataclass
 class RADDPOConfig(TrainingArguments):
-    """``transformers.TrainingArguments`` with what a preference run over sessions needs.
+    """``transformers.TrainingArguments`` with the options of a preference run over sessions.
 
-    The loss's options are those of :func:`raddpo_ext.rad_dpo_loss`; ``RADDPOConfig(**rx.PRESETS["s_dpo"])`` takes an
-    objective by its name. An epoch's last optimizer step may have fewer batches: it is weighed like any other.
+    The loss's options are those of :func:`raddpo_ext.rad_dpo_loss`; ``RADDPOConfig(**rx.PRESETS["s_dpo"])`` selects an
+    objective by its name. An epoch's last optimizer step may have fewer batches and has the weight of any other.
 
     Raises:
         ValueError: naming the option and the value. The trainer checks the loss's options.
+
+    Example:
+        >>> from raddpo_ext.integrations.transformers import RADDPOConfig
+        >>> args = RADDPOConfig(output_dir="run", use_cpu=True, **rx.PRESETS["s_dpo"])
+        >>> args.beta == rx.PRESETS["s_dpo"]["beta"]
+        True
     """
 
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
