@@ -1,4 +1,4 @@
-"""Checkpoints of a run that are whole or passed over: one may be being written when its process is killed."""
+"""Resuming from complete checkpoints only: a run may be killed while it writes one."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _logger = logging.get_logger(__name__)
 
 
 class CheckpointedTrainer(Trainer):
-    """``transformers.Trainer``, which resumes from checkpoints only that were written to their end.
+    """``transformers.Trainer`` that resumes only from complete checkpoints.
 
-    It writes a checkpoint's ``trainer_state.json`` after everything else, so that this file tells.
+    ``Trainer`` writes a checkpoint's ``trainer_state.json`` last, so a readable one marks a complete checkpoint.
     """
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """``resume_from_checkpoint=True`` takes the last checkpoint that is whole. Else as ``Trainer.train``."""
+        """As ``Trainer.train``, but ``resume_from_checkpoint=True`` takes the last complete checkpoint."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
@@ -32,24 +32,25 @@ class CheckpointedTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Every rank's is there before rank 0 goes on to ``trainer_state.json``."""
+        """Overridden so that every rank's file exists before rank 0 writes ``trainer_state.json``."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Overridden to mark an overwritten checkpoint as incomplete, and to name the folder if a write fails."""
         checkpoint = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        if self.args.should_save:  # an older one of this step, which is overwritten, is not whole meanwhile
+        if self.args.should_save:  # an older checkpoint of this step is incomplete while it is overwritten
             (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
         try:
             super()._save_checkpoint(model, trial)
-        except Exception as error:  # torch's and safetensors' own say neither where nor, often, why
+        except Exception as error:  # torch's and safetensors' errors do not name the folder, and often no cause
             if _unreadable(checkpoint) is None:
-                raise  # it is whole: what failed came after it, such as the hub
+                raise  # the checkpoint is complete: a later action failed, such as the upload to the hub
             raise RuntimeError(f"{checkpoint} could not be written: {error}; is the disk full?") from error
 
 
 def last_whole_checkpoint(folder: str) -> str | None:
-    """The ``checkpoint-<step>`` in a run's folder of the latest step that is whole, or None; warns of later ones."""
+    """The last complete ``checkpoint-<step>`` in a run's folder, or None; warns of later ones that are incomplete."""
     found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(folder).glob("checkpoint-*"))
     for _, path in sorted(((int(match[1]), path) for match, path in found if match), reverse=True):
         error = _unreadable(path)
@@ -60,7 +61,7 @@ def last_whole_checkpoint(folder: str) -> str | None:
 
 
 def _unreadable(checkpoint: Path) -> Exception | None:
-    """Why the file that is written last cannot be read, or None where the checkpoint is whole."""
+    """Why the file that is written last cannot be read, or None for a complete checkpoint."""
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError) as error:

@@ -17,15 +17,17 @@ class SessionDataTrainer(CheckpointedTrainer):
     """``transformers.Trainer`` for rows as :class:`SessionCollator` takes them."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Overridden so that sampling by length works on rows of sessions, which have no ``input_ids``."""
         return super()._get_train_sampler(
             self._with_lengths(self.train_dataset if train_dataset is None else train_dataset)
         )
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """Overridden for the same reason as :meth:`_get_train_sampler`."""
         return super()._get_eval_sampler(self._with_lengths(eval_dataset))
 
     def _with_lengths(self, dataset: Any) -> Any:
-        """What a sampler by length reads: a data set's column of lengths, else the rows' own lengths."""
+        """What a sampler by length reads: the data set if it has a column of lengths, else the rows' token counts."""
         by_length = self.args.train_sampling_strategy in _BY_LENGTH and hasattr(dataset, "__len__")
         has_lengths = self.args.length_column_name in (getattr(dataset, "column_names", None) or ())
         if not by_length or has_lengths or not isinstance(self.data_collator, SessionCollator):
@@ -34,17 +36,20 @@ class SessionDataTrainer(CheckpointedTrainer):
         return _Lengths(dataset, self.data_collator, names[0])
 
     def _prepare_input(self, data: Any) -> Any:
+        """Overridden because ``Trainer`` moves only tensors and containers to the device, not ``PackedSessions``."""
         if isinstance(data, PackedSessions):
             packed = data.to(self.args.device, non_blocking=True)
-            # Before a forward that torch.compile may trace.
+            # Check here, as torch.compile may trace the forward.
             check_lengths(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), packed)
             return packed
         return super()._prepare_input(data)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Overridden because the tokens are inside ``inputs["packed"]``."""
         return int(super().floating_point_ops(self._main_input(inputs)))
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Overridden because the tokens are inside ``inputs["packed"]``."""
         super()._track_num_input_tokens(self._main_input(inputs))
 
     def _main_input(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +57,7 @@ class SessionDataTrainer(CheckpointedTrainer):
 
 
 class _Lengths:
-    """Rows that have nothing but a length, under the name by which a sampler looks for it."""
+    """Rows that hold only a length, under the column name that a sampler reads."""
 
     def __init__(self, dataset: Any, collator: SessionCollator, name: str) -> None:
         self.dataset, self.collator, self.name = dataset, collator, name

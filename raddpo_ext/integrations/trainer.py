@@ -102,6 +102,7 @@ class RADDPOTrainer(SessionDataTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
+        # Options and arguments.
         args = RADDPOConfig(output_dir="tmp_trainer") if args is None else args
         _check.instance(args, "args", RADDPOConfig)
         if args.deepspeed:
@@ -113,6 +114,7 @@ class RADDPOTrainer(SessionDataTrainer):
         if index is not None:
             _check.instance(index, "index", TrieIndex)
             vocab = index.vocab if vocab is None else vocab
+        # The model: refuse what cannot be trained on packed sessions.
         if peft_config is not None:
             model = add_adapters(model, peft_config)
         is_adapted = has_adapters(model)
@@ -121,10 +123,11 @@ class RADDPOTrainer(SessionDataTrainer):
         inner = base_model(model)
         if args.disable_dropout:
             _disable_dropout(model)
-        if inner.device.type != "meta":  # where FSDP is to load the weights on rank 0 alone, the other ranks have none
+        if inner.device.type != "meta":  # FSDP may load the weights on rank 0 only
             verify_packing(model)
             if is_adapted:
                 verify_adapters(accept_sessions(model))
+        # The reference: copied before training changes the model.
         if ref_model is None and args.use_reference and not is_adapted:
             ref_model = copy.deepcopy(model)
         needs_start = ref_model is None and args.use_reference
@@ -132,6 +135,7 @@ class RADDPOTrainer(SessionDataTrainer):
             raise ValueError(
                 "ref_model must be given with args.use_reference if a rank's model is on the meta device, got None"
             )
+        # The data: a sample of rows is collated and looked up now, so that a mismatch shows before training.
         if data_collator is None:
             data_collator = _collator(inner, args, vocab, processing_class)
         check_vocabulary(vocab, index, inner.get_input_embeddings().weight.shape[0], processing_class)
@@ -141,7 +145,7 @@ class RADDPOTrainer(SessionDataTrainer):
             vocab=vocab,
             index=index,
             need_index=args.normalize == "trie",
-            check_packed=partial(check_lengths, inner),  # once sharded, it cannot be
+            check_packed=partial(check_lengths, inner),  # a sharded model cannot be checked
         )
         self._check_rows({"train_dataset": train_dataset, "eval_dataset": eval_dataset})
         super().__init__(
@@ -155,6 +159,7 @@ class RADDPOTrainer(SessionDataTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        # What the steps and the evaluations need.
         accept_sessions(self.model)
         self.ref_model = ref_model
         self._start = StartValues(model) if needs_start else None
@@ -182,6 +187,7 @@ class RADDPOTrainer(SessionDataTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """Overridden: the loss is computed inside the model's forward, from its states and not from logits."""
         packed: PackedSessions = inputs["packed"]
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
@@ -201,7 +207,10 @@ class RADDPOTrainer(SessionDataTrainer):
         return (loss, {"sums": sums}) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        """What the loss divides by, float64 ``[2]``: the counts of all accumulated batches on all ranks."""
+        """What the loss divides by, float64 ``[2]``: the counts of all accumulated batches on all ranks.
+
+        Overridden because ``Trainer`` counts labels, and sessions have pairs and positives instead.
+        """
         counts = torch.zeros(2, dtype=torch.float64, device=device)
         for batch in batch_samples:
             counts += batch["packed"].sessions.counts(self.objective.positives).to(device)
@@ -223,6 +232,7 @@ class RADDPOTrainer(SessionDataTrainer):
         return logps
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Overridden to add the metrics of the batches since the last log."""
         if "loss" in logs and self.is_in_train:
             totals, weights = self.accelerator.reduce(self._sums, reduction="sum").unbind(1)
             means = (totals / torch.where(weights > 0, weights, 1)).tolist()
@@ -233,13 +243,15 @@ class RADDPOTrainer(SessionDataTrainer):
     # The evaluation
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        if eval_dataset is not None and not isinstance(eval_dataset, str):  # one that the start did not see
+        """Overridden to check the rows of a data set that is given to ``evaluate``."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
             self._check_rows({"eval_dataset": eval_dataset})
         return super().get_eval_dataloader(eval_dataset)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[None, Tensor, Tensor]:
+        """Overridden: its predictions are sums of metrics per row, as packed batches have no labels to compare with."""
         inputs = self._prepare_inputs(inputs)
         packed: PackedSessions = inputs["packed"]
         self.objective.eval()
@@ -252,7 +264,7 @@ class RADDPOTrainer(SessionDataTrainer):
                     self._retriever = SIDRetriever(unwrapped, self.index, beam_width=self.args.eval_beam_width)
                 found = retrieval_rows(self._retriever, packed, inputs.get("items"), self.args.eval_ks)
                 rows = torch.cat((rows, found), 1)
-        # The loop gathers the rows from all ranks, as predictions; without labels it would make no metrics of them.
+        # The loop gathers predictions from all ranks. It computes metrics only if there are labels.
         return None, rows, torch.zeros_like(rows[:, :1])
 
     def _evaluation_metrics(self, prediction: Any) -> dict[str, float]:
@@ -270,6 +282,7 @@ class RADDPOTrainer(SessionDataTrainer):
     # The checkpoint
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Overridden to save the similarity weighting before ``trainer_state.json``; ``on_save`` comes after it."""
         super()._save_optimizer_and_scheduler(output_dir)
         if self.objective.similarity_weighting is not None and self.args.should_save:
             state = io.BytesIO()  # torch.save would hide why a file cannot be written
@@ -278,6 +291,7 @@ class RADDPOTrainer(SessionDataTrainer):
                 file.write(state.getbuffer())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Overridden to load the similarity weighting; no callback is told the checkpoint's folder."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or self.objective.similarity_weighting is None:
             return
@@ -296,7 +310,7 @@ class _Commit(TrainerCallback):
         self.weighting = weighting
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.weighting.commit()  # from here on it waits for the steps
+        self.weighting.commit()  # from here on similarities take effect at the end of a step
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.weighting.commit()

@@ -31,7 +31,7 @@ def beam_step(
 ) -> BeamState:
     """See :func:`raddpo_ext.beam_step`. Scores are float64 for float64 logits, else float32.
 
-    A restricted fused index is refused: its nodes' numbers have gaps, those of the plain copy have none.
+    A restricted fused index is refused: its node numbers have gaps, and those of the plain copy do not.
     """
     if isinstance(index, fused.TrieIndex) and index.live is not None:
         raise ValueError("index must be a reference.TrieIndex or unrestricted, got a restricted raddpo_ext.TrieIndex")
@@ -130,7 +130,7 @@ def beam_search(
 
 
 def _rows(trie: TrieIndex, scores: Tensor, sids: Tensor, nodes: Tensor, top_k: int | None) -> BeamResult:
-    """One row a SID with its first item, or one row for each of its items and ``top_k`` rows in all."""
+    """One row per SID with its first item, or with ``top_k`` one row per item and ``top_k`` rows in all."""
     rows = nodes.shape[1] if top_k is None else top_k
     out = BeamResult(
         items=nodes.new_full((len(nodes), rows), -1),

@@ -1,4 +1,4 @@
-"""One step of the beam search from hidden states, with every logit made."""
+"""One step of the beam search from hidden states; every logit is computed."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from raddpo_ext.index.vocab import SIDVocab
 class TrieIndex:
     """The same index as :class:`raddpo_ext.TrieIndex`, with the same node numbers.
 
-    A node is a prefix of token ids. Breadth first, children in ascending token order, means: sorted by length, then
-    lexicographically.
+    A node is a prefix of token ids. Nodes are numbered breadth first, children in ascending token order: prefixes are
+    sorted by length, then lexicographically.
 
     Attributes:
         prefixes: the token ids on the way to each node; ``prefixes[0]`` is the root's, ``()``.
@@ -25,7 +25,7 @@ class TrieIndex:
         codes: the codes on the way to each node, -1 for ``eos``.
         child_nodes: the children of each node, in ascending token order.
         node_items: the items whose SID ends at each node, in input order.
-        rows: what it was made of: each item's path, codes and id.
+        rows: each item's path, codes and id, from which the index was built.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class TrieIndex:
 
     @classmethod
     def of(cls, index: TrieIndex | fused.TrieIndex) -> TrieIndex:
-        """``index`` itself, or the plain copy of a fused one: of what is left, whose nodes it numbers without gaps."""
+        """``index`` itself, or the plain copy of a fused one. Its live nodes get numbers without gaps."""
         if isinstance(index, TrieIndex):
             return index
         nodes = torch.arange(index.node_bound, device=index.device)
@@ -90,18 +90,18 @@ class TrieIndex:
         return cls.build(codes[leaves], item_ids=index.items, lengths=depths[leaves] - int(eos), vocab=index.vocab)
 
     def restrict(self, item_mask: Any) -> TrieIndex:
-        """See :meth:`raddpo_ext.TrieIndex.restrict`; built anew, so that nodes get new numbers."""
+        """See :meth:`raddpo_ext.TrieIndex.restrict`; builds a new index, whose nodes have new numbers."""
         mask = torch.as_tensor(item_mask)
         allowed = set((mask.nonzero()[:, 0] if mask.dtype == torch.bool else mask).tolist())
         return self._of_rows([row for row in self.rows if row[2] in allowed])
 
     def discard(self, item_ids: Any) -> TrieIndex:
-        """See :meth:`raddpo_ext.TrieIndex.discard`; built anew."""
+        """See :meth:`raddpo_ext.TrieIndex.discard`; builds a new index."""
         gone = set(torch.as_tensor(item_ids).tolist())
         return self._of_rows([row for row in self.rows if row[2] not in gone])
 
     def add(self, sids: Any, *, item_ids: Any, lengths: Any = None) -> TrieIndex:
-        """See :meth:`raddpo_ext.TrieIndex.add`; built anew."""
+        """See :meth:`raddpo_ext.TrieIndex.add`; builds a new index."""
         return self._of_rows(self.rows + self.build(sids, item_ids=item_ids, lengths=lengths, vocab=self.vocab).rows)
 
     def _of_rows(self, rows: list[tuple[tuple[int, ...], tuple[int, ...], int]]) -> TrieIndex:

@@ -42,17 +42,17 @@ def deployment(
     dtype: str = "auto",
     **options: Any,
 ) -> serve.Application:
-    """A Ray Serve application that answers as ``POST /retrieve`` of the service does, over HTTP and by its handle.
+    """Makes a Ray Serve application that answers like the service's ``POST /retrieve``, over HTTP and by its handle.
 
     Every replica loads the model once and takes the store's newest catalogue before each batch, so that a ``publish``
-    reaches all of them without a restart; the answers of a batch are of one version. A search uses as many threads as
+    reaches all of them without a restart. All answers of a batch are of one version. A search uses as many threads as
     Ray gives the replica cores (``ray_actor_options={"num_cpus": 4}``).
 
     Args:
         model: folder of a transformers model, as ``save_pretrained`` writes it; the same path on every machine.
         store: folder of a :class:`raddpo_ext.CatalogueStore` that holds a catalogue; the same path on every machine.
         beam_width, normalize, length_penalty: see :class:`raddpo_ext.SIDRetriever`.
-        num_replicas: processes that hold the model.
+        num_replicas: number of processes, each with its own model.
         max_batch_size: maximum queries per search.
         batch_wait_timeout_s: maximum seconds that the first query of a batch waits for others.
         device, dtype: where and in which type the model runs; ``"cuda"`` also needs
@@ -88,7 +88,7 @@ class SIDRetrieverReplica:
         batches.set_batch_wait_timeout_s(batch_wait_timeout_s)
 
     async def retrieve(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Answers a request that is given by the deployment's handle.
+        """Answers a request from the deployment's handle.
 
         Raises:
             ValueError: the request is bad; the service would answer it with a 4xx status.
@@ -101,7 +101,7 @@ class SIDRetrieverReplica:
             raise (ValueError if error.status < 500 else RuntimeError)(str(error)) from None
 
     async def __call__(self, request: Request) -> Response:
-        """Answers a HTTP request, whatever its path."""
+        """Answers an HTTP request to any path."""
         try:
             if request.method != "POST":
                 raise ServiceError(405, "bad_request", "the method must be POST")

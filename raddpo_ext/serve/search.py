@@ -1,4 +1,4 @@
-"""A worker's searches: a batch of queries through one model, all of them on one version of the catalogue."""
+"""A worker's searches: a batch of queries through one model, all on one version of the catalogue."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _LOG = logging.getLogger(__name__)
 
 
 class Search:
-    """Loads the model once and follows the store: see :meth:`update`.
+    """Loads the model once and searches the store's newest catalogue: see :meth:`update`.
 
     Raises:
-        ValueError: the checkpoint is not sound, see :func:`load_model`.
+        ValueError: the checkpoint is incomplete or holds wrong values, see :func:`load_model`.
         FileNotFoundError: the store holds no version, or none that the model can serve.
     """
 
