@@ -196,8 +196,8 @@ MUTANTS = [
         op="token_logps",
         file="csrc/token_logps/token_logps_cpu.inl",
         old="  const A z = here ? row.at(target) : A(0);  // read before it is overwritten in place\n"
-        "  write_softmax<D, map>(row, {begin, end - begin}, g, lse, y);\n",
-        new="  write_softmax<D, map>(row, {begin, end - begin}, g, lse, y);\n"
+        "  write_softmax<D, transform>(row, {begin, end - begin}, g, lse, y);\n",
+        new="  write_softmax<D, transform>(row, {begin, end - begin}, g, lse, y);\n"
         "  const A z = here ? row.at(target) : A(0);\n",
     ),
     Mutant(
@@ -274,8 +274,8 @@ MUTANTS = [
         fault="negatives that are impossible are smoothed",
         op="session_loss",
         file="csrc/session_loss/session_loss_math.h",
-        old="const T slope = gap == -INFINITY ? T(0) : sigmoid - smoothing;",
-        new="const T slope = sigmoid - smoothing;",
+        old="const T derivative = argument == -INFINITY ? T(0) : sigmoid - smoothing;",
+        new="const T derivative = sigmoid - smoothing;",
     ),
     Mutant(
         fault="no barrier before the gradient is divided by the number of positives",

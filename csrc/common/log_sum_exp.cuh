@@ -72,26 +72,26 @@ __device__ __forceinline__ void add(LogSumExp& s, const float (&x)[n]) {
   for (int i = 0; i < n; ++i) s.sum += exp_or_zero(x[i] - shift);
 }
 
-struct Unmapped {
+struct Identity {
   template <typename A>
   __device__ __forceinline__ A operator()(A x) const {
     return x;
   }
 };
 
-// This thread's share of the log-sum-exp of map(x[0, n)), read by `threads` threads. Loads are coalesced and of 16
-// bytes but for the few elements before the first and after the last multiple of 16 bytes.
-template <typename D, typename Map = Unmapped>
+// This thread's share of the log-sum-exp of transform(x[0, n)), read by `threads` threads. Loads are coalesced and of
+// 16 bytes, except for the few elements before the first and after the last multiple of 16 bytes.
+template <typename D, typename Transform = Identity>
 __device__ __forceinline__ LogSumExp share_of_range(const typename D::T* x, std::int64_t n, int thread, int threads,
-                                                    const Map& map = {}) {
+                                                    const Transform& transform = {}) {
   LogSumExp s{-INFINITY, 0.f};
   const int past = static_cast<int>(reinterpret_cast<std::uintptr_t>(x) % 16 / sizeof(typename D::T));
   std::int64_t head = past ? kPack<D> - past : 0;
   if (head > n) head = n;
   const int packs = static_cast<int>((n - head) / kPack<D>);  // of rows below 2^33 logits
   const std::int64_t tail = head + static_cast<std::int64_t>(packs) * kPack<D> + thread;
-  const float ends[2] = {thread < head ? map(load_logit<D>(x + thread)) : -INFINITY,
-                         tail < n ? map(load_logit<D>(x + tail)) : -INFINITY};
+  const float ends[2] = {thread < head ? transform(load_logit<D>(x + thread)) : -INFINITY,
+                         tail < n ? transform(load_logit<D>(x + tail)) : -INFINITY};
   const auto* pack = reinterpret_cast<const uint4*>(x + head) + thread;
   for (int left = packs; left > 0; left -= kLoads * threads, pack += kLoads * threads) {
     const unsigned none = minus_infinity(D{});
@@ -99,14 +99,14 @@ __device__ __forceinline__ LogSumExp share_of_range(const typename D::T* x, std:
 #pragma unroll
     for (int k = 0; k < kLoads; ++k)
       v[k] = k * threads + thread < left ? __ldg(pack + k * threads) : make_uint4(none, none, none, none);
-    if constexpr (!std::is_base_of_v<Unmapped, Map>) {
+    if constexpr (!std::is_base_of_v<Identity, Transform>) {
 #pragma unroll
       for (int k = 0; k < kLoads; ++k)
         if (k * threads + thread < left) {
           float z[kPack<D>];
 #pragma unroll
-          for (int i = 0; i < kPack<D>; ++i) z[i] = map(unpack(D{}, v[k], i));
-          add(s, z);  // a maximum a pack, so that none is mapped twice or kept
+          for (int i = 0; i < kPack<D>; ++i) z[i] = transform(unpack(D{}, v[k], i));
+          add(s, z);  // one maximum per pack, so that no value is transformed twice or kept
         }
       continue;
     }
@@ -130,15 +130,15 @@ __device__ __forceinline__ LogSumExp share_of_range(const typename D::T* x, std:
 }
 
 // The same of the logits at token_at(i), i in [begin, end).
-template <typename D, typename TokenAt, typename Map = Unmapped>
+template <typename D, typename TokenAt, typename Transform = Identity>
 __device__ __forceinline__ LogSumExp share_of_tokens(const typename D::T* row, unsigned begin, unsigned end, int thread,
-                                                     int threads, TokenAt token_at, const Map& map = {}) {
+                                                     int threads, TokenAt token_at, const Transform& transform = {}) {
   LogSumExp s{-INFINITY, 0.f};
   for (unsigned i = begin + thread; i < end; i += 4 * threads) {
     float x[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      x[k] = i + k * threads < end ? map(load_logit<D>(row + token_at(i + k * threads))) : -INFINITY;
+      x[k] = i + k * threads < end ? transform(load_logit<D>(row + token_at(i + k * threads))) : -INFINITY;
     add(s, x);
   }
   return s;

@@ -15,7 +15,7 @@ namespace {
 
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// What the operator takes, in its order.
+// The operator's arguments in schema order.
 struct Inputs {
   const Tensor &logps, &tokens, &lengths, &offsets, &num_positives, &pair_offsets;
   std::int64_t num_pairs;
@@ -121,7 +121,7 @@ SessionLossArgs<T> prepare(const Inputs& in, Result& out) {
   return a;
 }
 
-// Pieces of work that take longer than waking a thread does.
+// Sessions per piece of work, so that a piece takes longer than waking a thread.
 std::int64_t grain_of(std::int64_t sessions, std::int64_t elements) {
   return 1 + (1 << 14) * sessions / (elements + 1);
 }
@@ -232,7 +232,7 @@ Tensor backward(const OptionalTensor (&upstream)[3], const Tensor& logps, const 
     const Tensor& given = *upstream[i];
     STD_TORCH_CHECK(
         given.scalar_type() == type && (!given.dim() || given.numel() == a.batch.sessions),
-        "session_loss_backward: gradients must be of the type of logps and of one element, or one a session");
+        "session_loss_backward: gradients must be of the type of logps and have one element, or one per session");
     *data[i] = given.template const_data_ptr<T>();
     *strides[i] = given.dim() ? given.stride(0) : 0;
   }

@@ -1,6 +1,6 @@
 #pragma once
 // Kernel interface of session_loss, the preference and SFT losses over ragged sessions: raw pointers, no torch and no
-// CUDA headers. T: float or double, of the log-probs and of the arithmetic.
+// CUDA headers. T is float or double, the type of the log-probs and of the arithmetic.
 #include <cstdint>
 
 struct CUstream_st;
@@ -13,7 +13,7 @@ enum class Weighting : int { loss, reward };
 enum class Positives : int { winner, each, pooled };
 enum class Reduction : int { mean, sum, none };
 
-// Candidates lie session after session, positives first; pairs too, positive-major (raddpo_ext/losses/session.py).
+// Candidates are ordered by session, positives first; pairs by session, positive-major (raddpo_ext/losses/session.py).
 struct Sessions {
   const std::int64_t* lengths;        // [candidates]
   const std::int64_t* offsets;        // [sessions + 1]
@@ -27,14 +27,14 @@ struct SessionLossArgs {
   const std::int64_t* tokens;        // [candidates, levels]
   const std::int64_t* pair_offsets;  // [sessions + 1]
   std::int64_t levels, pairs;
-  std::int64_t columns;    // of the log-probs: levels, or 1, where a candidate has one score
+  std::int64_t columns;    // of the log-probs: levels, or 1 where each candidate has one score
   const T* logps;          // [candidates, columns], read within the lengths only
   const T* ref_logps;      // the same, or null
   const T* pair_weights;   // [pairs], or null: 1
   const bool* detach;      // [candidates, columns], or null
   const T* level_weights;  // [columns], or null: 1
-  const double* divisors;  // [2] of preference and sft, or null: `divisor`
-  double divisor[2];       // 0: counted
+  const double* divisors;  // [2] of preference and sft, or null: use `divisor`
+  double divisor[2];       // 0: use the counts
   T beta, gamma, sft_weight, label_smoothing;
   bool length_normalized;
   Protect protect;
@@ -49,10 +49,10 @@ struct SessionLossArgs {
   bool* kept;                  // [pairs]: whether the pair is in the preference loss
   double* totals;              // [kTotals, 2], or [sessions, kTotals, 2] under Reduction::none
   T* gradient;                 // [candidates, columns] of each session's preference term, or null
-  T* scales;                   // [2]: what the sums of preference and sft are multiplied by
+  T* scales;                   // [2] factors on the sums of preference and sft
 };
 
-// The rows of the totals: what is summed, and over how many. raddpo_ext/losses/session_loss.py names them.
+// The rows of the totals: a sum and the count to divide it by. raddpo_ext/losses/session_loss.py names them.
 enum Total : int {
   kPreference,  // terms; sessions that keep a pair
   kSft,         // minus log-probs; tokens of positives
@@ -61,7 +61,7 @@ enum Total : int {
   kMargins,     // of the loss's pairs
   kWins,        // margins above 0; the loss's pairs
   kWeights,     // of the loss's pairs
-  kDetached,    // tokens of those pairs' negatives without gradient; all of them
+  kDetached,    // detached tokens of the negatives in the loss's pairs; all tokens of these negatives
   kDropped,     // pairs with an empty member or of equal SIDs; all pairs
   kTotals
 };
@@ -73,7 +73,7 @@ struct Sum {
 // What a session adds to the totals.
 struct SessionSums {
   Sum of[kTotals];
-  std::int64_t bad_weights;  // 1 if it has one; only the CPU looks
+  std::int64_t bad_weights;  // 1 if the session has any; found on the CPU only
 };
 
 // grad_logps = upstream gradient of preference * gradient + that of sft * (-level_weights).
@@ -81,7 +81,7 @@ template <typename T>
 struct SessionLossBackwardArgs {
   Sessions batch;
   std::int64_t columns;
-  const T *grad_loss, *grad_preference, *grad_sft;  // one element a session at these strides, or null: 0
+  const T *grad_loss, *grad_preference, *grad_sft;  // one element per session at these strides, or null: 0
   std::int64_t stride_loss, stride_preference, stride_sft;
   const T* gradient;       // [candidates, columns]
   const T* scales;         // [2]
@@ -91,7 +91,7 @@ struct SessionLossBackwardArgs {
 };
 
 namespace cuda {
-// Bytes of device memory that session_loss needs beside its arguments.
+// Bytes of device workspace for session_loss.
 template <typename T>
 std::int64_t session_loss_workspace(const SessionLossArgs<T>& a);
 template <typename T>

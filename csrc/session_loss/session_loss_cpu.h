@@ -1,18 +1,18 @@
 #pragma once
-// The CPU kernels of session_loss, one variant for each instruction set.
+// The CPU kernels of session_loss, one variant per instruction set.
 #include "session_loss.h"
 
 namespace raddpo {
 
-// Memory of a thread for one session after another; [negatives] are padded to multiples of 8.
+// A thread's scratch memory, reused from session to session. Arrays of [negatives] are padded to multiples of 8.
 template <typename T>
 struct SessionLossScratch {
-  std::int32_t* lengths;   // [candidates], within the tokens
-  std::int32_t* prefixes;  // [negatives] leading tokens that are detached; -1: it is dropped
-  std::int32_t* guarded;   // [negatives] most tokens in common with a positive
+  std::int32_t* lengths;   // [candidates], clamped to [0, levels]
+  std::int32_t* prefixes;  // [negatives] leading tokens that are detached; -1: the pair is dropped
+  std::int32_t* guarded;   // [negatives] longest prefix in common with any positive
   T* rewards;              // [negatives]
   T* weights;              // [negatives]
-  T* shares;               // [negatives] of the log-sum-exp; before, exponents
+  T* softmax;              // [negatives] exponents of the log-sum-exp, then their softmax weights times the sum
 };
 
 #define RADDPO_DECLARE(T)                                                                                              \

@@ -1,12 +1,11 @@
-// One session at a time on one thread. Sessions are short: their loops are vectorised by 8 and, where they stay within
-// scratch memory, padded to whole vectors; rows of 3 or 4 log-probs have loops of their own. Part of a
-// per-instruction-set region.
+// One session at a time on one thread. Sessions are short: loops are vectorised by 8 and, where they only touch scratch
+// memory, padded to whole vectors. Rows of 3 or 4 log-probs have their own loops. Part of a per-instruction-set region.
 namespace raddpo::RADDPO_ISA {
 namespace {
 
 RADDPO_HD std::int64_t padded(std::int64_t n) { return (n + 7) / 8 * 8; }
 
-// Rewards of rows of kColumns log-probs, all of that length if `whole`.
+// Rewards of rows of kColumns log-probs; with `whole`, every row has this length.
 template <int kColumns, bool whole, typename T>
 RADDPO_HD void find_rewards(const SessionLossArgs<T>& a, const Session& v, const std::int32_t* lengths) {
   const T* logps = a.logps + v.first * kColumns;
@@ -33,7 +32,7 @@ RADDPO_HD void find_rewards(const SessionLossArgs<T>& a, const Session& v, const
     find_rewards<kColumns, false>(a, v, lengths);
 }
 
-// The lengths and rewards of a session's candidates; its negatives' rewards are copied.
+// Reads the lengths and computes the rewards of a session's candidates, and copies the negatives' rewards to scratch.
 template <typename T>
 RADDPO_HD void read_candidates(const SessionLossArgs<T>& a, const Session& v, const SessionLossScratch<T>& m) {
   const std::int64_t size = v.positives + v.negatives;
@@ -56,7 +55,7 @@ RADDPO_HD void read_candidates(const SessionLossArgs<T>& a, const Session& v, co
   }
 }
 
-// How many tokens a positive has in common with each negative, -1 where the pair is dropped. The number of those.
+// Finds the common prefix of a positive with each negative, -1 where the pair is dropped. Returns how many are dropped.
 template <typename T>
 RADDPO_HD std::int64_t find_prefixes(const SessionLossArgs<T>& a, const Session& v, const SessionLossScratch<T>& m,
                                      std::int64_t p) {
@@ -76,7 +75,7 @@ RADDPO_HD std::int64_t find_prefixes(const SessionLossArgs<T>& a, const Session&
   return dropped;
 }
 
-// Copies a positive's pair weights and drops its pairs of weight 0. Whether all are finite and at least 0.
+// Copies a positive's pair weights and drops its pairs of weight 0. Returns whether all are finite and at least 0.
 template <typename T>
 RADDPO_HD bool drop_weightless(const Session& v, const SessionLossScratch<T>& m, const T* weights) {
   std::int32_t bad = 0;
@@ -90,8 +89,8 @@ RADDPO_HD bool drop_weightless(const Session& v, const SessionLossScratch<T>& m,
   return bad == 0;
 }
 
-// The most tokens that each negative has in common with any positive. Drops those equal to one of them, and returns how
-// many pairs are of equal or empty SIDs.
+// Finds the longest prefix that each negative has in common with any positive. Drops negatives that equal a positive.
+// Returns the number of pairs with equal or empty SIDs.
 template <typename T>
 RADDPO_HD std::int64_t find_guarded(const SessionLossArgs<T>& a, const Session& v, const SessionLossScratch<T>& m) {
   const std::int32_t* lengths = m.lengths + v.positives;
@@ -116,7 +115,7 @@ RADDPO_HD std::int64_t find_guarded(const SessionLossArgs<T>& a, const Session& 
   return dropped;
 }
 
-// Writes the margins of a positive's pairs, and which of them the loss keeps.
+// Writes the margins of a positive's pairs, and which pairs the loss keeps.
 template <typename T>
 RADDPO_HD void write_pairs(const SessionLossArgs<T>& a, const Session& v, const SessionLossScratch<T>& m,
                            std::int64_t p, bool in_loss) {
@@ -131,7 +130,7 @@ RADDPO_HD void write_pairs(const SessionLossArgs<T>& a, const Session& v, const 
   for (std::int64_t j = 0; j < v.negatives; ++j) kept[j] = in_loss & (m.prefixes[j] >= 0);
 }
 
-// Adds the pairs that a positive of the loss keeps to the sums. Their number.
+// Adds the kept pairs of a positive to the sums. Returns their number.
 template <typename T>
 RADDPO_HD std::int32_t count_pairs(const SessionLossArgs<T>& a, const Session& v, const SessionLossScratch<T>& m,
                                    std::int64_t p, SessionSums& sums) {
@@ -149,7 +148,7 @@ RADDPO_HD std::int32_t count_pairs(const SessionLossArgs<T>& a, const Session& v
     pairs += kept;
     detached += kept ? counts[j] : 0;
     tokens += kept ? lengths[j] : 0;
-    margin += margins[j];  // 0 of a dropped pair
+    margin += margins[j];  // 0 for a dropped pair
   }
   double weight = pairs;
   if (a.pair_weights) {
@@ -164,7 +163,7 @@ RADDPO_HD std::int32_t count_pairs(const SessionLossArgs<T>& a, const Session& v
   return pairs;
 }
 
-// What each negative puts into the log-sum-exp, in `shares`; -inf if it is dropped. The greatest of them.
+// Writes each negative's exponent of the log-sum-exp into `softmax`, -inf if it is dropped. Returns the maximum.
 template <typename T>
 RADDPO_HD T find_exponents(const SessionLossArgs<T>& a, const Session& v, const SessionLossScratch<T>& m) {
   const T sign = sign_of(a);
@@ -175,7 +174,7 @@ RADDPO_HD T find_exponents(const SessionLossArgs<T>& a, const Session& v, const 
     for (std::int64_t j = 0; j < size; ++j) {
       T x = sign * (m.rewards[j] * m.weights[j]);
       x = m.prefixes[j] >= 0 ? x : T(-INFINITY);
-      m.shares[j] = x;
+      m.softmax[j] = x;
       most = x > most ? x : most;
     }
   } else if (a.pair_weights) {
@@ -183,7 +182,7 @@ RADDPO_HD T find_exponents(const SessionLossArgs<T>& a, const Session& v, const 
     for (std::int64_t j = 0; j < size; ++j) {
       T x = sign * m.rewards[j] + fast_log(m.weights[j]);
       x = m.prefixes[j] >= 0 ? x : T(-INFINITY);
-      m.shares[j] = x;
+      m.softmax[j] = x;
       most = x > most ? x : most;
     }
   } else {
@@ -191,7 +190,7 @@ RADDPO_HD T find_exponents(const SessionLossArgs<T>& a, const Session& v, const 
     for (std::int64_t j = 0; j < size; ++j) {
       T x = sign * m.rewards[j];
       x = m.prefixes[j] >= 0 ? x : T(-INFINITY);
-      m.shares[j] = x;
+      m.softmax[j] = x;
       most = x > most ? x : most;
     }
   }
@@ -203,22 +202,22 @@ struct LogSum {
   T most, sum;
 };
 
-// The log-sum-exp of the kept negatives' exponents; leaves e^(exponent - most) in `shares`, 0 for dropped ones.
+// The log-sum-exp of the kept negatives' exponents. Leaves e^(exponent - most) in `softmax`, 0 for dropped negatives.
 template <typename T>
 RADDPO_HD LogSum<T> sum_negatives(const SessionLossArgs<T>& a, const Session& v, const SessionLossScratch<T>& m) {
   const T most = find_exponents(a, v, m);
   T sum = 0;
 #pragma omp simd simdlen(8) reduction(+ : sum)
   for (std::int64_t j = 0; j < padded(v.negatives); ++j) {
-    const T share = share_of(m.shares[j], most);
-    m.shares[j] = share;
-    sum += share;
+    const T weight = softmax_weight(m.softmax[j], most);
+    m.softmax[j] = weight;
+    sum += weight;
   }
   return {most, sum};
 }
 
-// How many leading tokens of the kept negatives are detached, from those they share with the winner; with `detach`
-// none, and `guarded` counts what that detaches.
+// Replaces the common prefixes of the kept negatives by the number of leading tokens to detach. With `detach` no prefix
+// is detached, and `guarded` counts the tokens that `detach` marks.
 template <typename T>
 RADDPO_HD void choose_detached(const SessionLossArgs<T>& a, const Session& v, const SessionLossScratch<T>& m) {
   const std::int64_t n = v.negatives;
@@ -230,7 +229,7 @@ RADDPO_HD void choose_detached(const SessionLossArgs<T>& a, const Session& v, co
   }
 }
 
-// Adds to each row its factor from the column `begin` to the length. Rows with a begin of -1 have no gradient.
+// Adds each row's factor to its columns from `begin` up to its length. Rows with begin = -1 have no gradient.
 template <int kColumns, typename T>
 RADDPO_HD void add_rows(const std::int32_t* begins, const std::int32_t* lengths, const T* factors, std::int64_t n,
                         T* gradient) {
@@ -241,37 +240,37 @@ RADDPO_HD void add_rows(const std::int32_t* begins, const std::int32_t* lengths,
   }
 }
 
-// The gradient of the negatives: their shares, which it spends, times `factor`.
+// Adds the gradient of the negatives: their softmax weights, which are overwritten, times `factor`.
 template <typename T>
 RADDPO_HD void add_negatives(const SessionLossArgs<T>& a, const Session& v, const SessionLossScratch<T>& m, T factor) {
   const std::int32_t columns = static_cast<std::int32_t>(a.columns);
   const std::int32_t* lengths = m.lengths + v.positives;
   factor *= a.beta;
   if (a.pair_weights && a.weighting == Weighting::reward)
-    for (std::int64_t j = 0; j < v.negatives; ++j) m.shares[j] *= m.weights[j];
+    for (std::int64_t j = 0; j < v.negatives; ++j) m.softmax[j] *= m.weights[j];
 #pragma omp simd simdlen(8)
   for (std::int64_t j = 0; j < v.negatives; ++j) {
     const std::int32_t length = lengths[j] < columns ? lengths[j] : columns;
-    m.shares[j] *= a.length_normalized ? factor / static_cast<T>(length > 1 ? length : 1) : factor;
+    m.softmax[j] *= a.length_normalized ? factor / static_cast<T>(length > 1 ? length : 1) : factor;
   }
   T* gradient = a.gradient + (v.first + v.positives) * a.columns;
-  if (columns == 4) return add_rows<4>(m.prefixes, lengths, m.shares, v.negatives, gradient);
-  if (columns == 3) return add_rows<3>(m.prefixes, lengths, m.shares, v.negatives, gradient);
+  if (columns == 4) return add_rows<4>(m.prefixes, lengths, m.softmax, v.negatives, gradient);
+  if (columns == 3) return add_rows<3>(m.prefixes, lengths, m.softmax, v.negatives, gradient);
   for (std::int64_t j = 0; j < v.negatives; ++j, gradient += columns)
     for (std::int32_t i = m.prefixes[j]; m.prefixes[j] >= 0 && i < lengths[j] && i < columns; ++i)
-      gradient[i] += m.shares[j];
+      gradient[i] += m.softmax[j];
 }
 
-// The term of kept negatives against a winner's reward, and their gradient.
+// The term of the kept negatives against a winner's reward. Adds the negatives' gradient.
 template <typename T>
 RADDPO_HD Term<T> add_term(const SessionLossArgs<T>& a, const Session& v, const SessionLossScratch<T>& m, T winner) {
   const LogSum<T> s = sum_negatives(a, v, m);
-  const Term<T> term = term_of(gap_of(a, s.most + fast_log(s.sum), winner), a.label_smoothing);
-  if (a.gradient) add_negatives(a, v, m, term.slope / s.sum);
+  const Term<T> term = term_of(loss_argument(a, s.most + fast_log(s.sum), winner), a.label_smoothing);
+  if (a.gradient) add_negatives(a, v, m, term.derivative / s.sum);
   return term;
 }
 
-// The first positive, or the mean over those that keep a pair.
+// Adds the term of the first positive or, under `each`, the mean term of the positives that keep a pair.
 template <typename T>
 RADDPO_HD void add_winners(const SessionLossArgs<T>& a, const Session& v, const SessionLossScratch<T>& m,
                            SessionSums& sums) {
@@ -288,7 +287,7 @@ RADDPO_HD void add_winners(const SessionLossArgs<T>& a, const Session& v, const 
     choose_detached(a, v, m);
     if (!count_pairs(a, v, m, p, sums)) continue;
     const Term<T> term = add_term(a, v, m, a.rewards[v.first + p]);
-    if (a.gradient) add_gradient(a, v.first + p, 0, -term.slope);
+    if (a.gradient) add_gradient(a, v.first + p, 0, -term.derivative);
     total += term.value;
     ++terms;
   }
@@ -299,9 +298,10 @@ RADDPO_HD void add_winners(const SessionLossArgs<T>& a, const Session& v, const 
   for (std::int64_t i = 0; i < (v.positives + v.negatives) * a.columns; ++i) gradient[i] /= static_cast<T>(terms);
 }
 
-// The least weight of each negative with any positive of the pool. Whether all are finite and at least 0.
+// Finds each negative's minimum weight over the positives of the pool. Returns whether all weights are finite and at
+// least 0.
 template <typename T>
-RADDPO_HD bool find_least(const SessionLossArgs<T>& a, const Session& v, const SessionLossScratch<T>& m) {
+RADDPO_HD bool find_min_weights(const SessionLossArgs<T>& a, const Session& v, const SessionLossScratch<T>& m) {
   const T* weights = a.pair_weights + v.first_pair;
   std::int32_t bad = 0;
   for (std::int64_t j = 0; j < v.negatives; ++j) m.weights[j] = INFINITY;
@@ -317,12 +317,12 @@ RADDPO_HD bool find_least(const SessionLossArgs<T>& a, const Session& v, const S
   return bad == 0;
 }
 
-// All positives at once, but empty ones, against the negatives that differ from every one of them.
+// Adds the term of all non-empty positives against the negatives that differ from every positive.
 template <typename T>
 RADDPO_HD void add_pool(const SessionLossArgs<T>& a, const Session& v, const SessionLossScratch<T>& m,
                         SessionSums& sums) {
   const T* rewards = a.rewards + v.first;
-  if (a.pair_weights && !find_least(a, v, m)) sums.bad_weights = 1;
+  if (a.pair_weights && !find_min_weights(a, v, m)) sums.bad_weights = 1;
   for (std::int64_t j = 0; j < v.negatives; ++j)
     m.prefixes[j] = m.lengths[v.positives + j] && (!a.pair_weights || m.weights[j] > 0) ? 0 : -1;
   const std::int64_t dropped = find_guarded(a, v, m);
@@ -334,7 +334,7 @@ RADDPO_HD void add_pool(const SessionLossArgs<T>& a, const Session& v, const Ses
     if (m.lengths[p]) {
       write_pairs(a, v, m, p, true);
       count_pairs(a, v, m, p, sums);
-      sum += share_of(rewards[p], most);
+      sum += softmax_weight(rewards[p], most);
     } else {
       const std::int64_t first_pair = v.first_pair + p * v.negatives;
       for (std::int64_t j = 0; j < v.negatives; ++j) {
@@ -347,7 +347,7 @@ RADDPO_HD void add_pool(const SessionLossArgs<T>& a, const Session& v, const Ses
   const Term<T> term = add_term(a, v, m, most + fast_log(sum));
   sums.of[kPreference] = {static_cast<double>(term.value), 1};
   for (std::int64_t p = 0; a.gradient && p < v.positives; ++p)
-    if (m.lengths[p]) add_gradient(a, v.first + p, 0, -term.slope * share_of(rewards[p], most) / sum);
+    if (m.lengths[p]) add_gradient(a, v.first + p, 0, -term.derivative * softmax_weight(rewards[p], most) / sum);
 }
 
 template <typename T>
@@ -372,7 +372,7 @@ RADDPO_HD SessionSums run_session(const SessionLossArgs<T>& a, const SessionLoss
 template <typename T>
 RADDPO_HD void run(const SessionLossArgs<T>& args, const SessionLossScratch<T>& scratch, std::int64_t begin,
                    std::int64_t end, SessionSums* sums) {
-  const SessionLossArgs<T> a = args;  // copies of our own, which no store can change
+  const SessionLossArgs<T> a = args;  // local copies: the compiler knows that no store changes them
   const SessionLossScratch<T> m = scratch;
   for (std::int64_t s = begin; s < end; ++s) {
     sums[s] = run_session(a, m, session_of(a, s));

@@ -1,6 +1,6 @@
-// One block a session in either direction, its threads sharing the candidates. Tokens, lengths and log-probs are read
-// from memory once and then come from the caches. The block that ends last adds up what the sessions found, in their
-// order, so that the sums are the same bits every time.
+// One block per session, forward and backward; its threads share the candidates. Tokens, lengths and log-probs are read
+// from memory once, then from the caches. The last block to finish adds up the sums of the sessions in their order, so
+// that the result is bitwise reproducible.
 #include <cmath>
 
 #include "../common/cuda_block.cuh"
@@ -16,7 +16,7 @@ template <typename T>
 struct LossWorkspace {
   SessionSums* sums;           // [sessions]
   unsigned long long* ticket;  // [1]
-  T* weights;                  // [candidates] of negatives against a pool
+  T* weights;                  // [candidates] minimum weights of negatives against a pool
   std::int32_t* prefixes;      // [candidates] detached tokens of negatives; -1: dropped
 };
 
@@ -26,7 +26,7 @@ std::int64_t workspace_bytes(const Sessions& b) {
   return b.sessions * sums + ticket + b.candidates * static_cast<std::int64_t>(sizeof(T) + sizeof(std::int32_t));
 }
 
-// Arrays one after another, the most aligned ones first.
+// Lays the arrays out one after another, largest alignment first.
 template <typename T>
 LossWorkspace<T> lay_out(const Sessions& b, void* memory) {
   LossWorkspace<T> w{};
@@ -37,7 +37,7 @@ LossWorkspace<T> lay_out(const Sessions& b, void* memory) {
   return w;
 }
 
-// Whether this block ends last. The ticket, 0 at the launch, counts the blocks that have ended.
+// Whether this block is the last to finish. The ticket is 0 at the launch and counts the finished blocks.
 __device__ __forceinline__ bool ends_last(unsigned long long* ticket, unsigned blocks) {
   return atomicAdd(ticket, 1ull) + 1 == blocks;
 }
@@ -59,10 +59,10 @@ __device__ __forceinline__ T block_max(T value, T* scratch) {
   return block_reduce<kLossThreads>(value, scratch, [](T x, T y) { return y > x ? y : x; });
 }
 
-// The sums of a block's threads; complete for thread 0 only.
+// The sums over a block's threads, complete in thread 0 only.
 __device__ __forceinline__ SessionSums block_total(const SessionSums& mine, Sum (*scratch)[kLossWarps]) {
   const auto plus = [](double x, double y) { return x + y; };
-  __syncthreads();  // whoever used the scratch before is done
+  __syncthreads();  // earlier uses of the scratch memory are complete
 #pragma unroll
   for (int i = 0; i < kTotals; ++i) {
     const Sum sum{warp_reduce(mine.of[i].value, plus), warp_reduce(mine.of[i].count, plus)};
@@ -77,8 +77,8 @@ __device__ __forceinline__ SessionSums block_total(const SessionSums& mine, Sum 
   return total;
 }
 
-// A block's work on one session, whose sums are its threads' together. Negative j belongs to thread j % kLossThreads
-// throughout.
+// A block's work on one session. Each thread keeps its own part of the sums. Negative j always belongs to thread
+// j % kLossThreads.
 template <typename T>
 struct SessionWorker {
   const SessionLossArgs<T>& a;
@@ -103,7 +103,7 @@ struct SessionWorker {
     return a.weighting == Weighting::reward ? x * weights[negative] : x + fast_log(weights[negative]);
   }
 
-  // Writes a pair, which the loss keeps if it is one `of_loss`, and then adds it to the sums.
+  // Writes a pair's margin and whether the loss keeps it. Adds a pair of the loss to the sums.
   __device__ __forceinline__ void write_pair(std::int64_t p, std::int64_t negative, bool kept, bool of_loss,
                                              std::int32_t detached, SessionSums& sums) const {
     const std::int64_t pair = pair_of(p, negative);
@@ -117,7 +117,7 @@ struct SessionWorker {
     add(sums.of[kDetached], detached, sid_of(a, row_of(negative)).length);
   }
 
-  // The most tokens that a negative has in common with any positive.
+  // The longest prefix that a negative has in common with any positive.
   __device__ __forceinline__ std::int32_t longest_prefix(std::int64_t negative) const {
     const Sid sid = sid_of(a, row_of(negative));
     std::int32_t most = 0;
@@ -128,7 +128,7 @@ struct SessionWorker {
     return most;
   }
 
-  // How many tokens of a negative with `prefix` tokens in common with its winner are detached.
+  // The number of detached tokens of a negative that has `prefix` tokens in common with its winner.
   __device__ __forceinline__ std::int32_t detached_tokens(std::int64_t negative, std::int32_t prefix) const {
     if (a.detach) return detached_of(a, row_of(negative));
     if (a.protect == Protect::none) return 0;
@@ -136,21 +136,21 @@ struct SessionWorker {
     return longest ? longest_prefix(negative) : prefix;
   }
 
-  // The term of kept negatives, whose greatest exponent is `most`, against a winner's reward, and their gradient.
+  // The term of the kept negatives against a winner's reward; `most` is their maximum exponent. Adds their gradient.
   __device__ __forceinline__ Term<T> add_term(T most, T winner, const T* weights) const {
     T sum = 0;
     for_each(v.negatives, [&](std::int64_t j) {
-      if (prefixes[j] >= 0) sum += share_of(exponent(j, weights), most);
+      if (prefixes[j] >= 0) sum += softmax_weight(exponent(j, weights), most);
     });
     sum = block_sum(sum, shared.values);
-    const T gap = gap_of(a, most + std::log(sum), winner);
-    const Term<T> term = term_of(gap, a.label_smoothing);
+    const Term<T> term = term_of(loss_argument(a, most + std::log(sum), winner), a.label_smoothing);
     if (!a.gradient) return term;
     for_each(v.negatives, [&](std::int64_t j) {
       if (prefixes[j] < 0) return;
-      const T share = share_of(exponent(j, weights), most);
+      const T weight = softmax_weight(exponent(j, weights), most);
       const std::int32_t begin = a.detach ? 0 : prefixes[j];
-      add_gradient(a, row_of(j), begin, term.slope / sum * pull_of(a, share, weights ? weights[j] : T(1)));
+      add_gradient(a, row_of(j), begin,
+                   term.derivative / sum * argument_derivative(a, weight, weights ? weights[j] : T(1)));
     });
     return term;
   }
@@ -184,7 +184,7 @@ struct SessionWorker {
       if (!in_loss || !block_sum(pairs, shared.counts)) continue;
       most = block_max(most, shared.values);
       const Term<T> term = add_term(most, a.rewards[v.first + p], weights);
-      if (threadIdx.x == 0) add_positive_gradient(p, -term.slope);
+      if (threadIdx.x == 0) add_positive_gradient(p, -term.derivative);
       total += term.value;
       ++terms;
     }
@@ -231,13 +231,14 @@ struct SessionWorker {
     });
     most_positive = block_max(most_positive, shared.values);
     for_each(v.positives, [&](std::int64_t p) {
-      if (lengths[p] > 0) sum += share_of(a.rewards[v.first + p], most_positive);
+      if (lengths[p] > 0) sum += softmax_weight(a.rewards[v.first + p], most_positive);
     });
     sum = block_sum(sum, shared.values);
     most = block_max(most, shared.values);
     const Term<T> term = add_term(most, most_positive + std::log(sum), weights);
     for_each(v.positives, [&](std::int64_t p) {
-      if (lengths[p] > 0) add_positive_gradient(p, -term.slope * share_of(a.rewards[v.first + p], most_positive) / sum);
+      if (lengths[p] > 0)
+        add_positive_gradient(p, -term.derivative * softmax_weight(a.rewards[v.first + p], most_positive) / sum);
     });
     if (threadIdx.x == 0) sums.of[kPreference] = {static_cast<double>(term.value), 1};
   }
@@ -251,7 +252,7 @@ struct SessionWorker {
       const T reward = reward_of(a, v.first + i);
       a.rewards[v.first + i] = reward;
       const bool counts = a.batch.lengths[v.first + i] > 0;
-      if (i < v.positives)  // an index that is known keeps the sums in registers
+      if (i < v.positives)  // a constant index keeps the sums in registers
         add(sums.of[kChosen], reward, counts);
       else
         add(sums.of[kRejected], reward, counts);
@@ -284,8 +285,8 @@ __global__ void __launch_bounds__(kLossThreads)
     w.sums[s] = total;
     write_session(a, s, total);
   }
-  // A block's sums, which its first thread wrote, are in memory before it counts as ended, and read only once all
-  // blocks have.
+  // Thread 0's writes of the block's sums reach memory before the block counts as finished. The sums are read only
+  // after all blocks have finished.
   if (threadIdx.x == 0) {
     __threadfence();
     shared.last = ends_last(w.ticket, gridDim.x);
@@ -299,7 +300,7 @@ __global__ void __launch_bounds__(kLossThreads)
   if (threadIdx.x == 0) write_batch(a, total);
 }
 
-// One block a session: its rows are one range of elements, read and written in order.
+// One block per session, whose rows are one contiguous range, read and written in order.
 template <typename T>
 __global__ void __launch_bounds__(kLossThreads)
     session_loss_backward_kernel(const __grid_constant__ SessionLossBackwardArgs<T> a) {
@@ -330,7 +331,7 @@ std::int64_t session_loss_workspace(const SessionLossArgs<T>& a) {
 
 template <typename T>
 int session_loss(const SessionLossArgs<T>& a, void* workspace, CUstream_st* stream) {
-  const std::int64_t blocks = a.batch.sessions ? loss_blocks(a.batch.sessions) : 1;  // none: the totals of nothing
+  const std::int64_t blocks = a.batch.sessions ? loss_blocks(a.batch.sessions) : 1;  // no sessions: totals of 0
   const LossWorkspace<T> w = lay_out<T>(a.batch, workspace);
   if (const int error = cudaMemsetAsync(w.ticket, 0, sizeof(*w.ticket), stream)) return error;
   return launch(session_loss_kernel<T>, blocks, kLossThreads, stream, a, w);

@@ -12,7 +12,7 @@ struct Session {
   std::int64_t first, positives, negatives, first_pair;
 };
 
-// A session whose values fit no batch is empty, so that no index made of them is out of bounds.
+// A session with invalid values counts as empty, so that no index computed from them is out of bounds.
 RADDPO_HD Session session_of(const Sessions& b, std::int64_t s) {
   const std::int64_t first = b.offsets[s], size = b.offsets[s + 1] - first, positives = b.num_positives[s];
   const bool sound = first >= 0 && size >= 0 && size <= b.candidates - first && positives >= 0 && positives <= size;
@@ -31,7 +31,7 @@ RADDPO_HD std::int64_t clamp_length(std::int64_t length, std::int64_t most) {
   return length < 0 ? 0 : length > most ? most : length;
 }
 
-// What one log-prob of a candidate adds to its reward.
+// The factor of each log-prob in a candidate's reward.
 template <typename T>
 RADDPO_HD T scale_of(const SessionLossArgs<T>& a, std::int64_t length) {
   return a.length_normalized ? a.beta / static_cast<T>(length > 1 ? length : 1) : a.beta;
@@ -69,13 +69,13 @@ RADDPO_HD std::int32_t common_prefix(const Sid& x, const Sid& y) {
   return k;
 }
 
-// Whether a pair of SIDs with `prefix` tokens in common is dropped, whatever its weight: one is empty, or they are
-// equal.
+// Whether a pair of SIDs with `prefix` tokens in common is dropped regardless of its weight: one of them is empty, or
+// they are equal.
 RADDPO_HD bool no_pair(std::int32_t prefix, std::int32_t length, std::int32_t other) {
   return length == 0 || other == 0 || (prefix == length && prefix == other);
 }
 
-// How many of a row's tokens `detach` detaches.
+// The number of tokens of a row that `detach` marks.
 template <typename T>
 RADDPO_HD std::int32_t detached_of(const SessionLossArgs<T>& a, std::int64_t row) {
   const std::int64_t length = clamp_length(a.batch.lengths[row], a.columns);
@@ -84,26 +84,26 @@ RADDPO_HD std::int32_t detached_of(const SessionLossArgs<T>& a, std::int64_t row
   return count;
 }
 
-// 0 for equal infinities too.
+// positive - negative; 0 for equal infinities too.
 template <typename T>
 RADDPO_HD T margin_of(T positive, T negative) {
   return positive == negative ? T(0) : positive - negative;
 }
 
-// e^x of x <= 0. What float sums do not notice is 0, not a denormal number, which is slow.
-RADDPO_HD float share_exp(float x) {
+// e^x for x <= 0. Float results too small to change a sum are flushed to 0: denormal numbers are slow.
+RADDPO_HD float softmax_exp(float x) {
 #if defined(__CUDA_ARCH__)
   return expf(x);
 #else
   return x > -87.f ? fast_exp(x) : x != x ? x : 0.f;
 #endif
 }
-RADDPO_HD double share_exp(double x) { return std::exp(x); }
+RADDPO_HD double softmax_exp(double x) { return std::exp(x); }
 
-// e^(x - most), also where both are infinite.
+// e^(x - most): the softmax weight of an exponent x before division by the sum. 1 where both are infinite and equal.
 template <typename T>
-RADDPO_HD T share_of(T x, T most) {
-  return x == most ? T(1) : share_exp(x - most);
+RADDPO_HD T softmax_weight(T x, T most) {
+  return x == most ? T(1) : softmax_exp(x - most);
 }
 
 // Natural logarithm of x > 0, to 2e-7 absolute.
@@ -115,7 +115,7 @@ RADDPO_HD float fast_log(float x) {
   const float scaled = subnormal ? x * 0x1p64f : x;
   std::uint32_t bits;
   std::memcpy(&bits, &scaled, 4);
-  const std::uint32_t from = bits - 0x3f3504f3u;  // the mantissa goes to [sqrt(1/2), sqrt(2))
+  const std::uint32_t from = bits - 0x3f3504f3u;  // moves the mantissa to [sqrt(1/2), sqrt(2))
   const float exponent = static_cast<float>(static_cast<std::int32_t>(from) >> 23) - (subnormal ? 64.f : 0.f);
   bits = (from & 0x7fffffu) + 0x3f3504f3u;
   float mantissa;
@@ -130,41 +130,42 @@ RADDPO_HD float fast_log(float x) {
 }
 RADDPO_HD double fast_log(double x) { return std::log(x); }
 
-// The log-sum-exp is over the negatives' rewards, weighted, or under `margins` over minus them.
+// The log-sum-exp runs over the negatives' weighted rewards, with their sign reversed under `margins`.
 template <typename T>
 RADDPO_HD T sign_of(const SessionLossArgs<T>& a) {
   return a.aggregation == Aggregation::margins ? T(-1) : T(1);
 }
 
-// How far a session's negatives, of log-sum-exp `lse` of their exponents, are ahead of its winner: A of the loss.
+// The loss argument A of rad_dpo_loss, from the log-sum-exp of the negatives' exponents and the winner's reward.
 template <typename T>
-RADDPO_HD T gap_of(const SessionLossArgs<T>& a, T lse, T winner) {
+RADDPO_HD T loss_argument(const SessionLossArgs<T>& a, T lse, T winner) {
   const T negatives = sign_of(a) * lse + a.gamma;
   return negatives == -INFINITY ? negatives : negatives - winner;
 }
 
 template <typename T>
 struct Term {
-  T value, slope;  // slope: d value / d gap
+  T value, derivative;  // derivative: d value / d argument
 };
 
 template <typename T>
-RADDPO_HD Term<T> term_of(T gap, T smoothing) {
-  const T e = std::exp(-std::fabs(gap)), rest = std::log1p(e);
-  const T up = (gap > 0 ? gap : T(0)) + rest, down = (gap < 0 ? -gap : T(0)) + rest;  // softplus(gap), softplus(-gap)
-  const T sigmoid = (gap > 0 ? T(1) : e) / (1 + e);
-  // Impossible negatives are not there to be smoothed: no gradient.
-  const T slope = gap == -INFINITY ? T(0) : sigmoid - smoothing;
-  return {smoothing > 0 ? (1 - smoothing) * up + smoothing * down : up, slope};
+RADDPO_HD Term<T> term_of(T argument, T smoothing) {
+  const T e = std::exp(-std::fabs(argument)), rest = std::log1p(e);
+  const T up = (argument > 0 ? argument : T(0)) + rest;     // softplus(argument)
+  const T down = (argument < 0 ? -argument : T(0)) + rest;  // softplus(-argument)
+  const T sigmoid = (argument > 0 ? T(1) : e) / (1 + e);
+  // Negatives of probability 0 have no gradient: label smoothing does not apply to them.
+  const T derivative = argument == -INFINITY ? T(0) : sigmoid - smoothing;
+  return {smoothing > 0 ? (1 - smoothing) * up + smoothing * down : up, derivative};
 }
 
-// d gap / d reward of a negative with this share of its log-sum-exp.
+// The derivative of the loss argument in the reward of a negative of this softmax weight.
 template <typename T>
-RADDPO_HD T pull_of(const SessionLossArgs<T>& a, T share, T weight) {
-  return a.weighting == Weighting::reward ? share * weight : share;
+RADDPO_HD T argument_derivative(const SessionLossArgs<T>& a, T weight, T pair_weight) {
+  return a.weighting == Weighting::reward ? weight * pair_weight : weight;
 }
 
-// Adds factor * (the reward's gradient) to a row's tokens from `begin` on.
+// Adds `factor` times the reward's gradient to the tokens of a row from `begin` on.
 template <typename T>
 RADDPO_HD void add_gradient(const SessionLossArgs<T>& a, std::int64_t row, std::int64_t begin, T factor) {
   const std::int64_t length = clamp_length(a.batch.lengths[row], a.columns);
@@ -183,7 +184,7 @@ RADDPO_HD void add(SessionSums& sums, const SessionSums& more) {
   sums.bad_weights += more.bad_weights;
 }
 
-// Adds the likelihood of a positive.
+// Adds the SFT loss of a positive.
 template <typename T>
 RADDPO_HD void add_sft(const SessionLossArgs<T>& a, std::int64_t row, SessionSums& sums) {
   const std::int64_t length = clamp_length(a.batch.lengths[row], a.columns);
@@ -194,7 +195,7 @@ RADDPO_HD void add_sft(const SessionLossArgs<T>& a, std::int64_t row, SessionSum
   }
 }
 
-// What the saved gradient of session s and the log-probs of its positives are multiplied by.
+// The factor on the saved gradient of session s, and the factor on the SFT gradient of its positives.
 template <typename T>
 RADDPO_HD T preference_factor(const SessionLossBackwardArgs<T>& a, std::int64_t s) {
   const T loss = a.grad_loss ? a.grad_loss[s * a.stride_loss] : T(0);
@@ -206,7 +207,7 @@ RADDPO_HD T sft_factor(const SessionLossBackwardArgs<T>& a, std::int64_t s) {
   return a.scales[1] * (a.grad_sft ? loss + a.grad_sft[s * a.stride_sft] : loss);
 }
 
-// Entry `at` of the losses and of the totals.
+// Writes entry `at` of the losses and of the totals.
 template <typename T>
 RADDPO_HD void write_entry(const SessionLossArgs<T>& a, std::int64_t at, const SessionSums& sums,
                            double preference_scale, double sft_scale) {

@@ -1,12 +1,12 @@
 #pragma once
-// A row as its softmax sees it: the map of its logits, and the columns that it runs over.
+// The transform of a row's logits, and the support of its softmax.
 #include "../common/log_sum_exp.cuh"
 #include "token_logps_math.h"
 
 namespace raddpo::cuda {
 
-// Rounded before anything is subtracted from it: a fused multiply-add would leave of z - max(z) what the maximum's own
-// rounding took away, which is millions for large enough logits.
+// Rounded before anything is subtracted: with a fused multiply-add, z - max(z) would be the rounding error of the
+// maximum, which is in the millions for large logits.
 __device__ __forceinline__ float rounded_product(float x, float y) {
 #if defined(__CUDA_ARCH__)
   return __fmul_rn(x, y);
@@ -22,24 +22,24 @@ __device__ __forceinline__ double rounded_product(double x, double y) {
 #endif
 }
 
-// A map takes a logit x to z; slope(z) = dz / dx.
+// A transform takes a logit x to z; derivative(z) is dz / dx.
 template <typename A>
-struct Plain : Unmapped {
-  __device__ __forceinline__ A slope(A) const { return A(1); }
+struct Plain : Identity {
+  __device__ __forceinline__ A derivative(A) const { return A(1); }
 };
 
 template <typename A>
 struct Scaled {
   A scale;
   __device__ __forceinline__ A operator()(A x) const { return rounded_product(scale, x); }
-  __device__ __forceinline__ A slope(A) const { return scale; }
+  __device__ __forceinline__ A derivative(A) const { return scale; }
 };
 
 template <typename A>
 struct Capped {
   A scale, bound, per_softcap, per_bound;  // bound = scale * softcap
   __device__ __forceinline__ A operator()(A x) const { return rounded_product(bound, fast_tanh(x * per_softcap)); }
-  __device__ __forceinline__ A slope(A z) const {
+  __device__ __forceinline__ A derivative(A z) const {
     const A t = z * per_bound;
     return scale * (A(1) - t * t);
   }
@@ -53,7 +53,7 @@ __device__ __forceinline__ double unpack(Float64, const uint4& v, int i) {
   return value;
 }
 
-// 16 bytes of results; those of two bytes are rounded to nearest, ties to even.
+// Packs results into 16 bytes; two-byte types are rounded to nearest, ties to even.
 __device__ __forceinline__ uint4 pack(Float32, const float (&x)[4]) {
   return make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3]));
 }
@@ -84,15 +84,15 @@ __device__ __forceinline__ uint4 pack(D, const float (&x)[8]) {
   return make_uint4(pair(D{}, x[0], x[1]), pair(D{}, x[2], x[3]), pair(D{}, x[4], x[5]), pair(D{}, x[6], x[7]));
 }
 
-// The logits of a row, or its gradient.
+// The first element of a row of logits, or of its gradient.
 template <typename T>
 __device__ __forceinline__ T* row_at(T* first, const RowStrides& s, std::int64_t inner, unsigned row) {
   const auto n = static_cast<unsigned>(inner);
   return first + (row / n * s.outer + row % n * s.inner);
 }
 
-// Places in list[0, count), ascending, of the first columns that are not below keys[..]; the whole warp together, each
-// round a thirty-third of what was left. The keys' reads are in flight together.
+// For each key, the place in the ascending list[0, count) of the first column that is at least the key. The whole warp
+// searches together: each round leaves a 33rd of the range. The reads for all keys are in flight together.
 template <int n>
 __device__ __forceinline__ void warp_lower_bounds(const std::int32_t* list, int count, const std::int64_t (&keys)[n],
                                                   int (&places)[n]) {
@@ -121,17 +121,17 @@ __device__ __forceinline__ void warp_lower_bounds(const std::int32_t* list, int 
   }
 }
 
-// What a row's softmax runs over: list[0, count), or where there is no list columns first, first + 1, ...
+// The columns that a row's softmax runs over: list[0, count) or, without a list, `count` columns from `first` on.
 struct Support {
-  std::int64_t target;  // a column, or one of kIgnored, kOutside, kElsewhere
+  std::int64_t target;  // a column, kIgnored, kOutside or kElsewhere
   const std::int32_t* list;
   std::int64_t first, count;
 
   __device__ __forceinline__ std::int64_t at(std::int64_t i) const { return list ? list[i] : first + i; }
-  __device__ __forceinline__ bool wanted() const { return target != kIgnored && target != kOutside; }
+  __device__ __forceinline__ bool counts() const { return target != kIgnored && target != kOutside; }
 };
 
-// The whole warp together. A list that leaves the logits' columns counts as empty.
+// Called by the whole warp. A list with columns beyond the logits counts as empty.
 __device__ __forceinline__ Support support_of(const TokenLogpsArgs& a, unsigned row) {
   if (!a.columns) return {target_column(a, row), nullptr, 0, a.cols};
   const std::int64_t token = a.targets[row], column = token - a.first_column;

@@ -10,7 +10,7 @@
 namespace raddpo {
 namespace {
 
-// What forward and backward are called with alike.
+// The arguments that forward and backward have in common.
 struct Call {
   const Tensor& logits;
   const Tensor& targets;
@@ -25,7 +25,7 @@ ScalarType result_type(const Tensor& logits) {
 
 void check_vector(const Tensor& t, ScalarType type, std::int64_t rows, const char* argument) {
   STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() == rows, "token_logps: ", argument,
-                  " must be contiguous, one entry a row, of the right type");
+                  " must be contiguous, of the documented type, with one entry per row");
 }
 
 RowStrides row_strides(const Tensor& t) {
@@ -35,7 +35,7 @@ RowStrides row_strides(const Tensor& t) {
   return {dims == 3 ? t.stride(0) : 0, t.stride(dims - 2)};
 }
 
-// A tensor of one value a row.
+// A tensor with one value per row.
 Tensor new_rows(const Tensor& logits, ScalarType type) {
   if (logits.dim() == 2) return new_empty(logits, {logits.size(0)}, type);
   return new_empty(logits, {logits.size(0), logits.size(1)}, type);
@@ -44,9 +44,10 @@ Tensor new_rows(const Tensor& logits, ScalarType type) {
 void check_columns_cpu(const TokenLogpsArgs& a, std::int64_t listed) {
   for (std::int64_t row = 0; row < a.rows; ++row) {
     const std::int64_t begin = a.begin[row], count = a.count[row];
-    STD_TORCH_CHECK(begin >= 0 && count >= 0 && begin + count <= listed, "token_logps: begin and count leave columns");
+    STD_TORCH_CHECK(begin >= 0 && count >= 0 && begin + count <= listed,
+                    "token_logps: begin and count must lie within columns");
     STD_TORCH_CHECK(!count || (a.columns[begin] >= 0 && a.columns[begin + count - 1] < a.cols),
-                    "token_logps: columns lie beyond logits");
+                    "token_logps: columns must lie within the columns of logits");
   }
 }
 
@@ -90,13 +91,13 @@ void set_grad(TokenLogpsArgs& a, const Call& c, const Tensor& grad, const Tensor
   a.lse = const_cast<void*>(lse.const_data_ptr());
 }
 
-std::int64_t rows_a_thread(const TokenLogpsArgs& a) { return 1 + 32768 / (a.cols + 1); }
+std::int64_t rows_per_piece(const TokenLogpsArgs& a) { return 1 + 32768 / (a.cols + 1); }
 
 void forward_cpu(const TokenLogpsArgs& a, const Tensor&) {
   for (std::int64_t row = 0; row < a.rows; ++row)
     STD_TORCH_CHECK(a.targets[row] == a.ignore_index || (a.targets[row] >= 0 && a.targets[row] < a.vocab_size),
                     "token_logps: targets hold ", a.targets[row], ", outside [0, ", a.vocab_size, ")");
-  parallel_for(a.rows, rows_a_thread(a),
+  parallel_for(a.rows, rows_per_piece(a),
                [&](std::int64_t begin, std::int64_t end) { RADDPO_CALL_ISA(token_logps, a, begin, end); });
 }
 
@@ -106,7 +107,7 @@ void backward_cpu(const TokenLogpsArgs& a, const Tensor&) {
       RADDPO_CALL_ISA(token_logps_backward_live, a, begin, end);
     });
   else
-    parallel_for(a.rows, rows_a_thread(a),
+    parallel_for(a.rows, rows_per_piece(a),
                  [&](std::int64_t begin, std::int64_t end) { RADDPO_CALL_ISA(token_logps_backward, a, begin, end); });
 }
 
@@ -117,7 +118,7 @@ void forward_cuda(const TokenLogpsArgs& a, const Tensor& logits) {
 }
 
 void backward_cuda(const TokenLogpsArgs& a, const Tensor& logits) {
-  STD_TORCH_CHECK(!a.live, "token_logps_backward_: live is for the CPU");
+  STD_TORCH_CHECK(!a.live, "token_logps_backward_: live is supported on the CPU only");
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
   check_launch(cuda::token_logps_backward(a, current_cuda_stream(logits.get_device_index())), "token_logps_backward");
 }
@@ -169,13 +170,13 @@ void backward_inplace_op(const Tensor& grad, Tensor logits, const Tensor& target
   if (live) {
     check_device("token_logps_backward_", {{"logits", logits}, {"live", live}});
     STD_TORCH_CHECK(logits.dim() == 2 && !columns && logits.is_cpu(),
-                    "token_logps_backward_: live is for whole rows of [rows, cols]");
+                    "token_logps_backward_: live requires [rows, cols] logits on the CPU and no columns");
     check_vector(*live, ScalarType::Long, live->numel(), "live");
     a.live = live->const_data_ptr<std::int64_t>();
     a.num_live = live->numel();
     for (std::int64_t k = 0; k < a.num_live; ++k)
       STD_TORCH_CHECK(a.live[k] < a.rows && a.live[k] > (k ? a.live[k - 1] : -1),
-                      "token_logps_backward_: live must ascend");
+                      "token_logps_backward_: live must be increasing rows of logits");
   }
   run(a, logits);
 }

@@ -2,8 +2,8 @@
 // Kernel interface of token_logps: target log-probs from logits, and the gradient of the logits.
 //
 // A row's support is all its columns, or columns[begin[row] .. begin[row] + count[row]), token ids in ascending order.
-// `logits` may be columns first_column .. first_column + cols of a wider row, whose other columns are somebody else's:
-// a target among those has log-prob -inf here, and takes part in the gradient with its softmax alone.
+// `logits` may be columns first_column .. first_column + cols of a wider row, whose other columns another call handles.
+// A target among the other columns has log-prob -inf here; its row's gradient consists of the softmax alone.
 #include <cstdint>
 
 #include "../common/logit_type.h"
@@ -23,16 +23,16 @@ struct TokenLogpsArgs {
   std::int64_t rows, inner, cols;
   RowStrides strides;
   std::int64_t first_column, vocab_size;
-  const std::int64_t* targets;  // [rows], numbers of columns of the wider row
+  const std::int64_t* targets;  // [rows], column numbers of the wider row
   std::int64_t ignore_index;
   const std::int32_t* columns;        // null: every column
   const std::int64_t *begin, *count;  // [rows]
-  double scale, softcap;              // a logit x counts as softcap * tanh(x / softcap) * scale; softcap 0: x * scale
+  double scale, softcap;              // a logit x becomes softcap * tanh(x / softcap) * scale; softcap 0: x * scale
   void *logps, *lse;                  // [rows] float, or double for double logits; written forward, lse read backward
   const void* grad;                   // [rows] of that type
   void* grad_logits;                  // may be the logits themselves
   RowStrides grad_strides;
-  // Null, or the rows whose gradient is wanted, ascending, of [rows, cols]: that of live[k] is written to row k.
+  // Null, or the rows of [rows, cols] that need a gradient, ascending: the gradient of row live[k] is written to row k.
   const std::int64_t* live;
   std::int64_t num_live;
 };

@@ -1,40 +1,40 @@
-// token_logps on one thread. Forward: the log-sum-exp of a row in one read. Backward: one read and one write, with the
+// token_logps on one thread. Forward reads a row once for its log-sum-exp. Backward reads and writes it once, with the
 // softmax as e^(x - lse). Rows without a gradient are not read.
 #include "../common/log_sum_exp.inl"
 
 namespace raddpo::RADDPO_ISA {
 namespace {
 
-enum class Map : int { none, scale, softcap };
+enum class Transform : int { none, scale, softcap };
 
-// A row of logits as the softmax sees it.
-template <typename D, Map map>
+// A row of logits and their transform.
+template <typename D, Transform transform>
 struct Row {
   using T = typename D::T;
   using A = typename D::A;
   const T* x;
   A scale, softcap;
 
-  // Rounded before anything is subtracted from it. Contracted into one operation, z - max(z) would be what the
-  // maximum's own rounding took away, which is millions for large z.
+  // Rounded before anything is subtracted. If scaling and subtraction were contracted into one operation, z - max(z)
+  // would be the rounding error of the maximum, which is in the millions for large z.
   RADDPO_HD A at(std::int64_t i) const {
-    if (map == Map::none) return D::load(x + i);
-    volatile A z = mapped(D::load(x + i));
+    if (transform == Transform::none) return D::load(x + i);
+    volatile A z = transformed(D::load(x + i));
     return z;
   }
-  RADDPO_HD A mapped(A value) const {
-    if (map == Map::none) return value;
-    return scale * (map == Map::softcap ? softcap * fast_tanh(value / softcap) : value);
+  RADDPO_HD A transformed(A value) const {
+    if (transform == Transform::none) return value;
+    return scale * (transform == Transform::softcap ? softcap * fast_tanh(value / softcap) : value);
   }
-  // d mapped / d value, where mapped = z.
-  RADDPO_HD A slope(A z) const {
-    if (map == Map::none) return A(1);
-    const A t = map == Map::softcap ? z / (scale * softcap) : A(0);
+  // The derivative of the transform at the value that it takes to z.
+  RADDPO_HD A derivative(A z) const {
+    if (transform == Transform::none) return A(1);
+    const A t = transform == Transform::softcap ? z / (scale * softcap) : A(0);
     return scale * (A(1) - t * t);
   }
 };
 
-// The columns of a row's support: one after another, or listed.
+// The columns of a row's support: a run of consecutive columns, or a list.
 struct Run {
   std::int64_t first, count;
   RADDPO_HD std::int64_t at(std::int64_t i) const { return first + i; }
@@ -48,8 +48,8 @@ struct List {
 RADDPO_HD float exp_or_zero(float x) { return fast_exp(x) - 0x1p-126f; }
 RADDPO_HD double exp_or_zero(double x) { return fast_exp(x); }
 
-template <typename D, Map map, typename Support>
-RADDPO_HD double log_sum_exp(const Row<D, map> row, const Support support) {
+template <typename D, Transform transform, typename Support>
+RADDPO_HD double log_sum_exp(const Row<D, transform> row, const Support support) {
   if constexpr (sizeof(typename D::A) == 8) {
     double most = -INFINITY, sum = 0.;
     for (std::int64_t i = 0; i < support.count; ++i) {
@@ -65,7 +65,7 @@ RADDPO_HD double log_sum_exp(const Row<D, map> row, const Support support) {
     for (std::int64_t begin = 0; begin < support.count; begin += kLseBlock) {
       const std::int64_t n = support.count - begin < kLseBlock ? support.count - begin : kLseBlock;
 #pragma omp simd
-      for (std::int64_t i = 0; i < n; ++i) block[i] = row.mapped(D::load(row.x + support.at(begin + i)));
+      for (std::int64_t i = 0; i < n; ++i) block[i] = row.transformed(D::load(row.x + support.at(begin + i)));
       add_block<Float32>(s, block, n);
     }
     return log_sum_exp(s);
@@ -73,9 +73,9 @@ RADDPO_HD double log_sum_exp(const Row<D, map> row, const Support support) {
 }
 
 template <typename D>
-RADDPO_HD double log_sum_exp(const Row<D, Map::none> row, const Run run) {
+RADDPO_HD double log_sum_exp(const Row<D, Transform::none> row, const Run run) {
   if constexpr (sizeof(typename D::A) == 8) {
-    return log_sum_exp<D, Map::none, Run>(row, run);
+    return log_sum_exp<D, Transform::none, Run>(row, run);
   } else {
     RowSum s;
     add_row<D>(s, row.x + run.first, run.count);
@@ -83,9 +83,9 @@ RADDPO_HD double log_sum_exp(const Row<D, Map::none> row, const Run run) {
   }
 }
 
-// y[column] = -g * softmax over a run of columns.
-template <typename D, Map map>
-RADDPO_HD void write_softmax(const Row<D, map> row, const Run run, typename D::A g, typename D::A lse,
+// Writes y[column] = -g * softmax for a run of columns.
+template <typename D, Transform transform>
+RADDPO_HD void write_softmax(const Row<D, transform> row, const Run run, typename D::A g, typename D::A lse,
                              typename D::T* y) {
   using A = typename D::A;
   constexpr std::int64_t kAhead = 4096 / sizeof(typename D::T);
@@ -93,12 +93,12 @@ RADDPO_HD void write_softmax(const Row<D, map> row, const Run run, typename D::A
   for (std::int64_t begin = run.first; begin < run.first + run.count; begin += kLseBlock) {
     const std::int64_t rest = run.first + run.count - begin, n = rest < kLseBlock ? rest : kLseBlock;
     for (std::int64_t i = 0; i < n; i += 64 / sizeof(typename D::T)) __builtin_prefetch(x + begin + kAhead + i);
-    if (map != Map::none) {
+    if (transform != Transform::none) {
       A z[kLseBlock];
 #pragma omp simd
-      for (std::int64_t i = 0; i < n; ++i) z[i] = row.mapped(D::load(x + begin + i));
+      for (std::int64_t i = 0; i < n; ++i) z[i] = row.transformed(D::load(x + begin + i));
 #pragma omp simd
-      for (std::int64_t i = 0; i < n; ++i) D::store(y + begin + i, -g * exp_or_zero(z[i] - lse) * row.slope(z[i]));
+      for (std::int64_t i = 0; i < n; ++i) D::store(y + begin + i, -g * exp_or_zero(z[i] - lse) * row.derivative(z[i]));
       continue;
     }
     const std::int64_t words = n / D::kLanes;
@@ -119,21 +119,21 @@ RADDPO_HD void fill_zero(T* y, std::int64_t begin, std::int64_t end) {
   if (end > begin) std::memset(y + begin, 0, (end - begin) * sizeof(T));
 }
 
-// The gradient of columns [begin, end) of a row whose softmax runs over all columns.
-template <typename D, Map map>
-RADDPO_HD void write_gradient(const Row<D, map>& row, std::int64_t begin, std::int64_t end, std::int64_t target,
+// Writes the gradient of columns [begin, end) of a row whose softmax runs over all columns.
+template <typename D, Transform transform>
+RADDPO_HD void write_gradient(const Row<D, transform>& row, std::int64_t begin, std::int64_t end, std::int64_t target,
                               typename D::A g, typename D::A lse, typename D::T* y) {
   using A = typename D::A;
   const bool here = target >= begin && target < end;
   const A z = here ? row.at(target) : A(0);  // read before it is overwritten in place
-  write_softmax<D, map>(row, {begin, end - begin}, g, lse, y);
-  if (here) D::store(y + target, g * (A(1) - exp_or_zero(z - lse)) * row.slope(z));
+  write_softmax<D, transform>(row, {begin, end - begin}, g, lse, y);
+  if (here) D::store(y + target, g * (A(1) - exp_or_zero(z - lse)) * row.derivative(z));
 }
 
-// The gradient of a row whose softmax runs over listed columns. They ascend, so that a logit is read before its place
-// is written, in place too.
-template <typename D, Map map>
-RADDPO_HD void write_gradient(const Row<D, map>& row, const List& list, std::int64_t cols, std::int64_t target,
+// Writes the gradient of a row whose softmax runs over a list of columns. The list is ascending, so that in place too a
+// logit is read before it is overwritten.
+template <typename D, Transform transform>
+RADDPO_HD void write_gradient(const Row<D, transform>& row, const List& list, std::int64_t cols, std::int64_t target,
                               typename D::A g, typename D::A lse, typename D::T* y) {
   using A = typename D::A;
   std::int64_t done = 0;
@@ -141,13 +141,13 @@ RADDPO_HD void write_gradient(const Row<D, map>& row, const List& list, std::int
     const std::int64_t column = list.columns[i];
     const A z = row.at(column), p = exp_or_zero(z - lse);
     fill_zero(y, done, column);
-    D::store(y + column, g * ((column == target ? A(1) : A(0)) - p) * row.slope(z));
+    D::store(y + column, g * ((column == target ? A(1) : A(0)) - p) * row.derivative(z));
     done = column + 1;
   }
   fill_zero(y, done, cols);
 }
 
-template <typename D, Map map>
+template <typename D, Transform transform>
 struct Kernel {
   using T = typename D::T;
   using A = typename D::A;
@@ -156,7 +156,7 @@ struct Kernel {
   static RADDPO_HD std::int64_t place(const RowStrides& s, std::int64_t inner, std::int64_t row) {
     return row / inner * s.outer + row % inner * s.inner;
   }
-  RADDPO_HD Row<D, map> row_at(std::int64_t row) const {
+  RADDPO_HD Row<D, transform> row_at(std::int64_t row) const {
     return {static_cast<const T*>(a.logits) + place(a.strides, a.inner, row), A(a.scale), A(a.softcap)};
   }
   RADDPO_HD List list_at(std::int64_t row) const { return {a.columns + a.begin[row], a.count[row]}; }
@@ -170,7 +170,7 @@ struct Kernel {
     const std::int64_t target = target_column(a, row);
     double logp = target == kIgnored ? 0. : -INFINITY, lse = 0.;
     if (target != kIgnored && target != kOutside) {
-      const Row<D, map> logits = row_at(row);
+      const Row<D, transform> logits = row_at(row);
       if (!a.columns) {
         lse = log_sum_exp(logits, Run{0, a.cols});
       } else {
@@ -190,12 +190,12 @@ struct Kernel {
     const A g = grad_of(row), lse = lse_of(row);
     const std::int64_t target = target_column(a, row);
     if (g == A(0) || target == kIgnored || target == kOutside || lse == -INFINITY) return fill_zero(y, begin, end);
-    const Row<D, map> logits = row_at(row);
-    if (!a.columns) return write_gradient<D, map>(logits, begin, end, target, g, lse, y);
+    const Row<D, transform> logits = row_at(row);
+    if (!a.columns) return write_gradient<D, transform>(logits, begin, end, target, g, lse, y);
     const List list = list_at(row);
-    if (!is_run(list)) return write_gradient<D, map>(logits, list, a.cols, target, g, lse, y);
+    if (!is_run(list)) return write_gradient<D, transform>(logits, list, a.cols, target, g, lse, y);
     const std::int64_t first = list.columns[0], last = first + list.count;
-    write_gradient<D, map>(logits, first, last, target, g, lse, y);
+    write_gradient<D, transform>(logits, first, last, target, g, lse, y);
     fill_zero(y, 0, first);
     fill_zero(y, last, a.cols);
   }
@@ -207,7 +207,7 @@ struct Kernel {
     for (std::int64_t row = begin; row < end; ++row)
       backward(row, 0, a.cols, static_cast<T*>(a.grad_logits) + place(a.grad_strides, a.inner, row));
   }
-  // Row after row, as row k is written over one that is no longer needed: threads share out the columns.
+  // Row k is written over a row that is no longer needed, so rows are handled in order; threads divide the columns.
   void backward_live(std::int64_t begin, std::int64_t end) const {
     for (std::int64_t k = 0; k < a.num_live; ++k)
       backward(a.live[k], begin, end, static_cast<T*>(a.grad_logits) + k * a.grad_strides.inner);
@@ -215,18 +215,18 @@ struct Kernel {
 };
 
 template <typename D, typename Body>
-RADDPO_HD void with_map(const TokenLogpsArgs& a, Body body) {
-  if (a.softcap != 0.) return body(Kernel<D, Map::softcap>{a});
-  if (a.scale != 1.) return body(Kernel<D, Map::scale>{a});
-  body(Kernel<D, Map::none>{a});
+RADDPO_HD void with_transform(const TokenLogpsArgs& a, Body body) {
+  if (a.softcap != 0.) return body(Kernel<D, Transform::softcap>{a});
+  if (a.scale != 1.) return body(Kernel<D, Transform::scale>{a});
+  body(Kernel<D, Transform::none>{a});
 }
 
 template <typename Body>
 RADDPO_HD void with_kernel(const TokenLogpsArgs& a, Body body) {
-  if (a.type == LogitType::float32) return with_map<Float32>(a, body);
-  if (a.type == LogitType::bfloat16) return with_map<BFloat16>(a, body);
-  if (a.type == LogitType::float16) return with_map<Float16>(a, body);
-  with_map<Float64>(a, body);
+  if (a.type == LogitType::float32) return with_transform<Float32>(a, body);
+  if (a.type == LogitType::bfloat16) return with_transform<BFloat16>(a, body);
+  if (a.type == LogitType::float16) return with_transform<Float16>(a, body);
+  with_transform<Float64>(a, body);
 }
 
 }  // namespace

@@ -1,13 +1,13 @@
 #pragma once
-// Which column is a row's target, on host and device.
+// Finds the column of a row's target, on host and device.
 #include "../common/math.h"
 #include "token_logps.h"
 
 namespace raddpo {
 
 constexpr std::int64_t kIgnored = -1;    // log-prob 0, no gradient
-constexpr std::int64_t kOutside = -2;    // of the support: log-prob -inf, no gradient
-constexpr std::int64_t kElsewhere = -3;  // among the columns of the wider row that are not here
+constexpr std::int64_t kOutside = -2;    // outside the support: log-prob -inf, no gradient
+constexpr std::int64_t kElsewhere = -3;  // a column of the wider row that is not among these logits
 
 RADDPO_HD std::int64_t target_column(const TokenLogpsArgs& a, std::int64_t row) {
   const std::int64_t token = a.targets[row], column = token - a.first_column;
