@@ -8,9 +8,9 @@
 #include "catalogue.h"
 #include "check.h"
 #include "search.h"
+#include "trie/trie_ops.h"
 #include "trie_index/trie_live.h"
 #include "trie_index/trie_merge.h"
-#include "trie/trie_ops.h"
 
 using namespace raddpo;
 

@@ -5,10 +5,10 @@
 
 #include "catalogue.h"
 #include "check.h"
+#include "trie/trie_ops.h"
 #include "trie_index/trie_check.h"
 #include "trie_index/trie_live.h"
 #include "trie_index/trie_merge.h"
-#include "trie/trie_ops.h"
 
 using namespace raddpo;
 

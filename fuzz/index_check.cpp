@@ -7,11 +7,11 @@
 #include <vector>
 
 #include "../csrc/common/isa.h"
+#include "../csrc/trie/trie_ops.h"
 #include "../csrc/trie_index/trie_build.h"
 #include "../csrc/trie_index/trie_check.h"
 #include "../csrc/trie_index/trie_live.h"
 #include "../csrc/trie_index/trie_merge.h"
-#include "../csrc/trie/trie_ops.h"
 #include "index_mutator.h"
 
 using namespace raddpo;
