@@ -233,6 +233,7 @@ def compile_case() -> tuple[rx.TrieIndex, Tensor, rx.BeamState]:
     return index, torch.randn(2, 4, 20), state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_to_one_graph(backend: str) -> None:
     """Together with what a model does around it."""

@@ -19,6 +19,8 @@ import torch
 import raddpo_ext as rx
 from raddpo_ext.index.store_service import StoreService
 
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 
 

@@ -219,6 +219,7 @@ def test_checkpointing(kind: str, accumulate: bool, budget: int) -> None:
     torch.testing.assert_close(weight.grad, expected[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vocab", "levels", "gaps", "trie"])
 def test_compiles_whole(name: str) -> None:
     """Forward and backward in one graph each, for every support, budget and kind of gradient, and where shapes vary."""

@@ -256,7 +256,7 @@ def test_nothing_is_allowed_to_one_query(name, value):
     same = {key: rows[[0, 2, 2]] for key, rows in prompts().items()}
     for row in range(3):
         processors = [Overflow([row], value=value), rx.TrieLogitsProcessor(make_index(), start_of(model))]
-        with pytest.raises(ValueError, match=rf"scores\[{row}\], of query {row}, .* after \[\]"):
+        with pytest.raises(ValueError, match=rf"scores\[{row}\] \(query {row}\) .* after \[\]"):
             model.generate(**same, max_new_tokens=2, do_sample=False, logits_processor=processors)
 
 
@@ -277,9 +277,9 @@ def test_a_beam_may_die(value):
     assert spoil.tokens[0] in whole.sequences[4:8, 6].tolist()
     assert spoil.tokens[0] not in got.sequences[4:8, 6].tolist()
     assert got.sequences[[0, 1, 2, 3, 8, 9, 10, 11]].tolist() == whole.sequences[[0, 1, 2, 3, 8, 9, 10, 11]].tolist()
-    with pytest.raises(ValueError, match=r"scores\[4\], of query 1, .* after \[\d+\]"):
+    with pytest.raises(ValueError, match=r"scores\[4\] \(query 1\) .* after \[\d+\]"):
         search(Overflow([4, 5, 6, 7], 7, value), 4)
-    with pytest.raises(ValueError, match=r"scores\[4\], of query 4, .* or give num_beams"):
+    with pytest.raises(ValueError, match=r"scores\[4\] \(query 4\) .* or set num_beams"):
         search(Overflow([4], 7, value), 1)
 
 

@@ -253,6 +253,7 @@ def train_on_rank() -> tuple[list[Tensor], dict[str, Tensor]]:
     return train(2, torch.distributed.get_rank(), 2)
 
 
+@pytest.mark.slow
 def test_accumulated_and_distributed_batches_equal_one_big_batch() -> None:
     parameters, state = train(1)
     assert not state["history"].isnan().any()  # so that weights below 1 have had a say

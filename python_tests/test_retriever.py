@@ -407,7 +407,7 @@ def test_the_catalogue_may_be_replaced():
     got, expected = retriever.retrieve(*prompts()), rx.SIDRetriever(model, second, beam_width=6).retrieve(*prompts())
     assert torch.equal(got.items, expected.items)
     assert not torch.equal(got.items, before.items)
-    with pytest.raises(ValueError, match="index holds token id 127"):
+    with pytest.raises(ValueError, match="index must hold token ids below the model's vocab_size 120, got 127"):
         retriever.index = make_index(200, size=26)
     assert retriever.index is second
 
@@ -423,7 +423,7 @@ def test_one_call_may_have_another_catalogue():
         assert torch.equal(got.scores, expected.scores)
     assert retriever.index is first
     assert torch.equal(retriever.retrieve(*prompts()).items, before.items)
-    with pytest.raises(ValueError, match="index holds token id 127"):
+    with pytest.raises(ValueError, match="index must hold token ids below the model's vocab_size 120, got 127"):
         retriever.retrieve(*prompts(), index=make_index(200, size=26))
     with pytest.raises(TypeError, match="index must be a TrieIndex, got Tensor"):
         retriever.retrieve(*prompts(), index=torch.arange(3))

@@ -72,6 +72,7 @@ def test_all_minus_inf(isa: str) -> None:
     assert row_lse(torch.zeros(0, 5)).shape == (0,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cap", ["scalar", "avx2", "nonsense"])
 def test_environment_lowers_the_instruction_set(cap: str) -> None:
     expected = min(cap if cap in ISAS else ISAS[-1], _C.best_isa(), key=ISAS.index)

@@ -25,6 +25,8 @@ from raddpo_ext.serve.config import ServeConfig
 from raddpo_ext.serve.protocol import Answer, Query
 from raddpo_ext.serve.search import Search
 
+pytestmark = pytest.mark.slow
+
 WIDTH = 12
 
 

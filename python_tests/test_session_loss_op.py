@@ -260,6 +260,7 @@ def test_opcheck(options: dict[str, Any] | None) -> None:
         torch.library.opcheck(func, (first, *rest), kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "options"), [*(("aot_eager", options) for options in OPTIONS), ("inductor", OPTIONS[1])]
 )

@@ -222,6 +222,7 @@ def test_opcheck(dtype: torch.dtype, listed: bool) -> None:
         torch.library.opcheck(ops.token_logps_backward_, (logps, logits[0], where, lse, *columns, live, *options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_whole(backend: str) -> None:
     """Forward and backward in one graph each, for every support; a target out of the vocabulary raises there too."""

@@ -79,11 +79,11 @@ def test_text_that_is_no_sid(chosen: str, why: str, splits: bool, with_index: bo
     if splits and chosen.startswith("<a_99>"):
         why = "has 8 codes, not 1 to 3"
     with pytest.raises(
-        ValueError, match=r"train_dataset\[3\]: rows\[0\]\['rejected'\]\[1\] = \[.*\] is no SID.*" + why
+        ValueError, match=r"train_dataset\[3\]: rows\[0\]\['rejected'\]\[1\] = \[.*\] is not a SID.*" + why
     ):
         trainer([*ROWS[:3], bad], tmp_path, extra=extra)
     made = trainer(ROWS, tmp_path, extra=extra)
-    with pytest.raises(ValueError, match=r"^rows\[1\]\['rejected'\]\[1\] = \[.*\] is no SID"):
+    with pytest.raises(ValueError, match=r"^rows\[1\]\['rejected'\]\[1\] = \[.*\] is not a SID"):
         made.data_collator([ROWS[0], bad])
 
 
@@ -92,12 +92,12 @@ def test_text_that_is_no_sid_in_a_stream(splits: bool, tmp_path: Path) -> None:
     """At the start where it is among the first rows, else when it is met, also in a worker's process."""
     bad = {**ROWS[0], "chosen": "<a_99><b_1><c_1>"}
     extra = {"processing_class": tokenizer(splits), "vocab": VOCAB}
-    with pytest.raises(ValueError, match=r"train_dataset\[2\]: rows\[0\]\['chosen'\]\[0\] = .* is no SID"):
+    with pytest.raises(ValueError, match=r"train_dataset\[2\]: rows\[0\]\['chosen'\]\[0\] = .* is not a SID"):
         trainer(Stream([*ROWS[:2], bad]), tmp_path, extra=extra)
     for workers in (0, 1):
         late = Stream([*ROWS * 4, ROWS[1], bad])
         made = trainer(late, tmp_path, extra=extra, batch=2, max_steps=20, dataloader_num_workers=workers)
-        with pytest.raises(ValueError, match=r"rows\[1\]\['chosen'\]\[0\] = .* is no SID"):
+        with pytest.raises(ValueError, match=r"rows\[1\]\['chosen'\]\[0\] = .* is not a SID"):
             made.train()
         assert made.state.global_step <= 16
 
@@ -114,7 +114,7 @@ def test_messages(tmp_path: Path) -> None:
     for reader in (tokenizer(), tail):
         made = trainer([row("<a_1><b_1><c_1>")], tmp_path, extra={"processing_class": reader, "vocab": VOCAB})
         assert made.data_collator(made.train_dataset)["packed"].sessions.tokens.tolist() == [[11, 19, 27, 2]]
-    with pytest.raises(ValueError, match=r"train_dataset\[0\]: rows\[0\]\['chosen'\]\[0\] .* is no SID"):
+    with pytest.raises(ValueError, match=r"train_dataset\[0\]: rows\[0\]\['chosen'\]\[0\] .* is not a SID"):
         trainer([row("<a_99><b_1><c_1>")], tmp_path, extra={"vocab": VOCAB})
 
 

@@ -160,6 +160,7 @@ def test_sparse_ids_are_distinct(tmp_path: Path, isa: str) -> None:
             forgery.refused(tmp_path / "twice.trie", f"malformed: items hold {items[first]} twice")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab", [rx.SIDVocab([2**24 - 1]), rx.SIDVocab([2**23] * 2, eos=2**24)])
 def test_a_small_file_takes_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocab: rx.SIDVocab) -> None:
     """What it says of a vocab of 2**24 codes is believed only once somebody asks for the vocab."""

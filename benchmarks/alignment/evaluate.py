@@ -31,7 +31,7 @@ def retrieve_freely(model: Any, data: Data, histories: Sequence[list[int]], beam
     """The best token ids of each history by beam search over the whole vocabulary: int64 ``[B, beams, L]``."""
 
     def search(prompts: Tensor) -> Tensor:
-        decoder = SharedPrefixDecoder(model, {}, prompts, torch.ones_like(prompts, dtype=torch.bool))
+        decoder = SharedPrefixDecoder(model, None, prompts, torch.ones_like(prompts, dtype=torch.bool))
         tokens = parents = torch.zeros(len(prompts), 1, dtype=torch.int64)
         scores = torch.zeros(len(prompts), 1)
         rows = torch.zeros(len(prompts), 1, 0, dtype=torch.int64)

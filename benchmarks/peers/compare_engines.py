@@ -78,7 +78,7 @@ class Paths:
 
 def _kept_prompts(model: Any, prompts: Tensor) -> Logits:
     """A ``step_fn`` that keeps a prompt's keys and values once for all its beams."""
-    return SharedPrefixDecoder(model, {}, prompts, torch.ones_like(prompts, dtype=torch.bool))
+    return SharedPrefixDecoder(model, None, prompts, torch.ones_like(prompts, dtype=torch.bool))
 
 
 class ResubmittedPrompts:

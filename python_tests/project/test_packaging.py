@@ -165,7 +165,7 @@ def test_readme_runs_from_the_wheel(python: Path, tmp_path: Path) -> None:
     where = run(python, "-c", "import raddpo_ext; print(raddpo_ext._C.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(python.parents[1])
     options = ("-q", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", "-k", "README")
-    said = run(python, "-m", "pytest", *options, ROOT / "python_tests" / "test_docs.py", cwd=tmp_path)
+    said = run(python, "-m", "pytest", *options, ROOT / "python_tests" / "project" / "test_docs.py", cwd=tmp_path)
     assert "passed" in said
 
 
