@@ -2,31 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from support.operator_calls import OPERATORS, Call, Recorder
 
 import raddpo_ext as rx
-
-OPERATORS = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("raddpo::"))
-
-
-class Recorder(TorchDispatchMode):
-    """Records the calls of this package's operators, below autograd."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[str, list[tuple[Any, tuple[Any, ...]]]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "raddpo":
-            assert not kwargs
-            copies = tuple(arg.detach().clone() if isinstance(arg, Tensor) else arg for arg in args)
-            self.calls.setdefault(func.name(), []).append((func, copies))
-        return func(*args, **(kwargs or {}))
 
 
 def search(index: rx.TrieIndex) -> None:
@@ -59,7 +39,7 @@ def losses(index: rx.TrieIndex) -> None:
 
 
 @pytest.fixture(scope="module")
-def calls() -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
+def calls() -> dict[str, list[Call]]:
     index = rx.TrieIndex.build([[0, 1], [1, 0], [1, 2]], vocab=rx.SIDVocab([2, 3]))
     with Recorder() as recorder:
         for one in (index, index.restrict([0, 2])):
@@ -69,7 +49,7 @@ def calls() -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_opcheck(name: str, calls: dict[str, list[tuple[Any, tuple[Any, ...]]]]) -> None:
+def test_opcheck(name: str, calls: dict[str, list[Call]]) -> None:
     assert name in calls, f"no call of {name} is made here: add one"
     for func, arguments in calls[name]:
         torch.library.opcheck(func, arguments)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from support.operator_calls import OPERATORS, Recorder
 from support.session_cases import CORES, FIELDS, Case, assert_close, build, name_of, on, run
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import raddpo_ext as rx
 from raddpo_ext.losses import session_loss
@@ -215,19 +216,6 @@ def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype, core: dic
         assert now.numpy().tobytes() == then.numpy().tobytes()
 
 
-class Recorder(TorchDispatchMode):
-    """Every call of an operator of ours, with its arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "raddpo":
-            self.calls.append((func, args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
     ("name", "named", "results"),
     [
@@ -252,12 +240,10 @@ def test_opcheck(options: dict[str, Any] | None) -> None:
             rx.multilabel_contrastive_loss(logps[:, 0], case.sessions).backward()
         else:
             rx.rad_dpo_loss(logps, case.sessions, **case.arguments(options)).loss.backward()
-    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("raddpo::session_loss")}
-    assert {func.name() for func, _, _ in recorder.calls} == names
-    for func, args, kwargs in recorder.calls:
-        first, *rest = (arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
-        first.requires_grad_(func._opname == "session_loss")
-        torch.library.opcheck(func, (first, *rest), kwargs)
+    assert set(recorder.calls) == {name for name in OPERATORS if name.startswith("raddpo::session_loss")}
+    for func, args in itertools.chain.from_iterable(recorder.calls.values()):
+        args[0].requires_grad_(func._opname == "session_loss")
+        torch.library.opcheck(func, args)
 
 
 @pytest.mark.slow

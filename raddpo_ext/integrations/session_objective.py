@@ -42,7 +42,7 @@ class SessionObjective(nn.Module):
 
         That of preference and SFT is 1: they are this batch's share of the whole batch's loss.
         """
-        result = self.loss.result(
+        result = self.loss.of_logps(
             self.logps(states, packed),
             packed.sessions,
             embeddings=None if self.similarity_weighting is None else states.embeddings,

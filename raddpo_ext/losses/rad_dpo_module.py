@@ -137,7 +137,7 @@ class RADDPOLoss(nn.Module):
             ValueError, TypeError: naming the argument and the value.
         """
         logps = self.logps(hidden, weight, sessions, bias=bias, rows=rows, check=check)
-        return self.of_logps(
+        result = self.of_logps(
             logps,
             sessions,
             embeddings=embeddings,
@@ -147,6 +147,7 @@ class RADDPOLoss(nn.Module):
             normalizer=normalizer,
             check=check,
         )
+        return RADDPOOutput(result.loss, _metrics(result), logps)
 
     def logps(
         self,
@@ -203,41 +204,19 @@ class RADDPOLoss(nn.Module):
         detach: Tensor | None = None,
         normalizer: Any = None,
         check: bool = False,
-    ) -> RADDPOOutput:
-        """Compute pair weights, loss and metrics from the log-probs, the rest of :meth:`forward`.
+    ) -> SessionLossOutput:
+        """Compute pair weights and loss from the log-probs, the rest of :meth:`forward`.
 
         Args:
             logps: ``[C, L]``, from :meth:`logps` or another source.
             sessions, embeddings, ref_logps, pair_weights, detach, normalizer, check: see :meth:`forward`.
 
+        Returns:
+            What :func:`rad_dpo_loss` returns; its ``totals`` are the sums behind the metrics of :meth:`forward`.
+
         Raises:
             ValueError, TypeError: naming the argument and the value.
         """
-        result = self.result(
-            logps,
-            sessions,
-            embeddings=embeddings,
-            ref_logps=ref_logps,
-            pair_weights=pair_weights,
-            detach=detach,
-            normalizer=normalizer,
-            check=check,
-        )
-        return RADDPOOutput(result.loss, _metrics(result), logps)
-
-    def result(
-        self,
-        logps: Tensor,
-        sessions: SessionBatch,
-        *,
-        embeddings: Tensor | None = None,
-        ref_logps: Tensor | None = None,
-        pair_weights: Tensor | None = None,
-        detach: Tensor | None = None,
-        normalizer: Any = None,
-        check: bool = False,
-    ) -> SessionLossOutput:
-        """Like :meth:`of_logps`, but return the :class:`SessionLossOutput`, which has the sums behind the metrics."""
         if (embeddings is None) != (self.similarity_weighting is None):
             required = "be None without" if self.similarity_weighting is None else "be given with"
             raise ValueError(f"embeddings must {required} similarity_weighting, got {type(embeddings).__name__}")
