@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.session_cases import build
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import raddpo_ext as rx
 from raddpo_ext import reference
+from raddpo_ext.losses import session
 
 Sessions = list[tuple[int, int]]  # positives and negatives of each
 
@@ -64,6 +67,75 @@ def test_mask_equals_the_loop(counts: Sessions, levels: int) -> None:
     expected = [[level < length for level in range(levels)] for length in batch.lengths.tolist()]
     assert batch.mask().tolist() == expected
     assert batch.mask().shape == batch.tokens.shape
+
+
+@given(COUNTS, st.data())
+def test_select_equals_the_loop(counts: Sessions, data: st.DataObject) -> None:
+    batch = rx.SessionBatch(**parts(counts))
+    keep = data.draw(st.lists(st.booleans(), min_size=len(counts), max_size=len(counts)))
+    selected, rows = batch.select(torch.tensor(keep, dtype=torch.bool))
+    kept = [session for session, keeps in enumerate(keep) if keeps]
+    offsets = batch.offsets.tolist()
+    expected = [row for session in kept for row in range(offsets[session], offsets[session + 1])]
+    assert rows.tolist() == expected
+    assert rows.dtype == torch.int64
+    assert selected.tokens.tolist() == [batch.tokens[row].tolist() for row in expected]
+    assert selected.lengths.tolist() == [int(batch.lengths[row]) for row in expected]
+    assert selected.num_positives.tolist() == [counts[session][0] for session in kept]
+    assert selected.offsets.tolist() == [0, *np.cumsum([sum(counts[session]) for session in kept]).tolist()]
+    assert selected.num_pairs == sum(counts[session][0] * counts[session][1] for session in kept)
+    assert selected.pair_offsets.tolist() == loop_pairs([counts[session] for session in kept])[1]
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operators that would wait for a GPU: their result is a number, or its size depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        self.count += (
+            name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
+            or (name == "aten::repeat_interleave.Tensor" and "output_size" not in kwargs)
+            or (name == "aten::index.Tensor" and any(i is not None and i.dtype == torch.bool for i in args[1]))
+        )
+        return func(*args, **(kwargs or {}))
+
+
+def test_select_synchronises_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = rx.SessionBatch(**parts([(2, 3), (0, 1), (1, 1)]))
+    monkeypatch.setattr(session, "SessionBatch", lambda *given, num_pairs: (*given, num_pairs))  # reads, on the CPU
+    lists, tolist = [], Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda tensor: lists.append(tensor) or tolist(tensor))
+    with Reads() as reads:
+        (*_, num_pairs), rows = batch.select(torch.tensor([True, False, True]))
+    assert (len(lists), reads.count, num_pairs) == (1, 0, 7)
+    assert rows.tolist() == [0, 1, 2, 3, 4, 6, 7]
+    with Reads() as reads:
+        batch.tokens[batch.lengths > 0].nonzero()
+        torch.repeat_interleave(batch.lengths)
+        int(batch.lengths[0])
+    assert reads.count == 4
+
+
+@pytest.mark.parametrize(
+    ("keep", "error", "message"),
+    [
+        ([True, False], TypeError, "keep must be a Tensor, got list"),
+        (torch.tensor([1, 0]), ValueError, "keep must be bool of shape (2,), got torch.int64 of shape (2,)"),
+        (torch.tensor([True]), ValueError, "keep must be bool of shape (2,), got torch.bool of shape (1,)"),
+        (
+            torch.ones(2, dtype=torch.bool, device="meta"),
+            ValueError,
+            "keep must be on the device of the batch, cpu, got meta",
+        ),
+    ],
+)
+def test_select_refuses(keep: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        rx.SessionBatch(**BATCH).select(keep)
 
 
 def test_nothing_is_read_beyond_a_length() -> None:

@@ -103,6 +103,47 @@ class SessionBatch:
             setattr(changed, name, change(value) if isinstance(value, Tensor) else value)
         return changed
 
+    def select(self, keep: Tensor) -> tuple[SessionBatch, Tensor]:
+        """The sessions that ``keep`` marks, in their order.
+
+        To leave sessions out before the model runs, such as groups without an advantage. On a GPU this synchronises
+        once, to read how much is left.
+
+        Args:
+            keep: bool ``[S]``, on the device of the batch.
+
+        Returns:
+            The batch of these sessions, and the rows that its candidates had here: int64 ``[C']``. Values per
+            candidate follow as ``values[rows]``.
+
+        Raises:
+            ValueError, TypeError: naming the argument and the value.
+
+        Example:
+            >>> tokens = torch.tensor([[1, 2], [1, 3], [4, 2], [5, 6], [5, 7]])
+            >>> sessions = rx.SessionBatch(tokens, torch.full((5,), 2), torch.tensor([0, 3, 5]), torch.tensor([1, 1]))
+            >>> sessions.select(torch.tensor([False, True]))
+            (SessionBatch(num_sessions=1, num_candidates=2, num_pairs=1, device='cpu'), tensor([3, 4]))
+        """
+        _check.instance(keep, "keep", Tensor)
+        if keep.dtype != torch.bool or keep.shape != self.num_positives.shape:
+            raise ValueError(
+                f"keep must be bool of shape {tuple(self.num_positives.shape)}, got {keep.dtype} of shape "
+                f"{tuple(keep.shape)}"
+            )
+        if keep.device != self.device:
+            raise ValueError(f"keep must be on the device of the batch, {self.device}, got {keep.device}")
+        left = keep * torch.stack([torch.ones_like(self.num_positives), self.offsets.diff(), self.pair_offsets.diff()])
+        count, candidates, pairs = left.sum(1).tolist()
+        kept = keep.logical_not().argsort(stable=True)[:count]  # nonzero() would synchronise again
+        sizes = self.offsets.diff()[kept]
+        offsets = torch.zeros(count + 1, dtype=torch.int64, device=self.device)
+        torch.cumsum(sizes, 0, out=offsets[1:])
+        moved = torch.repeat_interleave(self.offsets[kept] - offsets[:-1], sizes, output_size=candidates)
+        rows = moved + torch.arange(candidates, device=self.device)
+        positives = self.num_positives[kept]
+        return SessionBatch(self.tokens[rows], self.lengths[rows], offsets, positives, num_pairs=pairs), rows
+
     def mask(self) -> Tensor:
         """A mask of the entries of ``tokens`` within the lengths: bool ``[C, L]``."""
         return torch.arange(self.tokens.shape[1], device=self.device) < self.lengths[:, None]
