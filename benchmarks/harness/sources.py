@@ -17,16 +17,19 @@ LOGPS = (*COMMON, "csrc/token_logps", "csrc/row_lse", "raddpo_ext/logps", "raddp
 LOSSES = (*LOGPS, "csrc/session_loss", "raddpo_ext/losses")
 PACKING = (*LOSSES, "csrc/pack_sessions", "raddpo_ext/data/pack_sessions.py", "raddpo_ext/integrations")
 RETRIEVAL = (*DECODING, "raddpo_ext/integrations")
-SERVICE = (*RETRIEVAL, "raddpo_ext/serve")
+SERVICE = (*RETRIEVAL, "raddpo_ext/data/prompts.py", "raddpo_ext/serve")
 OPERATORS = tuple(dict.fromkeys((*DECODING, *LOSSES, "csrc/pack_sessions", "raddpo_ext/data/pack_sessions.py")))
 
 
 def digest(places: Iterable[str]) -> str:
-    """Of the text of the sources in these folders and files, wherever they stand: a moved file is not an edit."""
+    """A digest of the text of these files, and of the sources in these folders and their subfolders.
+
+    It ignores the names of the files: moving a file is not an edit.
+    """
     texts = set()
     for place in places:
         path = ROOT / place
-        files = [path] if path.is_file() else [file for file in path.glob("*") if file.suffix in SUFFIXES]
+        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix in SUFFIXES]
         if not files:
             raise FileNotFoundError(f"there are no sources at {place}")
         texts |= {hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

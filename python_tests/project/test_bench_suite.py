@@ -107,6 +107,10 @@ def test_only_an_edit_of_its_sources_makes_a_result_stale(lab: Path) -> None:
     found["second"]["sources"] = "unknown"
     results.write(path, found)
     assert again() == ["second"]
+    (lab / "other" / "deeper").mkdir()
+    (lab / "other" / "deeper" / "code.h").write_text("deeper")
+    assert again() == ["third"]
+    (lab / "other" / "deeper" / "code.h").unlink()
     (lab / "other" / "code.h").unlink()
     with pytest.raises(FileNotFoundError, match="no sources at other"):
         again()
@@ -116,19 +120,42 @@ def test_every_member_is_built_of_sources_that_are_there() -> None:
     assert all(len(sources.digest(member.sources)) == 16 for member in MEMBERS)
 
 
-@pytest.mark.parametrize("places", [sources.DECODING, sources.LOSSES])
-def test_what_a_source_imports_is_a_source(places: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("places", "importing"),
+    [
+        (sources.DECODING, sources.DECODING),
+        (sources.LOSSES, sources.LOSSES),
+        (sources.SERVICE, ("raddpo_ext/serve",)),  # the integrations import the losses too, which no search uses
+    ],
+    ids=["decoding", "losses", "service"],
+)
+def test_what_a_source_imports_is_a_source(places: tuple[str, ...], importing: tuple[str, ...]) -> None:
     """But for what reads files, and the trie of log-probs, whose cases have none."""
     known = {"raddpo_ext/_files.py", "raddpo_ext/index/tokenizer_sids.py", "raddpo_ext/index/trie.py"}
     root, found = sources.ROOT, set()
-    files = [file for place in places for file in (root / place, *(root / place).glob("*.py")) if file.suffix == ".py"]
-    known |= {str(file.relative_to(root)) for file in files}
-    for file in files:
+
+    def modules_in(places: tuple[str, ...]) -> list[Path]:
+        return [
+            file for place in places for file in (root / place, *(root / place).rglob("*.py")) if file.suffix == ".py"
+        ]
+
+    known |= {str(file.relative_to(root)) for file in modules_in(places)}
+    for file in modules_in(importing):
         for package, names in re.findall(r"^from (raddpo_ext[\w.]*) import (.*)$", file.read_text(), re.MULTILINE):
             modules = [package, *(f"{package}.{name}" for name in names.split(", "))]
             found |= {module.replace(".", "/") + ".py" for module in modules}
     found = {path for path in found if (root / path).is_file()}
     assert found - known == set()
+
+
+def test_no_cell_passes_for_a_run(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    with pytest.raises(ValueError, match="a cell of first must not have the key 'run', got 3"):
+        results.write(path, {"first": {"commit": "c", "results": [{"case": "a", "run": 3}]}})
+    assert not path.exists()
+    path.write_text('{"case": "a"}\n')
+    with pytest.raises(ValueError, match="the first line must have the key 'run'"):
+        results.read(path)
 
 
 def test_only_what_is_named(lab: Path) -> None:
