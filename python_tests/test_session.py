@@ -303,6 +303,7 @@ def test_kept_pairs_are_those_of_the_reference(policy: str, weigh: bool) -> None
     ("weights", "error", "message"),
     [
         (torch.ones(3), ValueError, "pair_weights must have shape (8,), got (3,)"),
+        (torch.ones(8, device="meta"), ValueError, "pair_weights must be on cpu, got meta"),
         (torch.ones(8, dtype=torch.int64), TypeError, "pair_weights must be a float32, bfloat16, float16 or float64"),
         (torch.tensor([1.0, -1, *[1.0] * 6]), ValueError, "pair_weights[1] must be finite and at least 0, got -1.0"),
     ],

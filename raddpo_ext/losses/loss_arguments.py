@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from raddpo_ext import _check
+from raddpo_ext.losses import session_loss
 from raddpo_ext.losses.session import SessionBatch
-from raddpo_ext.losses.session_loss import check_weights
 
 
 def check_input(value: Any, name: str, sessions: Any, dim: int) -> None:
@@ -45,15 +45,13 @@ def check_nan(logps: Tensor, name: str, sessions: SessionBatch) -> None:
 
 
 def pair_weights(weights: Any, like: Tensor, sessions: SessionBatch, check: bool) -> Tensor | None:
+    """Check ``weights``, and return them as the operator takes them, in the dtype of ``like``."""
+    weights = session_loss.pair_weights(weights, sessions.num_pairs, sessions.device)
     if weights is None:
         return None
-    _check.instance(weights, "pair_weights", Tensor)
-    if not weights.is_floating_point():
-        raise TypeError(f"pair_weights must hold floating-point numbers, got {weights.dtype}")
-    weights = constant(weights, "pair_weights", like, weights.dtype, (sessions.num_pairs,)).to(like.dtype)
     if check:
-        check_weights(weights, "pair_weights")
-    return weights
+        session_loss.check_weights(weights, "pair_weights")
+    return weights.to(like.dtype)
 
 
 def level_weights(weights: Any, like: Tensor, check: bool) -> Tensor | None:
@@ -68,7 +66,7 @@ def level_weights(weights: Any, like: Tensor, check: bool) -> Tensor | None:
         return constant(given, "level_weights", like, like.dtype, like.shape[1:])
     weights = constant(weights.to(like.dtype), "level_weights", like, like.dtype, like.shape[1:])
     if _check.reads_values(weights, check):
-        check_weights(weights, "level_weights")
+        session_loss.check_weights(weights, "level_weights")
     return weights
 
 

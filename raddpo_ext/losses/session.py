@@ -181,11 +181,7 @@ class SessionBatch:
         Raises:
             ValueError, TypeError: naming the argument and the value.
         """
-        if pair_weights is not None:
-            _check.float_tensor(pair_weights, "pair_weights")
-            if pair_weights.shape != (self.num_pairs,):
-                raise ValueError(f"pair_weights must have shape {(self.num_pairs,)}, got {tuple(pair_weights.shape)}")
-        return self._facts(positives, pair_weights).kept
+        return self._facts(positives, session_loss.pair_weights(pair_weights, self.num_pairs, self.device)).kept
 
     def counts(self, positives: str = "winner") -> Tensor:
         """The divisors of ``reduction="mean"``: the sessions that keep a pair, and the tokens of all positives.
@@ -208,7 +204,7 @@ class SessionBatch:
             session_loss.Arguments(
                 logps=torch.zeros(self.tokens.shape, dtype=dtype, device=self.device),
                 **self.layout(),
-                pair_weights=None if pair_weights is None else pair_weights.detach().to(dtype).contiguous(),
+                pair_weights=None if pair_weights is None else pair_weights.to(dtype),
                 positives=_check.choice(positives, "positives", session_loss.POSITIVES),
             )
         )

@@ -111,6 +111,18 @@ def session_loss(arguments: Arguments) -> Results:
         raise
 
 
+def pair_weights(weights: Any, num_pairs: int, device: torch.device) -> Tensor | None:
+    """Check the argument ``pair_weights``, but not its values, and return it contiguous and without gradient."""
+    if weights is None:
+        return None
+    _check.float_tensor(weights, "pair_weights")
+    if weights.shape != (num_pairs,):
+        raise ValueError(f"pair_weights must have shape {(num_pairs,)}, got {tuple(weights.shape)}")
+    if weights.device != device:
+        raise ValueError(f"pair_weights must be on {device}, got {weights.device}")
+    return (weights.detach() if weights.requires_grad else weights).contiguous()
+
+
 def check_weights(weights: Tensor, name: str) -> None:
     """Raise ValueError for the first weight that is not finite and at least 0."""
     if weights.numel():
