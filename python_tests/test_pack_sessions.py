@@ -210,7 +210,7 @@ def test_to_moves_every_tensor():
     [
         ({"prompts": [[1]]}, ValueError, r"prompts must have one entry per session \(2\), got 1"),
         ({"prompts": [[1], []]}, ValueError, r"prompts\[1\] must have at least one token"),
-        ({"prompts": [[1], [2, -3]]}, ValueError, r"prompts\[1\]\[1\] = -3 is no token id"),
+        ({"prompts": [[1], [2, -3]]}, ValueError, r"prompts\[1\]\[1\] must be at least 0, got -3"),
         ({"prompts": [[1], [2.5]]}, TypeError, r"prompts\[1\] must hold integers"),
         ({"prompts": [[1], ["a"]]}, TypeError, r"prompts\[1\]"),
         ({"prompts": [[1], 5]}, TypeError, r"prompts\[1\]"),

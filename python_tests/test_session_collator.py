@@ -111,7 +111,7 @@ def test_truncation_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
         ({"prompt_ids": [1]}, ValueError, r"rows\[1\] has no column 'positives', only \['prompt_ids'\]"),
         ({"prompt": "a", "chosen": "b"}, ValueError, r"rows\[1\] holds text .* which needs a tokenizer"),
         ({**ROW, "prompt_ids": []}, ValueError, r"prompts\[1\] must have at least one token"),
-        ({**ROW, "prompt_ids": [4, -2]}, ValueError, r"prompts\[1\]\[1\] = -2 is no token id"),
+        ({**ROW, "prompt_ids": [4, -2]}, ValueError, r"prompts\[1\]\[1\] must be at least 0, got -2"),
         ({**ROW, "prompt_ids": [0.5]}, TypeError, r"prompts\[1\] must hold integers, got float64"),
         (
             {**ROW, "positives": [[1], []]},

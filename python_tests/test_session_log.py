@@ -115,10 +115,10 @@ def test_more_rows_than_a_chunk(tmp_path, monkeypatch, caplog, suffix):
 BAD = {
     "missing column": ({"prompt_ids": [1], "positives": []}, "has no negatives"),
     "not integers": ({**GOOD, "prompt_ids": [1.5]}, r"prompt_ids must be a list of integers, got \[1.5\]"),
-    "no token id": ({**GOOD, "positives": [[10, -14]]}, r"positives\[0\] holds -14, which is no token id"),
+    "not a token id": ({**GOOD, "positives": [[10, -14]]}, r"positives\[0\] holds -14, which is not a token id"),
     "empty prompt": ({**GOOD, "prompt_ids": []}, "prompt_ids is empty"),
     "empty candidate": ({**GOOD, "negatives": [[3], []]}, r"negatives\[1\] is empty"),
-    "no item id": ({**GOOD, "items": [3, -1]}, "items holds -1, which is no item id"),
+    "not an item id": ({**GOOD, "items": [3, -1]}, "items holds -1, which is not an item id"),
     "both positive and negative": (
         {**GOOD, "positives": [[3], [10, 14]], "negatives": [[4], [10, 14]]},
         r"positives\[1\] and negatives\[1\] are both \[10, 14\]",
@@ -134,8 +134,8 @@ MORE_BAD = {
     r"negatives must be a list of lists of integers, got 3": [{**GOOD, "negatives": 3}],
     r"negatives\[1\] must be a list of integers, got 12": [{**GOOD, "negatives": [[3], 12]}],
     "items must be a list of integers": [{**GOOD, "items": value} for value in (3, ["3"], [[3]], "12")],
-    "items holds 9223372036854775808, which is no item id": [{**GOOD, "items": [2**63]}],
-    "prompt_ids holds 2147483647, which is no token id": [{**GOOD, "prompt_ids": [1, 2**31 - 1]}],
+    "items holds 9223372036854775808, which is not an item id": [{**GOOD, "items": [2**63]}],
+    "prompt_ids holds 2147483647, which is not a token id": [{**GOOD, "prompt_ids": [1, 2**31 - 1]}],
 }
 
 
@@ -201,16 +201,16 @@ def test_columns_of_another_type(tmp_path):
     [
         (VOCAB, [10, 14], None),
         (VOCAB, [10], None),  # whether that is a whole SID is for the index to say
-        (VOCAB, [13, 14], "holds 13, which is no token of level 0"),
-        (VOCAB, [10, 17], "holds 17, which is no token of level 1"),
+        (VOCAB, [13, 14], "holds 13, which is not a token of level 0"),
+        (VOCAB, [10, 17], "holds 17, which is not a token of level 1"),
         (VOCAB, [10, 14, 14], "has 3 codes, not 1 to 2"),
         (EOS_VOCAB, [10, 14, 5], None),
         (EOS_VOCAB, [10, 5], None),
         (EOS_VOCAB, [10, 14], "does not end in eos, 5"),
         (EOS_VOCAB, [5], "has 0 codes, not 1 to 2"),
-        (EOS_VOCAB, [10, 5, 5], "holds 5, which is no token of level 1"),
+        (EOS_VOCAB, [10, 5, 5], "holds 5, which is not a token of level 1"),
         (rx.SIDVocab([2], token_ids=[[7, -1]]), [7], None),
-        (rx.SIDVocab([2], token_ids=[[7, -1]]), [8], "holds 8, which is no token of level 0"),
+        (rx.SIDVocab([2], token_ids=[[7, -1]]), [8], "holds 8, which is not a token of level 0"),
     ],
 )
 def test_vocab(tmp_path, vocab, sid, message):

@@ -65,8 +65,8 @@ def trainer(rows: Any, folder: Path, *, extra: Any = None, **options: Any) -> An
 @pytest.mark.parametrize(
     ("chosen", "why"),
     [
-        ("<a_99><b_1><c_1>", "which is no token of level 0"),
-        ("<a_1><c_1><b_1>", "holds 27, which is no token of level 1"),
+        ("<a_99><b_1><c_1>", "which is not a token of level 0"),
+        ("<a_1><c_1><b_1>", "holds 27, which is not a token of level 1"),
         ("<a_1><b_1><c_1><c_1>", "has 4 codes, not 1 to 3"),
         ("the <a_1><b_1><c_1>", "codes, not 1 to 3"),
     ],
@@ -122,7 +122,7 @@ def test_messages(tmp_path: Path) -> None:
     ("row", "why"),
     [
         ({"positives": [[11, 19, 27]]}, r"\['positives'\]\[0\] = \[11, 19, 27\] .*does not end in eos, 2"),
-        ({"negatives": [[19, 11, 27, 2]]}, r"\['negatives'\]\[0\] = .* holds 19, which is no token of level 0"),
+        ({"negatives": [[19, 11, 27, 2]]}, r"\['negatives'\]\[0\] = .* holds 19, which is not a token of level 0"),
     ],
 )
 def test_token_ids_that_are_no_sid(row: dict[str, Any], why: str, tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def _flatten(prompts: Sequence[Any], count: int) -> tuple[np.ndarray, np.ndarray
     if count and tokens.min() < 0:
         place = int(tokens.argmin())
         row = int(np.searchsorted(starts, place, "right")) - 1
-        raise ValueError(f"prompts[{row}][{place - starts[row]}] = {tokens[place]} is no token id")
+        raise ValueError(f"prompts[{row}][{place - starts[row]}] must be at least 0, got {tokens[place]}")
     return tokens, starts, lengths
 
 

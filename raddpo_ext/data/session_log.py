@@ -272,7 +272,7 @@ def _session(row: Any, check: SIDCheck | None) -> dict[str, Any]:
             raise _BadRow("not of the vocab", f"{name} = {sid} {why}")
     if row.get(ITEMS) is not None:
         session[ITEMS] = row[ITEMS]
-        _check_ids(ITEMS, session[ITEMS], None, _ITEM_IDS, "item id")
+        _check_ids(ITEMS, session[ITEMS], None, _ITEM_IDS, "an item id")
     negatives = {tuple(sid): place for place, sid in enumerate(session["negatives"])}
     for place, sid in enumerate(session["positives"]):
         if tuple(sid) in negatives:
@@ -287,7 +287,7 @@ def _candidates(session: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield f"{column}[{place}]", sid
 
 
-def _check_ids(name: str, ids: Any, empty: str | None, possible: range = _TOKENS, kind: str = "token id") -> None:
+def _check_ids(name: str, ids: Any, empty: str | None, possible: range = _TOKENS, kind: str = "a token id") -> None:
     """Raise _BadRow unless ``ids`` are possible ids. ``empty``: the reason to refuse an empty list, or None."""
     if not isinstance(ids, list) or not set(map(type, ids)) <= {int}:
         raise _BadRow("not integers", f"{name} must be a list of integers, got {ids!r:.60}")
@@ -295,4 +295,4 @@ def _check_ids(name: str, ids: Any, empty: str | None, possible: range = _TOKENS
         raise _BadRow(empty, f"{name} is empty")
     for number in (min(ids, default=0), max(ids, default=0)):
         if number not in possible:
-            raise _BadRow(f"no {kind}", f"{name} holds {number}, which is no {kind}")
+            raise _BadRow(f"not {kind}", f"{name} holds {number}, which is not {kind}")

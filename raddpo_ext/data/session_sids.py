@@ -26,7 +26,7 @@ class SIDCheck:
             return f"has {len(codes)} codes, not 1 to {len(self.levels)}"
         for level, token in enumerate(codes):
             if token not in self.levels[level]:
-                return f"holds {token}, which is no token of level {level}"
+                return f"holds {token}, which is not a token of level {level}"
         return None
 
 

@@ -1,4 +1,4 @@
-"""PEFT adapters in a trainer over packed sessions: which are refused, and the model as it was before the first step."""
+"""PEFT adapters in a trainer over packed sessions: refuses unsuitable ones, and runs a model with its start values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raddpo_ext.integrations.session_states import verify_packing
 from raddpo_ext.logps.head import Head
 from raddpo_ext.losses.session import SessionBatch
 
-#: What these types need beyond their layers, which the packed pass does not give them.
+#: Adapters that need more than their layers, which a packed forward does not provide, and what they need.
 _REFUSED = {
     "ADALORA": "adds a regularizer to the model's own loss and prunes its ranks by a call after every step",
     "ADAPTION_PROMPT": "puts tokens before the prompt",
@@ -30,7 +30,11 @@ _REFUSED = {
 
 
 def add_adapters(model: Any, config: Any) -> Any:
-    """The model with new adapters of a ``PeftConfig``; raises ValueError, TypeError for what cannot be meant."""
+    """Add the adapters of a ``PeftConfig`` to a model.
+
+    Raises:
+        ValueError, TypeError: the config is of another type or cannot be trained here, or the model has adapters.
+    """
     from peft import PeftConfig, get_peft_model
 
     _check.instance(config, "peft_config", PeftConfig)
@@ -41,7 +45,7 @@ def add_adapters(model: Any, config: Any) -> Any:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether PEFT has replaced layers of a model, by a class of its own around it or within it (``add_adapter``)."""
+    """Whether PEFT has replaced layers of a model, whether it wraps the model or not (``add_adapter``)."""
     if "peft" not in sys.modules:
         return False
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -54,7 +58,7 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def refuse_adapters(model: Any) -> None:
-    """Raises ValueError for a model with adapters that the loss would pass over."""
+    """Raise ValueError for a model with adapters that the loss would ignore."""
     configs = getattr(getattr(model, "_orig_mod", model), "peft_config", {})
     for config in configs.values():
         refuse_config(config)
@@ -62,7 +66,7 @@ def refuse_adapters(model: Any) -> None:
 
 
 def refuse_config(config: Any) -> None:
-    """Raises ValueError for a ``PeftConfig`` whose adapters cannot be trained on packed sessions."""
+    """Raise ValueError for a ``PeftConfig`` whose adapters cannot be trained on packed sessions."""
     kind = getattr(config.peft_type, "value", config.peft_type)
     why = "puts tokens before the prompt" if config.is_prompt_learning else _REFUSED.get(kind)
     if getattr(config, "alora_invocation_tokens", None) is not None:
@@ -75,7 +79,7 @@ def refuse_config(config: Any) -> None:
 
 
 def refuse_head(model: Any) -> None:
-    """Raises ValueError for a model whose head is more than its weight and bias, which are all that the loss reads."""
+    """Raise ValueError for a model with an adapter on its head: the loss reads only the weight and bias."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
@@ -90,13 +94,13 @@ def refuse_head(model: Any) -> None:
 
 
 def verify_adapters(model: Any) -> None:
-    """:func:`verify_packing` and :func:`verify_gradients` off the adapters' start, where most of them add nothing.
+    """Run :func:`verify_packing` and :func:`verify_gradients` with changed adapters, as most new ones add nothing yet.
 
     Args:
-        model: with adapters, its forward takes sessions (``accept_sessions``); it is left as it was.
+        model: a PEFT model whose forward takes sessions (``accept_sessions``). Its values are restored.
 
     Raises:
-        ValueError: as these do.
+        ValueError: one of the two checks fails.
     """
     generator = torch.Generator().manual_seed(0)
     with StartValues(model)(model):
@@ -111,14 +115,15 @@ def verify_adapters(model: Any) -> None:
 
 
 def verify_gradients(model: Any) -> None:
-    """Checks that the packed pass reaches the trainable parameters that a plain pass reaches, with its gradients.
+    """Check that each trainable parameter gets the same gradient from packed sessions as from a plain forward.
 
     Args:
         model: a PEFT model whose forward takes sessions (``accept_sessions``).
 
     Raises:
-        ValueError: no parameter is trainable, or one would get another gradient, naming it.
+        ValueError: no parameter is trainable, or one gets another gradient; names it.
     """
+    # One session of one candidate, packed.
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:
         raise ValueError("model has adapters, but no trainable parameter; load them with is_trainable=True")
@@ -137,8 +142,9 @@ def verify_gradients(model: Any) -> None:
         logits = Head(states.weight, states.bias, **logits_map(inner)).logits(states.hidden)
         return loss(logits[0] if states.rows is None else logits[states.rows[0]])
 
+    # Both gradients, in evaluation mode, because dropout is random.
     modes = {module: module.training for module in model.modules()}
-    model.eval()  # no dropout
+    model.eval()
     try:
         with torch.enable_grad():
             found = _gradients(model(packed=packed, compute=packed_loss), trained)
@@ -151,6 +157,7 @@ def verify_gradients(model: Any) -> None:
     finally:
         for module, mode in modes.items():
             module.training = mode
+    # Half precision rounds much more.
     exact = all(parameter.dtype == torch.float32 for parameter in inner.parameters())
     for name, right in expected.items():
         scale = float(right.abs().max())
@@ -162,6 +169,7 @@ def verify_gradients(model: Any) -> None:
 
 
 def _gradients(loss: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of a loss by parameter name; 0 for a parameter that it does not depend on."""
     wanted = list(parameters.values())
     values = torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [None] * len(wanted)
     return {
@@ -171,14 +179,18 @@ def _gradients(loss: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 class StartValues:
-    """A copy of a model's trainable parameters as they are now, to run the model with them again."""
+    """A copy of a model's trainable parameters, to run the model with these values later.
+
+    Args:
+        model: the model whose current values are copied.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.values = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     @contextmanager
     def __call__(self, model: nn.Module) -> Iterator[None]:
-        """Within it the model, unwrapped, has these values; after it those that it had."""
+        """A context in which the model (without its wrappers) has the copied values. Restores its own at the end."""
         own = {name: parameter for name, parameter in model.named_parameters() if name in self.values}
         kept = {name: parameter.detach().clone() for name, parameter in own.items()}
         _reshard(model)
@@ -191,6 +203,7 @@ class StartValues:
 
     @torch.no_grad()
     def _set(self, parameters: Mapping[str, Tensor], values: dict[str, Tensor]) -> None:
+        """Write values into parameters. Values from before sharding are distributed as their parameters are."""
         for name, parameter in parameters.items():
             if hasattr(parameter, "placements") and not hasattr(values[name], "placements"):
                 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -203,7 +216,7 @@ class StartValues:
 
 
 def _reshard(model: nn.Module) -> None:
-    """FSDP2 keeps gathered what it gathered last: it must read the shards anew."""
+    """Make FSDP2 read the shards again: it keeps the parameters that it gathered last."""
     for module in model.modules():
         reshard = getattr(module, "reshard", None)
         if callable(reshard):

@@ -1,4 +1,4 @@
-"""What the integrations must know of a transformers model: what is behind its wrappers, and what its head does."""
+"""What the integrations must know about a transformers model: the model without wrappers, its head, its windows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParalle
 
 
 def base_model(model: Any) -> Any:
-    """The transformers model behind ``torch.compile`` and PEFT adapters."""
+    """The transformers model behind ``torch.compile`` and PEFT adapters; raises for what is not one."""
     if type(model).__name__ in _WRAPPERS:
         raise ValueError(
             f"model is wrapped in {type(model).__name__}, which averages gradients only if called itself: call "
@@ -36,7 +36,7 @@ def base_model(model: Any) -> Any:
 
 
 def logits_map(model: Any) -> dict[str, float]:
-    """Returns how a model turns its head's output into logits: ``temperature`` and ``logit_softcap``, if it has them.
+    """Return how a model turns its head's output into logits: ``temperature`` and ``logit_softcap``, if it has them.
 
     They are arguments of :class:`raddpo_ext.RADDPOLoss`, :func:`raddpo_ext.linear_token_logps` and
     :func:`raddpo_ext.linear_beam_step`.
@@ -63,8 +63,10 @@ def logits_map(model: Any) -> dict[str, float]:
 
 
 def model_head(model: Any) -> Head | None:
-    """A model's head, or None if only the model can run it: behind ``torch.compile``, with adapters or quantized
-    weights in the head, with sharded weights."""
+    """A model's head, or None if only the model can run it.
+
+    That is so for a compiled model, and for a head with adapters, quantized weights or sharded weights.
+    """
     if hasattr(model, "_orig_mod"):
         return None
     head = base_model(model).get_output_embeddings()
@@ -74,7 +76,7 @@ def model_head(model: Any) -> Head | None:
 
 
 def context(config: Any) -> int | None:
-    """How many positions a text config allows; None where it names no limit, or a negative one (XLNet's -1)."""
+    """Maximum number of positions of a text config; None if it names no limit or a negative one (XLNet's -1)."""
     positions = getattr(config, "max_position_embeddings", None)
     return None if positions is None or positions < 0 else positions
 
@@ -87,8 +89,10 @@ _POSITION_WINDOWS = ("sliding_window", "attention_chunk_size")
 
 
 def windows(model: Any) -> dict[str, int]:
-    """How many positions a model treats alike, by the setting that says so: the context, what slides in it, and the
-    length beyond which its rope has other frequencies."""
+    """The windows that a model's settings count in positions, by name.
+
+    These are the context, sliding and chunked windows, and the length beyond which a rope changes its frequencies.
+    """
     config = model.config.get_text_config(decoder=True)
     layers = getattr(config, "layer_types", None) or ("sliding_attention",)
     found = {"max_position_embeddings": context(config)}
@@ -101,8 +105,11 @@ def windows(model: Any) -> dict[str, int]:
 
 
 def changing_rope(model: Any) -> int | None:
-    """How many positions a rope's frequencies hold for: of LongRoPE and dynamic scaling, which then change them for all
-    tokens, those in the cache too. None for every other."""
+    """The length up to which a model's rope keeps its frequencies; None if it always does.
+
+    Beyond that length LongRoPE and dynamic scaling use other frequencies for all tokens, but the keys in a cache keep
+    the former ones.
+    """
     config = model.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
     for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
@@ -113,10 +120,11 @@ def changing_rope(model: Any) -> int | None:
 
 
 def slot_windows(model: Any) -> dict[str, int]:
-    """What counts columns of the cache or of the packed row, whatever positions their tokens have.
+    """The windows that count columns of the cache or of a packed row, not positions, by name.
 
-    Every setting whose name speaks of a window, beyond those of :func:`windows`, is taken for one: within it no reading
-    of it makes a difference. So are masks of ``n x n`` columns that a model keeps, as GPT-Neo its causal mask.
+    Every setting whose name suggests a window counts as one, except those of :func:`windows`: up to that length, what
+    the setting means makes no difference. Square masks among the model's buffers count too, such as GPT-Neo's causal
+    mask.
     """
     found = {
         name: value
@@ -125,7 +133,7 @@ def slot_windows(model: Any) -> dict[str, int]:
         if _SLOT_WINDOW.search(name) and not _NO_WINDOW.search(name)
     }
     for name, buffer in model.named_buffers():
-        # A mask is bool, or broadcast over batch and heads; adapters keep square matrices of other kinds.
+        # A mask is bool or has dimensions of 1 for batch and heads; square matrices of adapters do not.
         is_mask = buffer.dtype == torch.bool or buffer.shape[:-2] == (1, 1)
         if is_mask and buffer.dim() > 1 and buffer.shape[-1] == buffer.shape[-2] > 1:
             found[name] = buffer.shape[-1]
@@ -133,13 +141,13 @@ def slot_windows(model: Any) -> dict[str, int]:
 
 
 def expert_capacities(model: Any) -> dict[str, float]:
-    """Settings by which an expert takes so many tokens and drops others: a number of them, or a part of the batch."""
+    """Settings that limit the tokens of an expert, which drops the others: a number, or a share of the batch."""
     config = model.config.get_text_config(decoder=True).to_dict()
     return {k: v for k, v in config.items() if "capacity" in k and type(v) in (int, float)}
 
 
 def head_scale(model: Any) -> float:
-    """By what the T5 family multiplies its decoder's states before the head."""
+    """The factor by which the T5 family multiplies its decoder's states before the head; 1 for other models."""
     config = model.config
     if config.model_type not in _T5_FAMILY:
         return 1.0
@@ -148,7 +156,7 @@ def head_scale(model: Any) -> float:
 
 
 def decoder_start(model: Any) -> int:
-    """The token that opens the decoder's side, as ``generate`` finds it."""
+    """The start token of the decoder's input, found as ``generate`` does."""
     for config in (model.generation_config, model.config):
         for name in ("decoder_start_token_id", "bos_token_id"):
             token = getattr(config, name, None)
@@ -158,7 +166,7 @@ def decoder_start(model: Any) -> int:
 
 
 def forward_parameters(model: Any) -> set[str]:
-    """Names of the forward's arguments, behind the wrappers of ``torch.compile`` and of PEFT adapters."""
+    """Names of the arguments of a model's forward, without the wrappers of ``torch.compile`` and PEFT."""
     model = getattr(model, "_orig_mod", model)
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()

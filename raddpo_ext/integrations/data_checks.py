@@ -1,5 +1,4 @@
-"""What RADDPOTrainer asks at its start: do the model, the tokenizer, the vocabulary, the index and the rows belong
-together?"""
+"""Checks of RADDPOTrainer that its model, tokenizer, vocabulary, index and rows belong together."""
 
 from __future__ import annotations
 
@@ -18,16 +17,16 @@ from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.index.vocab import SIDVocab
 from raddpo_ext.integrations.session_collator import SessionCollator, named_candidates
 
-#: How many rows of a data set are looked at, evenly spread; of a stream its first ones.
+#: Number of rows checked per data set, evenly spread; of a stream, its first rows.
 SAMPLED, SAMPLED_OF_STREAM = 256, 32
-_FOREIGN = 100  # so many candidates, and not one of them in the index, are no chance
-_TOKENS_OF_A_LEVEL = 4096
+_FOREIGN = 100  # if none of this many candidates is in the index, it is the wrong index
+_TOKENS_OF_A_LEVEL = 4096  # maximum number checked per level, evenly spread
 
 _logger = logging.get_logger(__name__)
 
 
 def check_vocabulary(vocab: SIDVocab | None, index: TrieIndex | None, vocab_size: int, tokenizer: Any) -> None:
-    """Raises ValueError where the SIDs' tokens are not the model's, the index's or the tokenizer's."""
+    """Raise ValueError if the SIDs' tokens do not match the model, the index or the tokenizer."""
     if vocab is not None and vocab.max_token >= vocab_size:
         raise ValueError(f"vocab must hold token ids below the model's vocab_size {vocab_size}, got {vocab.max_token}")
     if index is not None:
@@ -51,18 +50,18 @@ def check_rows(
     need_index: bool,
     check_packed: Callable[[PackedSessions], None],
 ) -> None:
-    """Collates some rows of each data set and looks their candidates up; logs how many the index lacks.
+    """Collate some rows of each data set, and log how many of their candidates the index lacks.
 
     Args:
-        datasets: by their names; None for one that is not there, and a dict of them.
-        collator: does nothing but for empty data sets where it is no :class:`SessionCollator`.
-        vocab, index: of the trainer.
-        need_index: refuse a candidate that the index lacks, whose log-prob among the index's SIDs is ``-inf``.
+        datasets: the data sets by name. A value may be None, or a dict of data sets.
+        collator: the trainer's. If it is not a :class:`SessionCollator`, only empty data sets are refused.
+        vocab, index: the trainer's, or None.
+        need_index: refuse candidates that the index lacks. Their log-prob over the trie would be ``-inf``.
         check_packed: raises ValueError for a packed row that the model cannot take.
 
     Raises:
-        ValueError, TypeError: a data set without rows; a row that the collator refuses; a candidate that is no SID of
-            ``vocab``; 100 candidates or more, of which the index has none.
+        ValueError, TypeError: a data set has no rows, the collator refuses a row, a candidate is not a SID of
+            ``vocab``, or the index has none of 100 candidates or more.
     """
     for name, dataset in datasets.items():
         if isinstance(dataset, dict):
@@ -81,6 +80,7 @@ def _check_dataset(
     need_index: bool,
     check_packed: Callable[[PackedSessions], None],
 ) -> None:
+    """:func:`check_rows` for one data set."""
     check = None if vocab is None else SIDCheck(vocab)
     lacking: list[str] = []
     rows = candidates = 0
@@ -88,6 +88,7 @@ def _check_dataset(
         rows += 1
         if not isinstance(collator, SessionCollator):
             continue
+        # The row by itself: the collator, the model's windows and the vocabulary accept it, or the error names it.
         try:
             packed = collator([row])["packed"]
             check_packed(packed)
@@ -99,6 +100,7 @@ def _check_dataset(
         except (ValueError, TypeError) as error:
             kind = TypeError if isinstance(error, TypeError) else ValueError
             raise kind(f"{name}[{number}]: {error}") from error
+        # Its candidates that the index lacks.
         if index is not None:
             known = contained(index, [tokens for _, tokens in found])
             lacking += [
@@ -107,6 +109,7 @@ def _check_dataset(
                 if not has
             ]
         candidates += len(found)
+    # A few candidates may be missing, but not all of many, and none with normalize = "trie".
     if lacking:
         told = (
             f"{len(lacking)} of {candidates} candidates of {rows} rows of {name} are not in the index, such as "
@@ -120,7 +123,11 @@ def _check_dataset(
 
 
 def _sampled(dataset: Any, name: str) -> Iterator[tuple[int, Any]]:
-    """Some rows and their numbers. A stream that can be read only once is left alone."""
+    """Some rows with their numbers. Nothing is read from a stream that can be read only once.
+
+    Raises:
+        ValueError: the data set has no rows.
+    """
     if hasattr(dataset, "__len__"):
         count = len(dataset)
         numbers = sorted({round(i * (count - 1) / max(SAMPLED - 1, 1)) for i in range(SAMPLED)}) if count else []
@@ -137,11 +144,13 @@ def _sampled(dataset: Any, name: str) -> Iterator[tuple[int, Any]]:
 
 
 def _check_tokenizer(vocab: SIDVocab, level: int, tokenizer: Any) -> None:
-    """Whether a level's tokens are ones that the tokenizer reads, and numbered as the codes are."""
+    """Raise ValueError if the tokenizer lacks tokens of a level, or numbers them otherwise than the codes."""
+    # The tokens of the codes, evenly spread if there are many.
     codes = (vocab.token_ids[level] >= 0).nonzero()[:, 0]
     if len(codes) > _TOKENS_OF_A_LEVEL:
         codes = codes[torch.linspace(0, len(codes) - 1, _TOKENS_OF_A_LEVEL).long()]
     ids = vocab.token_ids[level][codes].tolist()
+    # Each must be a token of the tokenizer, and not a special one.
     special = {tokenizer.unk_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id} - {None}
     size = len(tokenizer)
     tokens = []
@@ -154,7 +163,7 @@ def _check_tokenizer(vocab: SIDVocab, level: int, tokenizer: Any) -> None:
                 "the SIDs' tokens to the tokenizer, or correct the vocab's offsets"
             )
         tokens.append((code, token_id, token))
-    # Tokens such as <a_12> are numbered: then one prefix is the level's, and the numbers follow the codes.
+    # Tokens such as <a_12> are numbered. Most should then have the same prefix, and numbers that follow the codes.
     forms = [re.fullmatch(r"(.*?)(\d+)(\D*)", token, re.DOTALL) for _, _, token in tokens]
     kinds = [
         None if form is None else (form[1], int(form[2]) - code, form[3])

@@ -1,4 +1,4 @@
-"""A model of transformers as the ``step_fn`` of beam_search: one forward a step, what was computed before kept."""
+"""A transformers model as the ``step_fn`` of beam_search: one forward per step, with a KV cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from raddpo_ext.logps.head import Head
 
 
 def pad_left(prompts: Tensor, mask: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
-    """Prompts and mask with all padding on the left, as narrow as a multiple of ``multiple`` allows."""
+    """Move all padding to the left, and pad to the smallest possible multiple of ``multiple`` columns.
+
+    Returns:
+        The prompts and their mask.
+    """
     longest = int(mask.sum(1).max())
     columns = -(-longest // multiple) * multiple
     order = mask.long().argsort(dim=1, stable=True)[:, -longest:]
@@ -24,18 +28,18 @@ def pad_left(prompts: Tensor, mask: Tensor, multiple: int = 1) -> tuple[Tensor, 
 
 
 def pad_right(prompts: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Prompts and mask with all padding on the right, as encoders with learned positions need it."""
+    """Move all padding to the right, as encoders with learned positions need it; returns the prompts and their mask."""
     order = (~mask).long().argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]
     return prompts.gather(1, order), mask.gather(1, order)
 
 
 class Decoder:
-    """What the ways to decode have in common.
+    """Base class of the decoders: runs the model with a KV cache.
 
     Args:
-        model: as the user gave it.
-        head: its head, for a search that takes hidden states; None: the model runs its head, and gives logits.
-        positions: whether the model is told the tokens' positions, where it takes them.
+        model: the model, with the user's wrappers.
+        head: the model's head, if the search takes hidden states. None: the model runs its head and returns logits.
+        positions: whether to pass position ids to a model that takes them.
     """
 
     def __init__(self, model: Any, head: Head | None, positions: bool = True) -> None:
@@ -51,7 +55,7 @@ class Decoder:
         raise NotImplementedError
 
     def forward(self, tokens: Tensor, mask: Any, positions: Tensor, **extra: Any) -> Tensor:
-        """Hidden states or logits, ``[rows, columns, H or V]``."""
+        """Run the model on the next tokens; returns hidden states or logits, ``[rows, columns, H or V]``."""
         if self.tells_positions:
             extra["position_ids"] = positions
         output = self.inner(
@@ -66,6 +70,7 @@ class Decoder:
         return output.logits if self.head is None else output.last_hidden_state.to(self.head.weight.dtype)
 
     def check_cache(self) -> None:
+        """Raise TypeError if the model returned no cache, or one that cannot be reordered by beam."""
         if not hasattr(self.cache, "reorder_cache"):
             raise TypeError(
                 f"model must keep a KV cache that can be reordered, {type(self.model).__name__} gave "
@@ -74,7 +79,7 @@ class Decoder:
 
 
 class PromptDecoder(Decoder):
-    """A decoder-only model and its prompts, which are padded on the left."""
+    """Base class of the decoders of a decoder-only model; its prompts are padded on the left."""
 
     def __init__(self, model: Any, head: Head | None, prompts: Tensor, mask: Tensor, *, positions: bool = True) -> None:
         super().__init__(model, head, positions)
@@ -90,40 +95,43 @@ class PromptDecoder(Decoder):
         return self.mask.long() if self.padded else None
 
     def read_prompts(self) -> Tensor:
-        """The states of the prompts' last tokens, ``[B, 1, H or V]``."""
+        """Run the prompts; returns the states or logits of their last tokens, ``[B, 1, H or V]``."""
+        # Most models can leave out the logits of the other tokens.
         last = {"logits_to_keep": 1} if "logits_to_keep" in self.accepts else {}
         positions = (self.mask.long().cumsum(1) - 1).clamp(min=0)
         return self.forward(self.prompts, self.prompt_mask(), positions, **last)[:, -1:]
 
 
 class SharedPrefixDecoder(PromptDecoder):
-    """Keeps a prompt's keys and values once, whatever the beams.
+    """Stores a prompt's keys and values once for all of its beams.
 
-    All beams of a query are one row: their tokens are appended to its cache, step after step, and a mask shows each
-    beam the prompt and its own ancestors. Nothing in the cache ever moves: ``T + W * level`` tokens a query.
+    All beams of a query are one row. Each step appends their tokens to the row's cache, and a mask lets each beam
+    attend to the prompt and to its own ancestors. Nothing in the cache is reordered; after step ``level`` it holds
+    ``T + W * level`` tokens per query.
     """
 
     def __init__(self, model: Any, head: Head | None, prompts: Tensor, mask: Tensor) -> None:
         from transformers import DynamicCache
 
         super().__init__(model, head, prompts, mask)
-        self.cache = DynamicCache()  # without the model's config: no layer may drop what lies outside a window
+        self.cache = DynamicCache()  # without the model's config, so that no layer drops tokens outside of its window
         self.attention = base_model(model).config._attn_implementation
         self.sees = self.mask[:, None]  # [B, W, keys]
 
     def __call__(self, tokens: Tensor, parents: Tensor, level: int) -> Tensor:
         if level == 0:
             return self.read_prompts()
+        # A beam attends to what its parent attends to, and to itself.
         batch, width = tokens.shape
         ancestors = self.sees.gather(1, parents[..., None].expand(-1, -1, self.sees.shape[2]))
         itself = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
         self.sees = torch.cat([ancestors, itself], 2)
         positions = (self.lengths[:, None] + (level - 1)).expand(-1, width)
-        # Finished and empty slots (-1) feed token 0; what it gives is ignored.
+        # Finished and empty slots (-1) feed token 0; the search ignores their output.
         return self.forward(tokens.clamp(min=0), self.attention_mask(self.sees), positions)
 
     def attention_mask(self, sees: Tensor) -> Any:
-        """``sees [B, tokens, keys]`` as the model takes it."""
+        """Convert ``sees``, bool ``[B, tokens, keys]``, to the form of mask that the model's attention takes."""
         if self.attention == "flex_attention":
             from torch.nn.attention.flex_attention import create_block_mask
 
@@ -132,20 +140,21 @@ class SharedPrefixDecoder(PromptDecoder):
 
             batch, width, keys = sees.shape
             return create_block_mask(visible, batch, None, width, keys, device=str(sees.device))
-        if self.attention == "eager":  # it adds its mask to the scores
+        if self.attention == "eager":  # adds the mask to its scores
             dtype = self.inner.dtype
             return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
         return sees[:, None]
 
 
 class ReorderedDecoder(PromptDecoder):
-    """One row of the cache a beam, which follows the beams: for models that look past a mask."""
+    """Uses one KV-cache row per beam, reordered at every step: for models that ignore a custom mask."""
 
     def __call__(self, tokens: Tensor, parents: Tensor, level: int) -> Tensor:
         queries, width = tokens.shape
         if level == 0:
             states = self.read_prompts()
         else:
+            # Each beam continues from its parent's row: cache, mask and length.
             rows = _rows(parents, len(self.mask) // queries)
             self.reorder(rows)
             self.mask = torch.cat([self.mask[rows], torch.ones_like(rows, dtype=torch.bool)[:, None]], 1)
@@ -156,14 +165,15 @@ class ReorderedDecoder(PromptDecoder):
         return states.view(queries, width, -1)
 
     def reorder(self, rows: Tensor) -> None:
+        """Replace the rows of the cache by these of its rows."""
         self.cache.reorder_cache(rows)
-        states = getattr(self.cache, "linear_cache", None)  # MiniMax's recurrent layers, which its cache leaves behind
+        states = getattr(self.cache, "linear_cache", None)  # of MiniMax; its reorder_cache leaves it out
         if states is not None:
             states[:] = [state[rows] if isinstance(state, Tensor) else state for state in states]
 
 
 class EncoderDecoder(Decoder):
-    """An encoder-decoder: the prompts are encoded once, the decoder's cache follows the beams."""
+    """Encodes each prompt once, and decodes with one KV-cache row per beam, reordered at every step."""
 
     def __init__(self, model: Any, head: Head | None, prompts: Tensor, mask: Tensor) -> None:
         super().__init__(model, head)
@@ -181,16 +191,19 @@ class EncoderDecoder(Decoder):
         return states[:, -1].view(queries, width, -1)
 
     def _follow(self, rows: Tensor) -> None:
+        """Replace the rows of the cache by these of its rows."""
         if len(rows) == len(self.mask):
-            # Every beam of a query shares the prompt's keys and values, so that only the SID's move.
+            # The beams of a query have equal keys and values of the prompt, so only those of the SID are reordered.
             self.cache.self_attention_cache.reorder_cache(rows)
         else:
+            # The first step: one row per query becomes one row per beam.
             self.cache.reorder_cache(rows)
             self.mask = self.mask[rows]
             self.encoded.last_hidden_state = self.encoded.last_hidden_state[rows]
 
     def _decode(self, tokens: Tensor) -> Tensor:
         if self.head is not None:
+            # The decoder alone, up to the states that the head reads.
             output = self.inner(
                 input_ids=tokens,
                 encoder_hidden_states=self.encoded.last_hidden_state,
@@ -201,6 +214,7 @@ class EncoderDecoder(Decoder):
             )
             states = output.last_hidden_state.to(self.head.weight.dtype) * self.scale
         else:
+            # The whole model, with its own head.
             output = self.model(
                 encoder_outputs=self.encoded,
                 attention_mask=self.mask,
@@ -215,11 +229,11 @@ class EncoderDecoder(Decoder):
 
 
 class GroupedDecoder(Decoder):
-    """Prompts of equal length as batches of their own, without padding: for models that padding changes.
+    """Decodes prompts in groups of equal length, without padding: for models whose logits padding changes.
 
     Args:
-        kind: how each batch is decoded.
-        model, head, prompts, mask: see ``kind``.
+        kind: makes the decoder of a group.
+        model, head, prompts, mask: the arguments of ``kind``, for all prompts.
     """
 
     def __init__(
@@ -235,11 +249,12 @@ class GroupedDecoder(Decoder):
 
     def __call__(self, tokens: Tensor, parents: Tensor, level: int) -> Tensor:
         parts = [decoder(tokens[rows], parents[rows], level) for rows, decoder in self.groups]
+        # Back from the groups to the order of the prompts.
         order = torch.cat([rows for rows, _ in self.groups]).argsort()
         return torch.cat(parts)[order]
 
 
 def _rows(parents: Tensor, width: int) -> Tensor:
-    """Of ``width`` rows a query, those that ``parents [B, W]`` name: ``[B * W]``."""
+    """The row numbers ``[B * W]`` of beams ``parents [B, W]``, in a batch with ``width`` rows per query."""
     first_rows = torch.arange(0, len(parents) * width, width, device=parents.device)
     return (first_rows[:, None] + parents).view(-1)

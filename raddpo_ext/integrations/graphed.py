@@ -1,4 +1,4 @@
-"""A retriever's search as one CUDA graph: a replay costs one launch, the search a thousand."""
+"""Captures a whole search of a retriever in a CUDA graph: one launch instead of about a thousand."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from raddpo_ext.integrations.base_model import base_model
 from raddpo_ext.integrations.decoders import SharedPrefixDecoder
 from raddpo_ext.logps.head import Head
 
-COLUMNS = 64  # prompts are padded to a multiple, so that few lengths occur
-MOST_GRAPHS = 16  # of a retriever
+COLUMNS = 64  # prompts are padded to a multiple of this, so that few shapes occur
+MOST_GRAPHS = 16  # per retriever
 _DEVICE = "cuda"
-_WARM_UPS = 2  # runs before a capture: libraries set themselves up and choose their kernels
+_WARM_UPS = 2  # runs before a capture, in which libraries initialise and choose their kernels
 _capturing = threading.Lock()  # torch allows one capture at a time
 
 
 def check_capturable(model: Any) -> None:
-    """Raises ValueError for a model whose search no graph can hold."""
+    """Raise ValueError for a model whose search cannot be captured."""
     base = base_model(model)
     reason = None
     if base.device.type != _DEVICE:
@@ -42,20 +42,25 @@ def check_capturable(model: Any) -> None:
 
 
 class BufferedCache(DynamicCache):
-    """Keys and values in buffers that have room for the beams: nothing is moved when tokens are added."""
+    """A KV cache in buffers that are large enough for the whole search, so that adding tokens moves nothing.
+
+    Args:
+        room: number of tokens to be added after the prompt.
+    """
 
     def __init__(self, room: int) -> None:
         super().__init__()
-        self.room = room  # tokens after the first ones
+        self.room = room
         self.buffers: dict[int, tuple[Tensor, Tensor]] = {}
         self.used: dict[int, int] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        """Append keys and values ``[B, heads, T, D]`` of a layer; returns all that it holds. Overridden."""
         begin = self.get_seq_length(layer_idx)
         end = begin + key_states.shape[2]
-        if begin == 0:
+        if begin == 0:  # the prompt
             self.buffers[layer_idx] = tuple(  # type: ignore[assignment]
                 x.new_empty(*x.shape[:2], end + self.room, x.shape[3]) for x in (key_states, value_states)
             )
@@ -70,11 +75,11 @@ class BufferedCache(DynamicCache):
 
 
 class CapturedDecoder(SharedPrefixDecoder):
-    """As its base, but no value on the GPU decides what is launched.
+    """A :class:`SharedPrefixDecoder` that can be captured: no value on the GPU decides what is launched.
 
     Args:
         model, head, prompts, mask: see :class:`SharedPrefixDecoder`.
-        fed: how many beams' tokens a query will be fed in all.
+        fed: number of beams that are fed per query, over all steps.
     """
 
     def __init__(self, model: Any, head: Head | None, prompts: Tensor, mask: Tensor, fed: int) -> None:
@@ -82,30 +87,31 @@ class CapturedDecoder(SharedPrefixDecoder):
         self.cache = BufferedCache(fed)
 
     def prompt_mask(self) -> Any:
-        """Made here, as the model's own depends on whether there is padding."""
+        """Overridden to make a mask always. Whether there is padding is a value on the GPU."""
         columns = self.mask.shape[1]
         options: Any = {"dtype": torch.bool, "device": self.mask.device}
         before = torch.ones(columns, columns, **options).tril()
-        # Padding sees itself: a softmax over nothing is NaN.
+        # Padding attends to itself, because a softmax over nothing is NaN.
         return self.attention_mask(before & self.mask[:, None] | torch.eye(columns, **options))
 
 
 class _Graph:
-    """A captured search over inputs of one shape."""
+    """A search that was captured with inputs of one shape."""
 
     def __init__(
         self, search: Callable[..., BeamResult], model: Any, inputs: Sequence[Tensor], stream: Any, pool: Any
     ) -> None:
-        self._search = search  # keeps the index, whose addresses are in the graph, and whose id is in its key
-        # Their addresses are in the graph. They are kept alive, and looked at before every replay.
+        self._search = search  # keeps the index alive: its addresses are in the graph, and its id is in the key
+        # The graph holds their addresses. They are kept alive, and compared before every replay.
         self._weights = [*model.parameters(), *model.buffers()]
         self._addresses = self._current_addresses()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):  # brings the caller's stream back, also after a capture that fails
+        with torch.cuda.stream(stream):  # restores the caller's stream, also if the capture fails
             self._inputs = [torch.empty_like(x, device=model.device).copy_(x) for x in inputs]
+            # Capture after some ordinary runs.
             for _ in range(_WARM_UPS):
                 search(*self._inputs)
-            # Other threads may go on allocating memory meanwhile.
+            # "thread_local" lets other threads allocate memory meanwhile.
             with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self._result = search(*self._inputs)
 
@@ -114,7 +120,7 @@ class _Graph:
 
     @property
     def is_current(self) -> bool:
-        """Whether the weights are where they were."""
+        """Whether the weights are still at the addresses that the graph holds."""
         return self._addresses == self._current_addresses()
 
     @property
@@ -122,6 +128,7 @@ class _Graph:
         return self._graph.pool()
 
     def replay(self, inputs: Sequence[Tensor]) -> BeamResult:
+        """Run the search on these inputs, which have the captured shapes; returns a copy of the result."""
         for buffer, given in zip(self._inputs, inputs, strict=True):
             buffer.copy_(given, non_blocking=True)
         self._graph.replay()
@@ -129,10 +136,10 @@ class _Graph:
 
 
 class SearchGraphs:
-    """The graphs of one retriever: one for each shape of its calls, the least recently used dropped.
+    """The graphs of one retriever, one per shape of its calls; drops the least recently used one.
 
-    They share one pool of memory, so that together they need about what the largest one does; so replays follow one
-    another, whatever threads and streams they come from.
+    The graphs share one memory pool, so together they need about as much memory as the largest one. Replays therefore
+    run one after another, even from different threads and streams.
     """
 
     def __init__(self) -> None:
@@ -146,25 +153,25 @@ class SearchGraphs:
             self._graphs.clear()
 
     def run(self, key: Hashable, search: Callable[..., BeamResult], model: Any, *inputs: Tensor) -> BeamResult:
-        """``search(*inputs)``, captured at the first call with such a key.
+        """``search(*inputs)``, captured at the first call with this key.
 
         Args:
-            key: whatever the search depends on beside the values of its inputs. It may hold ids of what ``search``
-                keeps alive, as its graph keeps that.
-            search: must leave what it launches to shapes alone.
-            model: whose weights it reads.
-            inputs: prompts and mask on the CPU, see :class:`CapturedDecoder`, and what else changes from call to call;
-                copied into the graph's own buffers.
+            key: everything the search depends on except the values of its inputs. It may hold ids of objects that
+                ``search`` keeps alive, because the graph keeps ``search``.
+            search: what it launches must depend on shapes only.
+            model: the model whose weights it reads.
+            inputs: prompts and mask on the CPU, see :class:`CapturedDecoder`, and other tensors that change between
+                calls. They are copied into buffers of the graph.
         """
-        # What is captured must be usable whether or not later calls are in inference mode.
+        # A graph must be usable whether or not later calls are in inference mode.
         with self._lock, torch.inference_mode(False), torch.no_grad(), torch.cuda.device(model.device):
             if self._stream is None:
                 self._stream, self._done = torch.cuda.Stream(), torch.cuda.Event()
             current = torch.cuda.current_stream()
-            current.wait_event(self._done)  # a replay on another stream
+            current.wait_event(self._done)  # the last replay, maybe on another stream
             graph = self._graphs.pop(key, None)
             if graph is None or not graph.is_current:
-                del graph  # its memory is free for the new one
+                del graph  # frees its memory for the new one
                 graph = self._capture(search, model, inputs, current)
             self._graphs[key] = graph
             result = graph.replay(inputs)
@@ -172,10 +179,12 @@ class SearchGraphs:
             return result
 
     def _capture(self, search: Callable[..., BeamResult], model: Any, inputs: Sequence[Tensor], current: Any) -> _Graph:
+        """A new graph, in the memory pool of the others, after dropping the oldest graphs."""
         while len(self._graphs) >= MOST_GRAPHS:
             self._graphs.popitem(last=False)
         pool = next(iter(self._graphs.values())).pool if self._graphs else None
         with _capturing:
+            # The capture has a stream of its own: order it with the caller's, before and after.
             self._stream.wait_stream(current)
             try:
                 graph = _Graph(search, model, inputs, self._stream, pool)

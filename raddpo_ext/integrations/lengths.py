@@ -1,7 +1,8 @@
-"""Whether what a model allows with a few tokens holds for as many as a search or a packed row has, shown on the model.
+"""Tests by running a model whether what it allows for a few tokens also holds for long prompts and packed rows.
 
-Windows have many names and count in many units: a mask of the columns, a chunk of the positions, the best keys of an
-index, a rope that changes. What all have in common is that far tokens count otherwise than in a plain forward.
+A model's window may go by many names and count in different units: columns of a mask, chunks of positions, the best
+keys of an index, a rope that changes. All of them have one effect: far tokens matter more or less than in a plain
+forward. The probes measure that effect, so they need not know the setting.
 """
 
 from __future__ import annotations
@@ -19,29 +20,31 @@ from raddpo_ext.integrations.probes import Ways, attempt, probe_tokens, ratio, s
 from raddpo_ext.logps.head import Head
 
 PADDING = 3  # columns
-FAR_OFF = 0.1  # of what the far tokens do: a window takes a layer's whole part of it away
-_FEWEST = 64  # tokens: shorter prompts are probed once for all
+FAR_OFF = 0.1  # tolerated change of the far tokens' effect, relative; a window removes a layer's whole part of it
+_FEWEST = 64  # tokens; one probe of this length covers all shorter prompts
 
 
 class ProvenLengths:
-    """Up to which length each way has been shown right, and from which on wrong."""
+    """For each way to run a model: the longest length that a probe has shown right, and the shortest shown wrong."""
 
     def __init__(self) -> None:
         self._right: dict[Hashable, int] = {}
         self._wrong: dict[Hashable, int] = {}
 
     def longest(self, way: Hashable) -> int:
-        """Up to which length a way has been shown right."""
+        """The longest length at which a way has been shown right; 0 for none."""
         return self._right.get(way, 0)
 
     def cover(self, way: Hashable, length: int, limit: int, is_right: Callable[[int], bool]) -> bool:
-        """Whether a way is right at a length. What is right at one is so at all shorter ones, so few are tried.
+        """Whether a way is right at a length. A way that is right at one length is right at all shorter ones.
+
+        The next power of two is tried first, so that growing lengths need few probes.
 
         Args:
-            way: what is asked for.
+            way: the way to run the model.
             length: in tokens.
-            limit: no longer ones are tried.
-            is_right: tries one. Its error counts at the length itself alone.
+            limit: the maximum length to try, unless ``length`` is longer.
+            is_right: tries one length. If it raises an exception at ``length``, that exception is raised.
         """
         if length <= self.longest(way):
             return True
@@ -54,7 +57,7 @@ class ProvenLengths:
             except Exception:
                 if tried == length:
                     raise
-                continue  # no room for so many, which are not asked for
+                continue  # a longer length than asked for may not fit in memory
             if holds:
                 self._right[way] = tried
                 return True
@@ -72,18 +75,18 @@ def holds_at(
     widths: list[int],
     padding: int = 0,
 ) -> bool:
-    """Whether a way gives the model's own logits after a prompt of so many tokens.
+    """Whether a way to search gives the model's own logits after a prompt of this many tokens.
 
-    It costs about what six such prompts cost: twice each without a cache, in the slow way, and in this one.
+    It costs about six such prompts: two prompts without a cache, two in the slow way, and two in this way.
 
     Args:
-        model: as the user gave it.
-        ways: what is asked for: shared, padded, or neither.
-        shared: how beams share their prompt.
+        model: the model, with the user's wrappers.
+        ways: the way to test: shared, padded, or neither (the slow way).
+        shared: makes the decoder whose beams share their prompt.
         head: see :class:`Decoder`.
-        tokens: of the prompt.
-        widths: how many beams' tokens each step feeds.
-        padding: columns of it that a shared prompt has at least.
+        tokens: number of tokens of the prompt.
+        widths: number of beams that each step feeds.
+        padding: minimum number of padding columns of a shared prompt.
     """
     probe = LongProbe(model, tokens, len(widths), lambda **inputs: model(**inputs).logits)
 
@@ -91,8 +94,10 @@ def holds_at(
         return probe.error(lambda: probe.logits(kind, head, widths, **options))
 
     slow = not (ways.shared or ways.padded)
+    # Nothing can be compared with logits that are not finite: only the slow way may be used.
     if not bool(probe.expected.isfinite().all()):
         return slow
+    # The slow way first: it shows how much the cache alone changes.
     limits = tolerance(model)
     alone, noise = error(ways._replace(padded=False).kind(model), None, narrow=True)
     if slow or alone > limits.wrong:
@@ -105,13 +110,16 @@ def holds_at(
 
 
 class LongProbe:
-    """A prompt twice: its far half is one token over and over, and the second time another.
+    """Two versions of a long prompt, and the outputs of plain forwards over them.
+
+    The far half of the prompt repeats one token; the second version repeats another one. The difference between the
+    versions' outputs is the effect of the far tokens.
 
     Args:
-        model: as the user gave it.
-        tokens: of the prompt.
-        levels: tokens after it, whose outputs count as the prompt's last one does.
-        outputs: of a plain forward, ``[2, T, H]``.
+        model: the model, with the user's wrappers.
+        tokens: number of tokens of the prompt.
+        levels: number of tokens after the prompt. Their outputs are compared, and that of the prompt's last token.
+        outputs: runs a plain forward; returns ``[2, T, H]``.
     """
 
     def __init__(self, model: Any, tokens: int, levels: int, outputs: Callable[..., Tensor]) -> None:
@@ -129,15 +137,17 @@ class LongProbe:
         self.expected = self.counted(plain)
 
     def counted(self, plain: Tensor) -> Tensor:
-        """Of plain outputs those that a way's are held against."""
+        """The plain outputs that correspond to the outputs of a way."""
         begin = 0 if self.base.config.is_encoder_decoder else plain.shape[1] - self.levels - 1
         return plain[:, begin : begin + self.levels + 1]
 
     def plain(self, padding: int = 0) -> Tensor:
-        """Without a cache, and of two more tokens than the search has, so that there is a spread.
+        """The outputs of a forward without a cache, with two more tokens than the search has.
+
+        The two extra outputs make sure that there are several to measure the spread of.
 
         Args:
-            padding: columns of it, on the right, behind a mask.
+            padding: number of masked padding columns to add on the right.
         """
         path = self.path.expand(2, -1)
         is_encoder_decoder = self.base.config.is_encoder_decoder
@@ -155,15 +165,19 @@ class LongProbe:
         return rows[:, : rows.shape[1] - padding][:, -kept:].float()
 
     def error(self, run: Callable[[], Tensor]) -> tuple[float, float]:
-        """How far a way's outputs are from the plain ones, relative to their spread; and how far what the far tokens do
-        to them is from what they do to the plain ones, relative to this. Infinite where it fails."""
+        """Compare a way with the plain forward.
+
+        Returns:
+            The difference of the outputs, relative to the spread of the plain ones; and the difference of the far
+            tokens' effect, relative to their effect on the plain outputs. Both are infinite if ``run`` fails.
+        """
         outputs = attempt(run)
         if outputs is None or outputs.shape != self.expected.shape:
             return float("inf"), float("inf")
-        # A softmax does not see what is added to all logits.
+        # A softmax ignores a constant that is added to all logits.
         difference, far = outputs - self.expected, self.expected[1] - self.expected[0]
         difference, far = (x - x.mean(-1, keepdim=True) for x in (difference, far))
-        least = tolerance(self.base).rounding * self.spread  # beyond a window they do nothing at all
+        least = tolerance(self.base).rounding * self.spread  # keeps far tokens without any effect from dividing by 0
         return ratio(size(difference), self.spread), ratio(size(difference[1] - difference[0]), size(far) + least)
 
     def logits(
@@ -175,15 +189,16 @@ class LongProbe:
         narrow: bool = False,
         padding: int = 0,
     ) -> Tensor:
-        """Of the prompt's last token, and of the last beam of each step: ``[2, levels, V]``.
+        """The logits of the prompt's last token, and of the last beam of each step: ``[2, 1 + len(widths), V]``.
 
         Args:
-            kind: of decoder.
+            kind: makes the decoder.
             head: see :class:`Decoder`.
-            widths: how many beams' tokens each step feeds.
-            narrow: feed a few beams instead of all: each has a row of its own.
-            padding: columns of it.
+            widths: number of beams that each step feeds.
+            narrow: feed at most three beams per step; for decoders that use one row per beam.
+            padding: number of padding columns to add.
         """
+        # Encoders are padded on the right, decoders on the left.
         place = (0, padding) if self.base.config.is_encoder_decoder else (padding, 0)
         mask = F.pad(torch.ones_like(self.prompts, dtype=torch.bool), place)
         decoder = kind(self.model, head, F.pad(self.prompts, place), mask)
@@ -191,6 +206,7 @@ class LongProbe:
         rows = [decoder(tokens - 1, parents, 0)]
         for level, width in enumerate(widths):
             last = tokens.shape[1] - 1
+            # The last beam continues the last beam of the step before; the others are there to take up slots.
             tokens = self.path[level].expand(2, min(width, 3) if narrow else width).contiguous()
             parents = torch.zeros_like(tokens)
             parents[:, -1] = last

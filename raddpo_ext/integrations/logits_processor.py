@@ -67,7 +67,7 @@ class TrieLogitsProcessor:
             raise ValueError("eos_token_id must be given for an index whose SIDs differ in length, got None")
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Masks the scores of one step.
+        """Mask the scores of one step.
 
         Args:
             input_ids: int64 ``[N, T]``: prompts of ``prompt_length`` tokens and the tokens generated after them.
@@ -83,11 +83,13 @@ class TrieLogitsProcessor:
         level = self._check_call(input_ids, scores)
         # Add a column, as nodes() returns the node before each token.
         prefix = torch.nn.functional.pad(input_ids[:, self.prompt_length :], (0, 1), value=-1)
+        # Rows at the same node share their mask.
         nodes, row_of = torch.unique(self.index.nodes(prefix)[:, -1], return_inverse=True)
         row, token, ends = self._allowed(nodes, level)
         forbidden = torch.ones((len(nodes), scores.shape[1]), dtype=torch.bool, device=scores.device)
         forbidden[row, token] = False
         scores = scores.masked_fill(forbidden[row_of], -math.inf)
+        # Rows without any finite score that are not at the end of a SID.
         stuck = ~(scores.amax(1) > -math.inf) & ~ends[row_of]
         if bool(stuck.any()):
             self._check_queries(input_ids, stuck, stuck | (nodes[row_of] < 0))
@@ -97,7 +99,7 @@ class TrieLogitsProcessor:
         return scores
 
     def _check_queries(self, input_ids: Tensor, stuck: Tensor, dead: Tensor) -> None:
-        """Raises for a query with a stuck beam and no live one. A beam outside the catalogue is not live."""
+        """Raise ValueError for a query with a stuck beam and no live one. Beams outside the catalogue are not live."""
         query, row = (stuck.view(-1, self.num_beams) & dead.view(-1, self.num_beams).all(1, keepdim=True)).nonzero().T
         if len(query):
             row = int(query[0]) * self.num_beams + int(row[0])
@@ -109,7 +111,7 @@ class TrieLogitsProcessor:
             )
 
     def _allowed(self, nodes: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The tokens that may follow each node, as pairs (row, token), and a bool per row that has none."""
+        """The tokens that may follow each node, as pairs (row, token); and a mask of the nodes without any."""
         first, count = torch.ops.raddpo.trie_children(nodes, *self.index.block)
         row = torch.repeat_interleave(count)
         before = first - (count.cumsum(0) - count)
@@ -128,7 +130,7 @@ class TrieLogitsProcessor:
         return torch.where(codes < 0, eos, vocab.token_ids[level].to(codes.device)[codes.clamp(min=0)])
 
     def _check_call(self, input_ids: Tensor, scores: Tensor) -> int:
-        """Number of tokens generated so far."""
+        """Check the arguments of a call; returns the number of tokens generated so far."""
         level = input_ids.shape[1] - self.prompt_length
         if level < 0:
             raise ValueError(

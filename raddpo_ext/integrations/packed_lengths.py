@@ -1,4 +1,4 @@
-"""Whether packed rows leave a model's states what they are, however long the rows."""
+"""Tests at the rows' length whether packing leaves a model's states unchanged."""
 
 from __future__ import annotations
 
@@ -18,31 +18,34 @@ from raddpo_ext.integrations.lengths import FAR_OFF, PADDING, LongProbe, ProvenL
 from raddpo_ext.integrations.probes import tolerance
 from raddpo_ext.losses.session import SessionBatch
 
-_NO_ROUNDING = 0.5  # of what the far tokens do: no precision is that low
-_SHORT, _CANDIDATE = 8, 2  # tokens of a short prompt, and of a candidate
+_NO_ROUNDING = 0.5  # change of the far tokens' effect, relative, that no precision explains
+_SHORT, _CANDIDATE = 8, 2  # tokens of the short prompt, and of a candidate
 _UNLIMITED = 1 << 62  # tokens
-_proven: WeakKeyDictionary[Any, ProvenLengths] = WeakKeyDictionary()  # of each model's rows
+_proven: WeakKeyDictionary[Any, ProvenLengths] = WeakKeyDictionary()  # of packed rows, per model
 
 
 def prove_lengths(model: Any, packed: PackedSessions, predictors: Callable[[PackedSessions], Tensor]) -> None:
-    """Checks, once per power of two, that rows as long as the longest one leave a model's states what they are.
+    """Check that packing leaves a model's states unchanged in rows as long as the longest one of ``packed``.
 
-    So windows are found that no setting names. Where a model's weights are in shards, no pass is run, as it would wait
-    for the other ranks, whose rows may be shorter: a warning says which rows were not checked.
+    This finds windows that no setting names. It runs the model once per power of two of the length. If the weights are
+    sharded, nothing is run, because a forward would wait for other ranks, whose rows may be shorter; a warning then
+    names the length that was not checked.
 
     Args:
-        model: behind its wrappers.
+        model: the model without its wrappers.
         packed: the rows.
-        predictors: the packed states that predict each candidate's tokens, ``[C, L, H]``.
+        predictors: returns the states that predict each candidate's tokens, ``[C, L, H]``.
 
     Raises:
-        ValueError: they do not, or a window that is known is too short.
+        ValueError: the states differ, or a known window is too short.
     """
+    # Windows that settings name need no pass.
     is_encoder_decoder = model.config.is_encoder_decoder
     if not is_encoder_decoder:
         _check_windows(model, packed)
     if torch.compiler.is_compiling() or model.device.type == "meta" or packed.sessions.num_sessions == 0:
         return
+    # Lengths that were shown right before need no pass either.
     columns = int(packed.prompt_lengths.max()) if is_encoder_decoder else packed.input_ids.shape[1]
     lengths, way = _proven.setdefault(model, ProvenLengths()), model.config._attn_implementation
     if columns <= lengths.longest(way):
@@ -54,6 +57,7 @@ def prove_lengths(model: Any, packed: PackedSessions, predictors: Callable[[Pack
             stacklevel=2,
         )
         return
+    # Run the probes in evaluation mode, without dropout.
     longest = min(windows(model).values(), default=_UNLIMITED)
     limit = _UNLIMITED if is_encoder_decoder else min(slot_windows(model).values(), default=_UNLIMITED)
     refused = f"{type(model).__name__} cannot be packed in rows of {columns} tokens"
@@ -84,6 +88,8 @@ def _in_shards(model: Any) -> bool:
 
 
 def _check_windows(model: Any, packed: PackedSessions) -> None:
+    """Raise ValueError if a row is longer than a window of the model's settings."""
+    # These windows count the columns of a row, so its candidates add up.
     columns = packed.input_ids.shape[1]
     for name, window in slot_windows(model).items():
         if columns > window:
@@ -94,6 +100,7 @@ def _check_windows(model: Any, packed: PackedSessions) -> None:
                 f"{type(model).__name__}, which counts a row's columns; use fewer candidates per session, or set "
                 "max_length"
             )
+    # These count positions: a prompt with its longest candidate.
     for name, window in windows(model).items():
         if packed.input_ids.shape[1] <= window:
             continue
@@ -107,17 +114,18 @@ def _check_windows(model: Any, packed: PackedSessions) -> None:
 
 @torch.no_grad()
 def _holds_at(model: Any, columns: int, longest: int, predictors: Callable[[PackedSessions], Tensor]) -> bool:
-    """Whether packed rows of so many columns give the states that the model's own head reads.
+    """Whether packed rows of this many columns give the states that the model's own head reads.
 
-    Two rows are packed together: a long prompt with two candidates, and a short one behind whose last candidate all
-    columns lie. It costs about what six such rows cost, without a gradient.
+    Two rows are packed together: a long prompt with two candidates, and a short prompt with candidates that fill the
+    row; the last of them is tested. It costs about six such rows, without gradients.
 
     Args:
-        model: behind its wrappers.
-        columns: of the rows; of an encoder-decoder, the prompts' tokens.
-        longest: most positions of a prompt with its candidate.
-        predictors: the packed states that predict each candidate's tokens, ``[C, L, H]``.
+        model: the model without its wrappers.
+        columns: number of columns of the rows; for an encoder-decoder, of tokens of the prompts.
+        longest: maximum number of positions of a prompt with its candidate.
+        predictors: returns the states that predict each candidate's tokens, ``[C, L, H]``.
     """
+    # The plain outputs of a long and a short prompt, and the number of candidates of each.
     room = 0 if model.config.is_encoder_decoder else 2 * _CANDIDATE
     lengths = [max(1, min(n, columns - room, longest - _CANDIDATE)) for n in (columns, _SHORT)]
     probes = [LongProbe(model, n, _CANDIDATE - 1, partial(_head_inputs, model)) for n in lengths]
@@ -125,6 +133,7 @@ def _holds_at(model: Any, columns: int, longest: int, predictors: Callable[[Pack
     ends = torch.tensor(counts).cumsum(0)
 
     def packed(version: int) -> Tensor:
+        """The packed states of each session's last candidate, ``[2, L, H]``; the other candidates are other tokens."""
         path = probes[0].path.cpu()
         candidates = path[1:].repeat(sum(counts), 1)
         candidates[ends - 1] = path[:_CANDIDATE]
@@ -140,11 +149,12 @@ def _holds_at(model: Any, columns: int, longest: int, predictors: Callable[[Pack
 
 
 def _is_rounded(probe: LongProbe, outputs: Tensor) -> bool:
-    """Whether a probe's outputs are off by no more than the model itself is, if it masks some padding."""
+    """Whether a probe's outputs differ by no more than the model's own outputs differ if some padding is masked."""
     limits = tolerance(probe.base)
     wrong, far = probe.error(lambda: outputs)
     if wrong <= limits.rounding and far <= FAR_OFF:
         return True
+    # Beyond rounding: compare with what masked padding alone does to a plain forward.
     alone, noise = probe.error(lambda: probe.counted(probe.plain(PADDING)))
     if wrong > max(limits.rounding, min(4 * alone, limits.wrong)):
         return False
@@ -152,7 +162,7 @@ def _is_rounded(probe: LongProbe, outputs: Tensor) -> bool:
 
 
 def _head_inputs(model: Any, **inputs: Any) -> Tensor:
-    """The states that a model's own forward gives its head."""
+    """The states that a model's own forward passes to its head."""
     states: list[Tensor] = []
     handle = model.get_output_embeddings().register_forward_pre_hook(lambda head, given: states.append(given[0]))
     try:

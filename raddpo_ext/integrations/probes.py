@@ -1,4 +1,4 @@
-"""What a model allows: a few tokens run through it in each way, against plain forwards without a cache."""
+"""Finds out what a model allows: runs a few tokens in each way, and compares with plain forwards without a cache."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from raddpo_ext.integrations.decoders import (
 )
 from raddpo_ext.logps.head import Head
 
-PROBE_BEAMS = 6  # tokens that a probe feeds for each prompt
-_MASKED_ATTENTIONS = ("eager", "sdpa", "flex_attention")  # the others take no mask of their own
+PROBE_BEAMS = 6  # beams that a probe feeds per prompt, over all steps
+_MASKED_ATTENTIONS = ("eager", "sdpa", "flex_attention")  # other attentions take no custom mask
 
 
 class Ways(NamedTuple):
-    """How a model may be searched with.
+    """The ways in which a search may run a model.
 
     Attributes:
-        head: its head may be run apart from it.
+        head: the head may run separately from the model.
         shared: the beams of a query may share their prompt's keys and values.
-        padded: prompts of several lengths may be padded to one batch.
-        positions: it is told the tokens' positions.
+        padded: prompts of different lengths may be padded to one batch.
+        positions: position ids are passed to the model.
     """
 
     head: bool
@@ -46,7 +46,7 @@ class Ways(NamedTuple):
     positions: bool
 
     def kind(self, model: Any) -> Callable[..., Decoder]:
-        """A row of the cache a beam, in the way that gives the model's own scores."""
+        """The decoder with one KV-cache row per beam; it groups prompts by length if padding is not allowed."""
         if base_model(model).config.is_encoder_decoder:
             kind: Callable[..., Decoder] = EncoderDecoder
         else:
@@ -55,12 +55,12 @@ class Ways(NamedTuple):
 
 
 class Tolerance(NamedTuple):
-    """How far two results that should be equal may be apart, relative to what another token changes.
+    """Tolerated differences of results that should be equal, relative to the effect of another token.
 
     Attributes:
-        rounding: where the same values go through other kernels.
-        leak: where the very same computation is repeated, and something that must not matter was changed.
-        wrong: by more than this a result is not a rounded one.
+        rounding: for the same values computed by other kernels.
+        leak: for the same computation after a change of something that must not matter.
+        wrong: a larger difference than this cannot be rounding.
     """
 
     rounding: float
@@ -69,7 +69,7 @@ class Tolerance(NamedTuple):
 
 
 def tolerance(model: Any) -> Tolerance:
-    """By the precision that a model computes in."""
+    """The tolerance for the precision that a model computes in."""
     device = model.device.type
     exact = model.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(device)
     exact = exact and not (device == "cuda" and torch.backends.cuda.matmul.allow_tf32)
@@ -77,13 +77,13 @@ def tolerance(model: Any) -> Tolerance:
 
 
 def has_experts(model: Any) -> bool:
-    """Whether a model sorts its tokens by experts, which then round by how many they are given."""
+    """Whether a model has experts. Their rounding depends on how many tokens of the batch they get."""
     config = base_model(model).config.get_text_config(decoder=True).to_dict()
     return any("expert" in name and type(value) is int and value > 1 for name, value in config.items())
 
 
 def probe_tokens(model: Any, count: int) -> list[int]:
-    """Ordinary tokens of a model's vocabulary: each another, while there are enough of them."""
+    """``count`` tokens of a model's vocabulary that are not special; distinct if the vocabulary is large enough."""
     config = base_model(model).config.get_text_config(decoder=True)
     special = set()
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
@@ -96,17 +96,18 @@ def probe_tokens(model: Any, count: int) -> list[int]:
 
 
 def size(difference: Tensor) -> float:
-    """The root of the mean square: a leak changes many numbers, and rounding that tips over a few."""
+    """The root mean square; inf for NaN. A leak changes many numbers; rounding may change a few numbers much."""
     value = float(difference.float().square().mean().sqrt())
     return value if value == value else float("inf")
 
 
 class _Probe:
-    """Two prompts of unequal length, padded as the retriever does, and three beams of each over two steps.
+    """Two prompts of unequal length, padded as the retriever pads, each with three beams over two steps.
 
     Attributes:
-        spread: how much the model's logits differ between beams.
-        ahead: how much they change with the token that follows.
+        expected: the logits of plain forwards, see :meth:`plain`.
+        spread: how much these logits differ between beams.
+        ahead: how much the logits of a position change with later tokens; 0 for a causal model.
     """
 
     lengths = (6, 3)
@@ -120,17 +121,18 @@ class _Probe:
         pad = pad_right if self.base.config.is_encoder_decoder else pad_left
         self.prompts, self.mask = pad(tokens[:12].view(2, 6), mask)
         self.steps = tokens[12:].view(2, 2, 3)
-        others = tokens.roll(5)  # another token in every place
+        others = tokens.roll(5)  # a different token in every place
         self.other_prompts, self.other_steps = others[:12].view(2, 6), others[12:].view(2, 2, 3)
         self.expected = self.plain()
         self.spread = size(self.expected[:, 1:] - self.expected[:, 1:].roll(1, 1))
 
     def plain(self) -> Tensor:
-        """The logits of a forward without a cache, each prompt alone: ``[2, 7, V]``."""
+        """The logits of forwards without a cache, one prompt at a time: ``[2, 7, V]``."""
         rows, self.ahead = [], 0.0
         for query in range(2):
             prompt = self.prompts[query][self.mask[query]].expand(3, -1)
             first, second = self.steps[0, query, :, None], self.steps[1, query, :, None]
+            # The second step's beams continue from their parents' tokens.
             one = self._forward(prompt, first)
             two = self._forward(prompt, torch.cat((first[self.parents[1, query]], second), 1))
             self.ahead = max(self.ahead, size(two[:, -2] - one[self.parents[1, query], -1]))
@@ -153,12 +155,12 @@ class _Probe:
         prompts: Tensor | None = None,
         steps: Tensor | None = None,
     ) -> Tensor:
-        """States, or logits, of every step: ``[2, 7, H or V]``: of the prompts, and of each step's beams.
+        """The states or logits of a decoder: of the prompts, then of each step's beams, ``[2, 7, H or V]``.
 
         Args:
-            kind: of decoder.
+            kind: makes the decoder.
             head: see :class:`Decoder`.
-            prompts, steps: in place of the probe's.
+            prompts, steps: tokens to use instead of the probe's.
         """
         prompts = self.prompts.masked_fill(~self.mask, 0) if prompts is None else prompts
         steps = self.steps if steps is None else steps
@@ -169,10 +171,10 @@ class _Probe:
         return torch.cat(rows, 1).float()
 
     def paths(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Prompts and steps where only one path is as it was, and which outputs are its own: bool ``[2, 7]``.
+        """Changed prompts and steps, each with one unchanged path, and the outputs of that path: bool ``[2, 7]``.
 
-        The path is a prompt and a last beam with its parent. All other beams, those of its siblings too, the other
-        query, and what is under the padding are other tokens. Every slot of a step is on some path.
+        A path is a prompt, a beam of the last step and this beam's parent. All other tokens are changed: those of its
+        siblings and other beams, of the other query, and of the padding. Every slot of a step is on some path.
         """
         for query, last in ((0, 0), (0, 1), (0, 2), (1, 1)):
             prompts, steps = self.other_prompts.clone(), self.other_steps.clone()
@@ -186,29 +188,32 @@ class _Probe:
             yield prompts, steps, kept
 
     def error(self, kind: Callable[..., Decoder], head: Head | None) -> float:
-        """How far a way's logits are from the plain ones, relative to their spread; infinite for one that fails."""
+        """The difference of a way's logits from the plain ones, relative to their spread; infinite if it fails."""
         outputs = attempt(lambda: self.outputs(kind, head))
         if outputs is None:
             return float("inf")
         logits = outputs if head is None else head.logits(outputs.to(head.weight.dtype))
         if logits.shape != self.expected.shape:
             return float("inf")
-        # A softmax does not see what is added to all logits.
+        # A softmax ignores a constant that is added to all logits.
         difference = logits - self.expected
         return ratio(size(difference - difference.mean(-1, keepdim=True)), self.spread)
 
     def leaks(self, kind: Callable[..., Decoder], head: Head | None, least: float = 0.0) -> bool:
-        """Whether outputs depend on another beam, on the other query, or on what is under the padding, by more than
-        ``least``."""
+        """Whether outputs depend on another beam, the other query or the padding by more than ``least``, or it fails.
+
+        See :func:`leaked`.
+        """
         found = attempt(lambda: self.mixes(kind, head, least))
         return found is None or found
 
     def mixes(self, kind: Callable[..., Decoder], head: Head | None, least: float) -> bool:
-        """:meth:`leaks`, but an error of the model stays one."""
+        """As :meth:`leaks`, but raises the exception of a model that fails."""
         before = self.outputs(kind, head)
-        # The same computation on the same tokens: what it changes is no leak, as a kernel that sums in any order.
+        # Some kernels sum in any order, so repeating the same computation shows the differences that are not leaks.
         noise = size(self.outputs(kind, head) - before)
         if has_experts(self.base):
+            # Experts round by how many tokens they get: change the other query only.
             prompts, steps = self.prompts.clone(), self.steps.clone()
             prompts[1], steps[:, 1] = self.other_prompts[1], self.other_steps[:, 1]
             noise = max(noise, size((self.outputs(kind, head, prompts, steps) - before)[0]))
@@ -217,17 +222,17 @@ class _Probe:
 
 
 def leaked(model: Any, others: Tensor, own: Tensor, noise: float, least: float = 0.0) -> bool:
-    """Whether changed tokens changed the states of those that must not see them.
+    """Whether a change of tokens changed states that must not depend on them.
 
-    The measure is what they changed in the states that are to see them, so that a leak that is faint only because the
-    weights are small is as large as any.
+    It is measured relative to the change of the states that do depend on them. A leak that is faint only because the
+    weights are small therefore counts like any other.
 
     Args:
-        model: whose precision tells what rounding may do.
-        others: changes of the states that must stay, ``[N, H]``.
-        own: changes of those that must not, ``[M, H]``.
-        noise: a change without a leak; more than rounding is none.
-        least: a smaller part than this is not called a leak.
+        model: its precision sets the tolerance.
+        others: changes of the states that must not depend on the tokens, ``[N, H]``.
+        own: changes of the states that depend on the tokens, ``[M, H]``.
+        noise: the size of changes without a leak. If it exceeds rounding, the result is True.
+        least: smaller relative changes than this are not a leak.
     """
     limits = tolerance(model)
     noise = ratio(noise, size(own))
@@ -236,12 +241,12 @@ def leaked(model: Any, others: Tensor, own: Tensor, noise: float, least: float =
 
 
 def ratio(part: float, whole: float) -> float:
-    """``part / whole``; infinite where nothing can be told, as ``whole`` is 0."""
+    """``part / whole``; infinite if ``whole`` is 0, because nothing was measured then."""
     return part / whole if whole > 0 else float("inf")
 
 
 def attempt(run: Callable[[], Any]) -> Any:
-    """``run()``, or None where it fails: a model that cannot do something says so by any error."""
+    """``run()``, or None if it fails: a model that cannot do something may raise any exception."""
     try:
         return run()
     except torch.OutOfMemoryError:
@@ -252,11 +257,12 @@ def attempt(run: Callable[[], Any]) -> Any:
 
 @torch.no_grad()
 def rows_compete(model: Any) -> bool:
-    """Whether experts with a capacity drop tokens of one row for those of another: two equal rows then differ."""
+    """Whether experts with a capacity drop tokens of one row in favour of another row. Two equal rows then differ."""
     base = base_model(model)
     capacities = expert_capacities(base)
     if not capacities:
         return False
+    # Long enough to exceed a capacity that counts tokens.
     columns = min(1024, max(8, *(int(value) for value in capacities.values())))
     tokens = torch.full((2, columns), probe_tokens(model, 1)[0], device=base.device)
     decoder = {"decoder_input_ids": tokens} if base.config.is_encoder_decoder else {}
@@ -266,15 +272,16 @@ def rows_compete(model: Any) -> bool:
 
 @torch.no_grad()
 def verify(model: Any, head: Head | None, shared: Callable[..., Decoder] = SharedPrefixDecoder) -> Ways:
-    """Finds out in which ways a model gives its own logits.
+    """Find out in which ways a model gives its own logits.
 
-    Some models look past a mask, at no position ids, or at the columns of a batch, and some do more after the head than
-    its arguments say; each would give wrong scores without a sign of it. A model whose logits are not finite takes the
-    slow way: each prompt length by itself, a row of the cache per beam, its own head.
+    Some models ignore a mask or position ids, or count the columns of a batch, and some change the head's output in an
+    unknown way. Each of them would silently give wrong scores. A model whose logits are not finite is run in the slow
+    way: prompts grouped by length, one KV-cache row per beam, its own head.
 
     Raises:
-        TypeError: it gives them in none.
+        TypeError: the model gives its own logits in no way.
     """
+    # Plain forwards: the logits that every way must give.
     base = base_model(model)
     name = type(base).__name__
     try:
@@ -291,15 +298,16 @@ def verify(model: Any, head: Head | None, shared: Callable[..., Decoder] = Share
         )
     takes_positions = not base.config.is_encoder_decoder and "position_ids" in forward_parameters(model)
     if not bool(probe.expected.isfinite().all()):
-        return Ways(False, False, False, True)  # nothing can be told by such logits: the slow way is the model's own
+        return Ways(False, False, False, True)  # nothing can be compared with such logits
+    # The slow way, with position ids or without. It also shows how much the cache alone changes.
     limits = tolerance(base)
     for positions in (True, False) if takes_positions else (True,):
-        # The slow way first: it tells how much rounding there is.
         ways = Ways(False, False, False, positions)
         alone = probe.error(ways.kind(model), None)
         if alone <= limits.wrong:
             break
     else:
+        # Neither works: name the reason.
         if probe.ahead > limits.wrong * probe.spread:
             raise TypeError(f"model must be causal: later tokens change the logits of {name}")
         what = "model must give the same logits with a KV cache, reordered from step to step, as without"
@@ -310,9 +318,10 @@ def verify(model: Any, head: Head | None, shared: Callable[..., Decoder] = Share
         except Exception as error:
             raise TypeError(f"{what}: {name} fails: {error}") from error
         raise TypeError(f"{what}: {name} does not")
-    # There is no slower way: one that rounds by its neighbours is its own, one that mixes them has none.
+    # There is no slower way, so only dependence on other rows beyond rounding is refused.
     if probe.mixes(ways.kind(model), None, limits.rounding):
         raise TypeError(f"model must compute each row of a batch independently: logits of {name} depend on other rows")
+    # The faster ways, each on top of those before: padding, a separate head, a shared prompt.
     limit = max(limits.rounding, 4 * alone)
     padded = ways._replace(padded=True)
     if probe.error(padded.kind(model), None) <= limit and not probe.leaks(padded.kind(model), None):

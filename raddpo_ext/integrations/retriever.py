@@ -1,4 +1,4 @@
-"""SIDRetriever: items from a Hugging Face model, by beam search over the catalogue with a KV cache."""
+"""SIDRetriever: retrieves items with a Hugging Face model, by beam search over the catalogue with a KV cache."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class SIDRetriever:
         index: TrieIndex | None = None,
         on_step: Callable[[int, BeamState], None] | None = None,
     ) -> BeamResult:
-        """Returns the best items of each prompt.
+        """Return the best items of each prompt.
 
         Args:
             input_ids: int64 ``[B, T]`` token ids, padded on either side; ids of padding are ignored.
@@ -163,14 +163,15 @@ class SIDRetriever:
             ``[B, R, L]``, best first; ``R`` is ``top_k``, or the last width.
 
         Raises:
-            ValueError: a prompt without a token, a token id that the model lacks, a prompt that together with the SID
-                exceeds ``config.max_position_embeddings``, tensors on another device than the index, or a model in
-                training mode, whose dropout would make the result random; a prompt whose SID would cross the length
-                beyond which the model's rope changes; with ``shared_prefix=True`` or ``cuda_graph=True`` also a model
-                or prompts that do not allow it.
-            TypeError: not integers, or a model that a search cannot use: without a KV cache, or with one that cannot be
-                reordered by beam.
+            ValueError: a prompt has no token or a token id that the model lacks; a prompt with its SID exceeds
+                ``config.max_position_embeddings``, or the SID crosses the length beyond which the model's rope changes;
+                a tensor is on another device than the index; the model is in training mode, where dropout would make
+                the result random; or the model or the prompts do not allow ``shared_prefix=True`` or
+                ``cuda_graph=True``.
+            TypeError: a tensor does not hold integers, or a search cannot use the model: it has no KV cache, or one
+                that cannot be reordered by beam.
         """
+        # Arguments.
         if self.model.training:
             raise ValueError("model is in training mode, call model.eval() before retrieving")
         if index is None:
@@ -181,6 +182,7 @@ class SIDRetriever:
         widths = self._widths(index)
         check_top_k(top_k, widths[-1], index)
         options: dict[str, Any] = {"normalize": self.normalize, "length_penalty": self.length_penalty, "top_k": top_k}
+        # The search, from a graph or step by step.
         if self._graphs is not None and on_step is None:
             return self._replay(prompts, mask, index, widths, options)
         decoder = self._decoder(prompts, mask, index)
@@ -189,6 +191,7 @@ class SIDRetriever:
         )
 
     def _decoder(self, prompts: Tensor, mask: Tensor, index: TrieIndex) -> Decoder:
+        """The model with these prompts, in the fastest way that gives its own logits."""
         ways = self._find_ways(mask, index)
         kind = SharedPrefixDecoder if ways.shared else ways.kind(self.model)
         pad = pad_right if self.model.config.is_encoder_decoder else pad_left
@@ -202,6 +205,7 @@ class SIDRetriever:
     def _replay(
         self, prompts: Tensor, mask: Tensor, index: TrieIndex, widths: list[int], options: dict[str, Any]
     ) -> BeamResult:
+        """The search as a CUDA graph, which is captured at the first call with these shapes."""
         from raddpo_ext.integrations.graphed import CapturedDecoder, check_capturable
 
         check_capturable(self.model)
@@ -219,7 +223,8 @@ class SIDRetriever:
         return self._graphs.run(key, search, model, prompts, mask, *live)
 
     def _find_ways(self, mask: Tensor, index: TrieIndex) -> Ways:
-        """How the model can be searched with these prompts; raises if a requested way is not possible."""
+        """The ways to run the model with these prompts; raises if a requested way is not possible."""
+        # What a short probe allows, once per model.
         if self._ways is None:
             self._ways = verify(self.model, model_head(self.model), self._shared_decoder(PROBE_BEAMS))
         ways, base = self._ways, base_model(self.model)
@@ -227,7 +232,8 @@ class SIDRetriever:
         self._check_rope(changing_rope(base), lengths, index)
         tokens, steps = int(lengths.max()), index.levels - 1
         fed = self._widths(index)[:-1]
-        # Beams that share a prompt see all of it, even beyond a sliding window. Their slots in the cache add up.
+        # What the settings' windows allow. Beams that share a prompt attend to all of it, even beyond a sliding window,
+        # and their slots in the cache add up.
         unit = self._multiple()
         slots = {name: (window - sum(fed)) // unit * unit for name, window in slot_windows(base).items()}
         positions = {name: window - steps for name, window in windows(base).items()}
@@ -235,9 +241,10 @@ class SIDRetriever:
             slots, positions = {}, {}
         outgrown = {name for name, window in positions.items() if tokens > window}
         if outgrown - {"sliding_window"}:
-            ways = ways._replace(padded=False)  # chunks and ropes count from the padding, not from the prompt
+            ways = ways._replace(padded=False)  # chunks and ropes count the padding too
         limit = min((n for n in (*slots.values(), *positions.values()) if n >= tokens), default=1 << 62)
 
+        # What a probe at the prompts' length allows: a shared prompt, else padding, else groups of equal length.
         def holds(ways: Ways) -> bool:
             shared, head = self._shared_decoder(sum(fed)), self._head(ways)
             return self._lengths.cover(
@@ -263,7 +270,7 @@ class SIDRetriever:
         return ways
 
     def _check_rope(self, window: int | None, lengths: Tensor, index: TrieIndex) -> None:
-        """Refuses a rope that changes within a SID: the cache would hold keys that a plain forward does not compute."""
+        """Raise ValueError if the rope changes within a SID: cached keys would differ from those of a plain forward."""
         if window is None or self.model.config.is_encoder_decoder:
             return
         _check.none(
@@ -275,7 +282,7 @@ class SIDRetriever:
         )
 
     def _multiple(self) -> int:
-        """The number of columns to a multiple of which prompts are padded."""
+        """Prompts are padded to a multiple of this number of columns."""
         if self._graphs is None:
             return 1
         from raddpo_ext.integrations.graphed import COLUMNS
@@ -283,6 +290,7 @@ class SIDRetriever:
         return COLUMNS
 
     def _shared_decoder(self, fed: int) -> Callable[..., Decoder]:
+        """The decoder whose beams share their prompt. ``fed``: number of beams fed per query, over all steps."""
         if self._graphs is None:
             return SharedPrefixDecoder
         from raddpo_ext.integrations.graphed import CapturedDecoder
@@ -292,8 +300,13 @@ class SIDRetriever:
     def _check_prompts(
         self, input_ids: Tensor, attention_mask: Tensor | None, index: TrieIndex
     ) -> tuple[Tensor, Tensor]:
-        """The prompts, 0 where there is no token, and the mask of real tokens, bool ``[B, T]``: on the CPU, where
-        reading their values costs no more than the copy."""
+        """Check the prompts.
+
+        Returns:
+            The prompts, 0 on padding, and the mask of real tokens, bool ``[B, T]``: both on the CPU, because their
+            values are read several times.
+        """
+        # Types, shapes and devices.
         if not isinstance(input_ids, Tensor):
             raise TypeError(f"input_ids must be an integer tensor, got {type(input_ids).__name__}")
         _check.integer_tensor(input_ids, "input_ids", 2)
@@ -310,6 +323,7 @@ class SIDRetriever:
             mask = torch.ones_like(input_ids, dtype=torch.bool)
         else:
             mask = _as_mask(attention_mask, input_ids)
+        # Values, after one copy to the CPU.
         input_ids, mask = input_ids.long().cpu(), mask.cpu()
         lengths = mask.sum(1)
         _check.none(lengths == 0, lambda row: f"attention_mask[{row}] must keep at least one token, got none")
@@ -321,7 +335,7 @@ class SIDRetriever:
                 "model's vocabulary"
             )
         if self._window is not None:
-            # The last token of a SID is never fed; an encoder reads the prompt alone.
+            # The last token of a SID is never fed; an encoder reads only the prompt.
             steps = 0 if self.model.config.is_encoder_decoder else index.levels - 1
             _check.none(
                 lengths + steps > self._window,
@@ -334,6 +348,7 @@ class SIDRetriever:
 
 
 def _as_mask(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
+    """Check ``attention_mask``, and return it as bool."""
     if not isinstance(attention_mask, Tensor) or attention_mask.is_floating_point():
         got = attention_mask.dtype if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise TypeError(f"attention_mask must be a bool or integer tensor, got {got}")

@@ -85,10 +85,12 @@ class SessionCollator:
         pack_sessions([], self._sessions([]), **self.options)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """``{"packed": PackedSessions}``, and ``items`` int64 ``[S, P]`` padded with -1 where the rows have them."""
+        """``{"packed": PackedSessions}``, and ``items``, int64 ``[S, P]`` padded with -1, if rows have them."""
+        # Tokenize, flatten and pack.
         given, rows = rows, [self._tokens(row, f"rows[{i}]") for i, row in enumerate(rows)]
         sessions = self._sessions(rows)
         packed = pack_sessions([row["prompt_ids"] for row in rows], sessions, **self.options)
+        # The checks name rows as the caller gave them.
         if self.vocab_size is not None:
             self._check_vocabulary(packed, self.vocab_size)
         if self._sids is not None:
@@ -108,11 +110,12 @@ class SessionCollator:
         return batch
 
     def num_tokens(self, row: dict[str, Any]) -> int:
-        """How many tokens a row's prompt and candidates have together."""
+        """The number of tokens of a row, prompt and candidates together."""
         row = self._tokens(row, "row")
         return len(row["prompt_ids"]) + sum(len(ids) for column in TOKENS[1:] for ids in row[column])
 
     def _tokens(self, row: Any, name: str) -> dict[str, Any]:
+        """A row of token ids as it is, or a row of text tokenized; ``name`` is for errors."""
         if not isinstance(row, dict):
             raise TypeError(f"{name} must be a dict, got {type(row).__name__}")
         missing = [column for column in TOKENS if column not in row]
@@ -126,6 +129,7 @@ class SessionCollator:
         return tokenize_row(row, self.tokenizer, name, None if vocab is None else vocab.eos)
 
     def _sessions(self, rows: list[dict[str, Any]]) -> SessionBatch:
+        """The candidates of the rows as a batch of sessions."""
         candidates: list[Any] = []
         positives, sizes = [], [0]
         for i, row in enumerate(rows):
@@ -135,6 +139,7 @@ class SessionCollator:
                 candidates.extend(row[column])
             positives.append(len(row["positives"]))
             sizes.append(len(row["positives"]) + len(row["negatives"]))
+        # From ragged lists to a padded table.
         flat, lengths = _flatten(candidates, rows)
         tokens = np.zeros((len(candidates), lengths.max(initial=1)), np.int64)
         tokens[np.arange(tokens.shape[1]) < lengths[:, None]] = flat
@@ -146,6 +151,7 @@ class SessionCollator:
         )
 
     def _check_vocabulary(self, packed: PackedSessions, vocab_size: int) -> None:
+        """Raise ValueError for a token id that the model lacks."""
         sessions = packed.sessions
         prompts = torch.arange(sessions.num_sessions)
         for tokens, rows in ((packed.input_ids, prompts), (sessions.tokens, sessions.owners())):
@@ -156,6 +162,7 @@ class SessionCollator:
                 raise ValueError(f"rows[{row}] holds token id {token}, outside [0, {vocab_size}), the vocabulary")
 
     def _check_sids(self, sessions: SessionBatch, given: Sequence[dict[str, Any]], sids: SIDCheck) -> None:
+        """Raise ValueError for a candidate that is not a SID of the vocab."""
         for name, tokens in named_candidates(sessions, given):
             why = sids.why_not(tokens)
             if why is not None:
@@ -190,7 +197,7 @@ def _flatten(candidates: list[Any], rows: list[dict[str, Any]]) -> tuple[np.ndar
 
 
 def _refuse(rows: list[dict[str, Any]]) -> NoReturn:
-    """Raises for the first candidate that is no list of token ids."""
+    """Raise an error that names the first candidate that is not a list of token ids."""
     for i, row in enumerate(rows):
         for column in TOKENS[1:]:
             for j, ids in enumerate(row[column]):
@@ -204,5 +211,6 @@ def _refuse(rows: list[dict[str, Any]]) -> NoReturn:
 
 
 def _items(rows: list[dict[str, Any]]) -> Tensor:
+    """The rows' item ids, int64 ``[S, P]``, padded with -1."""
     items = [torch.tensor(list(row.get("items", ())), dtype=torch.int64) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(items, batch_first=True, padding_value=-1)

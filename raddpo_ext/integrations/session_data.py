@@ -1,4 +1,4 @@
-"""How a Trainer samples rows of sessions, and moves and measures packed batches."""
+"""A Trainer for rows of sessions: samples the rows by length, and moves and measures packed batches."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BY_LENGTH = ("group_by_length", "batch_rebalance")
 
 
 class SessionDataTrainer(CheckpointedTrainer):
-    """``transformers.Trainer`` for rows as :class:`SessionCollator` takes them."""
+    """``transformers.Trainer`` for rows in the form that :class:`SessionCollator` takes."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Overridden so that sampling by length works on rows of sessions, which have no ``input_ids``."""
@@ -23,11 +23,12 @@ class SessionDataTrainer(CheckpointedTrainer):
         )
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-        """Overridden for the same reason as :meth:`_get_train_sampler`."""
+        """Overridden so that sampling by length works on rows of sessions, which have no ``input_ids``."""
         return super()._get_eval_sampler(self._with_lengths(eval_dataset))
 
     def _with_lengths(self, dataset: Any) -> Any:
-        """What a sampler by length reads: the data set if it has a column of lengths, else the rows' token counts."""
+        """The data set as a sampler by length reads it: with a column of lengths, else only the rows' token counts."""
+        # Streams have no length, and other collators count differently: leave those to Trainer.
         by_length = self.args.train_sampling_strategy in _BY_LENGTH and hasattr(dataset, "__len__")
         has_lengths = self.args.length_column_name in (getattr(dataset, "column_names", None) or ())
         if not by_length or has_lengths or not isinstance(self.data_collator, SessionCollator):
@@ -53,6 +54,7 @@ class SessionDataTrainer(CheckpointedTrainer):
         super()._track_num_input_tokens(self._main_input(inputs))
 
     def _main_input(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The packed tokens under the name that ``Trainer`` counts."""
         return {getattr(self.model, "main_input_name", "input_ids"): inputs["packed"].input_ids}
 
 

@@ -1,4 +1,4 @@
-"""What the trainer computes inside a model's forward: the loss and its metrics, log-probs, and figures of each row."""
+"""What the trainer computes inside a model's forward: the loss with its metrics, log-probs, or metrics per row."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from raddpo_ext.losses.rad_dpo_module import RADDPOLoss
 from raddpo_ext.losses.session_loss import TOTALS
 from raddpo_ext.losses.similarity_weighting import SimilarityWeighting
 
-#: The metrics of a training batch, in the order of :meth:`SessionObjective.forward`'s table.
+#: The metrics of a training batch, in the order of the rows that :meth:`SessionObjective.forward` returns.
 METRICS = (*TOTALS, "truncated_prompts")
-#: The metrics of a row, in the order of :meth:`SessionObjective.rows`'s columns.
+#: The metrics of a data row, in the order of the columns that :meth:`SessionObjective.rows` returns.
 ROWS = TOTALS[:6]
 
 
 class SessionObjective(nn.Module):
-    """:class:`raddpo_ext.RADDPOLoss` for :func:`accept_sessions`; ``options`` are its options."""
+    """Applies :class:`raddpo_ext.RADDPOLoss` to session states, as a ``compute`` of :func:`accept_sessions`.
+
+    Args:
+        similarity_weighting, options: see :class:`raddpo_ext.RADDPOLoss`.
+    """
 
     def __init__(self, similarity_weighting: SimilarityWeighting | None, **options: Any) -> None:
         super().__init__()
@@ -38,9 +42,15 @@ class SessionObjective(nn.Module):
     def forward(
         self, states: SessionStates, packed: PackedSessions, *, ref_logps: Tensor | None, normalizer: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The loss, and float64 ``[len(METRICS), 2]``: sums, and what they are divided by to be the metrics.
+        """Compute the loss and the sums behind the metrics.
 
-        That of preference and SFT is 1: they are this batch's share of the whole batch's loss.
+        Args:
+            states, packed: the sessions.
+            ref_logps, normalizer: see :func:`raddpo_ext.rad_dpo_loss`.
+
+        Returns:
+            The loss; and float64 ``[len(METRICS), 2]``, a sum and its divisor per metric. The divisors of preference
+            and SFT are 1, because these two are already shares of the whole batch's loss.
         """
         result = self.loss.of_logps(
             self.logps(states, packed),
@@ -49,6 +59,7 @@ class SessionObjective(nn.Module):
             ref_logps=ref_logps,
             normalizer=normalizer,
         )
+        # The loss parts replace the first two rows of the totals, which are sums over this batch alone.
         totals = result.totals
         losses = torch.stack((result.preference, result.sft)).detach().to(totals.dtype)
         shares = torch.stack((losses, torch.ones_like(losses)), 1)
@@ -56,11 +67,11 @@ class SessionObjective(nn.Module):
         return result.loss, torch.cat((shares, totals[2:], truncated[None]))
 
     def logps(self, states: SessionStates, packed: PackedSessions) -> Tensor:
-        """``[C, L]`` token log-probs."""
+        """The candidates' token log-probs, ``[C, L]``."""
         return self.loss.logps(states.hidden, states.weight, packed.sessions, rows=states.rows, bias=states.bias)
 
     def rows(self, states: SessionStates, packed: PackedSessions, *, ref_logps: Tensor | None) -> Tensor:
-        """float64 ``[S, 2 * len(ROWS)]``: of each session the sums of :data:`ROWS` and what they are divided by."""
+        """The sum and the divisor of each metric of :data:`ROWS`, per session: float64 ``[S, 2 * len(ROWS)]``."""
         weights = None
         if self.similarity_weighting is not None and states.embeddings is not None:
             weights = self.similarity_weighting(states.embeddings, packed.sessions)

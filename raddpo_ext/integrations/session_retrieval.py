@@ -1,4 +1,4 @@
-"""Constrained retrieval of the prompts of packed sessions, measured against their positives."""
+"""Metrics of constrained retrieval for packed sessions: searches with their prompts, compares with their positives."""
 
 from __future__ import annotations
 
@@ -16,32 +16,35 @@ from raddpo_ext.losses.session import SessionBatch
 
 
 def retrieval_names(ks: Sequence[int]) -> list[str]:
-    """The metrics of :func:`retrieval_rows`: those of SIDs, then those of items."""
+    """The names of the metrics of :func:`retrieval_rows`: those of SIDs, then those of items."""
     names = [f"{kind}@{k}" for k in ks for kind in ("recall", "ndcg")] + ["mrr"]
     return [f"{level}_{name}" for level in ("sid", "item") for name in names]
 
 
 def retrieval_rows(retriever: SIDRetriever, packed: PackedSessions, items: Tensor | None, ks: Sequence[int]) -> Tensor:
-    """Searches with each prompt, and compares what is found with the session's positives.
+    """Search with each prompt, and compare the results with the session's positives.
 
     Args:
-        retriever: its model in evaluation mode.
+        retriever: a retriever whose model is in evaluation mode.
         packed: the sessions.
         items: int64 ``[S, P]`` item ids of the positives, padded with -1, or None.
         ks: see :func:`raddpo_ext.data.metrics.retrieval_metrics`.
 
     Returns:
-        float64 ``[S, 2 * len(retrieval_names(ks))]``: each metric and 1, or 0 and 0 where a session has no positive.
+        float64 ``[S, 2 * len(retrieval_names(ks))]``: each metric and 1, or 0 and 0 for a session without positives.
     """
+    # The SIDs found, as token ids.
     index, found = retriever.index, retriever.retrieve(*packed.prompts())
     lengths = (found.sids >= 0).sum(-1)
     codes, ends = found.sids.flatten(0, 1), lengths.flatten()
     tokens = codes if index.vocab is None else index.vocab.lookup(codes, ends)
     tokens = tokens.masked_fill(ends[:, None] == 0, -1).unflatten(0, lengths.shape)
+    # Compared with the positives by SID: both padded to one number of levels.
     wanted = _positives(packed.sessions)
     width = max(tokens.shape[-1], wanted.shape[-1])
     found_sids, wanted = (F.pad(sids, (0, width - sids.shape[-1]), value=-1) for sids in (tokens, wanted))
     columns = _columns("sid", found_sids, wanted, (wanted >= 0).any(-1).any(-1), ks)
+    # Compared by item.
     if items is None:
         items = torch.full((packed.sessions.num_sessions, 1), -1, device=codes.device)
     columns |= _columns("item", _items(index, codes, ends, lengths), items, (items >= 0).any(-1), ks)
@@ -51,6 +54,7 @@ def retrieval_rows(retriever: SIDRetriever, packed: PackedSessions, items: Tenso
 def _columns(
     level: str, found: Tensor, wanted: Tensor, has: Tensor, ks: Sequence[int]
 ) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each metric's values and weights ``[S]``, float64. ``has``: bool ``[S]``, which sessions have positives."""
     columns = {}
     for name, values in retrieval_metrics(found[has], wanted[has], ks).items():
         whole = torch.zeros(len(has), dtype=torch.float64, device=has.device)
@@ -71,12 +75,14 @@ def _positives(sessions: SessionBatch) -> Tensor:
 
 
 def _items(index: TrieIndex, codes: Tensor, ends: Tensor, lengths: Tensor) -> Tensor:
-    """The first ``R`` items of the ``R`` SIDs found, all of a SID before the next's: ``[B, R]``, padded with -1."""
+    """The first ``R`` items of the ``R`` SIDs found, in the order of the SIDs: ``[B, R]``, padded with -1."""
+    # Where the items of each SID begin among those of its query.
     items, offsets = index.lookup(codes.clamp(min=0), ends)
     counts = torch.where(ends > 0, offsets.diff(), 0).view(lengths.shape)
     begins = counts.cumsum(1) - counts
-    owner = torch.repeat_interleave(offsets.diff())  # a SID found, of the flat B * R
+    owner = torch.repeat_interleave(offsets.diff())  # of each item: the SID, in [0, B * R)
     place = begins.flatten()[owner] + torch.arange(len(items), device=items.device) - offsets[owner]
+    # Scatter those that fit into R places.
     kept = (place < lengths.shape[1]) & (ends[owner] > 0)
     found = torch.full_like(lengths, -1)
     found[torch.div(owner[kept], lengths.shape[1], rounding_mode="floor"), place[kept]] = items[kept]

@@ -1,4 +1,4 @@
-"""The states that predict candidates' tokens, from one pass of a stock transformers model over packed sessions."""
+"""Runs a transformers model once over packed sessions, up to the states that predict the candidates' tokens."""
 
 from __future__ import annotations
 
@@ -39,14 +39,16 @@ from raddpo_ext.losses.session import SessionBatch
 
 
 class SessionStates(NamedTuple):
-    """What :func:`session_states` returns, named like the arguments of :class:`raddpo_ext.RADDPOLoss`:
+    """The result of :func:`session_states`.
+
+    The names are those of the arguments of :class:`raddpo_ext.RADDPOLoss`:
     ``loss(sessions=packed.sessions, **states._asdict())``.
 
     Attributes:
         hidden: the states that predict the candidates' tokens; differentiable. ``[U, H]``, each state once, for a
             decoder-only model; ``[C, L, H]`` for an encoder-decoder.
-        rows: int64 ``[C, L]``: which of the ``U`` predicts each token; None for an encoder-decoder.
-        embeddings: ``[C, H]`` states at the candidates' last tokens, or None where they were not packed.
+        rows: int64 ``[C, L]``: the row of ``hidden`` that predicts each token; None for an encoder-decoder.
+        embeddings: ``[C, H]`` states at the candidates' last tokens, or None if they were not packed.
         weight: ``[V, H]`` of the language modelling head.
         bias: ``[V]`` of the head, or None.
 
@@ -65,24 +67,24 @@ class SessionStates(NamedTuple):
 
 
 def session_states(model: Any, packed: PackedSessions) -> SessionStates:
-    """Runs a language model over packed sessions, up to the states that its head reads; no logits are computed.
+    """Run a language model over packed sessions, up to the states that its head reads, without computing logits.
 
     A decoder-only model runs once over the packed rows. An encoder-decoder encodes each prompt once and decodes one row
     per candidate: the start token, then the candidate's tokens.
 
     Args:
-        model: a ``transformers`` model with a language modelling head, behind PEFT adapters or ``torch.compile`` or
-            not. Its attention must be ``"eager"``, ``"sdpa"`` or, on CUDA, ``"flex_attention"``; an encoder-decoder's
-            may be any.
-        packed: of :func:`raddpo_ext.pack_sessions`, on the model's device.
+        model: a ``transformers`` model with a language modelling head, with or without PEFT adapters and
+            ``torch.compile``. Its attention must be ``"eager"``, ``"sdpa"`` or, on CUDA, ``"flex_attention"``; that of
+            an encoder-decoder may be any.
+        packed: the result of :func:`raddpo_ext.pack_sessions`, on the model's device.
 
     Returns:
-        :class:`SessionStates`. A model that caps or scales its logits does so after the head: see :func:`logits_map`.
+        :class:`SessionStates`. Some models cap or scale the head's output: see :func:`logits_map`.
 
     Raises:
-        ValueError: a model without a head, of another attention, wrapped for data parallelism (which works through its
-            ``forward``: see :func:`accept_sessions`), whose window is shorter than a prompt with its candidate, or
-            whose states in rows of this length differ from those of one row per candidate: see :func:`check_lengths`.
+        ValueError: the model has no head or another attention, or is wrapped for data parallelism (call its ``forward``
+            instead, see :func:`accept_sessions`); its window is shorter than a prompt with its candidate, or its states
+            in rows of this length differ from those of one row per candidate (see :func:`check_lengths`).
 
     Example:
         >>> from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -109,7 +111,7 @@ def session_states(model: Any, packed: PackedSessions) -> SessionStates:
 def _states(model: Any, packed: PackedSessions) -> SessionStates:
     decode = _encoder_decoder if model.config.is_encoder_decoder else _decoder_only
     hidden, rows, embeddings = decode(model, packed)
-    # Read after the body has run: before, FSDP may hold the weight in shards.
+    # Read after the model has run, because before that FSDP may hold the weight in shards.
     head = _head(model)
     return SessionStates(hidden, rows, embeddings, head.weight, getattr(head, "bias", None))
 
@@ -122,13 +124,13 @@ def _head(model: Any) -> Any:
 
 
 def _predictors(model: Any, packed: PackedSessions) -> Tensor:
-    """The states that predict each candidate's tokens ``[C, L, H]``."""
+    """The states that predict each candidate's tokens, ``[C, L, H]``."""
     states = _states(model, packed)
     return states.hidden if states.rows is None else states.hidden[states.rows]
 
 
 def check_lengths(model: Any, packed: PackedSessions) -> None:
-    """Checks that a model can take rows of this length, before it is sharded or compiled.
+    """Check that a model can take rows of this length, before it is sharded or compiled.
 
     :func:`session_states` makes the same checks.
 
@@ -158,7 +160,7 @@ def check_lengths(model: Any, packed: PackedSessions) -> None:
 
 
 def accept_sessions(model: Any) -> Any:
-    """Gives a model's ``forward`` the keywords ``packed`` and ``compute``, in place, and returns the model.
+    """Give a model's ``forward`` the keywords ``packed`` and ``compute``, in place, and returns the model.
 
     ``model(packed=packed)`` is :func:`session_states`; ``model(packed=packed, compute=f, **more)`` is
     ``f(states, packed, **more)``. Whatever wraps the model afterwards (DDP, FSDP, autocast) then sees an ordinary
@@ -197,14 +199,14 @@ def accept_sessions(model: Any) -> Any:
 
 
 def _not_of_a_wrapper(kwargs: dict[str, Any], compute: Callable) -> dict[str, Any]:
-    """Removes what PEFT's task classes add to every call: ``input_ids=None``, ``labels=None`` and more."""
+    """``kwargs`` without the arguments that PEFT's task classes add to every call, such as ``labels=None``."""
     named = inspect.signature(getattr(compute, "forward", compute)).parameters
     return {name: value for name, value in kwargs.items() if value is not None or name in named}
 
 
 @torch.no_grad()
 def verify_packing(model: Any) -> None:
-    """Checks that packing does not change a model's log-probs, by some small passes with and without it.
+    """Check that packing does not change a model's log-probs, by some small forwards with and without it.
 
     Some models ignore a mask (recurrent layers), or do more after the head than :func:`logits_map` knows. Such a model
     would silently train on wrong log-probs. The check changes every token that a candidate must not see; the
@@ -223,6 +225,7 @@ def verify_packing(model: Any) -> None:
         >>> from raddpo_ext.integrations.transformers import verify_packing
         >>> verify_packing(Qwen3ForCausalLM(config))  # raises for a model that cannot be packed
     """
+    # A window that counts columns must reach as far as the context.
     inner = base_model(model)
     longest = context(inner.config.get_text_config(decoder=True)) or 0
     for name, window in slot_windows(inner).items():
@@ -230,6 +233,7 @@ def verify_packing(model: Any) -> None:
             raise ValueError(
                 f"{type(inner).__name__} cannot be packed: {name} = {window} counts a row's columns, not positions"
             )
+    # Without dropout: rows must not compete, and packed and plain outputs must agree.
     was_training = inner.training
     inner.eval()
     try:
@@ -252,21 +256,27 @@ def verify_packing(model: Any) -> None:
 
 
 def _packing_faults(model: Any) -> tuple[float, bool]:
-    """How far packed logits are from plain ones, relative to what another token changes, and whether sessions or
-    candidates leak into one another."""
+    """Compare packed with plain forwards.
+
+    Returns:
+        The difference of the logits, relative to the effect of another token; and whether a candidate's states depend
+        on another candidate or another session.
+    """
+    # Two sessions with three candidates of two tokens each.
     tokens = probe_tokens(model, 24)
     prompts = [tokens[:5], tokens[5:8]]
     candidates = torch.tensor(tokens[8:20]).view(6, 2)
     offsets, positives = torch.tensor([0, 3, 6]), torch.tensor([1, 1])
 
     def run(prompts: list[list[int]], candidates: Tensor) -> tuple[Tensor, Tensor]:
-        """The states that predict each candidate's tokens ``[6, 2, H]``, and their logits."""
+        """The packed states that predict each candidate's tokens, ``[6, 2, H]``, and their logits."""
         sessions = SessionBatch(candidates, torch.full((6,), 2), offsets, positives)
         hidden, head = _predictors(model, pack_sessions(prompts, sessions).to(model.device)), _head(model)
         head = Head(head.weight, getattr(head, "bias", None), **logits_map(model))
         return hidden.float(), head.logits(hidden)
 
     def plain(session: int) -> Tensor:
+        """The logits of one row per candidate, ``[3, 2, V]``."""
         prompt = torch.tensor([prompts[session]] * 3, device=model.device)
         rows = candidates[3 * session : 3 * session + 3].to(model.device)
         if model.config.is_encoder_decoder:
@@ -275,17 +285,19 @@ def _packing_faults(model: Any) -> tuple[float, bool]:
             ).logits
         return model(input_ids=torch.cat((prompt, rows[:, :-1]), 1), use_cache=False).logits[:, -2:]
 
+    # The difference of the logits. A softmax ignores a constant that is added to all of them.
     states, logits = run(prompts, candidates)
     expected = torch.cat((plain(0), plain(1))).float()
     difference = logits - expected
     spread = size(expected[:, 1] - expected[:, 1].roll(1, 0))
     difference = difference - difference.mean(-1, keepdim=True)
-    # All that one candidate must not see is changed, then all but one session.
+    # The noise: how much states change without a leak.
     changed, leaks = torch.tensor(tokens[20:]).repeat(3).view(6, 2), False
     noise = size(run(prompts, candidates)[0] - states)
-    if has_experts(model):  # they round by how many tokens they are given
+    if has_experts(model):  # their rounding depends on how many tokens they get
         other = torch.cat((candidates[:3], changed[3:]))
         noise = max(noise, size((run([prompts[0], prompts[1][::-1]], other)[0] - states)[:3]))
+    # The leaks: change every token that one candidate must not see, for each candidate in turn.
     for kept in range(6):
         session = kept // 3
         other = changed.clone()
@@ -297,6 +309,7 @@ def _packing_faults(model: Any) -> tuple[float, bool]:
 
 
 def _decoder_only(model: Any, packed: PackedSessions) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``hidden``, ``rows`` and ``embeddings`` of :class:`SessionStates`, from one forward over the packed rows."""
     body = model.get_decoder()
     output = body(
         input_ids=packed.input_ids,
@@ -311,6 +324,7 @@ def _decoder_only(model: Any, packed: PackedSessions) -> tuple[Tensor, Tensor | 
 
 
 def _check_attention(body: Any, packed: PackedSessions) -> None:
+    """Raise ValueError for an attention that takes no custom mask here."""
     attention, device = body.config._attn_implementation, packed.input_ids.device
     if attention == "flex_attention" and device.type != "cuda":
         raise ValueError(f"flex_attention needs CUDA to train, got {device}; use 'sdpa'")
@@ -322,22 +336,26 @@ def _check_attention(body: Any, packed: PackedSessions) -> None:
 
 
 def _mask(body: Any, packed: PackedSessions) -> Any:
+    """The mask of the packed rows in the form that the model's attention takes."""
     _check_attention(body, packed)
     attention = body.config._attn_implementation
     if attention == "eager":
-        return packed.mask(body.dtype)  # it adds its mask to the scores
+        return packed.mask(body.dtype)  # adds the mask to its scores
     return packed.mask() if attention == "sdpa" else packed.block_mask()
 
 
 def _encoder_decoder(model: Any, packed: PackedSessions) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``hidden``, None and ``embeddings`` of :class:`SessionStates`."""
+    # Encode each prompt once.
     sessions = packed.sessions
     prompts, mask = packed.prompts()
     encoded = model.get_encoder()(input_ids=prompts, attention_mask=mask, return_dict=True).last_hidden_state
+    # One row per candidate for the decoder. The last token is only needed for its embedding.
     session = sessions.owners()
     tokens = _decoder_inputs(model, sessions.tokens.masked_fill(~sessions.mask(), 0))
     if packed.last_tokens is None:
         tokens = tokens[:, :-1]
-    if sessions.num_candidates == 0:  # attention does not take 0 rows; nothing of this one is kept
+    if sessions.num_candidates == 0:  # attention cannot take 0 rows; this one is dropped below
         session, tokens = session.new_zeros(1), tokens.new_zeros((1, tokens.shape[1]))
     output = model.get_decoder()(
         input_ids=tokens,
@@ -354,5 +372,5 @@ def _encoder_decoder(model: Any, packed: PackedSessions) -> tuple[Tensor, Tensor
 
 
 def _decoder_inputs(model: Any, tokens: Tensor) -> Tensor:
-    """The start token before every candidate."""
+    """The candidates' tokens, each row with the start token in front: ``[C, L + 1]``."""
     return F.pad(tokens, (1, 0), value=decoder_start(model))

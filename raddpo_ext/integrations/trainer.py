@@ -35,32 +35,33 @@ _WEIGHTING_FILE = "similarity_weighting.pt"
 
 
 class RADDPOTrainer(SessionDataTrainer):
-    """Trains a language model on sessions by RAD-DPO, with everything else as in ``transformers.Trainer``.
+    """Trains a language model on sessions by RAD-DPO; everything else is as in ``transformers.Trainer``.
 
-    The loss is that of the whole batch, over accumulated batches and ranks alike, so the trained model does not depend
-    on how a batch is split. It works with gradient accumulation, DDP and FSDP2, PEFT adapters, gradient checkpointing,
-    autocast and ``torch_compile``. A resumed run continues as if it had never stopped, the similarity weighting
-    included; ``resume_from_checkpoint=True`` skips a checkpoint that was being written when the run was killed.
+    The loss is normalized over the whole batch, across accumulated batches and ranks, so the trained model does not
+    depend on how a batch is split. It works with gradient accumulation, DDP and FSDP2, PEFT adapters, gradient
+    checkpointing, autocast and ``torch_compile``. A resumed run continues as if it had never stopped, the similarity
+    weighting included; ``resume_from_checkpoint=True`` skips a checkpoint that was being written when the run was
+    killed.
 
-    Logged, as means since the last log: ``loss`` and its parts ``preference`` and ``sft``; the rewards,
-    margins, accuracies, weights and detached share of :class:`raddpo_ext.RADDPOOutput`; ``dropped_pairs``, the share of
-    pairs of equal SIDs; and ``truncated_prompts``, the share of prompts that lost tokens.
+    It logs means since the last log: ``loss`` and its parts ``preference`` and ``sft``; the rewards, margins,
+    accuracies, weights and detached share of :class:`raddpo_ext.RADDPOOutput`; ``dropped_pairs``, the share of pairs
+    with equal SIDs; and ``truncated_prompts``, the share of prompts that lost tokens.
 
-    An evaluation gives the loss, its parts and the rewards over the data set's rows, and with ``index`` the constrained
-    retrieval's ``sid_recall@k``, ``sid_ndcg@k`` and ``sid_mrr``, and for rows with a column ``items`` also
-    ``item_recall@k``, ``item_ndcg@k`` and ``item_mrr``. With ``args.prediction_loss_only`` nothing is retrieved.
+    An evaluation gives the loss, its parts and the rewards over the rows of the data set. With ``index`` and without
+    ``args.prediction_loss_only`` it also retrieves, and gives ``sid_recall@k``, ``sid_ndcg@k`` and ``sid_mrr``; for
+    rows with a column ``items`` also ``item_recall@k``, ``item_ndcg@k`` and ``item_mrr``.
 
     Args:
         model: a ``transformers`` model with a language modelling head, or one with PEFT adapters.
         args: the options.
         ref_model: the reference. Default with ``args.use_reference``: the model as it is now. Without adapters this is
-            a frozen copy. With adapters only the trainable values are copied, and swapped in for the reference's pass.
-        data_collator: a :class:`SessionCollator`; by default one made from ``args``.
-        train_dataset, eval_dataset: rows as :class:`SessionCollator` takes them.
+            a frozen copy. With adapters only the trainable values are copied, and used for the reference's forward.
+        data_collator: a :class:`SessionCollator`; default: one made from ``args``.
+        train_dataset, eval_dataset: rows in the form that :class:`SessionCollator` takes.
         processing_class: a tokenizer, for rows of text.
-        peft_config: adds these PEFT adapters.
+        peft_config: PEFT adapters to add to the model, or None.
         index: the catalogue, for the evaluation and ``args.normalize = "trie"``.
-        vocab: the SIDs' tokens, for ``args.normalize = "level"`` and so that no SID of a prompt is cut; by default
+        vocab: the SIDs' tokens, for ``args.normalize = "level"`` and to truncate prompts between SIDs; default:
             ``index.vocab``.
         callbacks, optimizers: see ``transformers.Trainer``.
 
@@ -84,7 +85,7 @@ class RADDPOTrainer(SessionDataTrainer):
 
     args: RADDPOConfig
     objective: SessionObjective
-    loss_is_scaled_for_ga = True  # by the normalizer, which is the whole batch's
+    loss_is_scaled_for_ga = True  # the normalizer counts all accumulated batches
 
     def __init__(
         self,
@@ -200,10 +201,10 @@ class RADDPOTrainer(SessionDataTrainer):
         )
         if model.training:
             with torch.no_grad():
-                # Preference and SFT are shares of one step's loss: their weights add up to the number of steps.
+                # Preference and SFT are shares of one step's loss, so their divisors add up to the number of steps.
                 sums[:2, 1] /= self.current_gradient_accumulation_steps * self.accelerator.num_processes
                 self._sums += sums
-        loss = loss * self.accelerator.num_processes  # which average their gradients
+        loss = loss * self.accelerator.num_processes  # the processes average their gradients
         return (loss, {"sums": sums}) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
@@ -219,11 +220,13 @@ class RADDPOTrainer(SessionDataTrainer):
 
     @torch.no_grad()
     def _ref_logps(self, model: nn.Module, packed: PackedSessions) -> Tensor | None:
+        """The reference's token log-probs ``[C, L]``, or None without a reference."""
         if self.ref_model is not None:
             logps: Tensor = self.ref_model(packed=packed, compute=self.objective.logps)
             return logps
         if self._start is None:
             return None
+        # The model with its start values is the reference.
         was_training = model.training
         model.eval()  # no dropout in the reference
         with self._start(self.accelerator.unwrap_model(model, keep_torch_compile=False)):
@@ -251,7 +254,7 @@ class RADDPOTrainer(SessionDataTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[None, Tensor, Tensor]:
-        """Overridden: its predictions are sums of metrics per row, as packed batches have no labels to compare with."""
+        """Overridden to predict the sums and divisors of metrics per row, because packed batches have no labels."""
         inputs = self._prepare_inputs(inputs)
         packed: PackedSessions = inputs["packed"]
         self.objective.eval()
@@ -268,6 +271,7 @@ class RADDPOTrainer(SessionDataTrainer):
         return None, rows, torch.zeros_like(rows[:, :1])
 
     def _evaluation_metrics(self, prediction: Any) -> dict[str, float]:
+        """The metrics of an evaluation, from the predictions of all rows: float64 ``[rows, 2 * metrics]``."""
         totals = prediction.predictions.sum(0).reshape(-1, 2)
         names = [*ROWS]
         if len(totals) > len(names):
@@ -304,7 +308,7 @@ class RADDPOTrainer(SessionDataTrainer):
 
 
 class _Commit(TrainerCallback):
-    """Ends an optimizer step of the similarity weighting."""
+    """Ends an optimizer step of the similarity weighting: what it saw takes effect from the next step on."""
 
     def __init__(self, weighting: SimilarityWeighting) -> None:
         self.weighting = weighting
@@ -317,6 +321,7 @@ class _Commit(TrainerCallback):
 
 
 def _collator(model: Any, args: RADDPOConfig, vocab: SIDVocab | None, tokenizer: Any) -> SessionCollator:
+    """The collator of these options for this model."""
     config = model.config.get_text_config(decoder=True)
     pad_token_id = getattr(tokenizer, "pad_token_id", None)
     window = None if model.config.is_encoder_decoder else context(config)
@@ -334,6 +339,7 @@ def _collator(model: Any, args: RADDPOConfig, vocab: SIDVocab | None, tokenizer:
 
 
 def _disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of a model to 0: of its modules, and the rates that attention layers keep as numbers."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -21,7 +21,7 @@ LOSS_OPTIONS = (
     "label_smoothing",
 )
 
-#: Options of TrainingArguments that have no effect here, their neutral value, and why they must have it.
+#: Options of TrainingArguments without effect here, with the only value allowed and the reason.
 _UNUSED: dict[str, tuple[Any, str]] = {
     "label_smoothing_factor": (0.0, "the preference's own is label_smoothing"),
     "batch_eval_metrics": (False, "an evaluation's metrics are sums over its rows already"),
@@ -47,6 +47,7 @@ class RADDPOConfig(TrainingArguments):
         True
     """
 
+    # Options of TrainingArguments with other defaults.
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must be off: the model's forward does not name the rows' columns."}
@@ -59,6 +60,7 @@ class RADDPOConfig(TrainingArguments):
         default=False, metadata={"help": "Needed only if some trainable parameters are not used for text."}
     )
 
+    # The loss, see LOSS_OPTIONS; and over which tokens a softmax runs.
     beta: float = field(default=2.0, metadata={"help": "Scale of the rewards."})
     gamma: float = field(default=0.0, metadata={"help": "Target margin of the winner's reward, not scaled by beta."})
     length_normalized: bool = field(default=True, metadata={"help": "Divide a candidate's reward by its length."})
@@ -81,6 +83,7 @@ class RADDPOConfig(TrainingArguments):
         default="vocab", metadata={"help": "Support of a token's softmax: 'vocab', 'level' or 'trie'."}
     )
 
+    # Pair weights, the reference and dropout.
     similarity_weighting: bool = field(default=True, metadata={"help": "Weight pairs by their similarity (RDRW)."})
     similarity_window: int = field(
         default=4096, metadata={"help": "Number of similarities that RDRW takes its quantiles from."}
@@ -92,6 +95,7 @@ class RADDPOConfig(TrainingArguments):
         default=True, metadata={"help": "Disable the model's dropout, which is noise in a margin."}
     )
 
+    # Packing.
     layout: str = field(
         default="candidates", metadata={"help": "Packing: 'candidates', or 'trie' to compute a shared prefix once."}
     )
@@ -100,6 +104,7 @@ class RADDPOConfig(TrainingArguments):
     )
     pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Pad packed rows to a multiple of this."})
 
+    # Evaluation.
     eval_beam_width: int = field(
         default=50, metadata={"help": "Beam width of the constrained retrieval in an evaluation."}
     )
