@@ -1,4 +1,4 @@
-"""A constrained beam step from the logits, beside the ways in which it is done without this package."""
+"""A constrained beam step from logits, compared with the ways to do it without this package."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from raddpo_ext.bench.searches import Case, Level, Search
 
 
 def comparison(device: torch.device, *, case: Case) -> Comparison:
-    """A step is the mean over one search's, in a synthetic catalogue."""
+    """The mean step of one search in a synthetic catalogue."""
     search = Search(case.index_of(case.sids()).to(device), case.vocab, case.batch, case.beams)
     steps = list(search.levels())
 
+    # A call makes all steps of the search; each step's inputs are prepared.
     def whole(prepare: Callable[[Search, Level], Run]) -> Run:
         runs = [prepare(search, level) for level in steps]
         return lambda: [run() for run in runs]
@@ -26,6 +27,7 @@ def comparison(device: torch.device, *, case: Case) -> Comparison:
         for scores, best in zip(results, expected, strict=True):
             agree(scores, best)
 
+    # The ways that need nothing but torch.
     peers = {
         "gather - logsumexp": gather_lse,
         "dict trie, torch gather": dict_trie,

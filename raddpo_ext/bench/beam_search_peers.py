@@ -1,4 +1,4 @@
-"""One step of the constrained search in each way that is compared.
+"""One step of the constrained search, by each method that is compared.
 
 Each method here is called once with a search and one of its levels, prepares what it may prepare (not timed), and
 returns the step to be timed: a call without arguments that starts from the logits and returns the best scores
@@ -47,8 +47,10 @@ Node = dict[int, "Node"]
 
 
 def dict_tries(search: Search, level: Level) -> tuple[Node, list[Node]]:
-    """The trie down to the beams' children as nested dicts, and each beam's node in it. The rest of the catalogue is
-    left out: it is never visited, and without it the dicts stay in cache."""
+    """The trie down to the beams' children as nested dicts, and each beam's node in it.
+
+    The rest of the catalogue is left out, because a step never visits it.
+    """
     tokens, _ = search.children(level)
     paths = search.tokens(level.state.nodes).flatten(0, 1).tolist()
     root: Node = {}
@@ -76,11 +78,13 @@ def dict_trie(search: Search, level: Level) -> Run:
         for query in range(batch):
             child_logps, tokens, parents, counts = [], [], [], []
             for row in range(query * width, (query + 1) * width):
+                # Gather the children's log-probs beam by beam.
                 children = list(nodes[row])
                 child_logps.append(logps[row, children])
                 tokens += children
                 parents += [row] * len(children)
                 counts.append(len(children))
+            # Add the parents' scores, and keep the best of the query.
             repeats = torch.tensor(counts, device=scores.device)
             totals = torch.cat(child_logps).add_(scores[query].repeat_interleave(repeats))
             values, at = totals.topk(min(search.beam_width, len(tokens)))
@@ -92,8 +96,11 @@ def dict_trie(search: Search, level: Level) -> Run:
 
 
 def hf_style(search: Search, level: Level) -> Run:
-    """What HF ``generate`` does with ``num_beams`` and ``prefix_allowed_tokens_fn``: a mask over the whole vocabulary,
-    filled from a Python callback a beam (here a walk down a dict trie), and 2 W candidates out of W V."""
+    """A step of HF ``generate`` with ``num_beams`` and ``prefix_allowed_tokens_fn``.
+
+    It fills a mask over the whole vocabulary by one Python callback per beam, here a walk down a dict trie, and takes
+    2 W candidates out of W V.
+    """
     root, _ = dict_tries(search, level)
     rows, scores = level.rows, level.state.scores
     batch, width = scores.shape
@@ -120,7 +127,7 @@ def hf_style(search: Search, level: Level) -> Run:
 
 
 def agree(scores: Any, expected: Tensor) -> None:
-    """Raises AssertionError unless every query's scores, best first, are ``expected [B, W]``, -inf in empty slots."""
+    """Raise AssertionError unless every query's scores, best first, are ``expected [B, W]``, -inf in empty slots."""
     got = torch.full_like(expected, -math.inf)
     for query in range(len(expected)):
         got[query, : len(scores[query])] = scores[query]

@@ -11,8 +11,11 @@ def uniform(items: int, codes: int, levels: int, seed: int = 0) -> np.ndarray:
 
 
 def clustered(items: int, codes: int, levels: int, seed: int = 0) -> np.ndarray:
-    """int32 ``[items, levels]``: the rank of a code at each level is Zipf, and a hash of the prefix rotates the codes,
-    so that every node has its own favourites. Popular SIDs are shared by several items."""
+    """Codes of a Zipf distribution, int32 ``[items, levels]``.
+
+    A hash of the prefix rotates the codes of each level, so that every node has other frequent children. Several items
+    share a popular SID.
+    """
     rng = np.random.default_rng(seed)
     shares = np.arange(1, codes + 1) ** -ZIPF_EXPONENT
     cumulative = np.cumsum(shares / shares.sum())

@@ -47,6 +47,7 @@ def bench(options: argparse.Namespace) -> int:
     Raises:
         ValueError: an option does not work on this machine.
     """
+    # The options.
     integer(options.threads, "--threads", 1)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no GPU")
@@ -55,6 +56,7 @@ def bench(options: argparse.Namespace) -> int:
     begin = time.monotonic()
     try:
         results = run(options) if options.quick else run_fresh(options)
+    # Errors of the user's machine have a message and an exit code, not a traceback.
     except Mismatch as mismatch:
         print(f"raddpo_ext: {mismatch}", file=sys.stderr)
         return 1
@@ -64,6 +66,7 @@ def bench(options: argparse.Namespace) -> int:
         return failed.returncode  # the process has printed why
     except NotImplementedError as error:  # an operator has no kernel for this device
         raise ValueError(f"--device {options.device}: {str(error).splitlines()[0]}") from None
+    # The result, to be printed and written.
     result = report.environment(torch.device(options.device), options.threads) | {
         "processes": 1 if options.quick else PROCESSES,
         "seconds": time.monotonic() - begin,
@@ -100,6 +103,7 @@ def compare(suite: Mapping[str, Prepare], device: torch.device, rounds: int, bur
     for name, prepare in suite.items():
         result: dict[str, Any] = {"name": name, "note": "", "methods": {}, "floors": [], "unavailable": {}}
         try:
+            # Making the cases may find that the machine lacks something.
             comparison = prepare(device)
             result |= {
                 "name": comparison.name,

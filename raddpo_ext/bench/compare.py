@@ -1,4 +1,4 @@
-"""How several ways to compute one thing are checked and timed beside one another."""
+"""Checks and times several ways to compute the same thing, in turns."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class Cost(NamedTuple):
 
 
 class Missing(Exception):
-    """Something that a method needs is not on this machine; the message says what."""
+    """This machine lacks something that a method needs; the message says what."""
 
 
 class Mismatch(Exception):
-    """A method found something else than ours did."""
+    """A method's result differs from ours."""
 
 
 def agree(result: Any, expected: Any) -> None:
-    """Raises AssertionError unless these tuples of tensors are equal within :data:`TOLERANCE`."""
+    """Raise AssertionError unless these tuples of tensors are equal within :data:`TOLERANCE`."""
     for place, (got, value) in enumerate(zip(result, expected, strict=True)):
         error = _norm(got - value) / max(_norm(value), 1e-30)
         require(error <= TOLERANCE, f"its result {place} is off by {error:.2g}")
@@ -50,17 +50,17 @@ def _norm(values: Tensor) -> float:
 
 @dataclass
 class Comparison:
-    """Ways to compute one thing.
+    """Several ways to compute the same thing.
 
     Attributes:
         name: what is computed, with its sizes.
-        methods: calls by name, ours first; each returns what it found.
-        floors: calls that only do what no way can do without.
-        steps: how many of the thing a call computes; times are of one.
-        agree: takes a method's result and ours; raises AssertionError unless they are the same.
-        before: runs before each call, untimed.
-        note: said beside the name.
-        unavailable: methods that cannot run here, and why.
+        methods: calls by name, ours first; each returns its result.
+        floors: calls that do only what no method can do without.
+        steps: number of steps that a call computes; times are per step.
+        agree: takes a method's result and ours; raises AssertionError unless they are equal.
+        before: called before each call, untimed.
+        note: printed beside the name.
+        unavailable: methods that cannot run on this machine, and why.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Comparison:
     unavailable: dict[str, str] = field(default_factory=dict)
 
     def offer(self, name: str, prepare: Callable[[], Run]) -> None:
-        """Adds the method that ``prepare`` returns unless it raises :class:`Missing`."""
+        """Add the method that ``prepare`` returns, unless it raises :class:`Missing`."""
         try:
             self.methods[name] = prepare()
         except Missing as missing:
@@ -83,19 +83,20 @@ class Comparison:
 def measure(
     comparison: Comparison, rounds: int, burst: float, device: torch.device | None = None
 ) -> dict[str, dict[str, float]]:
-    """Checks the methods against ours, then times methods and floors in turns.
+    """Compare the methods' results with ours, then time methods and floors in turns.
 
-    A turn is a burst of ``burst`` seconds whose first call is not counted, unless it is the only one: it meets the
-    caches as another method left them. Slow methods have fewer turns.
+    A turn is a burst of ``burst`` seconds. Its first call is not counted unless it is the only one, because another
+    method has used the caches before it. Slow methods have fewer turns.
 
     Returns:
-        By name the seconds of one step: ``median`` over the bursts of their medians, ``least`` and ``most`` of these,
-        ``cpu`` the same median of the process's CPU time; and the number of ``calls``.
+        Per name the seconds of one step: ``median``, ``least`` and ``most`` of the bursts' medians, and ``cpu``, the
+        median of the process's CPU time; and the number of ``calls``.
 
     Raises:
-        Mismatch: a method's result is not ours.
+        Mismatch: a method's result differs from ours.
     """
     _check_same(comparison)
+    # Methods take turns, so that a slow moment of the machine meets all of them.
     runs = comparison.methods | comparison.floors
     time_one = timed if device is None or device.type == "cpu" else _timed_on_gpu
     bursts: dict[str, list[list[Cost]]] = {name: [] for name in runs}
@@ -107,6 +108,7 @@ def measure(
 
 
 def _summary(bursts: list[list[Cost]], steps: int) -> dict[str, float]:
+    """Medians over the bursts, per step."""
     wall = [median(cost.wall for cost in burst) / steps for burst in bursts]
     cpu = [median(cost.cpu for cost in burst) / steps for burst in bursts]
     calls = sum(map(len, bursts))
@@ -114,7 +116,7 @@ def _summary(bursts: list[list[Cost]], steps: int) -> dict[str, float]:
 
 
 def _check_same(comparison: Comparison) -> None:
-    """Also the first call of each method, in which some compile."""
+    """Compare the methods' results with ours. This is also the first call of each method, in which some compile."""
     (first, run), *others = comparison.methods.items()
     comparison.before()
     expected = run()
@@ -133,9 +135,21 @@ def burst_of(
     time_one: Callable[[Run], Cost] | None = None,
     calls: int = 1,
 ) -> list[Cost]:
-    """Of each call but the first, which meets caches and free memory as another method left them; of the only one where
-    one takes so many seconds. There are ``calls`` at least. ``before`` runs before each, untimed; ``time_one`` times
-    it, else :func:`timed`."""
+    """Time calls for at least ``seconds``.
+
+    The first call is not counted, because another method has used the caches and the free memory before it. If one call
+    takes ``seconds``, it is the only one and is counted.
+
+    Args:
+        run: the call.
+        seconds: minimum duration of all calls together.
+        before: called before each call, untimed.
+        time_one: times a call; default :func:`timed`.
+        calls: minimum number of calls.
+
+    Returns:
+        The cost of each counted call.
+    """
     costs: list[Cost] = []
     total = 0.0
     while len(costs) < calls or total < seconds:
@@ -146,6 +160,7 @@ def burst_of(
 
 
 def timed(run: Run) -> Cost:
+    """Time a call on the CPU."""
     cpu, wall = time.process_time(), time.perf_counter()
     run()
     wall = time.perf_counter() - wall
@@ -153,7 +168,7 @@ def timed(run: Run) -> Cost:
 
 
 def _timed_on_gpu(run: Run) -> Cost:
-    """By events on the stream: what the host does meanwhile counts only where the GPU waits for it."""
+    """Time a call by events on the stream. Work of the host counts only while the GPU waits for it."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     cpu = time.process_time()
     begin.record()

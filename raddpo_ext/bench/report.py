@@ -33,6 +33,7 @@ def environment(device: torch.device, threads: int) -> dict[str, Any]:
 
 
 def _cpu() -> str:
+    """The name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -42,6 +43,7 @@ def _cpu() -> str:
 
 
 def headline(result: dict[str, Any]) -> str:
+    """One line with the machine, the versions and the settings of a result."""
     machine, versions = dict(result["machine"]), dict(result["versions"])
     cores, isa = machine.pop("cores"), versions.pop("isa")
     parts = [f"{', '.join(machine.values())} ({cores} cores, {isa})"]
@@ -54,6 +56,7 @@ def merged(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Merge the results of several processes: the median, minimum and maximum of their medians."""
     results = []
     for cases in zip(*runs, strict=True):
+        # A method that some process lacked is left out.
         in_all = [name for name in cases[0]["methods"] if all(name in case["methods"] for case in cases)]
         methods = {name: _together([case["methods"][name] for case in cases]) for name in in_all}
         results.append(cases[0] | {"methods": methods})
@@ -61,6 +64,7 @@ def merged(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def _together(times: list[dict[str, float]]) -> dict[str, float]:
+    """The times of one method in several processes as one."""
     medians = [time["median"] for time in times]
     return {
         "median": median(medians),
@@ -72,11 +76,13 @@ def _together(times: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _ms(seconds: float) -> str:
+    """Seconds as milliseconds of three digits."""
     return f"{1e3 * seconds:.3g}" if seconds < 1 else f"{1e3 * seconds:.0f}"
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
     """The lines of a Markdown table, and one line per method that cannot run on this machine."""
+    # One group of rows per comparison, with the ratio to ours.
     rows = [["", "ms", "least - most", "/ ours"]]
     for result in results:
         if not result["methods"]:
@@ -88,6 +94,7 @@ def table(results: list[dict[str, Any]]) -> list[str]:
             middle, least, most = (_ms(time[which]) for which in ("median", "least", "most"))
             floor = "floor: " * (name in result["floors"])
             rows.append([floor + name, middle, f"{least} - {most}", f"{time['median'] / ours:.3g}x"])
+    # Pad the columns, so that the table can be read in a terminal too.
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     rows.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     lines = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |" for row in rows]

@@ -1,4 +1,4 @@
-"""A whole retrieval, beside ``generate`` of transformers with a constraint in Python."""
+"""A whole retrieval, compared with ``generate`` of transformers with a constraint in Python."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ TOLERANCE = 1e-4  # relative, of scores
 def comparison(
     device: torch.device, *, items: int, vocab_size: int, hidden_size: int, layers: int, prompt: int, beam_width: int
 ) -> Comparison:
-    """One prompt through a Qwen3 with random weights. The floor is the head's product with the states of every beam."""
+    """Retrieve for one prompt with a random Qwen3. The floor is the head's product with the states of every beam."""
+    # The model, the catalogue and the prompt.
     model = random_model(vocab_size, hidden_size, layers).to(device)
     vocab = SIDVocab([CODES] * LEVELS, offset=vocab_size - LEVELS * CODES)
     sids = torch.randint(CODES, (items, LEVELS))
@@ -44,6 +45,7 @@ def comparison(
         )
         return found.sequences_scores[None], found.sequences[None, :, prompt:].cpu()
 
+    # One state for the prompt, and one per beam in each later step.
     rows = torch.randn(1 + (LEVELS - 1) * beam_width, hidden_size, device=device)
     logits = torch.empty(len(rows), vocab_size, device=device)
     weight = model.lm_head.weight.detach()
@@ -82,7 +84,7 @@ def random_model(vocab_size: int, hidden_size: int, layers: int) -> Any:
 
 
 def children_of(sids: Iterable[list[int]]) -> dict[tuple[int, ...], list[int]]:
-    """The tokens behind each prefix of the SIDs, as a user holds them for ``prefix_allowed_tokens_fn``."""
+    """The tokens that can follow each prefix of the SIDs, as a user keeps them for ``prefix_allowed_tokens_fn``."""
     following: dict[tuple[int, ...], dict[int, None]] = {}
     for tokens in sids:
         for level, token in enumerate(tokens):
@@ -91,7 +93,7 @@ def children_of(sids: Iterable[list[int]]) -> dict[tuple[int, ...], list[int]]:
 
 
 def generate(model: Any, ids: Tensor, *, width: int, levels: int, top_k: int | None = None, **options: Any) -> Any:
-    """What transformers' own beam search finds behind prompts of one length; ``options`` hold the constraint."""
+    """Run transformers' own beam search on prompts of one length; ``options`` holds the constraint."""
     return model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -107,13 +109,13 @@ def generate(model: Any, ids: Tensor, *, width: int, levels: int, top_k: int | N
 
 
 def agree(result: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], tolerance: float = TOLERANCE) -> None:
-    """Raises AssertionError unless scores are equal, best first, and so are the SIDs, but for SIDs of equal scores,
-    which may change places."""
+    """Raise AssertionError unless the scores, best first, and the SIDs are equal. SIDs of equal scores may swap."""
     (got, got_sids), (scores, sids) = result, expected
     near = tolerance * scores.abs()
     off = (got - scores).abs()
     require(bool((off <= near).all()), f"its scores are off by up to {float(off.max()):.2g}")
+    # SIDs must be equal where the scores on both sides differ.
     gaps = (scores[:, :-1] - scores[:, 1:]).cpu() > 2 * near[:, 1:].cpu()
     edge = torch.zeros(len(gaps), 1, dtype=torch.bool)
-    alone = torch.cat([~edge, gaps], 1) & torch.cat([gaps, edge], 1)  # the last may have an equal one beyond the beam
+    alone = torch.cat([~edge, gaps], 1) & torch.cat([gaps, edge], 1)  # the last may tie with one outside of the beam
     require(bool((got_sids == sids)[alone].all()), "it finds other SIDs")

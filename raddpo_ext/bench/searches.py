@@ -39,7 +39,7 @@ class Case:
         return TrieIndex.build(sids, vocab=vocab)
 
     def sids(self) -> np.ndarray:
-        """Of a synthetic catalogue."""
+        """The SIDs of a synthetic catalogue."""
         draw: Callable[[int, int, int], np.ndarray] = getattr(catalogues, self.catalogue)
         return draw(self.items, self.codes or self.vocab, self.levels)
 
@@ -51,7 +51,7 @@ SYNTHETIC = [Case("uniform", 2048, 8, 2, 70, MILLION), Case("uniform", 8192, 3, 
 
 @dataclass
 class Level:
-    """One step to be made: the beams after ``depth`` tokens and the logits of their rows ``[B, W, V]``."""
+    """The input of one step: the beams after ``depth`` tokens, and their logits ``[B, W, V]``."""
 
     depth: int
     logits: Tensor
@@ -65,7 +65,7 @@ class Level:
 class Search:
     """``batch_size`` queries of ``beam_width`` beams over an index inside a vocabulary; :meth:`levels` are its steps.
 
-    Tokens of one level follow one another.
+    The token ids of a level are consecutive.
     """
 
     def __init__(self, index: TrieIndex, vocab_size: int, batch_size: int, beam_width: int) -> None:
@@ -74,8 +74,10 @@ class Search:
         self.first_tokens = torch.tensor(first, device=index.device)
 
     def levels(self) -> Iterator[Level]:
-        """The steps of one search, each with fresh standard normal logits. One level's logits reach 1 GB, so that a
-        caller who drops each level before the next holds only one."""
+        """The steps of one search, each with new standard normal logits.
+
+        One level's logits take up to 1 GB, so a caller should drop each level before the next one.
+        """
         state = BeamState.start(self.index, self.batch_size)
         for depth in range(self.index.levels):
             shape = (*state.nodes.shape, self.vocab_size)
@@ -89,7 +91,7 @@ class Search:
         return torch.where(codes >= 0, codes + self.first_tokens, -1)
 
     def children(self, level: Level) -> tuple[Tensor, Tensor]:
-        """Token ids and nodes of each beam's children, both ``[B, W, K]``, padded with -1 up to the most children."""
+        """Token ids and nodes of each beam's children, both ``[B, W, K]``, padded with -1."""
         first, count = self.index.child_ranges(level.state.nodes)
         column = torch.arange(int(count.max()), device=count.device)
         nodes = torch.where(column < count[..., None], first[..., None] + column, -1)

@@ -1,5 +1,7 @@
-"""The sessions whose loss is timed: by default 256 of 1 to 4 positives and 3 to 64 negatives, SIDs of 4 codes, half of
-a session's negatives next to its winner in the sorted catalogue, a weight per pair.
+"""The sessions whose loss is timed.
+
+By default there are 256 with 1 to 4 positives, 3 to 64 negatives and one weight per pair. SIDs have 4 codes. Half of a
+session's negatives are near its winner in the sorted catalogue.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ class Batch:
 
     def __init__(self, case: Case, device: torch.device | str = "cpu") -> None:
         rng = np.random.default_rng(0)
+        # Rows of the sorted catalogue: its neighbours share long prefixes.
         catalogue = np.unique(catalogues.clustered(ITEMS, CODES, case.levels), axis=0)
         least, most = zip(case.counts, case.negatives, strict=True)
         counts = rng.integers(least, most, (case.sessions, 2), endpoint=True)

@@ -4,11 +4,11 @@
   row number and every slot of its padded tables prepared: whatever follows from the sessions' sizes is not timed. It
   compares tokens in each call, as ours does.
 - ``loss_only`` is the same without rewards, margins and accuracy.
-- ``prepared`` is ``loss_only`` with the common prefixes at hand, too, which no training step has: its sessions are new.
+- ``prepared`` is ``loss_only`` with the common prefixes prepared too. No training step has them: its sessions are new.
 - ``compiled`` is ``vectorised`` under ``torch.compile``, compiled for this very batch.
-- ``loop`` goes from session to session, for the loss only.
+- ``loop`` is a Python loop over the sessions, and computes the loss only.
 
-None of these minds lengths, which are all the same here, nor a session that keeps no pair.
+None of these handles different lengths or sessions that keep no pair; neither occurs here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from raddpo_ext.losses.rad_dpo_loss import rad_dpo_loss
 
 
 class Padding:
-    """Where the entries of ascending groups stand in a table ``[groups, most]``."""
+    """The places of the entries of ascending groups in a padded table ``[groups, size of the largest group]``."""
 
     def __init__(self, group: Tensor) -> None:
         counts = torch.bincount(group)
@@ -37,12 +37,13 @@ class Padding:
         self.slots = group * self.shape[1] + places - (counts.cumsum(0) - counts)[group]
 
     def log_sum_exp(self, terms: Tensor) -> Tensor:
+        """The log-sum-exp of each group's terms."""
         table = terms.new_full((self.shape[0] * self.shape[1],), -math.inf)
         return table.index_copy(0, self.slots, terms).view(self.shape).logsumexp(1)
 
 
 class Layout:
-    """All that follows from the sessions' sizes."""
+    """Everything that depends only on the sessions' sizes."""
 
     def __init__(self, batch: Batch) -> None:
         sessions = batch.sessions
@@ -67,6 +68,7 @@ def shared_with_winner(tokens: Tensor, at: Layout) -> Tensor:
 
 
 def winner_loss(logps: Tensor, shared: Tensor, weights: Tensor, at: Layout) -> Tensor:
+    """The loss whose winner is the first positive."""
     rewards = BETA / logps.shape[1] * torch.where(shared, logps.detach(), logps).sum(1)
     terms = rewards.index_select(0, at.negatives) + weights.index_select(0, at.winner_pairs).log()
     terms = terms.masked_fill(shared[:, -1].index_select(0, at.negatives), -math.inf)
@@ -81,7 +83,10 @@ def shared_by_pair(tokens: Tensor, at: Layout) -> Tensor:
 
 
 def each_loss(logps: Tensor, shared: Tensor, weights: Tensor, at: Layout) -> Tensor:
-    """With the sums of each row's last log-probs at hand, the part of a negative that is not detached is one number."""
+    """The loss over all positives.
+
+    With the sums of each row's last log-probs, the part of a negative that is not detached is a single number.
+    """
     levels = logps.shape[1]
     scaled = BETA / levels * logps
     rewards = scaled.sum(1)
@@ -99,11 +104,13 @@ def shared_with_any(tokens: Tensor, at: Layout) -> Tensor:
 
 
 def longest_with_any(by_pair: Tensor, tokens: Tensor, at: Layout) -> Tensor:
+    """The longest prefix per negative as a mask ``[C, L]``, from those of its pairs ``[M]``."""
     longest = by_pair.new_zeros(len(tokens)).scatter_reduce(0, at.negative_of_pair, by_pair, "amax")
     return torch.arange(tokens.shape[1], device=tokens.device) < longest[:, None]
 
 
 def pooled_loss(logps: Tensor, shared: Tensor, weights: Tensor, at: Layout) -> Tensor:
+    """The loss whose winner is the sum over all positives."""
     rewards = BETA / logps.shape[1] * torch.where(shared, logps.detach(), logps).sum(1)
     least = torch.ones(len(logps), device=logps.device).scatter_reduce(
         0, at.negative_of_pair, weights, "amin", include_self=False
@@ -181,6 +188,7 @@ def compiled(batch: Batch) -> Step:
 
 
 def loop(batch: Batch) -> Step:
+    """A Python loop over the sessions."""
     sessions, mode = batch.sessions, batch.case.positives
     offsets, counts = sessions.offsets.tolist(), sessions.num_positives.tolist()
     pairs = sessions.pair_offsets.tolist()
@@ -190,6 +198,7 @@ def loop(batch: Batch) -> Step:
         if mode == "pooled":
             same, weights = same.any(0, keepdim=True), weights.amin(0, keepdim=True)
         rows, r = logps[positives:], BETA * logps.mean(1)
+        # One loss per positive that acts as the winner.
         losses = []
         for p in range(positives if mode == "each" else 1):
             negatives = BETA * torch.where(same[p], rows.detach(), rows).mean(1) + weights[p].log()
@@ -220,9 +229,13 @@ METHODS: dict[str, Callable[[Batch], Step]] = {
 
 
 def bare_bytes(batch: Batch) -> Callable[[], Tensor]:
-    """Copies as many bytes as forward and backward must move: tokens, lengths, weights and log-probs are read, rewards,
-    margins, the saved gradient and the gradient written, and the saved one read."""
+    """Copy as many bytes as forward and backward must move.
+
+    They read tokens, lengths, weights, log-probs and the saved gradient, and write rewards, margins, the saved gradient
+    and the gradient.
+    """
     sessions, gradient = batch.sessions, batch.logps.nbytes
+    # In bytes; a copy reads one half of them and writes the other.
     read = sessions.tokens.nbytes + sessions.lengths.nbytes + batch.weights.nbytes + 2 * gradient
     written = 4 * (sessions.num_candidates + sessions.num_pairs) + 2 * gradient
     there, here = torch.zeros(2, (read + written) // 2, dtype=torch.uint8, device=batch.tokens.device)

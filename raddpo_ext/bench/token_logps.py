@@ -11,8 +11,11 @@ from raddpo_ext.bench.token_logps_cases import Case, Problem
 
 
 def comparison(device: torch.device, *, case: Case, compiled: bool = True) -> Comparison:
-    """The floor of log-probs from logits reads them twice and writes them once, that of log-probs from hidden states is
-    the three products for logits and both gradients; all into memory that is there."""
+    """Log-probs with their gradients.
+
+    The floor from logits reads them twice and writes them once. The floor from hidden states is the three products for
+    the logits and both gradients. Both write into memory that exists already.
+    """
     problem = Problem(case, device)
 
     def call(method: peers.Method) -> Run:

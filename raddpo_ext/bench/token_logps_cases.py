@@ -18,7 +18,7 @@ from torch import Tensor
 from raddpo_ext.index.vocab import SIDVocab
 
 Step = Callable[[], Tensor]
-SPREAD = 3.0  # standard deviation of the logits: peaked as a trained model's, so that the softmax counts in gradients
+SPREAD = 3.0  # standard deviation of the logits: the softmax is then as peaked as that of a trained model
 CANDIDATES = 16  # of a preference batch, the first half chosen, the second rejected
 BETA, GAMMA = 2.0, 0.5
 LEVELS = 3
@@ -68,7 +68,7 @@ class Case:
 
     @property
     def output_bytes(self) -> int:
-        """What any method with a fresh gradient must return: log-probs and gradients."""
+        """Bytes of the log-probs and gradients that every method returns."""
         if not self.hidden:
             return 4 * self.rows + self.logit_bytes
         weight = 0 if self.accumulate else self.vocab * self.hidden
@@ -158,8 +158,10 @@ class Problem:
         return SIDVocab([self.case.codes] * LEVELS, offset=self.case.vocab - LEVELS * self.case.codes)
 
     def reset(self) -> None:
-        """Drops the gradients, but for a ``weight.grad`` to be added to, and restores logits that the last call
-        overwrote. It is the same for every method: all meet the caches alike, and allocate their gradient alike."""
+        """Drop the gradients, except a ``weight.grad`` to be added to, and restore logits that a call has overwritten.
+
+        It is the same for every method, so all of them find the caches in the same state.
+        """
         for leaf in self.leaves.values():
             if not (self.case.accumulate and leaf is self.leaves.get("weight")):
                 leaf.grad = None
@@ -168,7 +170,7 @@ class Problem:
                 self.given.copy_(self.values)
 
     def clear(self) -> None:
-        """As :meth:`reset`, and a ``weight.grad`` to be added to is zero."""
+        """As :meth:`reset`; also set a ``weight.grad`` to be added to to 0."""
         for leaf in self.leaves.values():
             leaf.grad = None
         if self.case.accumulate:

@@ -1,4 +1,4 @@
-"""Token log-probs, forward and backward, in each way that needs nothing but torch.
+"""Token log-probs, forward and backward, by each method that needs only torch.
 
 Each method here is called once with a problem, prepares what it may prepare (not timed), and returns the call to be
 timed: it leaves the gradients in the problem's leaves and returns the log-probs, or the loss made of them.
@@ -34,6 +34,7 @@ def ours(problem: Problem) -> Step:
 
 
 def ours_in_place(problem: Problem) -> Step:
+    """Ours with the gradient written over the logits."""
     return lambda: problem.backward(token_logps(problem.logits, problem.targets, inplace_backward=True))
 
 
@@ -69,6 +70,7 @@ def cross_entropy_fp32(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def plain(expression: Callable[[Tensor, Tensor], Tensor]) -> Method:
+    """The method that evaluates an expression of logits and targets."""
     return lambda problem: lambda: problem.backward(expression(problem.logits, problem.targets))
 
 
@@ -86,6 +88,7 @@ def compiled(problem: Problem) -> Step:
 
 
 def mask(problem: Problem) -> Step:
+    """Plain torch that computes all logits and masks the other levels' columns."""
     case = problem.case
     column = torch.arange(case.vocab) - case.vocab - problem.codes_of_levels[:, None]
     outside = (column < 0) | (column >= case.codes)
@@ -105,6 +108,7 @@ def _levels(problem: Problem) -> tuple[list[slice], Tensor]:
 
 
 def columns(problem: Problem) -> Step:
+    """Plain torch that computes all logits and keeps the level's columns."""
     levels, codes = _levels(problem)
 
     def step() -> Tensor:
@@ -142,7 +146,7 @@ def torch_lce(problem: Problem) -> Step:
 
 
 def torch_lce_auto(problem: Problem) -> Step:
-    """The same with the chunks it chooses itself, of one or two rows here."""
+    """torch's chunked linear cross-entropy with the chunks that it chooses, of one or two rows here."""
     case = problem.case
     if (case.length, case.vocab) != (4, 32768):
         raise Missing("measured at 64 rows of 32768 logits only: it takes seconds per call, minutes at bfloat16")
@@ -169,6 +173,8 @@ def bare_passes(problem: Problem) -> Step:
 
 
 def bare_passes_in_place(problem: Problem) -> Step:
+    """The rows' log-sum-exp, then one pass that overwrites the logits."""
+
     def step() -> Tensor:
         row_lse(problem.given.detach())
         return problem.given.detach().neg_()
@@ -177,7 +183,7 @@ def bare_passes_in_place(problem: Problem) -> Step:
 
 
 def bare_gemms(problem: Problem) -> Step:
-    """The products for logits and both gradients into memory that is there already."""
+    """The products for logits and both gradients, into memory that exists already."""
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
     logits = hidden.new_zeros(len(hidden), len(weight))
     grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
@@ -191,7 +197,7 @@ def bare_gemms(problem: Problem) -> Step:
 
 
 def bare_level_gemms(problem: Problem) -> Step:
-    """The same products of each level's rows of the weight, and a dense gradient filled with zeros if it is fresh."""
+    """The products of :func:`bare_gemms` for each level's rows of the weight; a fresh gradient is zeroed first."""
     levels, _ = _levels(problem)
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
     by_level = hidden.view(-1, LEVELS, problem.case.hidden).transpose(0, 1).contiguous()

@@ -12,7 +12,8 @@ from raddpo_ext.index.trie import TrieIndex
 
 
 def comparison(device: torch.device, *, items: int, codes: int, levels: int) -> Comparison:
-    """Of uniform SIDs that fit a 63-bit word. It is built on the CPU whatever ``device`` is."""
+    """Build the index of uniform SIDs that fit a 63-bit word, on the CPU for any ``device``."""
+    # The SIDs, and the same as one integer each.
     sids = torch.randint(codes, (items, levels), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     (words,) = words_of(sids.numpy())
     copied = torch.empty_like(sids)
@@ -26,6 +27,7 @@ def comparison(device: torch.device, *, items: int, codes: int, levels: int) -> 
         return root
 
     def agree(result: Any, index: TrieIndex) -> None:
+        # Sorted words hold a SID wherever neighbours differ; dicts are counted node by node.
         if isinstance(result, np.ndarray):
             found, expected = 1 + np.count_nonzero(np.diff(result)), index.num_sids
         else:

@@ -87,11 +87,13 @@ def load_catalogue(folder: str | os.PathLike[str]) -> Catalogue:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: {'is not a folder' if folder.exists() else 'no such folder'}")
+    # The items and their SIDs.
     index_path = _only(folder, "*.index.json")
     table = read_sids(index_path)
     if table.item_ids is None:
         raise ValueError(f"{index_path}: item ids must be integers, got {(table.ids or [])[:1]}")
     row_of = {int(item): row for row, item in enumerate(table.item_ids)}
+    # The purchases: MiniOneRec has its own split, LETTER one sequence per user.
     if (folder / "valid.csv").exists() and (folder / "test.csv").exists():
         train, valid, test = _own_split(folder, row_of)
     else:
@@ -123,6 +125,7 @@ def known_version(folder: str | os.PathLike[str]) -> str | None:
 
 
 def _only(folder: Path, pattern: str, otherwise: str = "") -> Path:
+    """The only file of a folder with this pattern; raises ValueError if there is none or several."""
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
         expected = f"{pattern}, or {otherwise}" if otherwise else pattern
@@ -131,6 +134,7 @@ def _only(folder: Path, pattern: str, otherwise: str = "") -> Path:
 
 
 def _leave_one_out(path: Path, row_of: dict[int, int]) -> tuple[list[list[int]], list[Case], list[Case]]:
+    """LETTER's layout: training sequences, and a validation and a test case per user."""
     users = [_rows(f"{path}: user {user!r}", items, row_of) for user, items in _read_json(path).items()]
     users = [items for items in users if len(items) > 2]
     return (
@@ -141,6 +145,7 @@ def _leave_one_out(path: Path, row_of: dict[int, int]) -> tuple[list[list[int]],
 
 
 def _own_split(folder: Path, row_of: dict[int, int]) -> tuple[list[list[int]], list[Case], list[Case]]:
+    """MiniOneRec's layout: training sequences by user, and the cases of its own split."""
     valid, test = (_read_csv(folder / f"{name}.csv", row_of) for name in ("valid", "test"))
     train: dict[str, list[int]] = {}
     if (folder / "train.csv").exists():
@@ -166,6 +171,7 @@ def _read_csv(path: Path, row_of: dict[int, int]) -> list[tuple[str, Case]]:
             user, history, item = line["user_id"], json.loads(line["history_item_id"]), int(line["item_id"])
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{where}: {type(error).__name__}: {error}") from None
+        # The history and the item that was bought after it.
         *before, bought = _rows(where, history, row_of) + _rows(where, [item], row_of)
         if not before:
             raise ValueError(f"{where}: the history is empty")
@@ -174,6 +180,7 @@ def _read_csv(path: Path, row_of: dict[int, int]) -> list[tuple[str, Case]]:
 
 
 def _rows(where: str, items: Any, row_of: dict[int, int]) -> list[int]:
+    """The row numbers of item ids; ``where`` names the place in errors."""
     if not isinstance(items, list):
         raise ValueError(f"{where}: expected a list of items, got {type(items).__name__}")
     for item in items:
@@ -183,6 +190,8 @@ def _rows(where: str, items: Any, row_of: dict[int, int]) -> list[int]:
 
 
 def _read_titles(folder: Path, row_of: dict[int, int], sids: np.ndarray) -> list[str]:
+    """The title of each row."""
+    # An item without a title is called by its number and SID.
     titles = [f"item {item}, SID {' '.join(map(str, sids[row]))}" for item, row in row_of.items()]
     for path in folder.glob("*.item.json"):
         for item, fields in _read_json(path).items():
@@ -198,6 +207,7 @@ def _read_titles(folder: Path, row_of: dict[int, int], sids: np.ndarray) -> list
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object."""
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

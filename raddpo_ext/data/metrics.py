@@ -45,6 +45,7 @@ def retrieval_metrics(found: Tensor, wanted: Tensor, ks: Sequence[int] = (5, 10,
         {'recall@1': 0.0, 'ndcg@1': 0.0, 'recall@3': 1.0, 'ndcg@3': 0.631, 'mrr': 0.5}
     """
     found, wanted = _places(found, "found"), _places(wanted, "wanted")
+    # Shapes and cut-offs.
     if found.device != wanted.device:
         raise ValueError(f"wanted must be on the device of found, {found.device}, got {wanted.device}")
     if len(found) != len(wanted) or found.shape[2:] != wanted.shape[2:]:
@@ -60,6 +61,7 @@ def retrieval_metrics(found: Tensor, wanted: Tensor, ks: Sequence[int] = (5, 10,
     ranks, count = _ranks(found, wanted)
     _check.none(count == 0, lambda row: f"wanted[{row}] is empty; leave out queries without a wanted item")
 
+    # A rank of infinity gains 0. The ideal gain has the wanted items at the first positions.
     gains = (ranks + 1).log2().reciprocal()
     ideal = torch.arange(2.0, 2 + max(wanted.shape[1], 1), dtype=torch.float64, device=found.device)
     ideal = ideal.log2().reciprocal().cumsum(0)
@@ -97,6 +99,7 @@ def invalid_share(index: TrieIndex, sids: Tensor, lengths: Tensor | None = None)
     _check.instance(sids, "sids", Tensor)
     sids = _check.integer_tensor(sids, "sids", 3)
     queries, places, levels = sids.shape
+    # The length of each SID: as given, or up to its last code that is not -1.
     if lengths is None:
         ends = torch.where(sids != -1, torch.arange(1, levels + 1, device=sids.device), 0)
         lengths = ends.amax(2) if levels else ends.sum(2)
@@ -104,6 +107,7 @@ def invalid_share(index: TrieIndex, sids: Tensor, lengths: Tensor | None = None)
         lengths = _check.integer_tensor(lengths, "lengths", 2)
         if lengths.shape != sids.shape[:2]:
             raise ValueError(f"lengths must have shape {(queries, places)}, got {tuple(lengths.shape)}")
+    # Empty positions are neither invalid nor counted.
     ends = _check.lengths(lengths.flatten(), queries * places, 0, levels).to(index.device)
     invalid = ~index.contains(sids.flatten(0, 1), ends) & (ends > 0)
     shape = (queries, places)
@@ -140,6 +144,7 @@ def squeezing(before: Tensor, after: Tensor, sessions: SessionBatch) -> dict[str
     _check.instance(sessions, "sessions", SessionBatch)
     sums = {name: _summed(value, name, sessions) for name, value in (("before", before), ("after", after))}
     drift = sums["after"] - sums["before"]
+    # Three groups of candidates: the first positive of each session is its winner.
     positive = sessions.is_positive()
     first = torch.arange(sessions.num_candidates, device=sessions.device) == sessions.offsets[sessions.owners()]
     groups = {"winner": positive & first, "positives": positive & ~first, "negatives": ~positive}
@@ -171,9 +176,11 @@ def _ranks(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """
     if found.dim() == 2:
         found, wanted = found[..., None], wanted[..., None]
+    # Of repeated wanted items, only the first counts.
     real = (wanted >= 0).any(2)
     same = (wanted[:, :, None] == wanted[:, None]).all(3)
     real &= ~same.tril(-1).any(2)
+    # The first position of each.
     hits = (wanted[:, :, None] == found[:, None]).all(3)
     places = torch.arange(1.0, 1 + found.shape[1], dtype=torch.float64, device=found.device)
     ranks = torch.where(hits & real[..., None], places, math.inf)

@@ -85,6 +85,7 @@ class BeamNegatives:
         self.retriever = retriever
         self.batch_size = _check.integer(batch_size, "batch_size", 1)
         index = retriever.index
+        # The leaf of each item, sorted by item id, so that items can be looked up.
         nodes = torch.arange(index.node_bound, device=index.device)
         first, number = (tensor.cpu() for tensor in index.item_ranges(nodes))
         leaf = torch.repeat_interleave(number)
@@ -98,6 +99,7 @@ class BeamNegatives:
         """See :meth:`NegativeSampler.sample`. A positive that is not in the index is not an error."""
         items = _checked(prompts, positives, count, generator)
         beam = self._search(prompts, [row for row, winner in enumerate(items[:, 0].tolist()) if winner >= 0])
+        # Found items with the SID of a positive are not free; of the rest, the random keys choose.
         taken = self._leaves_of(items)
         free = (beam >= 0) & (self._leaves_of(beam)[:, :, None] != taken[:, None]).all(2)
         keys = torch.rand(beam.shape, generator=generator, dtype=torch.float64).masked_fill(~free, -1)
@@ -150,6 +152,7 @@ class SiblingNegatives:
         if prefix >= distinct.shape[1]:
             raise ValueError(f"prefix must be below {distinct.shape[1]}, the number of levels, got {prefix}")
         self._items = SortedItems(of_item, torch.ones_like(of_item))
+        # SIDs are sorted, so those that share a prefix are a range: its bounds, for each SID.
         head = distinct[:, :prefix]
         begins = torch.ones(len(head), dtype=torch.bool)
         begins[1:] = (head[1:] != head[:-1]).any(1)
@@ -162,6 +165,7 @@ class SiblingNegatives:
     ) -> Tensor:
         """See :meth:`NegativeSampler.sample`. Ignores the prompts."""
         taken = self._items.numbers(_checked(prompts, positives, count, generator))
+        # Draw from the winner's range, which is empty without a winner.
         winner = taken[:, 0].clamp(min=0)
         end = torch.where(taken[:, 0] >= 0, self._end[winner], self._begin[winner])
         return self._items.draw(self._begin[winner], end, taken, count, generator)
@@ -245,12 +249,14 @@ def sample_negatives(
         chosen = sampler.sample(prompts, known, count, generator)
         if chosen.shape != (len(items), count):
             raise ValueError(f"{name} must give shape {(len(items), count)}, got {tuple(chosen.shape)}")
+        # By SID: neither a taken one nor one of an earlier column may be drawn.
         numbers = sid_numbers(of_item, chosen, name)
         if isinstance(sampler, BeamNegatives):
             _check_rows(sampler.retriever.index, chosen[chosen >= 0], distinct[numbers[chosen >= 0]], name)
         clash = (numbers[:, :, None] == taken[:, None]).any(2) | empty
         clash |= (numbers[:, :, None] == numbers[:, None]).tril(-1).any(2)
         columns.append(chosen.masked_fill(clash, -1))
+        # The next sampler takes these negatives for positives.
         taken = torch.cat([taken, numbers.masked_fill(clash, -1)], 1)
         known = [
             [*before, *(item for item in row if item >= 0)]
@@ -286,6 +292,7 @@ def _checked(
     for place, row in enumerate(positives):
         if not isinstance(row, Sequence):
             raise TypeError(f"positives[{place}] must be a sequence of items, got {row!r}")
+    # From ragged lists to a padded table.
     flat = [item for row in positives for item in row]
     items = _check.integer_tensor(flat, "positives", 1) if flat else torch.empty(0, dtype=torch.int64)
     lengths = torch.tensor([len(row) for row in positives], dtype=torch.int64)

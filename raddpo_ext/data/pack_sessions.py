@@ -128,6 +128,7 @@ class PackedSessions:
         return torch.where(mask, self.input_ids.gather(1, places), 0), mask.long()
 
     def _flat(self, states: Tensor) -> Tensor:
+        """The model's states ``[S, T, H]`` as ``[S * T, H]``."""
         if states.dim() != 3 or states.shape[:2] != self.input_ids.shape:
             expected = tuple(self.input_ids.shape)
             raise ValueError(f"states must have shape [S, T, H] with [S, T] = {expected}, got {tuple(states.shape)}")
@@ -238,6 +239,7 @@ def _flatten(prompts: Sequence[Any], count: int) -> tuple[np.ndarray, np.ndarray
         raise TypeError(f"prompts must be a sequence of sequences of token ids, got {type(prompts).__name__}")
     if len(prompts) != count:
         raise ValueError(f"prompts must have one entry per session ({count}), got {len(prompts)}")
+    # Lists are the usual case and chain fast; arrays and tensors are concatenated.
     tokens: np.ndarray = np.empty(0, np.int64)
     lengths: np.ndarray = np.empty(0, np.int64)
     try:
@@ -249,6 +251,7 @@ def _flatten(prompts: Sequence[Any], count: int) -> tuple[np.ndarray, np.ndarray
             tokens = np.concatenate([np.asarray(prompt) for prompt in prompts])
     except (TypeError, ValueError):
         raise TypeError(f"prompts must hold token ids of one dimension: {_culprit(prompts)}") from None
+    # Every prompt has a token, and all of them are ids.
     if not lengths.all():
         raise ValueError(
             f"prompts[{int(lengths.argmin())}] must have at least one token, whose state predicts the first code"
@@ -283,6 +286,7 @@ def _truncate(
     vocab: SIDVocab | None,
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Begins and lengths of the prompts after truncation to ``max_length``, and the number of truncated prompts."""
+    # The tokens that each session's longest candidate leaves its prompt.
     longest = np.zeros(len(lengths), np.int64)
     np.maximum.at(longest, sessions.owners().numpy(), sessions.lengths.numpy())
     budget = max_length - longest  # tokens for each prompt
@@ -291,9 +295,11 @@ def _truncate(
         raise ValueError(
             f"max_length = {max_length} leaves prompts[{row}] no token beside a candidate of {longest[row]} tokens"
         )
+    # Drop first tokens.
     cut = lengths > budget
     ends = starts + lengths
     starts = np.where(cut, ends - budget, starts)
+    # Move the begin to the next token of the first level, where there is one, so that no SID is cut.
     if vocab is not None and cut.any():
         first = np.flatnonzero(np.isin(tokens, vocab.token_ids[0][vocab.token_ids[0] >= 0].numpy()))
         after = np.append(first, len(tokens))[np.searchsorted(first, starts)]

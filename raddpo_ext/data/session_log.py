@@ -151,6 +151,7 @@ def write_sessions(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]])
 
 
 def _import(name: str) -> Any:
+    """Import an optional package, or raise an ImportError that says how to install it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -158,6 +159,7 @@ def _import(name: str) -> Any:
 
 
 def _is_jsonl(path: Path) -> bool:
+    """Whether a path names a jsonl file; raises ValueError for other files than jsonl and parquet."""
     if path.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"{path}: not a kind of file that holds sessions: expected .jsonl or .parquet")
     if path.is_dir():
@@ -166,6 +168,7 @@ def _is_jsonl(path: Path) -> bool:
 
 
 def _schema(arrow: Any) -> Any:
+    """The types of a table of sessions, with the optional column."""
     ids = arrow.list_(arrow.int64())
     columns = zip((*COLUMNS, ITEMS), (ids, arrow.list_(ids), arrow.list_(ids), ids), strict=True)
     return arrow.schema(list(columns))
@@ -212,6 +215,7 @@ def _write_parquet(file: BinaryIO, rows: Iterator[dict[str, Any]]) -> None:
 
 
 def _checked_rows(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows of ``write_sessions``, checked one by one."""
     number = -1
     for number, row in enumerate(rows):
         try:
@@ -235,6 +239,7 @@ def _sort_out(
         except _BadRow as error:
             bad[place] = error
     if index is not None:
+        # Look up all candidates of the chunk at once, and then all items.
         named = [(place, *found) for place, session in sessions.items() for found in _candidates(session)]
         for (place, name, sid), known in zip(named, contained(index, [sid for *_, sid in named]), strict=True):
             if not known:
@@ -260,6 +265,7 @@ def _session(row: Any, check: SIDCheck | None) -> dict[str, Any]:
     for column in COLUMNS:
         if row.get(column) is None:
             raise _BadRow("missing column", f"has no {column}")
+    # The columns hold ids, and the candidates are SIDs of the vocabulary.
     session = {column: row[column] for column in COLUMNS}
     _check_ids("prompt_ids", session["prompt_ids"], "empty prompt")
     for column in COLUMNS[1:]:
@@ -273,6 +279,7 @@ def _session(row: Any, check: SIDCheck | None) -> dict[str, Any]:
     if row.get(ITEMS) is not None:
         session[ITEMS] = row[ITEMS]
         _check_ids(ITEMS, session[ITEMS], None, _ITEM_IDS, "an item id")
+    # No SID may be both preferred and not.
     negatives = {tuple(sid): place for place, sid in enumerate(session["negatives"])}
     for place, sid in enumerate(session["positives"]):
         if tuple(sid) in negatives:
@@ -282,6 +289,7 @@ def _session(row: Any, check: SIDCheck | None) -> dict[str, Any]:
 
 
 def _candidates(session: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The candidates of a session, each with its name in errors."""
     for column in COLUMNS[1:]:
         for place, sid in enumerate(session[column]):
             yield f"{column}[{place}]", sid

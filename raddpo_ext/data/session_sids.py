@@ -19,6 +19,7 @@ class SIDCheck:
 
     def why_not(self, sid: Sequence[int]) -> str | None:
         """The end of the sentence "tokens ..." that says what is wrong; None if they are a SID of any length."""
+        # The codes before the end token.
         codes = sid[:-1] if self.eos is not None and sid and sid[-1] == self.eos else sid
         if self.eos is not None and len(codes) == len(sid):
             return f"does not end in eos, {self.eos}"

@@ -22,6 +22,7 @@ class SortedItems:
         self.num_sids = len(last)
 
     def numbers(self, positives: Tensor) -> Tensor:
+        """The SID of each positive, see :func:`sid_numbers`."""
         return sid_numbers(self.of_item, positives, "positives")
 
     def draw(self, begin: Tensor, end: Tensor, taken: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -36,19 +37,23 @@ class SortedItems:
         Returns:
             int64 ``[B, count]``, -1 where nothing is free.
         """
+        # Items own consecutive integers, as many as their weight: ``low`` to ``high - 1`` are those of the range.
         low, high = self.bounds[begin], self.bounds[end]
         chosen = []
         for _ in range(count):
+            # The weight of the taken SIDs in the range, each counted once.
             taken = taken.sort(1).values
             counted = (taken >= begin[:, None]) & (taken < end[:, None])
             counted[:, 1:] &= taken[:, 1:] != taken[:, :-1]
             starts = self.bounds[taken.clamp(min=0)]
             weights = torch.where(counted, self.bounds[taken.clamp(min=0) + 1] - starts, 0)
             free = high - low - weights.sum(1)
+            # A random integer below the free weight, moved up by each taken SID that it reaches.
             share = torch.rand(len(taken), generator=generator, dtype=torch.float64)
             place = low + torch.minimum((share * free).long(), free - 1)
             for column in range(taken.shape[1]):
                 place += torch.where(place >= starts[:, column], weights[:, column], 0)
+            # The item that owns this integer.
             position = torch.searchsorted(self.reached, place, right=True).clamp(max=len(self.order) - 1)
             item = torch.where(free > 0, self.order[position], -1)
             chosen.append(item)

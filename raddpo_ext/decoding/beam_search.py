@@ -55,7 +55,7 @@ def beam_search(
     on_step: Callable[[int, BeamState], None] | None = None,
     check: bool = False,
 ) -> BeamResult:
-    """Searches a catalogue with constrained beam search; ``step_fn`` runs the model.
+    """Search a catalogue by constrained beam search; ``step_fn`` runs the model.
 
     If ``beam_width`` is at least the number of live prefixes and finished SIDs at every level, the result equals that
     of scoring the whole catalogue.
@@ -94,6 +94,7 @@ def beam_search(
     """
     widths = _check.widths(beam_width, index.levels, index.most_levels)
     check_top_k(top_k, widths[-1], index)
+    # Without a weight, step_fn returns logits, and the head's options would have no effect.
     head = None
     if weight is not None:
         head = checked_head(weight, bias, temperature, logit_softcap)
@@ -134,6 +135,7 @@ def head_beam_search(
     for level, width in enumerate(beam_width):
         output = step_fn(state.tokens, state.parents, level)
         if head is None:
+            # A model with one head per level may have fewer columns than the whole vocabulary.
             if isinstance(output, Tensor) and output.dim() == 3:
                 check_level_columns(output, index, level)
             state = beam_step(output, state, index, width, **options)
@@ -145,7 +147,7 @@ def head_beam_search(
 
 
 def check_top_k(top_k: int | None, width: int, index: TrieIndex) -> None:
-    """Raises for a ``top_k`` that is not a positive integer, and warns if it is above the last width."""
+    """Raise an error if ``top_k`` is not a positive integer, and warn if it is above the last width."""
     if top_k is None:
         return
     if width < min(_check.width(top_k, "top_k"), index.num_sids) and index.num_items == index.num_sids:
@@ -157,15 +159,18 @@ def check_top_k(top_k: int | None, width: int, index: TrieIndex) -> None:
 
 
 def _result(state: BeamState, index: TrieIndex, length_penalty: float, top_k: int | None) -> BeamResult:
+    """Turn the beams after the last step into rows of SIDs, or of ``top_k`` items."""
+    # Scores, divided by the lengths.
     sids, depths = index.paths(state.nodes)
     scores = state.scores
     if length_penalty:
         scores = scores / depths.clamp(min=1).to(torch.float64).pow(length_penalty).to(torch.float32)
     first, count = index.item_ranges(state.nodes)
+    # One row per SID, with its first item.
     if top_k is None:
         items = torch.where(count > 0, index.items_at(first), -1)
         return BeamResult(items, scores, sids)
-    # Item k of a query is in the first beam at which the running sum of items exceeds k.
+    # One row per item. Item k of a query is in the first beam at which the running sum of items exceeds k.
     ends = count.cumsum(1)
     rank = torch.arange(top_k, device=scores.device).expand(len(scores), top_k).contiguous()
     beam = torch.searchsorted(ends, rank, right=True)

@@ -60,7 +60,7 @@ def beam_step(
     length_penalty: float = 0.0,
     check: bool = False,
 ) -> BeamState:
-    """Extends every live beam by all its children in the trie and keeps the best ``beam_width``, in one fused op.
+    """Extend every live beam by all its children in the trie and keep the best ``beam_width``, in one fused op.
 
     A child's score is its parent's score plus ``min(logit - logsumexp, 0)``, in float32; the log-sum-exp runs over the
     softmax's support. A finished beam (a leaf) keeps its score and its node; its token is -1 and its parent is its own
@@ -94,13 +94,16 @@ def beam_step(
     """
     _check.float_tensor(logits, "logits", LOGIT_TYPES)
     refuse_transforms("beam_step", logits, state.scores if isinstance(state, BeamState) else None)
+    # Shapes, types and devices are always checked, values only where reading them is free or asked for.
     support = check_state(logits, "logits", state, index, normalize, length_penalty)
     _check.width(beam_width, "beam_width")
     if check:
         _check_values(logits, state, index)
     cheap = logits.device.type == "cpu" and not torch.compiler.is_compiling()  # a graph cannot depend on values
+    # Fewer columns than the largest token id are right if no beam of this step needs them.
     if logits.shape[2] <= max(index.max_tokens) and (check or cheap):
         _check_columns(logits, state, index)
+    # The kernels read rows of any stride, but within a row consecutive logits.
     if logits.stride(2) != 1:
         logits = logits.contiguous()
     return BeamState(
@@ -121,9 +124,10 @@ def beam_step(
 def check_state(
     rows: Tensor, name: str, state: BeamState, index: TrieIndex, normalize: str, length_penalty: float
 ) -> int:
-    """Checks a step's arguments and returns the number of its softmax support. Errors call ``rows`` by ``name``."""
+    """Check a step's arguments; returns the number of its softmax support. Errors call ``rows`` by ``name``."""
     _check.instance(state, "state", BeamState)
     _check.instance(index, "index", TrieIndex)
+    # One row per beam of the state.
     if rows.dim() != 3 or rows.shape[:2] != state.nodes.shape:
         raise ValueError(
             f"{name} must have shape [B, W, {'H' if name == 'hidden' else 'V'}] with [B, W] = "
@@ -156,7 +160,7 @@ def is_extended(state: BeamState, index: TrieIndex) -> Tensor:
 
 
 def _check_columns(logits: Tensor, state: BeamState, index: TrieIndex) -> None:
-    """Checks the columns per level: a model with one head per level has as many as that level needs."""
+    """Check the columns per level: a model with one head per level has as many as that level needs."""
     for level in set(index.depths(state.nodes[is_extended(state, index)]).tolist()):
         check_level_columns(logits, index, level)
 

@@ -32,7 +32,7 @@ def linear_beam_step(
     level: int | None = None,
     check: bool = False,
 ) -> BeamState:
-    """Runs :func:`raddpo_ext.beam_step` on the logits ``hidden @ weight.T + bias`` without materialising most of them.
+    """Run :func:`raddpo_ext.beam_step` on the logits ``hidden @ weight.T + bias`` without materialising most of them.
 
     ``normalize="level"`` multiplies only the level's rows of ``weight``, ``"trie"`` only those of the live beams'
     children. ``"vocab"`` needs every row, for the log-sum-exp. On the CPU the log-sum-exp is computed tile by tile
@@ -167,7 +167,7 @@ def _step_of_all_logits(
     queries: int,
     tail: tuple[int, int, float],
 ) -> BeamState:
-    """Runs the step from full rows of logits, for at most ``queries`` queries at a time."""
+    """Run the step from full rows of logits, for at most ``queries`` queries at a time."""
     parts = -(-len(hidden) // queries)
     steps = []
     for states, *beams in zip(*(x.tensor_split(parts) for x in (hidden, scores, nodes)), strict=True):
@@ -194,6 +194,7 @@ def _vocab_lse(hidden: Tensor, head: Head) -> Tensor:
     else:
         step = _LOGIT_BYTES // (max(rows, 1) * size)
     step = min(vocab, max(1024, step))
+    # One log-sum-exp per tile of the vocabulary and row; all tiles use one buffer.
     buffer = hidden.new_empty(rows * step)
     parts = hidden.new_empty((-(-vocab // step), rows), dtype=torch.float32)
     for part, begin in zip(parts, range(0, vocab, step), strict=True):
@@ -204,10 +205,12 @@ def _vocab_lse(hidden: Tensor, head: Head) -> Tensor:
         else:
             torch.addmm(bias[begin : begin + step], hidden, tile.T, out=logits)
         part.copy_(row_lse(head.transform_(logits)))
+    # The log-sum-exp of the tiles' log-sum-exps is that of all logits.
     return parts.logsumexp(0)
 
 
 def _checked_level(level: int | None, state: BeamState, index: TrieIndex) -> int:
+    """The level of the beams: as given, or read from the state."""
     if level is None:
         return _level_of(state, index)
     if not 0 <= _check.integer(level, "level") < index.levels:
@@ -216,6 +219,7 @@ def _checked_level(level: int | None, state: BeamState, index: TrieIndex) -> int
 
 
 def _level_of(state: BeamState, index: TrieIndex) -> int:
+    """The depth of the beams to extend; raises ValueError if they differ in it."""
     levels = index.depths(state.nodes[is_extended(state, index)]).unique().tolist()
     if len(levels) > 1:
         raise ValueError(f"state must hold beams of one level, got levels {levels}")
@@ -223,6 +227,7 @@ def _level_of(state: BeamState, index: TrieIndex) -> int:
 
 
 def _check_hidden(hidden: Tensor, head: Head) -> None:
+    """Check the states: their type and shape, and that they fit the head."""
     if _check.float_tensor(hidden, "hidden", LOGIT_TYPES).dim() != 3:
         raise ValueError(f"hidden must have 3 dimensions, got shape {tuple(hidden.shape)}")
     head.check_dtype(hidden)

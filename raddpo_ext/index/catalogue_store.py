@@ -122,15 +122,18 @@ class CatalogueStore:
         with self._publishing():
             staged = self.path / f"{_STAGED}{secrets.token_hex(8)}"
             try:
+                # The files under a staged name, verified before they count.
                 index.save(staged)
                 TrieIndex.load(staged)
                 if names is not None:
                     names.save(staged)
+                # Reasons to publish nothing.
                 if not force:
                     self._check_tokens(max(index.max_tokens))
                 version = self.version
                 if unless_newest and self._is_same(staged, version):
                     return version
+                # The map gets its name before the index does, so an index is never without its map.
                 version = self._next(version)
                 move_map(staged, self._file(version))
                 os.replace(staged, self._file(version))
@@ -141,6 +144,7 @@ class CatalogueStore:
         return version
 
     def _check_tokens(self, largest: int) -> None:
+        """Raise ValueError for an index that the model of the running service could not serve."""
         served = last_served(self.path)
         if served is not None and largest >= served.vocab_size and is_running(self.path):
             raise ValueError(
@@ -149,6 +153,7 @@ class CatalogueStore:
             )
 
     def _is_same(self, staged: Path, version: int) -> bool:
+        """Whether the newest version has the same bytes, its id map included."""
         with suppress(OSError):  # there is no newest version, or it cannot be read
             newest = self._file(version)
             ours, theirs = map_path(staged), map_path(newest)
@@ -195,6 +200,8 @@ class CatalogueStore:
             return self._current
 
     def _newest(self, accept: Callable[[CatalogueVersion], object] | None) -> CatalogueVersion:
+        """The newest version that loads and is accepted; else the one at hand."""
+        # The newest version first; refused ones are never tried again.
         at_hand = self._current
         for version in sorted(self._versions() - self.refused.keys(), reverse=True):
             if at_hand is not None and version <= at_hand.version:
@@ -221,16 +228,19 @@ class CatalogueStore:
                 self._refuse(version, error)
                 continue
             return found
+        # No newer version serves: keep the one at hand.
         if at_hand is None:
             why = "".join(f"; {version} is refused: {self.refused[version]}" for version in sorted(self.refused)[-1:])
             raise FileNotFoundError(2, f"the store holds no catalogue version{why}", str(self.path))
         return at_hand
 
     def _refuse(self, version: int, error: Exception) -> None:
+        """Log why a version is refused, and remember it."""
         self.refused[version] = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         _LOG.error("catalogue version %d is refused: %s", version, self.refused[version])
 
     def _versions(self) -> set[int]:
+        """The numbers of the versions in the folder."""
         try:
             names = os.listdir(self.path)
         except FileNotFoundError:

@@ -68,6 +68,7 @@ def read_columns(path: Path, item: str | None, sid: Sequence[str] | None, title:
 
 
 def _column(names: list[str], lower: list[str], given: str | None, usual: Sequence[str], what: str, option: str) -> int:
+    """The place of a column: that of the given name, or the only one with a usual name."""
     if given is not None:
         if given not in names:
             raise ValueError(f"has no column {given!r} for {what}, only {_listed(names)}")
@@ -99,16 +100,19 @@ def _sid_columns(names: list[str], lower: list[str], given: Sequence[str] | None
 
 
 def _listed(names: Sequence[str]) -> str:
+    """Column names for an error, at most 12."""
     return ", ".join(map(repr, names[:12])) + (", ..." if len(names) > 12 else "")
 
 
 def _csv(path: Path) -> tuple[list[str], Iterator[tuple[int, Sequence[Any]]]]:
+    """The column names of a CSV or TSV file, and its numbered rows."""
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"line {line}: not UTF-8 text: {error.reason}") from None
+    # Excel writes semicolons where the comma is the decimal point.
     first = re.split("[\r\n]", text, maxsplit=1)[0]
     between = "\t" if path.suffix == ".tsv" else ";" if ";" in first and "," not in first else ","
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=between, strict=True)
@@ -126,6 +130,7 @@ def _csv(path: Path) -> tuple[list[str], Iterator[tuple[int, Sequence[Any]]]]:
 
 
 def _parquet(path: Path) -> tuple[list[str], Iterator[tuple[int, Sequence[Any]]]]:
+    """The column names of a Parquet file, and its numbered rows."""
     try:
         import pyarrow.parquet
     except ModuleNotFoundError:
@@ -154,6 +159,7 @@ def _plain(sid: Any) -> Any:
 
 
 def _codes(cells: Iterator[Any]) -> list[int]:
+    """The codes of a row's cells; empty cells may only follow the last code."""
     codes = [_code(cell) for cell in cells]
     end = next((level for level, code in enumerate(codes) if code < 0), len(codes))
     if end == 0 or any(code >= 0 for code in codes[end:]):

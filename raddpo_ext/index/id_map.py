@@ -111,6 +111,7 @@ class IdMap:
         return self._of(items, self.titles or [""] * len(self.items))
 
     def _of(self, items: Any, values: Sequence[Any]) -> Any:
+        """The value of each item, in the shape of ``items``."""
         if isinstance(items, (torch.Tensor, np.ndarray)):
             items = items.tolist()
         if isinstance(items, list):
@@ -130,10 +131,12 @@ class IdMap:
         Raises:
             ValueError: the map lacks an item of the index, or the index file is damaged.
         """
+        # Every item of the index is in the map.
         there = TrieIndex.load(index).items.long().numpy()
         missing = there[~np.isin(there, self.items)]
         if len(missing):
             raise ValueError(f"{os.fspath(index)}: the id map lacks the item {missing[0]}")
+        # Row numbers as item ids need not be written.
         arange = np.array_equal(self.items, np.arange(len(self.items)))
         content = {"ids": self.ids, "titles": self.titles, "items": None if arange else self.items.tolist()}
         body = json.dumps(content, separators=(",", ":")).encode()
@@ -154,6 +157,7 @@ class IdMap:
             return None
         if not path.is_file():
             raise ValueError(f"{path}: is not a regular file")
+        # The first line describes the rest.
         first, _, body = path.read_bytes().partition(b"\n")
         try:
             head = json.loads(first)
@@ -194,6 +198,7 @@ def _stamp(index: str | os.PathLike[str]) -> list[int]:
 
 
 def _rows(name: str, values: Sequence[Any]) -> dict[Any, int]:
+    """The row of each value; raises ValueError if one repeats."""
     rows = {value: row for row, value in enumerate(values)}
     if len(rows) < len(values):
         twice = next(value for row, value in enumerate(values) if rows[value] != row)

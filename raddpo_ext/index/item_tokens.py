@@ -49,6 +49,7 @@ def history_prompts(
     try:
         codes = index.sids_of(flat)
     except UnknownItem as error:
+        # Name the history and the position in it.
         row, position = 0, error.position
         while position >= len(rows[row]):
             position -= len(rows[row])

@@ -97,6 +97,7 @@ def read_sids(
 
 
 def _read_table(path: Path, item: str | None, sid: Sequence[str] | None, title: str | None) -> SIDTable:
+    """Read a CSV, TSV or Parquet table."""
     try:
         columns = read_columns(path, item, sid, title)
     except ValueError as error:
@@ -134,6 +135,7 @@ def _padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray | Non
 
 
 def _sizes(sids: np.ndarray) -> tuple[int, ...]:
+    """One more than the largest code of each level."""
     return tuple(int(size) + 1 for size in sids.max(0))
 
 
@@ -142,6 +144,7 @@ class _Object(list[tuple[str, Any]]):
 
 
 def _read_index_json(path: Path) -> SIDTable:
+    """Read the ``index.json`` of LC-Rec, LETTER and MiniOneRec, or of OneRec."""
     try:
         pairs = json.loads(path.read_bytes(), object_pairs_hook=_Object)
     except (ValueError, RecursionError) as error:
@@ -150,6 +153,7 @@ def _read_index_json(path: Path) -> SIDTable:
         _refuse(path, 'expected an object {"item": ["<a_12>", ...], ...}, got ' + type(pairs).__name__)
     if not pairs:
         _refuse(path, "holds no items")
+    # The SID of each item, token by token.
     item_ids, ids = _item_ids(path, [key for key, _ in pairs])
     known: list[dict[str, int]] = []  # per level the code of each token, so that a token is parsed once
     rows: list[list[int]] = []
@@ -171,6 +175,7 @@ def _read_index_json(path: Path) -> SIDTable:
 
 
 def _read_numpy(path: Path) -> SIDTable:
+    """Read an array of codes, or an archive of codes, lengths and item ids."""
     with open(path, "rb") as file:
         try:
             arrays = _load_archive(file) if zipfile.is_zipfile(file) else {"sids": np.lib.format.open_memmap(path, "c")}
@@ -184,6 +189,7 @@ def _read_numpy(path: Path) -> SIDTable:
             _check_array(path, name, arrays[name], dim, len(sids) if sids.ndim else 0)
     if 0 in sids.shape:
         _refuse(path, f"sids holds no SIDs: its shape is {sids.shape}")
+    # No code within a SID may be negative; beyond its end any value is padding.
     lengths = _lengths(path, sids, arrays.get("lengths"))
     columns = [sids[:, level] if lengths is None else sids[lengths > level, level] for level in range(sids.shape[1])]
     for level, column in enumerate(columns):
@@ -193,6 +199,7 @@ def _read_numpy(path: Path) -> SIDTable:
 
 
 def _load_archive(file: BinaryIO) -> dict[str, np.ndarray]:
+    """The arrays of an ``.npz`` file; raises ValueError for an unknown one."""
     arrays = {}
     file.seek(0)
     with np.load(file, allow_pickle=False) as members:
@@ -206,6 +213,7 @@ def _load_archive(file: BinaryIO) -> dict[str, np.ndarray]:
 
 
 def _check_array(path: Path, name: str, array: np.ndarray, dim: int, rows: int) -> None:
+    """Refuse an array of another type, dimension or length."""
     if array.dtype.kind not in "iu":
         _refuse(path, f"{name} must hold integers, got {array.dtype}")
     if array.ndim != dim:
@@ -215,10 +223,12 @@ def _check_array(path: Path, name: str, array: np.ndarray, dim: int, rows: int) 
 
 
 def _lengths(path: Path, sids: np.ndarray, lengths: np.ndarray | None) -> np.ndarray | None:
+    """The length of each SID: as given, or up to its last code that is not -1; None if all are full."""
     levels = sids.shape[1]
     if lengths is None:
         if sids.min() >= 0:
             return None
+        # A SID ends with its last code that is not -1; argmax finds none in a row of only -1.
         lengths = levels - np.argmax(sids[:, ::-1] != -1, axis=1)
         lengths[(sids == -1).all(axis=1)] = 0
     outside = (lengths < 1) | (lengths > levels)
@@ -229,4 +239,5 @@ def _lengths(path: Path, sids: np.ndarray, lengths: np.ndarray | None) -> np.nda
 
 
 def _refuse(path: Path, why: str) -> NoReturn:
+    """Raise ValueError that names the file."""
     raise ValueError(f"{path}: {why}") from None

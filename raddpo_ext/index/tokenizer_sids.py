@@ -65,6 +65,7 @@ def file_levels(path: str | os.PathLike[str], ids: Mapping[str, int]) -> Levels:
 
 
 def _add(codes: dict[int, str], token: Any, ids: Mapping[str, int]) -> None:
+    """Enter a token of a file under its code."""
     match = _CODE.fullmatch(token) if isinstance(token, str) else None
     if match is None:
         raise ValueError(f"index_json: token {token!r} does not end in _<code>>")
@@ -82,16 +83,19 @@ def tokenizer_levels(ids: Mapping[str, int]) -> Levels:
     found = [match for match in map(TOKEN.fullmatch, ids) if match]
     if not found:
         raise ValueError("the tokenizer has no SID tokens such as '<a_12>' or '<s_a_12>'")
+    # One layout: tokens of two would be two sets of codes.
     prefixes = {match[1]: match[0] for match in found}
     if len(prefixes) > 1:
         some = " and ".join(map(repr, prefixes.values()))
         raise ValueError(f"the tokenizer has SID tokens of two layouts, {some}: give index_json to choose between them")
+    # The token of each code, by level.
     by_letter: dict[str, dict[int, str]] = {}
     for match in found:
         codes = by_letter.setdefault(match[2], {})
         other = codes.setdefault(int(match[3]), match[0])
         if other != match[0]:
             raise ValueError(f"the tokenizer's tokens {other!r} and {match[0]!r} have the same code")
+    # The levels are the letters from a on, without a gap.
     letters = "".join(sorted(by_letter))
     if letters != "abcdefghijklmnopqrstuvwxyz"[: len(letters)]:
         missing = next(letter for letter in "abcdefghijklmnopqrstuvwxyz" if letter not in letters)
@@ -106,6 +110,7 @@ def tokenizer_levels(ids: Mapping[str, int]) -> Levels:
 def left_out(ids: Mapping[str, int], levels: Levels, eos: int | None) -> tuple[str, ...]:
     """Tokens that look like parts of a SID but are neither codes nor ``eos``, in ascending order of ids."""
     used = {token for codes in levels for token in codes.values()}
+    # A token looks like a code if it has the spelling of one of the vocab's, or of a public layout.
     stems = {match[1] for token in used if (match := _CODE.fullmatch(token))}
 
     def looks(token: str) -> bool:

@@ -19,6 +19,7 @@ def built_block(
     """The block of bytes of an index; the arguments and their checks are those of :meth:`TrieIndex.build`."""
     if vocab is not None:
         _check.instance(vocab, "vocab", SIDVocab)
+    # The codes: their number and that of their levels.
     codes = _check.integer_array(sids, "sids", 2)
     rows, columns = codes.shape
     if rows == 0 or columns == 0:
@@ -31,6 +32,7 @@ def built_block(
         raise ValueError(f"sids must have at most {most_levels} levels, got shape {codes.shape}")
     if vocab is not None and vocab.levels != columns:
         raise ValueError(f"sids must have one column per level of vocab ({vocab.levels}), got shape {codes.shape}")
+    # Lengths and item ids, one per row.
     ends = None if lengths is None else _check.lengths(lengths, rows, 1, columns).numpy()
     ids = None
     if item_ids is not None:
@@ -62,19 +64,23 @@ def level_symbols(vocab: SIDVocab | None, columns: int) -> list[tuple[Any, ...]]
     levels: list[tuple[Any, ...]] = []
     for level, ids in enumerate(vocab.token_ids):
         size, first = len(ids), int(ids[0])
+        # Consecutive token ids need no tables.
         eos = vocab.eos if level > 0 else None
         if eos is None and first >= 0 and torch.equal(ids, torch.arange(first, first + size, device="cpu")):
             levels.append((size, first, -1, empty, empty, empty))
             continue
+        # Otherwise symbols number the level's tokens in ascending order, the end token (code -1) among them.
         end = torch.tensor([] if eos is None else [-1], dtype=torch.int64, device="cpu")
         codes = torch.cat([(ids >= 0).nonzero()[:, 0], end])
         tokens = torch.where(codes >= 0, ids[codes.clamp(min=0)], -1 if eos is None else eos)
         order = tokens.argsort()
         tokens, codes = tokens[order], codes[order]
+        # The inverse: the symbol of each code, -1 for a code without a token.
         symbols = torch.full((size,), -1, device="cpu")
         symbols[codes[codes >= 0]] = (codes >= 0).nonzero()[:, 0]
         eos_symbol = int((codes < 0).nonzero()[0, 0]) if eos is not None else -1
         levels.append((size, 0, eos_symbol, symbols.int().numpy(), tokens.int().numpy(), codes.int().numpy()))
+    # After the last code only the end token can follow.
     if vocab.eos is not None:
         levels.append((0, 0, 0, empty, np.array([vocab.eos], np.int32), np.array([-1], np.int32)))
     return levels

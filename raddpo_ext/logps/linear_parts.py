@@ -49,6 +49,7 @@ def parts_of(
         support: shaped like ``targets``, or None for the whole vocabulary.
         skip_ignored: skip ignored rows, which reads values.
     """
+    # The whole vocabulary: one part, of all rows or of those that are not ignored.
     if len(targets) == 0:
         return []
     if support is None:
@@ -61,6 +62,7 @@ def parts_of(
         return [Part(None, 0, num_columns, None, targets, ignore_index, None, None)]
     if torch.compiler.is_compiling() and not support.period:  # a graph's shapes cannot depend on values
         return [Part(None, 0, num_columns, None, targets, ignore_index, None, support.lists)]
+    # A support: one part per group, as its rows share most of their columns.
     parts = []
     for group in range(support.num_groups):
         rows = _rows_of_group(targets, support, group, ignore_index, skip_ignored)
@@ -76,6 +78,8 @@ def parts_of(
 def _rows_of_group(
     targets: Tensor, support: SoftmaxSupport, group: int, ignore_index: int, skip_ignored: bool
 ) -> Tensor | None:
+    """The rows of a group, None if there are none."""
+    # The group is a position of the last dimension, so its rows are known without reading values.
     if support.period and not skip_ignored:
         if group >= support.period:
             return None
@@ -87,15 +91,18 @@ def _rows_of_group(
 def _of_level(
     rows: Tensor, targets: Tensor, support: SoftmaxSupport, level: int, ignore_index: int, skip_ignored: bool
 ) -> Part:
+    """The part of a level: its rows of the head are those of the level's tokens."""
     assert support.vocab is not None
     begin, width, first, consecutive = support.vocab.level_runs[level]
     columns: Tensor | None = None
+    # The targets as columns of the part.
     if consecutive:
         local = targets - first
         outside = (local < 0) | (local >= width)
     else:
         columns = support.lists.columns[begin : begin + width].to(torch.int64)
         local, outside = _find(columns, targets)
+    # Ignored targets are not outside of their support.
     counted = targets != ignore_index
     local = torch.where(outside | ~counted, _IGNORED, local)
     outside = outside & counted
@@ -104,6 +111,7 @@ def _of_level(
 
 
 def _of_depth(rows: Tensor, targets: Tensor, support: SoftmaxSupport) -> Part:
+    """The part of a depth: its rows of the head are those of the children of any of its prefixes."""
     all_lists = support.lists
     # Supports that begin at the same place are the children of one node: take each node's children once.
     begins, which = all_lists.begins[rows].unique(return_inverse=True)
@@ -112,6 +120,7 @@ def _of_depth(rows: Tensor, targets: Tensor, support: SoftmaxSupport) -> Part:
     starts = ends - counts
     places = torch.arange(int(ends[-1]), device=rows.device) + torch.repeat_interleave(begins - starts, counts)
     columns, lists = all_lists.columns[places].to(torch.int64), None
+    # Several nodes: multiply the union of their children once, and list each node's in it.
     if len(begins) > 1:
         columns, numbers = columns.unique(return_inverse=True)
         lists = Lists(numbers.to(torch.int32), starts[which], counts[which])

@@ -40,11 +40,13 @@ class Product:
     ) -> None:
         self.part, self.plan = part, plan
         self.hidden = hidden if part.rows is None else hidden.index_select(0, part.rows)
+        # The part's rows of the head, without a copy if they are all of them.
         if part.columns is None and part.width == weight.shape[0]:
             self.weight, self.bias = weight, bias
         else:
             chosen = slice(part.first, part.first + part.width) if part.columns is None else part.columns
             self.weight, self.bias = weight[chosen], None if bias is None else bias[chosen]
+        # Tiles that fit the budget.
         rows, columns = self.hidden.shape[0], part.width
         budget_left //= plan.dtype.itemsize
         #: Whether the logits need at most ``budget_left`` bytes.
@@ -67,6 +69,7 @@ class Product:
                 logits = self._logits(rows, columns, buffer)
                 tile_targets = _cut_out(self.part.targets, rows)
                 tile_logp, tile_lse = logps_and_lse(logits, tile_targets, self._options(rows, columns))
+                # Merge the tiles of a row: log-sum-exps add up, and the log-probs shift to the common one.
                 if columns.start == 0:
                     logp, lse = tile_logp, tile_lse
                 else:  # a target's log-prob is -inf in all tiles but one
@@ -78,6 +81,7 @@ class Product:
             lses.append(lse)
         if len(logps) > 1:
             logp, lse = torch.cat(logps), torch.cat(lses)
+        # Merging has shifted the zeros of ignored targets too.
         if len(self.column_tiles) > 1:
             logp = logp.masked_fill(self.part.targets == self.part.ignored, 0.0)
         if self.part.outside is not None:
@@ -94,12 +98,14 @@ class Product:
             weight_sum = None
             for rows in self.row_tiles:
                 logits = self._logits(rows, columns, buffer) if kept is None else kept
+                # The tile's logits are overwritten by their gradient.
                 tile_grad, targets, tile_lse = (_cut_out(x, rows) for x in (grad, self.part.targets, lse))
                 live = self._live(tile_grad)
                 overwrite_by_gradient(tile_grad, logits, targets, tile_lse, self._options(rows, columns), live)
                 hidden = _cut_out(self.hidden, rows)
                 if live is not None:
                     logits, hidden = logits[: len(live)], hidden[live]
+                # Two matrix products per tile: for the states, and for the weight.
                 if gradients.needs_hidden:
                     gradients.add_hidden(self.part, rows, live, logits, _cut_out(self.weight, columns))
                 if gradients.bias is not None:
@@ -120,6 +126,7 @@ class Product:
         return None if alone or torch.compiler.is_compiling() else empty(self.hidden, (self._tile_size,))
 
     def _logits(self, rows: slice, columns: slice, buffer: Tensor | None) -> Tensor:
+        """The logits of a tile before the transform, in the buffer if there is one."""
         hidden, weight = _cut_out(self.hidden, rows), _cut_out(self.weight, columns)
         out = None
         if buffer is not None:
@@ -130,6 +137,7 @@ class Product:
         return torch.addmm(_cut_out(self.bias, columns), hidden, weight.T, out=out)
 
     def _options(self, rows: slice, columns: slice) -> Options:
+        """The operator's options for a tile."""
         plan, part, numbers, begins, counts = self.plan, self.part, None, None, None
         if part.lists is not None:
             numbers, begins, counts = part.lists.columns, part.lists.begins[rows], part.lists.counts[rows]
@@ -179,12 +187,14 @@ class Gradients:
 
     def add_hidden(self, part: Part, rows: slice, live: Tensor | None, left: Tensor, right: Tensor) -> None:
         """Add ``left @ right`` to the gradient of the hidden states."""
+        # The first product of all rows is the gradient itself, without zeros to add to.
         whole = part.rows is None and live is None
         if whole and self._hidden_grad is None and left.shape[0] == self._hidden.shape[0]:
             self._hidden_grad = (left @ right).to(self._hidden_dtype)
             return
         if self._hidden_grad is None:
             self._hidden_grad = self._hidden.new_zeros(self._hidden.shape, dtype=self._hidden_dtype)
+        # Consecutive rows: the product adds to them directly.
         if whole and self._hidden_dtype == left.dtype:
             self._hidden_grad[rows].addmm_(left, right)
             return
@@ -195,6 +205,7 @@ class Gradients:
         self._hidden_grad[place] += left @ right
 
     def add_bias(self, part: Part, columns: slice, piece: Tensor) -> None:
+        """Add ``piece`` to the gradient of these columns of the bias."""
         assert self.bias is not None
         self.bias[_rows_of_weight(part, columns)] += piece
 
@@ -202,6 +213,7 @@ class Gradients:
         """Add ``left @ right``, or ``left`` alone, to the gradient of the weight."""
         assert self.weight is not None
         place = _rows_of_weight(part, columns)
+        # Scattered rows, another type, or a finished product: no matrix product can write to the gradient directly.
         if isinstance(place, Tensor) or right is None or self.weight.dtype != left.dtype:
             piece = (left if right is None else left @ right).to(self.weight.dtype)
             if isinstance(place, Tensor):
@@ -264,6 +276,7 @@ def _add_rows(to: Tensor, places: Tensor, values: Tensor) -> None:
 
 
 def _rows_of_weight(part: Part, columns: slice) -> slice | Tensor:
+    """The rows of the weight that are these columns of a part."""
     if part.columns is not None:
         return part.columns[columns]
     return slice(part.first + columns.start, part.first + columns.stop)

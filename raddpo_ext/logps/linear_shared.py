@@ -32,6 +32,7 @@ class SharedTokenLogps(torch.autograd.Function):
         plan: Plan,
     ) -> Tensor:
         factors = (hidden.to(plan.dtype), weight.to(plan.dtype), None if bias is None else bias.to(plan.dtype))
+        # Targets outside the vocabulary have log-prob -inf. They take token 0 for the products.
         counted = targets != plan.ignore_index
         known = counted & (targets >= 0) & (targets < weight.shape[0])
         part = _softmax_part(hidden, weight.shape[0], rows, plan.skip_ignored)
@@ -39,6 +40,7 @@ class SharedTokenLogps(torch.autograd.Function):
         lse, kept = torch.full(hidden.shape[:1], -torch.inf, dtype=dtype, device=hidden.device), None
         safe = torch.where(known, targets, 0)
         own: Tensor | None = None
+        # The log-sum-exp of each row of the hidden states, and the targets' logits if all logits are kept.
         if part is not None:
             product = Product(part, plan, *factors, plan.budget)
             _, part_lse, logits = product.forward()
@@ -46,6 +48,7 @@ class SharedTokenLogps(torch.autograd.Function):
             if product.fits:
                 own = logits[rows if part.rows is None else torch.searchsorted(part.rows, rows), safe].to(dtype)
                 kept = logits
+        # Otherwise the targets' logits as inner products.
         if own is None:
             own = _own_logits(*factors, safe, rows, dtype)
         logit, derivative = transform_and_derivative(own, plan.scale, plan.softcap)
@@ -67,6 +70,7 @@ class SharedTokenLogps(torch.autograd.Function):
         ctx.overwritten = True
         part, plan = ctx.part, ctx.plan
         grad = grad.masked_fill(~live, 0.0)
+        # The softmax of a row gets the sum of its targets' gradients.
         totals = lse.new_zeros(lse.shape).index_put_((rows,), grad, accumulate=True)
         budget = plan.budget if kept is None else kept.numel() * kept.element_size()
         products = [] if part is None else [Product(part, plan, hidden_factor, weight_factor, bias_factor, budget)]
@@ -75,6 +79,7 @@ class SharedTokenLogps(torch.autograd.Function):
         for product in products:
             chosen = slice(None) if part.rows is None else part.rows
             product.backward(totals[chosen], lse[chosen], kept, gradients)
+        # The targets' own logits.
         gradients.add_pairs(rows, targets, grad * derivative, hidden_factor, weight_factor)
         return (*gradients.results(), None, None, None)
 

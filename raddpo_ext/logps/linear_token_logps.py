@@ -142,6 +142,7 @@ def _by_parts(hidden: Tensor, head: Head, targets: Tensor, support: SoftmaxSuppo
 
 
 def _fits(hidden: Tensor, head: Head, plan: Plan) -> bool:
+    """Whether all logits need at most the budget."""
     return hidden.shape[:-1].numel() * head.weight.shape[0] * plan.dtype.itemsize <= plan.budget
 
 
@@ -155,6 +156,7 @@ class _LinearTokenLogps(torch.autograd.Function):
         factors = (hidden.to(plan.dtype), weight.to(plan.dtype), None if bias is None else bias.to(plan.dtype))
         dtype = torch.float64 if plan.dtype == torch.float64 else torch.float32
         logps = torch.where(targets == plan.ignore_index, 0.0, -torch.inf).to(dtype)
+        # Multiply each part, and keep its logits while the budget lasts.
         lses: list[Tensor] = []
         kept: list[Tensor | None] = []
         budget_left = plan.budget
@@ -187,11 +189,13 @@ class _LinearTokenLogps(torch.autograd.Function):
         parts, plan = ctx.parts, ctx.plan
         factors = (hidden_factor, weight_factor, bias_factor)
         lses, kept = of_parts[: len(parts)], of_parts[len(parts) :]
+        # The kept logits are the parts' again; the other parts are multiplied once more, in the budget that is left.
         budget_left = plan.budget - sum(_nbytes(logits) for logits in kept if logits is not None)
         products = [
             Product(part, plan, *factors, budget_left if logits is None else _nbytes(logits))
             for part, logits in zip(parts, kept, strict=True)
         ]
+        # Add up the gradients part by part.
         owner = weight if ctx.leaf is None else ctx.leaf
         gradients = Gradients(products, plan, hidden, owner, bias, ctx.needs_input_grad)
         for product, lse, logits in zip(products, lses, kept, strict=True):
@@ -207,6 +211,7 @@ def _nbytes(x: Tensor) -> int:
 def _checked_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, logit_softcap: float | None
 ) -> Head:
+    """Check the head and the states against each other."""
     if check_states(hidden, "hidden").dim() == 0:
         raise ValueError(f"hidden must have at least one dimension, got shape {tuple(hidden.shape)}")
     head = checked_head(weight, bias, temperature, logit_softcap)
@@ -215,6 +220,7 @@ def _checked_head(
 
 
 def _check_rows(hidden: Tensor, targets: Tensor, rows: Tensor | None) -> None:
+    """Check the shapes of targets and rows."""
     _check.int64_tensor(targets, "targets")
     if rows is None:
         check_rows(targets, hidden, "hidden")
@@ -232,6 +238,7 @@ def _check_rows(hidden: Tensor, targets: Tensor, rows: Tensor | None) -> None:
 def _check_values(
     hidden: Tensor, head: Head, targets: Tensor, rows: Tensor | None, ignore_index: int, check: bool
 ) -> None:
+    """Check what must be read: targets, rows and, if asked for, NaN."""
     check_targets(targets, head.weight.shape[0], ignore_index)
     if rows is not None:
         outside = (rows < 0) | (rows >= len(hidden))
@@ -243,6 +250,7 @@ def _check_values(
 
 
 def _compute_dtype(hidden: Tensor, head: Head) -> torch.dtype:
+    """The type of the products: autocast's, or that of the states."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -251,6 +259,7 @@ def _compute_dtype(hidden: Tensor, head: Head) -> torch.dtype:
 
 
 def _gathered(head: Head, accumulate_grad: bool) -> Head:
+    """The head with gathered weights; raises ValueError if ``accumulate_grad`` is not possible."""
     head = head._replace(
         weight=_whole(head.weight, accumulate_grad), bias=None if head.bias is None else _whole(head.bias, False)
     )

@@ -74,11 +74,13 @@ def support_of(
 def _of_levels(
     targets: Tensor, vocab: SIDVocab | None, levels: Tensor | None, num_columns: int, ignore_index: int, check: bool
 ) -> SoftmaxSupport:
+    """The tokens of each target's level."""
     if vocab is None:
         raise ValueError("normalize = 'level' needs vocab")
     _check.instance(vocab, "vocab", SIDVocab)
     if vocab.max_token >= num_columns:
         raise ValueError(f"vocab has token {vocab.max_token}, beyond the {num_columns} columns of the logits")
+    # The level of each target: as given, or its position in the last dimension.
     num_levels = vocab.levels + (vocab.eos is not None)
     period = 0
     if levels is None:
@@ -96,6 +98,7 @@ def _of_levels(
         raise ValueError(
             f"levels must broadcast to the shape of targets, {tuple(targets.shape)}, got {tuple(levels.shape)}"
         ) from None
+    # A level outside the vocabulary has an empty support, as no token belongs to it.
     outside = (levels < 0) | (levels >= num_levels)
     if check:
         wrong = outside & (targets != ignore_index)
@@ -111,6 +114,7 @@ def _of_levels(
 def _of_nodes(
     targets: Tensor, index: TrieIndex | None, nodes: Tensor | None, num_columns: int, check: bool
 ) -> SoftmaxSupport:
+    """The children of each target's prefix."""
     if index is None or nodes is None:
         raise ValueError(f"normalize = 'trie' needs {'index' if index is None else 'nodes'}")
     _check.instance(index, "index", TrieIndex)
@@ -129,6 +133,7 @@ def _of_nodes(
             raise ValueError(f"nodes must be in [-1, {index.node_bound}), got {int(nodes[wrong][0])}")
     if torch.compiler.is_compiling() and not index.has_node_tokens:
         raise ValueError("index.node_tokens must be read once before torch.compile traces normalize = 'trie'")
+    # A node without children, or none at all, has an empty support.
     first, count = index.child_ranges(nodes)
     groups = torch.where(count > 0, index.depths(nodes), -1)
     lists = Lists(index.node_tokens, torch.where(count > 0, first, 0), count)

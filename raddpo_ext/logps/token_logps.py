@@ -108,6 +108,7 @@ def differentiable(logits: Tensor, targets: Tensor, options: Options, inplace_ba
             inplace = inplace_backward and not _share_memory(rows)
             logps = _TokenLogps.apply(rows, targets.contiguous(), options, inplace, op)[0]
         except RuntimeError:
+            # The operator's error does not name the target.
             check_targets(targets, logits.shape[-1], options.ignore_index)
             raise
     return logps if logps.shape == targets.shape else logps.view(targets.shape)
@@ -124,6 +125,7 @@ def _rows(logits: Tensor) -> Tensor:
 
 def _share_memory(rows: Tensor) -> bool:
     """Whether two entries may have the same address."""
+    # Walk from the smallest stride on: an entry may not begin within what the dimensions so far reach.
     reach = 1
     for stride, size in sorted(zip(rows.stride(), rows.shape, strict=True)):
         if size > 1 and stride < reach:
@@ -141,6 +143,7 @@ def check_targets(targets: Tensor, num_columns: int, ignore_index: int) -> None:
 
 
 def _check_logits(logits: Tensor, targets: Tensor) -> None:
+    """Check types and shapes of logits and targets."""
     _check.float_tensor(logits, "logits")
     _check.int64_tensor(targets, "targets")
     if logits.dim() == 0 or logits.shape[-1] == 0:

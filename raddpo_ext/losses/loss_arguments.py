@@ -15,6 +15,7 @@ from raddpo_ext.losses.session import SessionBatch
 
 
 def check_input(value: Any, name: str, sessions: Any, dim: int) -> None:
+    """Check the differentiable argument against the sessions."""
     _check.instance(value, name, Tensor)
     _check.instance(sessions, "sessions", SessionBatch)
     if value.dtype not in (torch.float32, torch.float64):
@@ -38,6 +39,7 @@ def constant(value: Any, name: str, like: Tensor, dtype: torch.dtype, shape: Seq
 
 
 def check_nan(logps: Tensor, name: str, sessions: SessionBatch) -> None:
+    """Raise ValueError for the first NaN within the lengths."""
     bad = (logps.isnan() & sessions.mask()).nonzero()
     if len(bad):
         row, column = bad[0].tolist()
@@ -55,6 +57,7 @@ def pair_weights(weights: Any, like: Tensor, sessions: SessionBatch, check: bool
 
 
 def level_weights(weights: Any, like: Tensor, check: bool) -> Tensor | None:
+    """Check ``level_weights``, numbers or a tensor, and return them in the dtype of ``like``."""
     if weights is None:
         return None
     if not isinstance(weights, Tensor):
@@ -94,6 +97,7 @@ def divisors(normalizer: Sequence[Any] | Tensor | None, reduction: str, like: Te
 
 
 def _divisor(value: Any, name: str, like: Tensor) -> Tensor:
+    """A positive number or a tensor of one element as a float64 scalar on the device of ``like``."""
     if not isinstance(value, Tensor):
         return torch.full((), _check.positive(value, name), dtype=torch.float64, device=like.device)
     if value.numel() != 1 or value.device != like.device:

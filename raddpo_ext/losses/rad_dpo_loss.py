@@ -178,6 +178,7 @@ def rad_dpo_loss(
         raise ValueError(
             f"logps must have the shape of tokens, {tuple(sessions.tokens.shape)}, got {tuple(logps.shape)}"
         )
+    # Options that exclude each other.
     if positives == "pooled" and aggregation == "margins":
         raise ValueError("aggregation must be 'negatives' with positives='pooled', got 'margins'")
     smoothing = _check.number(label_smoothing, "label_smoothing")
@@ -191,6 +192,7 @@ def rad_dpo_loss(
         loss_arguments.check_nan(logps, "logps", sessions)
         if ref_logps is not None:
             loss_arguments.check_nan(ref_logps, "ref_logps", sessions)
+    # One call computes the loss and its gradient.
     results = session_loss.session_loss(
         session_loss.Arguments(
             logps=logps.contiguous(),

@@ -217,6 +217,7 @@ class RADDPOLoss(nn.Module):
         Raises:
             ValueError, TypeError: naming the argument and the value.
         """
+        # Pair weights come from the embeddings or from the caller, not from both.
         if (embeddings is None) != (self.similarity_weighting is None):
             required = "be None without" if self.similarity_weighting is None else "be given with"
             raise ValueError(f"embeddings must {required} similarity_weighting, got {type(embeddings).__name__}")
@@ -238,6 +239,7 @@ class RADDPOLoss(nn.Module):
 
 def _metrics(result: SessionLossOutput) -> dict[str, Tensor]:
     totals = result.totals if result.totals.dim() == 2 else result.totals.sum(0)
+    # Means over nothing are 0.
     sums, counts = totals.unbind(1)
     means = (sums / counts.clamp(min=1)).to(result.rewards.dtype).unbind()
     losses = {name: getattr(result, name).detach() for name in ("loss", "preference", "sft")}

@@ -65,6 +65,7 @@ class SessionBatch:
         torch.cumsum(num_positives * (sizes - num_positives), 0, out=self.pair_offsets[1:])
         if num_pairs is not None:
             num_pairs = _check.integer(num_pairs, "num_pairs", 0)
+        # The number of pairs shapes the results, so it must be known on the CPU.
         if num_pairs is None or check or tokens.device.type == "cpu":
             counted = int(self.pair_offsets[-1])
             if num_pairs is not None and num_pairs != counted:
@@ -160,9 +161,11 @@ class SessionBatch:
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """The rows of each pair's positive and negative: int64 ``[M]`` each."""
+        # The number of each pair within its session.
         counts = self.pair_offsets.diff()
         session = torch.repeat_interleave(counts, output_size=self.num_pairs)
         number = torch.arange(self.num_pairs, device=self.device) - self.pair_offsets[session]
+        # Positive-major: all negatives of the first positive, then those of the second.
         first_negative = self.offsets[:-1] + self.num_positives
         negatives = (self.offsets[1:] - first_negative)[session]
         positive = self.offsets[session] + torch.div(number, negatives, rounding_mode="floor")

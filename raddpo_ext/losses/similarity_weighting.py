@@ -115,10 +115,12 @@ class SimilarityWeighting(nn.Module):
         """
         self._check_arguments(embeddings, sessions)
         refuse_transforms("SimilarityWeighting", embeddings)
+        # Weights come from what was committed before this call.
         positives, negatives = sessions.pairs()
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
         similarities = _cosine(embeddings.to(dtype, copy=True), positives, negatives)
         weights = self._weigh(similarities.to(dtype))
+        # What the losses drop is NaN, which is not appended.
         if self.training:
             kept = similarities.masked_fill(~sessions.kept_pairs("each"), math.nan)
             self.pending.copy_(_appended(self.pending, kept))
@@ -133,6 +135,7 @@ class SimilarityWeighting(nn.Module):
         self._commit()
 
     def _commit(self) -> None:
+        # Every rank appends what all ranks saw, in rank order, and so holds the same state.
         arrived = [self.pending]
         if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1:
             arrived = [torch.empty_like(self.pending) for _ in range(dist.get_world_size(self.process_group))]
@@ -225,6 +228,7 @@ def _appended(old: Tensor, new: Tensor) -> Tensor:
     window = len(old)
     values = torch.cat((old, new))
     finite = values.isfinite()
+    # Each finite value moves so far to the right that the last one ends the window.
     count = finite.cumsum(0)
     place = count + (window - 1 - count[-1])
     place = place.masked_fill(~finite | (place < 0), window)  # discarded values go to one extra place at the end
@@ -236,6 +240,7 @@ def _quantiles(history: Tensor, levels: Sequence[float]) -> Tensor:
     ascending = history.double().sort().values  # in float64, rounding cannot reorder the quantiles
     found = []
     for level in levels:
+        # Linear interpolation between the two nearest ranks.
         rank = level * (len(history) - 1)
         below = math.floor(rank)
         low, high = ascending[below], ascending[math.ceil(rank)]

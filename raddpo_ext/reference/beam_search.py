@@ -58,6 +58,7 @@ def _step_query(
     length_penalty: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The next ``scores, tokens, parents, nodes [beam_width]`` from logits ``[W, V]``, scores and nodes ``[W]``."""
+    # Every live beam offers its children or, if it is a leaf, itself.
     offered_scores, offered_keys = [scores.new_empty(0)], [scores.new_empty(0)]
     offered: list[tuple[int, int, int]] = []  # (token, parent, node), by ascending parent, then token
     for beam, node in enumerate(nodes.tolist()):
@@ -78,9 +79,11 @@ def _step_query(
             continue
         offered_scores.append(child_scores)
         offered_keys.append(child_scores / _length_factor(length, length_penalty, child_scores))
+    # Keep the best. The sort is stable, so ties go to the lower parent, then to the lower token.
     score, key = torch.cat(offered_scores), torch.cat(offered_keys)
     kept = ((score > -math.inf) & (key > -math.inf)).nonzero()[:, 0]  # neither -inf nor NaN
     best = kept[key[kept].argsort(descending=True, stable=True)][:beam_width]
+    # The rest of the slots stay empty.
     slots = torch.tensor([(-1, 0, -1)] * beam_width, dtype=torch.int64, device=nodes.device)
     out = scores.new_full((beam_width,), -math.inf)
     if len(best):
@@ -118,12 +121,14 @@ def beam_search(
 ) -> BeamResult:
     """See :func:`raddpo_ext.beam_search`. Scores are float64 for float64 logits, else float32."""
     trie = TrieIndex.of(index)
+    # One beam per query, at the root.
     zeros = torch.zeros(batch_size, 1, dtype=torch.int64, device=trie.device)
     state = BeamState(zeros.float(), zeros - 1, zeros, zeros)
     for level in range(trie.levels):
         width = beam_width if isinstance(beam_width, int) else beam_width[level]
         logits = step_fn(state.tokens, state.parents, level)
         state = beam_step(logits, state, trie, width, normalize=normalize, length_penalty=length_penalty)
+    # The length penalty divides the final scores, too.
     sids, depths = trie.paths(state.nodes)
     scores = state.scores / _length_factor(depths.clamp(min=1), length_penalty, state.scores)
     return _rows(trie, scores, sids, state.nodes, top_k)

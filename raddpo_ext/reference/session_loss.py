@@ -65,6 +65,7 @@ def rad_dpo_loss(
     preferences, num_kept = [], 0
     log_likelihoods, num_tokens = [], 0
     for session in range(sessions.num_sessions):
+        # The pairs that are kept, and the margin of each pair.
         rows = _positive_rows(sessions, session)
         weights = _pair_weights(sessions, session, pair_weights, logps)
         kept = _kept(weights, sids, positives == "pooled")
@@ -76,6 +77,7 @@ def rad_dpo_loss(
         marked = zip(weights, margins[first_pair:], in_loss[first_pair:], strict=True)
         of_loss = {pair: float(margin) for pair, margin, is_in in marked if is_in}
 
+        # The preference of the session: one term, or one per positive.
         terms = []
         if positives == "pooled" and kept:
             pool = _log_sum_exp([reward(p) for p in rows if sids[p]])
@@ -89,6 +91,7 @@ def rad_dpo_loss(
         preferences.append(sum(terms, zero) / max(len(terms), 1))
         num_kept += len(terms) > 0
 
+        # SFT: the log-probs of all positives' tokens.
         tokens = [(levels[i], logps[p, i]) for p in rows for i in range(len(sids[p]))]
         log_likelihoods.append(sum((weight * logp for weight, logp in tokens if weight != 0), zero))
         num_tokens += len(tokens)
@@ -99,6 +102,7 @@ def rad_dpo_loss(
             protected = rows if protect == "positives" or positives == "pooled" else [p]
             return 0 if protect == "none" else max(_common_prefix(sids[q], sids[n]) for q in protected)
 
+        # The sums and counts behind the metrics, in the order of TOTALS.
         chosen = [float(rewards[p]) for p in rows if sids[p]]
         rejected = [float(rewards[n]) for n in _negative_rows(sessions, session) if sids[n]]
         equal = [not sids[p] or not sids[n] or sids[p] == sids[n] for p, n in weights]
@@ -116,6 +120,7 @@ def rad_dpo_loss(
             ]
         )
 
+    # Reduce over the sessions.
     table = torch.tensor(totals, dtype=torch.float64, device=logps.device).reshape(-1, 9, 2)
     summed = table.sum(0)
     kept_and_tokens = (num_kept, num_tokens) if normalizer is None else normalizer

@@ -37,6 +37,7 @@ class SimilarityWeighting:
         rows = embeddings.detach().to(dtype)
         weights: list[float] = []
         appended: list[float] = []
+        # Weights first, from the thresholds before this call.
         for positive, negative in _pairs(sessions):
             similarity = _cosine(rows[positive], rows[negative])
             weights.append(self.weight(similarity))

@@ -38,15 +38,18 @@ class TrieIndex:
         device: torch.device,
     ) -> None:
         self.rows = list(zip(paths, codes, item_ids, strict=True))
+        # Every prefix of a path is a node.
         known: dict[tuple[int, ...], tuple[int, ...]] = {(): ()} | {
             path[:depth]: sid[:depth] for path, sid in zip(paths, codes, strict=True) for depth in range(len(path) + 1)
         }
         self.prefixes = sorted(known, key=lambda prefix: (len(prefix), prefix))
         self.node_of = {prefix: node for node, prefix in enumerate(self.prefixes)}
         self.codes = [known[prefix] for prefix in self.prefixes]
+        # Nodes come in the order of their numbers, so children are in ascending token order.
         self.child_nodes: list[list[int]] = [[] for _ in self.prefixes]
         for node, prefix in enumerate(self.prefixes[1:], 1):
             self.child_nodes[self.node_of[prefix[:-1]]].append(node)
+        # Items belong to leaves.
         self.node_items: list[list[int]] = [[] for _ in self.prefixes]
         for path, item in zip(paths, item_ids, strict=True):
             if self.child_nodes[self.node_of[path]]:

@@ -53,11 +53,13 @@ class Service:
         self.telemetry.version.set_function(lambda: self.pool.version)
 
     async def retrieve(self, request: Request) -> Response:
+        """``POST /retrieve``: answer one query."""
         clock = asyncio.get_running_loop().time
         status = 500
         try:
             self.check_access(request)
             content = await read_body(request, self.config.max_body)
+            # Time and deadline count from here: how fast a client sends is not the service's latency.
             read = clock()
             self.open += 1
             try:
@@ -87,6 +89,7 @@ class Service:
         return _json(answer.body, 200)
 
     def _limits(self) -> Limits:
+        """What the workers' model accepts; raises :class:`ServiceError` while no worker is ready."""
         if self.closing:
             raise ServiceError(503, "shutting_down", "the service is shutting down")
         if self.pool.limits is None or not self.pool.ready:
@@ -102,7 +105,9 @@ class Service:
         )
 
     async def _ask(self, request: Request, query: Query, read: float, timeout_ms: int) -> Answer:
+        """Queue a query, and wait for its answer until its deadline."""
         seconds = timeout_ms / 1000
+        # Wait for the answer, the deadline or the end of the connection, whichever is first.
         ticket = self.batcher.submit(query)
         hung_up = asyncio.ensure_future(_disconnect(request))
         try:
@@ -120,6 +125,7 @@ class Service:
             self.batcher.drop(ticket)
 
     def check_access(self, request: Request) -> None:
+        """Refuse a request without the token or, if none is set, a page of another site."""
         if self.config.token is None:
             self.check_host(request)
             return
@@ -149,6 +155,7 @@ class Service:
         return _json(json.dumps(content).encode(), 200 if status == "ok" else 503)
 
     async def metrics(self, request: Request) -> Response:
+        """``GET /metrics``, in the format of Prometheus."""
         self.check_access(request)
         return Response(self.telemetry.page(), media_type=CONTENT_TYPE_LATEST)
 

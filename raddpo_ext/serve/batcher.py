@@ -61,6 +61,7 @@ class Batcher:
         end = loop.time() + patience
         while await _within(self._filled, end - loop.time()):
             async with self._collecting:  # one worker at a time, so that batches fill up
+                # Wait for a full batch, but not longer than the first query may wait.
                 if not self._again and self._waiting:
                     first = next(iter(self._waiting))
                     await _within(self._full, first.arrived + self.max_wait - loop.time())
@@ -87,11 +88,13 @@ class Batcher:
         return len(again)
 
     def _pop(self) -> list[Ticket]:
+        """Remove the next batch from the queue; empty if there is none."""
         batch: list[Ticket] = []
         if self._again:
             batch = self._again.popleft()
         else:
             for ticket in list(self._waiting):
+                # A traced query neither joins a batch nor is joined.
                 if len(batch) == self.max_batch or (batch and ticket.query.trace):
                     break
                 batch.append(ticket)
@@ -102,6 +105,7 @@ class Batcher:
         return batch
 
     def _signal(self) -> None:
+        """Set the events to what the queue holds."""
         for event, there in (
             (self._filled, bool(self._waiting or self._again)),
             (self._full, len(self._waiting) >= self.max_batch or bool(self._again)),

@@ -50,6 +50,7 @@ class Body(BaseModel):
             return cls.model_validate_json(content)
         except ValidationError as failed:
             error: Any = failed.errors(include_url=False, include_context=False)[0]
+        # Name the first bad field as a path, such as allowed_items[3].
         if error["type"] == "json_invalid":
             raise ServiceError(400, "bad_json", "the body is not valid JSON")
         name = "body"
@@ -75,6 +76,7 @@ class Body(BaseModel):
 async def read_body(request: Request, most: int) -> bytes:
     """Read the body. Raises :class:`ServiceError` if it has more than ``most`` bytes or does not arrive in time."""
     too_large = ServiceError(413, "too_large", f"the body must have at most {most} bytes")
+    # Refuse by the declared size first, then by what arrives.
     declared = request.headers.get("content-length", "0")
     if int(declared) > most:
         raise too_large
@@ -96,9 +98,11 @@ async def read_body(request: Request, most: int) -> bytes:
 
 
 def _order(item: int | str) -> tuple[bool, Any]:
+    """A sort key for integers and strings together, so that equal filters compare equal."""
     return isinstance(item, str), item
 
 
 def _shown(value: Any) -> str:
+    """A bad value for an error's message, shortened."""
     text = repr(value)
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."

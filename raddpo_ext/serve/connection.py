@@ -24,6 +24,7 @@ class _Parser(h11.Connection):
     def next_event(self) -> Any:
         if self.their_state is not h11.IDLE:
             return super().next_event()
+        # A head that arrives in one piece is measured by what the parser consumes.
         before = len(self.trailing_data[0])
         event = super().next_event()
         if isinstance(event, h11.Request) and before - len(self.trailing_data[0]) > self._head_bytes:
@@ -68,10 +69,12 @@ class Connection(H11Protocol):
             self._timer.cancel()
 
     def _expect_request(self) -> None:
+        """Give the client a limited time to send the next head."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self.loop.call_later(_HEAD_SECONDS, self._close_unless_serving)
 
     def _close_unless_serving(self) -> None:
+        """Close a connection whose time is over, unless its request is being answered."""
         if self.cycle is None or self.cycle.response_complete:
             self.transport.abort()

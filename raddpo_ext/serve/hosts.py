@@ -26,6 +26,7 @@ def is_own_host(header: str, configured: str) -> bool:
 
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The IP address that a host is, or None for a name."""
     try:
         return ipaddress.ip_address(host)
     except ValueError:

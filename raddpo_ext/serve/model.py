@@ -39,6 +39,7 @@ def load_model(config: ServeConfig) -> Any:
 
 
 def _shown(names: list[str]) -> str:
+    """Names for an error's message, at most five."""
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 

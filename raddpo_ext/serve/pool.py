@@ -62,7 +62,7 @@ class Pool:
         return min(self.versions.values(), default=0)
 
     async def start(self) -> None:
-        """Starts the workers and waits until all of them are ready.
+        """Start the workers, and wait until all of them are ready.
 
         Raises:
             StartError: one of them cannot serve what the options name.
@@ -82,6 +82,7 @@ class Pool:
         await asyncio.gather(*self._keepers, return_exceptions=True)
 
     async def _keep(self, slot: int) -> None:
+        """Keep a worker running in this slot until the pool stops."""
         failures = 0
         while not self._stopping:
             worker = None
@@ -89,6 +90,7 @@ class Pool:
                 worker = await self._start(self.config)
                 await self._use(slot, worker)
             except Exception as error:
+                # A worker that dies before it is ready delays its next start, longer each time.
                 was_ready = slot in self.versions
                 if not was_ready:
                     self.failures.setdefault(slot, "it died before it was ready")
@@ -105,7 +107,8 @@ class Pool:
                 await asyncio.sleep(min(_FIRST_DELAY * 2 ** (failures - 1), _LONGEST_DELAY))
 
     async def _use(self, slot: int, worker: WorkerProcess) -> None:
-        """Feeds one worker until it dies or the pool stops."""
+        """Feed one worker until it dies or the pool stops."""
+        # Wait until it has loaded the model, or says why it cannot.
         hello = await worker.hello()
         if hello.failure is not None:
             self._failure = self.failures[slot] = hello.failure
@@ -116,6 +119,7 @@ class Pool:
         self._report(slot, hello)
         self._change.set()
         while not self._stopping:
+            # An empty batch is asked too: the worker then looks for a newer catalogue.
             batch = await self.batcher.take(_PATIENCE)
             self.in_flight += len(batch)
             try:
@@ -129,6 +133,7 @@ class Pool:
                 self.in_flight -= len(batch)
 
     def _report(self, slot: int, words: Hello | Answers) -> None:
+        """Note the version that a worker serves, and the one that it refused."""
         self.versions[slot] = words.version
         self.telemetry.saw_version(words.version)
         if words.refused is None:
@@ -137,6 +142,7 @@ class Pool:
             self.refused[slot] = words.refused
 
     def _deliver(self, batch: list[Ticket], answers: Answers) -> None:
+        """Hand out the answers of a batch, except to requests that no longer wait."""
         if batch:
             self.telemetry.batch_size.observe(len(batch))
         for ticket, answer in zip(batch, answers.answers, strict=True):

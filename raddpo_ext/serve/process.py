@@ -29,6 +29,8 @@ class WorkerProcess:
 
     @classmethod
     async def start(cls, config: ServeConfig) -> WorkerProcess:
+        """Start the process and send it the configuration."""
+        # The worker inherits one end of the socket pair. The other end is closed when this process ends.
         ours, theirs = socket.socketpair()
         with theirs:
             process = await asyncio.create_subprocess_exec(
@@ -83,6 +85,7 @@ class WorkerProcess:
         self._writer.write(pack(message))
 
     async def _receive(self) -> Any:
+        """The worker's next message; raises :class:`WorkerDied` if it has ended."""
         try:
             (length,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
             return unpack(await self._reader.readexactly(length))

@@ -42,7 +42,7 @@ def deployment(
     dtype: str = "auto",
     **options: Any,
 ) -> serve.Application:
-    """Makes a Ray Serve application that answers like the service's ``POST /retrieve``, over HTTP and by its handle.
+    """Make a Ray Serve application that answers like the service's ``POST /retrieve``, over HTTP and by its handle.
 
     Every replica loads the model once and takes the store's newest catalogue before each batch, so that a ``publish``
     reaches all of them without a restart. All answers of a batch are of one version. A search uses as many threads as
@@ -88,7 +88,7 @@ class SIDRetrieverReplica:
         batches.set_batch_wait_timeout_s(batch_wait_timeout_s)
 
     async def retrieve(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Answers a request from the deployment's handle.
+        """Answer a request from the deployment's handle.
 
         Raises:
             ValueError: the request is bad; the service would answer it with a 4xx status.
@@ -101,7 +101,7 @@ class SIDRetrieverReplica:
             raise (ValueError if error.status < 500 else RuntimeError)(str(error)) from None
 
     async def __call__(self, request: Request) -> Response:
-        """Answers an HTTP request to any path."""
+        """Answer an HTTP request to any path."""
         try:
             if request.method != "POST":
                 raise ServiceError(405, "bad_request", "the method must be POST")
@@ -112,6 +112,7 @@ class SIDRetrieverReplica:
         return Response(content, status, media_type="application/json")
 
     async def _respond(self, content: bytes) -> bytes:
+        """The body of the answer to a request's body; raises :class:`ServiceError` for an error."""
         query = Body.parse(content).query(self._search.limits, self._config.beam_width)
         answer = await self._answer(query)
         if answer.status != 200:
@@ -120,10 +121,13 @@ class SIDRetrieverReplica:
 
     @serve.batch
     async def _answer(self, queries: list[Query]) -> list[Answer]:
+        """Answer a batch, which Ray has collected."""
         return await asyncio.to_thread(self._answer_together, queries)  # so that the next batch can fill meanwhile
 
     def _answer_together(self, queries: list[Query]) -> list[Answer]:
+        """Answer queries on one version of the catalogue."""
         self._search.update()
+        # A traced query needs a search of its own.
         plain = [number for number, query in enumerate(queries) if not query.trace]
         traced = [[number] for number, query in enumerate(queries) if query.trace]  # one search each
         answers: dict[int, Answer] = {}

@@ -96,6 +96,7 @@ class Search:
 
     def answer(self, queries: Sequence[Query]) -> list[Answer]:
         """One answer per query. A query that cannot be answered does not affect the others."""
+        # Read the prompts. Queries with the same filter are searched together.
         answers: dict[int, Answer] = {}
         groups: dict[tuple[int, ...] | None, dict[int, list[int]]] = {}
         for number, query in enumerate(queries):
@@ -110,6 +111,7 @@ class Search:
             except Exception:  # a tokenizer can raise any type
                 _LOG.exception("a prompt could not be read")
                 answers[number] = _FAILED
+        # One search per filter; the answers go back to the order of the queries.
         for allowed, prompts in groups.items():
             group = [replace(queries[number], allowed_items=allowed) for number in prompts]
             answers.update(zip(prompts, self._answer_group(group, list(prompts.values())), strict=True))
@@ -126,7 +128,9 @@ class Search:
         return [self._answer_group([query], [prompt])[0] for query, prompt in zip(queries, prompts, strict=True)]
 
     def _search(self, queries: list[Query], prompts: list[list[int]]) -> list[Answer]:
+        """Search for queries with the same filter. A traced query is alone."""
         index = self.retriever.index
+        # The filter and the trace are those of all queries of the group.
         if (allowed := queries[0].allowed_items) is not None:
             index = index.restrict(torch.tensor(allowed, dtype=torch.int64))
         steps: list[BeamState] = []
@@ -138,6 +142,7 @@ class Search:
             index=index,
             on_step=(lambda level, state: steps.append(state)) if queries[0].trace else None,
         )
+        # The parts of the answers as JSON.
         beams = [_beams(index, steps)] if steps else None
         answers = [self._rows(found, row, query, beams) for row, query in enumerate(queries)]
         if index.num_items:  # then only scores of NaN or -inf leave a prompt without items
@@ -183,6 +188,7 @@ class Search:
         """The items of the index that a query allows. Ids that the catalogue lacks are ignored."""
         if query.allowed_items is None:
             return None
+        # Ids are of the catalogue's kind: its own strings, or integers.
         kind, called = (int, "integers") if self.names is None or self.names.ids is None else (str, "strings")
         if not all(isinstance(item, kind) for item in query.allowed_items):
             raise bad_field("allowed_items", f"must hold {called}, which this catalogue's item ids are")
@@ -191,6 +197,7 @@ class Search:
         return tuple(self.names.items_of([item for item in query.allowed_items if item in self.names]))
 
     def _prompt(self, query: Query) -> list[int]:
+        """The token ids of a query's prompt; raises :class:`ServiceError` if the model does not accept it."""
         if query.input_ids is not None:
             name, prompt = "input_ids", query.input_ids
         elif query.text is not None:
@@ -198,6 +205,7 @@ class Search:
                 raise bad_field("text", "needs a tokenizer, which this model's folder lacks")
             name, prompt = "text", self.tokenizer(query.text)["input_ids"]
         else:
+            # A history becomes a prompt as in training.
             items: list[Any] = query.history or []
             if len(items) > self.limits.longest_prompt:
                 raise bad_field("history", f"must have at most {self.limits.longest_prompt} items, got {len(items)}")
@@ -220,11 +228,13 @@ def _json(body: dict[str, Any]) -> Answer:
 
 
 def _codes(sid: list[int]) -> list[int]:
+    """The codes of a SID without its padding."""
     return [code for code in sid if code >= 0]
 
 
 def _beams(index: TrieIndex, steps: list[BeamState]) -> list[list[dict[str, Any]]]:
     """The beams of each level, best first. A beam is alive if a beam of the last level descends from it."""
+    # From the last level back, because a beam lives if its descendants do.
     levels: list[list[dict[str, Any]]] = []
     living: set[int] | None = None
     for level, state in reversed(list(enumerate(steps))):

@@ -52,11 +52,13 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 async def _serve(config: ServeConfig, listener: socket.socket) -> None:
+    """Run the front and its workers until a signal stops them."""
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     service = Service(config)
     server = make_server(service)
+    # The front listens while the workers load, so that /healthz answers from the start.
     front = asyncio.create_task(server.serve([listener]))
     stopped, ready = asyncio.create_task(stop.wait()), asyncio.create_task(service.pool.start())
     try:
@@ -65,12 +67,14 @@ async def _serve(config: ServeConfig, listener: socket.socket) -> None:
             ready.result()
             host = f"[{config.host}]" if ":" in config.host else config.host
             print(f"serving on http://{host}:{listener.getsockname()[1]}", flush=True)
+        # Serve until a signal comes, or the front fails.
         await asyncio.wait({stopped, front}, return_when=asyncio.FIRST_COMPLETED)
         service.closing = True  # /healthz reports it, and new requests get 503
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(_drained(service), config.shutdown_timeout_s)
     finally:
         service.closing = True
+        # End the front before the workers, which it needs for its last answers.
         for task in (stopped, ready):
             task.cancel()
         server.should_exit = True
@@ -98,6 +102,7 @@ def make_server(service: Service) -> uvicorn.Server:
 
 
 async def _drained(service: Service) -> None:
+    """Return when every accepted request is answered."""
     while service.open:
         await asyncio.sleep(0.02)
 

@@ -35,6 +35,7 @@ def main() -> None:
 
 
 def _serve(front: socket.socket, incoming: BufferedReader) -> None:
+    """Load the model, say hello, and answer one batch after another."""
     config: ServeConfig = _receive(incoming)
     torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.workers))
     try:
@@ -45,17 +46,20 @@ def _serve(front: socket.socket, incoming: BufferedReader) -> None:
         return
     front.sendall(pack(Hello(search.version, search.limits, refused=search.refused)))
     while True:
+        # A newer catalogue is taken between batches, so all answers of a batch are of one version.
         queries: list[Query] = _receive(incoming)
         search.update()
         front.sendall(pack(Answers(search.version, search.answer(queries), search.refused)))
 
 
 def _receive(incoming: BufferedReader) -> Any:
+    """The front's next message."""
     (length,) = LENGTH.unpack(_read(incoming, LENGTH.size))
     return unpack(_read(incoming, length))
 
 
 def _read(incoming: BufferedReader, size: int) -> bytes:
+    """Exactly ``size`` bytes; raises EOFError if the front has closed the socket."""
     data = incoming.read(size)
     if len(data) < size:
         raise EOFError
