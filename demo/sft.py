@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -24,18 +24,26 @@ WARM_UP = 0.05  # share of the steps
 Loss = Callable[[Qwen3ForCausalLM, Tensor, Tensor], Tensor]
 
 
-def make_model(vocab_size: int, longest: int, intermediate_size: int, seed: int, eos: int | None) -> Qwen3ForCausalLM:
+def make_model(
+    vocab_size: int,
+    longest: int,
+    intermediate_size: int,
+    seed: int,
+    eos: int | None,
+    hidden_size: int = 64,
+    layers: int = 3,
+) -> Qwen3ForCausalLM:
     """With random weights; ``longest`` is the most tokens of an item."""
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=vocab_size,
-            hidden_size=64,
+            hidden_size=hidden_size,
             intermediate_size=intermediate_size,
-            num_hidden_layers=3,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=4,
-            head_dim=16,
+            head_dim=hidden_size // 4,
             max_position_embeddings=1 + (HISTORY + 1) * longest,
             tie_word_embeddings=True,
             bos_token_id=START,
@@ -84,3 +92,16 @@ def _pad_right(rows: list[np.ndarray]) -> Tensor:
     """Padding is -1. Under a causal mask nothing looks at it."""
     width = max(map(len, rows))
     return torch.from_numpy(np.stack([np.pad(row, (0, width - len(row)), constant_values=-1) for row in rows]))
+
+
+def by_length(prompts: Sequence[list[int]], search: Callable[[Tensor], Tensor], batch_size: int) -> Tensor:
+    """``search`` of every prompt, ``[B, T]`` at a time, in batches of prompts of one length; in their order."""
+    rows: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows.setdefault(len(prompt), []).append(row)
+    found: dict[int, Tensor] = {}
+    for group in rows.values():
+        for at in range(0, len(group), batch_size):
+            batch = group[at : at + batch_size]
+            found.update(zip(batch, search(torch.tensor([prompts[row] for row in batch])), strict=True))
+    return torch.stack([found[row] for row in range(len(prompts))])

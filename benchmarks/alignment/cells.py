@@ -1,18 +1,12 @@
-"""The experiment's cells: each is computed once and kept, a line of one file."""
+"""The cells of the experiment on purchases."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
-import json
-import os
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -21,11 +15,11 @@ from benchmarks.alignment import sessions as alignment_sessions
 from benchmarks.alignment import sft as alignment_sft
 from benchmarks.alignment import train as alignment_train
 from benchmarks.alignment.data import Data, load
+from benchmarks.alignment.records import Cell, Records
 from benchmarks.alignment.sessions import Sessions
 from benchmarks.alignment.statistics import ndcg, pack
 from benchmarks.alignment.train import METHODS
-from benchmarks.harness import results
-from benchmarks.harness.report import RESULTS, ROOT, environment
+from benchmarks.harness.report import RESULTS, ROOT
 
 
 @dataclass(frozen=True)
@@ -50,15 +44,7 @@ class Scale:
     settings: int | None = None  # tuned a method, None for all
 
 
-class Cell(NamedTuple):
-    """What is computed: ``kind`` is a method of :class:`Lab`, ``args`` its arguments."""
-
-    name: str
-    kind: str
-    args: dict[str, Any]
-
-
-class Lab:
+class Lab(Records):
     """Runs cells of one catalogue at one scale.
 
     Args:
@@ -69,51 +55,19 @@ class Lab:
 
     def __init__(self, folder: Path, scale: Scale, cache: Path = ROOT / ".alignment") -> None:
         self.folder, self.scale = folder, scale
-        self.cache = cache / f"{folder.name}-{scale.name}"
+        cache = cache / f"{folder.name}-{scale.name}"
         full = scale.name == "full"
-        self.results = RESULTS / f"alignment-{folder.name}.jsonl" if full else self.cache / "results.jsonl"
+        results = RESULTS / f"alignment-{folder.name}.jsonl" if full else cache / "results.jsonl"
+        super().__init__(cache, results, "alignment", "benchmarks.alignment")
+
+    def __reduce__(self) -> Any:
+        return Lab, (self.folder, self.scale, self.cache.parent)
 
     @cached_property
     def data(self) -> Data:
         return load(self.folder)
 
-    def run(self, cell: Cell) -> dict[str, Any]:
-        """The cell's record: read where it is there and of the same configuration, else computed and written."""
-        config = json.loads(json.dumps(self._config(cell)))
-        known = self.read(cell)
-        if known is not None and known["config"] == config:
-            return known
-        _reset_peak_memory()
-        begin, cpu = time.perf_counter(), time.process_time()
-        result = getattr(self, cell.kind)(**cell.args)
-        record = {
-            "cell": cell.name,
-            "config": config,
-            "result": result,
-            "seconds": round(time.perf_counter() - begin, 2),
-            "cpu_seconds": round(time.process_time() - cpu, 2),
-            "peak_mib": _peak_memory(),
-        }
-        self.write(record)
-        return record
-
-    def read(self, cell: Cell) -> dict[str, Any] | None:
-        return self._records().get(cell.name)
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Puts it in its former's place, or at the end; one process at a time."""
-        self.cache.mkdir(parents=True, exist_ok=True)
-        with (self.cache / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            records = self._records() | {record["cell"]: record}
-            run = environment("benchmarks.alignment") | {"results": list(records.values())}
-            results.write(self.results, {"alignment": run})
-
-    def _records(self) -> dict[str, dict[str, Any]]:
-        known = results.read(self.results).get("alignment", {"results": []})
-        return {record["cell"]: record for record in known["results"]}
-
-    def _config(self, cell: Cell) -> dict[str, Any]:
+    def config(self, cell: Cell) -> dict[str, Any]:
         """Everything that the cell's result depends on."""
         scale = asdict(self.scale)
         fields = ["epochs"]
@@ -129,7 +83,7 @@ class Lab:
         return config
 
     def sft(self, seed: int) -> dict[str, Any]:
-        path = self._file("sft", {"seed": seed, "epochs": self.scale.epochs})
+        path = self.file("sft", {"seed": seed, "epochs": self.scale.epochs})
         state = alignment_sft.train(self.data, seed, path, self.scale.epochs)
         return {"losses": [round(loss, 5) for loss in state["losses"]], "epoch_seconds": state["seconds"]}
 
@@ -162,7 +116,8 @@ class Lab:
         begin = time.perf_counter()
         result = {**record, **self._retrieval(model, "test", _spread(len(data.test), scale.users), scale.beams)}
         histories = [data.test[user].history for user in _spread(len(data.test), scale.free_users)]
-        result |= evaluate.invalid_shares(data, evaluate.retrieve_freely(model, data, histories, scale.beams))
+        free = evaluate.retrieve_freely(model, data.prompts(histories), data.levels, scale.beams)
+        result |= evaluate.invalid_shares(data.index, free, evaluate.KS[1:])
         trained = set(torch.cat([part.users for part in self.sessions(seed)]).tolist())
         others = [user for user, case in enumerate(data.test) if user not in trained and len(case.history) > 2]
         chosen = [others[place] for place in _spread(len(others), scale.next_users)]
@@ -178,7 +133,7 @@ class Lab:
 
     def start(self, seed: int) -> Any:
         """The supervised checkpoint."""
-        path = self._file("sft", {"seed": seed, "epochs": self.scale.epochs})
+        path = self.file("sft", {"seed": seed, "epochs": self.scale.epochs})
         model = alignment_sft.make_model(self.data)
         model.load_state_dict(alignment_sft.train(self.data, seed, path, self.scale.epochs)["model"])
         return model.eval()
@@ -192,7 +147,7 @@ class Lab:
             cuts = alignment_sessions.cut(self.data, scale.sessions + scale.probes)
             return [*alignment_sessions.mine(self.data, self.start(seed), cuts, seed)]
 
-        mined = Sessions(*self._cached("sessions", config, mine))
+        mined = Sessions(*self.cached("sessions", config, mine))
         return mined.rows(slice(0, scale.sessions)), mined.rows(slice(scale.sessions, None))
 
     def aligned(
@@ -213,20 +168,10 @@ class Lab:
             seconds = round(time.perf_counter() - begin, 2)
             return {"model": model.state_dict(), "record": {**record, "train_seconds": seconds}}
 
-        state = self._cached("aligned", self._config(Cell("", "align", args)), align)
+        state = self.cached("aligned", self.config(Cell("", "align", args)), align)
         model = alignment_sft.make_model(self.data)
         model.load_state_dict(state["model"])
         return model.eval(), state["record"]
-
-    def _file(self, kind: str, config: dict[str, Any]) -> Path:
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
-        return self.cache / f"{kind}-s{config['seed']}-{digest}.pt"
-
-    def _cached(self, kind: str, config: dict[str, Any], make: Callable[[], Any]) -> Any:
-        path = self._file(kind, config)
-        if not path.exists():
-            alignment_sft.save(path, make())
-        return torch.load(path, weights_only=True)
 
 
 def _spread(count: int, most: int | None) -> list[int]:
@@ -234,14 +179,3 @@ def _spread(count: int, most: int | None) -> list[int]:
     if most is None or most >= count:
         return list(range(count))
     return [place * count // most for place in range(most)]
-
-
-def _reset_peak_memory() -> None:
-    with contextlib.suppress(OSError):  # where it cannot be set back, the peak is the process's
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_memory() -> int:
-    """MiB that the process held at most."""
-    lines = Path(f"/proc/{os.getpid()}/status").read_text().splitlines()
-    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM"))

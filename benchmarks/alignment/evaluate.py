@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 
 import raddpo_ext as rx
 from benchmarks.alignment.data import Data
-from demo.sft import HISTORY, START
+from demo.sft import by_length
 from raddpo_ext.data.metrics import invalid_share, retrieval_metrics
 from raddpo_ext.integrations.decoders import SharedPrefixDecoder
 
@@ -23,26 +23,26 @@ def retrieve(model: Any, data: Data, histories: Sequence[list[int]], beams: int)
     """The best items of each history by constrained beam search: int64 ``[B, beams]``, padded with -1."""
 
     retriever = rx.SIDRetriever(model, data.index, beam_width=beams)
-    return _by_length(data, histories, lambda prompts: retriever.retrieve(prompts, top_k=beams).items)
+    return by_length(data.prompts(histories), lambda prompts: retriever.retrieve(prompts, top_k=beams).items, BATCH)
 
 
 @torch.no_grad()
-def retrieve_freely(model: Any, data: Data, histories: Sequence[list[int]], beams: int) -> Tensor:
-    """The best token ids of each history by beam search over the whole vocabulary: int64 ``[B, beams, L]``."""
+def retrieve_freely(model: Any, prompts: Sequence[list[int]], levels: int, beams: int) -> Tensor:
+    """The best token ids of each prompt by beam search over the whole vocabulary: int64 ``[B, beams, levels]``."""
 
     def search(prompts: Tensor) -> Tensor:
         decoder = SharedPrefixDecoder(model, None, prompts, torch.ones_like(prompts, dtype=torch.bool))
         tokens = parents = torch.zeros(len(prompts), 1, dtype=torch.int64)
         scores = torch.zeros(len(prompts), 1)
         rows = torch.zeros(len(prompts), 1, 0, dtype=torch.int64)
-        for level in range(data.levels):
+        for level in range(levels):
             totals = scores[..., None] + decoder(tokens, parents, level).log_softmax(-1)
             scores, best = totals.flatten(1).topk(beams)
             parents, tokens = best // totals.shape[2], best % totals.shape[2]
             rows = torch.cat([rows.gather(1, parents[..., None].expand(-1, -1, level)), tokens[..., None]], 2)
         return rows
 
-    return _by_length(data, histories, search)
+    return by_length(prompts, search, BATCH)
 
 
 def ranks(found: Tensor, wanted: Sequence[int]) -> np.ndarray:
@@ -51,13 +51,14 @@ def ranks(found: Tensor, wanted: Sequence[int]) -> np.ndarray:
     return torch.where(reciprocal > 0, 1 / reciprocal, 0).round().to(torch.uint8).numpy()
 
 
-def invalid_shares(data: Data, rows: Tensor) -> dict[str, float]:
+def invalid_shares(index: rx.TrieIndex, rows: Tensor, ks: Sequence[int]) -> dict[str, float]:
     """The mean share of token id rows ``[B, R, L]``, best first, that are no item's SID, by cut-off."""
-    sizes = torch.tensor(data.sizes)
-    codes = rows - (1 + START + sizes.cumsum(0) - sizes)
+    vocab = index.vocab
+    sizes, starts = torch.tensor(vocab.sizes), torch.tensor([int(ids[0]) for ids in vocab.token_ids])
+    codes = rows - starts
     codes = codes.masked_fill((codes < 0) | (codes >= sizes), int(sizes.max()))  # no code of any level
-    whole = torch.full(codes.shape[:2], data.levels)
-    return {f"invalid@{k}": float(invalid_share(data.index, codes[:, :k], whole[:, :k]).mean()) for k in KS[1:]}
+    whole = torch.full(codes.shape[:2], len(sizes))
+    return {f"invalid@{k}": float(invalid_share(index, codes[:, :k], whole[:, :k]).mean()) for k in ks}
 
 
 def next_three(model: Any, data: Data, users: Sequence[int], beams: int) -> np.ndarray:
@@ -69,17 +70,3 @@ def next_three(model: Any, data: Data, users: Sequence[int], beams: int) -> np.n
     found = retrieve(model, data, [items[:-3] for items in purchases], beams)
     recall = retrieval_metrics(found, torch.tensor([items[-3:] for items in purchases]), ks=(10,))["recall@10"]
     return (3 * recall).round().to(torch.uint8).numpy()
-
-
-def _by_length(data: Data, histories: Sequence[list[int]], search: Callable[[Tensor], Tensor]) -> Tensor:
-    """``search`` of every prompt, in batches of prompts of one length."""
-    by_length: dict[int, list[int]] = {}
-    for row, items in enumerate(histories):
-        by_length.setdefault(min(len(items), HISTORY), []).append(row)
-    found: dict[int, Tensor] = {}
-    for rows in by_length.values():
-        for at in range(0, len(rows), BATCH):
-            batch = rows[at : at + BATCH]
-            prompts = torch.tensor(data.prompts(histories[row] for row in batch))
-            found.update(zip(batch, search(prompts), strict=True))
-    return torch.stack([found[row] for row in range(len(histories))])

@@ -8,20 +8,13 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import functools
-import multiprocessing
 import sys
-import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from benchmarks.alignment import report
-from benchmarks.alignment.cells import Cell, Lab, Scale
+from benchmarks.alignment.cells import Lab, Scale
 from benchmarks.alignment.grid import stages
+from benchmarks.alignment.records import compute
 
 QUICK = Scale(
     name="quick",
@@ -57,34 +50,6 @@ def run(lab: Lab, jobs: int = 1, only: str = "*") -> None:
         compute(lab, [cell for cell in stage if only == "*" or fnmatch.fnmatch(cell.name, only)], jobs)
     if only == "*":
         report.write(lab)
-
-
-def compute(lab: Lab, cells: list[Cell], jobs: int) -> None:
-    begin = time.perf_counter()
-    if jobs == 1:
-        records: Iterator[dict[str, Any]] = map(lab.run, cells)
-        _follow(records, len(cells), begin)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = [pool.submit(_in_worker, lab.folder, lab.scale, lab.cache.parent, cell) for cell in cells]
-        _follow((future.result() for future in as_completed(futures)), len(cells), begin)
-
-
-def _follow(records: Iterator[dict[str, Any]], count: int, begin: float) -> None:
-    for number, record in enumerate(records, 1):
-        result, seconds = record["result"], time.perf_counter() - begin
-        score = f"NDCG@10 {result['ndcg@10']:.5f}, " if "ndcg@10" in result else ""
-        print(f"{seconds:6.0f} s  {number}/{count}  {record['cell']}: {score}{record['seconds']:.0f} s", flush=True)
-
-
-def _in_worker(folder: Path, scale: Scale, cache: Path, cell: Cell) -> dict[str, Any]:
-    return _lab(folder, scale, cache).run(cell)
-
-
-@functools.cache
-def _lab(folder: Path, scale: Scale, cache: Path) -> Lab:
-    return Lab(folder, scale, cache)
 
 
 def _parser() -> argparse.ArgumentParser:

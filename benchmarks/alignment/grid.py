@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.alignment.cells import Cell, Lab
+from benchmarks.alignment.cells import Lab
+from benchmarks.alignment.records import Cell
 from benchmarks.alignment.statistics import Choice, choose, ndcg, unpack
 from benchmarks.alignment.train import METHODS
 

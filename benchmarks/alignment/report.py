@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.alignment import grid
-from benchmarks.alignment.cells import Cell, Lab
+from benchmarks.alignment.cells import Lab
 from benchmarks.alignment.evaluate import KS
+from benchmarks.alignment.records import Cell
 from benchmarks.alignment.statistics import Difference, ndcg, over_seeds, paired_bootstrap, unpack
 from benchmarks.harness.report import ROOT, markdown
 from raddpo_ext.data.catalogue import known_version

@@ -32,6 +32,12 @@ class Sessions(NamedTuple):
     positives: Tensor
     negatives: Tensor
 
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """In purchases."""
+        lengths: np.ndarray = self.cuts.numpy()
+        return lengths
+
     def rows(self, rows: slice | Tensor) -> Sessions:
         return Sessions(*(field[rows] for field in self))
 

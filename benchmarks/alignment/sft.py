@@ -14,9 +14,9 @@ from transformers import Qwen3ForCausalLM
 
 import raddpo_ext as rx
 from benchmarks.alignment.data import Data, windows
+from benchmarks.alignment.records import save
 from demo import sft
 from demo.sft import START, Training
-from raddpo_ext._files import replacing
 
 BATCH = 256
 EPOCHS = 15
@@ -64,10 +64,3 @@ def _cross_entropy(model: Qwen3ForCausalLM, ids: Tensor, targets: Tensor) -> Ten
     hidden = model.model(ids, use_cache=False).last_hidden_state
     logps = rx.linear_token_logps(hidden, model.lm_head.weight, targets, ignore_index=-1)
     return -logps.sum() / (targets >= 0).sum()
-
-
-def save(path: Path, state: Any) -> None:
-    """Writes the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        torch.save(state, file)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 import raddpo_ext as rx
-from benchmarks.alignment.data import Data
-from benchmarks.alignment.sessions import FURTHER, KINDS, Sessions
+from benchmarks.alignment.sessions import FURTHER, KINDS
 from demo.sft import rate
 from raddpo_ext.data.metrics import squeezing
 from raddpo_ext.integrations.transformers import session_states
@@ -78,9 +77,17 @@ METHODS: dict[str, Method] = {
 
 
 def align(
-    data: Data, start: Any, method: Method, setting: dict[str, float], train: Sessions, held_out: Sessions, seed: int
+    data: Any, start: Any, method: Method, setting: dict[str, float], train: Any, held_out: Any, seed: int
 ) -> tuple[Any, dict[str, Any]]:
     """One pass over ``train``, from a copy of the model ``start``.
+
+    Args:
+        data: what the sessions' ``batch`` is given.
+        start: the supervised checkpoint.
+        method: a row of the table.
+        setting: ``lr``, and arguments of :class:`rx.RADDPOLoss`.
+        train, held_out: sessions: ``count``, ``prompt_lengths``, ``rows`` and ``batch``, as :class:`Sessions` has them.
+        seed: of the order of the batches.
 
     Returns:
         The model, in evaluation mode, and its record: ``losses`` (means of a tenth of the steps each), ``metrics`` (the
@@ -91,16 +98,16 @@ def align(
     preference = {name: value for name, value in setting.items() if name != "lr"}
     loss_fn = rx.RADDPOLoss(weighting, **{**method.options, **preference})
     optimizer = torch.optim.AdamW(model.parameters(), lr=setting["lr"], weight_decay=0.0)
-    batches = list(_batches(data, train, np.random.default_rng([seed, 2])))
+    batches = list(_batches(train.prompt_lengths, np.random.default_rng([seed, 2])))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, len(batches), WARM_UP))
     measured = {round(share * len(batches)) for share in CURVE}
-    probe = rx.pack_sessions(*held_out.batch(data, 1 + FURTHER, sum(KINDS.values())), embeddings=False)
+    probe = rx.pack_sessions(*held_out.batch(data, 1 + FURTHER, sum(KINDS.values())), layout="trie", embeddings=False)
     before = _logps(start, probe)
     drift: dict[str, list[float]] = {"step": [0], "winner": [0.0], "positives": [0.0], "negatives": [0.0]}
     log: list[dict[str, float]] = []
     for step, rows in enumerate(batches, 1):
         candidates = train.rows(rows).batch(data, method.positives, method.negatives)
-        packed = rx.pack_sessions(*candidates, embeddings=method.weighted)
+        packed = rx.pack_sessions(*candidates, layout="trie", embeddings=method.weighted)
         states = session_states(model, packed)
         reference = _logps(start, packed) if method.reference else None
         output = loss_fn(sessions=packed.sessions, ref_logps=reference, **states._asdict())
@@ -125,10 +132,10 @@ def align(
     }
 
 
-def _batches(data: Data, sessions: Sessions, rng: np.random.Generator) -> Iterator[Tensor]:
+def _batches(prompt_lengths: np.ndarray, rng: np.random.Generator) -> Iterator[Tensor]:
     """Rows of prompts of like length, the batches in random order."""
-    order = rng.permutation(len(sessions.users))
-    order = order[np.argsort(sessions.cuts.numpy()[order], kind="stable")]
+    order = rng.permutation(len(prompt_lengths))
+    order = order[np.argsort(prompt_lengths[order], kind="stable")]
     parts = [order[at : at + BATCH] for at in range(0, len(order), BATCH)]
     return (torch.from_numpy(parts[place]) for place in rng.permutation(len(parts)))
 

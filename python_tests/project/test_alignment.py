@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
-from benchmarks.alignment import evaluate
+from benchmarks.alignment import evaluate, records
 from benchmarks.alignment import experiment as alignment
 from benchmarks.alignment import grid as alignment_grid
 from benchmarks.alignment import sessions as alignment_sessions
@@ -96,7 +96,7 @@ def test_the_unconstrained_search_finds_the_best_rows(data: Data, lab: Lab) -> N
     """A beam as wide as the vocabulary squared keeps every prefix of two tokens."""
     model = lab.start(0)
     history = data.test[0].history
-    rows = evaluate.retrieve_freely(model, dataclasses.replace(data, sids=data.sids[:, :2]), [history], 50)[0]
+    rows = evaluate.retrieve_freely(model, data.prompts([history]), 2, 50)[0]
     prompt = torch.tensor(data.prompts([history])[0])
     tokens = torch.arange(data.vocab_size)
     with torch.no_grad():
@@ -114,11 +114,11 @@ def test_invalid_rows_are_counted(data: Data) -> None:
     good = data.tokens[:10]
     bad = good.clone()
     bad[:5, 1] = 0  # the start token is no code
-    assert evaluate.invalid_shares(data, good[None]) == {"invalid@10": 0.0, "invalid@50": 0.0}
-    assert evaluate.invalid_shares(data, bad[None]) == {"invalid@10": 0.5, "invalid@50": 0.5}
+    assert evaluate.invalid_shares(data.index, good[None], (10, 50)) == {"invalid@10": 0.0, "invalid@50": 0.0}
+    assert evaluate.invalid_shares(data.index, bad[None], (10, 50)) == {"invalid@10": 0.5, "invalid@50": 0.5}
     bad[:5] = good[:5]
     bad[0, 0], bad[0, 1] = good[0, 1], good[0, 0]  # codes in the wrong places
-    assert evaluate.invalid_shares(data, bad[None]) == {"invalid@10": 0.1, "invalid@50": 0.1}
+    assert evaluate.invalid_shares(data.index, bad[None], (10, 50)) == {"invalid@10": 0.1, "invalid@50": 0.1}
 
 
 def test_ranks() -> None:
@@ -197,12 +197,12 @@ def test_supervised_training_resumes(data: Data, tmp_path: Path, monkeypatch: py
 
 def test_the_grid_writes_every_cell_and_a_report(lab: Lab) -> None:
     names = {cell.name for stage in alignment_grid.stages(lab) for cell in stage}
-    records = {record["cell"]: record for record in results.read(lab.results)["alignment"]["results"]}
-    assert records.keys() >= names
+    lines = {record["cell"]: record for record in results.read(lab.results)["alignment"]["results"]}
+    assert lines.keys() >= names
     assert {"test-sft-s0", "test-rad_dpo-s1", "test-rad_dpo_no_rdrw-s0-false0.1", "validate-rad_dpo"} <= names
     for name in names:
-        assert records[name]["seconds"] > 0
-        assert records[name]["peak_mib"] > 0
+        assert lines[name]["seconds"] > 0
+        assert lines[name]["peak_mib"] > 0
 
 
 def test_cells_that_are_there_are_skipped(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +210,7 @@ def test_cells_that_are_there_are_skipped(lab: Lab, monkeypatch: pytest.MonkeyPa
     before = lab.results.stat().st_mtime_ns
     monkeypatch.setattr(Lab, "write", None)  # a cell that is computed would be written
     for stage in alignment_grid.stages(again):
-        alignment.compute(again, stage, 1)
+        records.compute(again, stage, 1)
     assert lab.results.stat().st_mtime_ns == before
 
 
@@ -230,7 +230,7 @@ def test_a_lost_cell_comes_back_the_same(lab: Lab) -> None:
     for path in lab.cache.glob("aligned-*.pt"):
         path.unlink()
     for stage in alignment_grid.stages(lab):
-        alignment.compute(lab, [cell for cell in stage if cell.name in names], 1)
+        records.compute(lab, [cell for cell in stage if cell.name in names], 1)
     after = forget(lab, names)
     for old, new in zip(before, after, strict=True):
         assert {k: v for k, v in old.items() if "seconds" not in k} == {
@@ -244,7 +244,7 @@ def test_a_worker_process_gives_the_same(lab: Lab) -> None:
     forget(lab, [cell.name for cell in cells])
     for path in lab.cache.glob("sft-*.pt"):
         path.unlink()
-    alignment.compute(lab, cells, 2)
+    records.compute(lab, cells, 2)
     assert [lab.run(cell)["result"]["losses"] for cell in cells] == before
 
 
