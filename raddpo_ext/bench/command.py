@@ -56,7 +56,7 @@ def bench(options: argparse.Namespace) -> int:
     begin = time.monotonic()
     try:
         results = run(options) if options.quick else run_fresh(options)
-    # Errors of the user's machine have a message and an exit code, not a traceback.
+    # Expected errors end in a message and an exit code, not in a traceback.
     except Mismatch as mismatch:
         print(f"raddpo_ext: {mismatch}", file=sys.stderr)
         return 1

@@ -180,7 +180,7 @@ def _ranks(found: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     real = (wanted >= 0).any(2)
     same = (wanted[:, :, None] == wanted[:, None]).all(3)
     real &= ~same.tril(-1).any(2)
-    # The first position of each.
+    # The first position of each, or infinity.
     hits = (wanted[:, :, None] == found[:, None]).all(3)
     places = torch.arange(1.0, 1 + found.shape[1], dtype=torch.float64, device=found.device)
     ranks = torch.where(hits & real[..., None], places, math.inf)

@@ -168,7 +168,7 @@ def _is_jsonl(path: Path) -> bool:
 
 
 def _schema(arrow: Any) -> Any:
-    """The types of a table of sessions, with the optional column."""
+    """The column types of a table of sessions, ``items`` included."""
     ids = arrow.list_(arrow.int64())
     columns = zip((*COLUMNS, ITEMS), (ids, arrow.list_(ids), arrow.list_(ids), ids), strict=True)
     return arrow.schema(list(columns))

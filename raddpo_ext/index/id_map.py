@@ -157,7 +157,7 @@ class IdMap:
             return None
         if not path.is_file():
             raise ValueError(f"{path}: is not a regular file")
-        # The first line describes the rest.
+        # The first line has the format, the stamp of the index and the checksum of the rest.
         first, _, body = path.read_bytes().partition(b"\n")
         try:
             head = json.loads(first)

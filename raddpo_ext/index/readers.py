@@ -228,7 +228,7 @@ def _lengths(path: Path, sids: np.ndarray, lengths: np.ndarray | None) -> np.nda
     if lengths is None:
         if sids.min() >= 0:
             return None
-        # A SID ends with its last code that is not -1; argmax finds none in a row of only -1.
+        # A SID ends with its last code that is not -1. In a row of only -1, argmax finds no end.
         lengths = levels - np.argmax(sids[:, ::-1] != -1, axis=1)
         lengths[(sids == -1).all(axis=1)] = 0
     outside = (lengths < 1) | (lengths > levels)

@@ -133,7 +133,7 @@ def _of_nodes(
             raise ValueError(f"nodes must be in [-1, {index.node_bound}), got {int(nodes[wrong][0])}")
     if torch.compiler.is_compiling() and not index.has_node_tokens:
         raise ValueError("index.node_tokens must be read once before torch.compile traces normalize = 'trie'")
-    # A node without children, or none at all, has an empty support.
+    # A node without children has an empty support, and so has -1, which is no node.
     first, count = index.child_ranges(nodes)
     groups = torch.where(count > 0, index.depths(nodes), -1)
     lists = Lists(index.node_tokens, torch.where(count > 0, first, 0), count)

@@ -178,7 +178,7 @@ def rad_dpo_loss(
         raise ValueError(
             f"logps must have the shape of tokens, {tuple(sessions.tokens.shape)}, got {tuple(logps.shape)}"
         )
-    # Options that exclude each other.
+    # Options that exclude each other, and constants.
     if positives == "pooled" and aggregation == "margins":
         raise ValueError("aggregation must be 'negatives' with positives='pooled', got 'margins'")
     smoothing = _check.number(label_smoothing, "label_smoothing")

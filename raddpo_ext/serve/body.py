@@ -50,9 +50,9 @@ class Body(BaseModel):
             return cls.model_validate_json(content)
         except ValidationError as failed:
             error: Any = failed.errors(include_url=False, include_context=False)[0]
-        # Name the first bad field as a path, such as allowed_items[3].
         if error["type"] == "json_invalid":
             raise ServiceError(400, "bad_json", "the body is not valid JSON")
+        # Name the first bad field as a path, such as allowed_items[3].
         name = "body"
         for part in error["loc"]:
             name = f"{name}[{part}]" if isinstance(part, int) else str(part)[:_SHOWN]
