@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
+    """``index build``."""
     from raddpo_ext.index.id_map import IdMap, map_path
     from raddpo_ext.index.readers import read_sids
     from raddpo_ext.index.trie import TrieIndex
@@ -82,6 +83,7 @@ def _vocab(options: argparse.Namespace, table: SIDTable) -> SIDVocab | None:
     """The vocab that the options describe. None if no option is given: a code is its own token id."""
     from raddpo_ext.index.vocab import SIDVocab
 
+    # The tokenizer knows all token ids. What the vocab leaves out is told as a message, not as a warning.
     if options.tokenizer is not None:
         if options.sizes is not None or options.offset is not None:
             raise ValueError("--tokenizer gives the token ids: leave out --offset and --sizes")
@@ -97,6 +99,7 @@ def _vocab(options: argparse.Namespace, table: SIDTable) -> SIDVocab | None:
 
 
 def _tokenizer(folder: Path) -> Any:
+    """The tokenizer of a local folder."""
     try:
         from transformers import AutoTokenizer
     except ModuleNotFoundError as error:
@@ -110,11 +113,13 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _described(names: IdMap) -> str:
+    """What an id map holds, in words."""
     kinds = [kind for kind, there in (("ids are strings", names.ids), ("titles", names.titles)) if there is not None]
     return ", ".join(kinds)
 
 
 def _load(file: Path) -> tuple[TrieIndex, IdMap | None]:
+    """An index and its id map, if there is one."""
     from raddpo_ext.index.id_map import IdMap
     from raddpo_ext.index.trie import TrieIndex
 
@@ -122,6 +127,7 @@ def _load(file: Path) -> tuple[TrieIndex, IdMap | None]:
 
 
 def _info(options: argparse.Namespace) -> int:
+    """``index info``."""
     import torch
 
     from raddpo_ext import _C
@@ -130,6 +136,7 @@ def _info(options: argparse.Namespace) -> int:
     index, names = _load(options.file)
     first = _C.HEADER["first_node"]
     starts = index.header[first + 1 : first + index.levels + 2]
+    # Count in chunks, which bounds the memory for large indexes.
     sharing = 0
     for begin in range(0, index.num_nodes, _CHUNK):
         counts = index.item_ranges(torch.arange(begin, min(begin + _CHUNK, index.num_nodes)))[1]
@@ -140,6 +147,7 @@ def _info(options: argparse.Namespace) -> int:
     print(f"levels          {index.sid_levels}" + ("" if index.eos is None else f", then the end token {index.eos}"))
     print(f"nodes per level {' '.join(str(count) for count in starts.diff().tolist())}")
     print(f"bytes           {index.nbytes}, {index.nbytes / index.num_items:.1f} per item")
+    # Overwriting a mapped file would change, or end, the processes that use it.
     if processes := mapped_by(options.file):
         readers = ", ".join(map(str, processes[:5]))
         _complain(
@@ -150,6 +158,7 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _lookup(options: argparse.Namespace) -> int:
+    """``index lookup``; exit code 1 if no item has the SID."""
     index, names = _load(options.file)
     items = index.lookup([options.sid]).items.tolist()
     if not items:
@@ -160,10 +169,12 @@ def _lookup(options: argparse.Namespace) -> int:
 
 
 def _find(options: argparse.Namespace) -> int:
+    """``index find``; exit code 1 if the index lacks the item."""
     from raddpo_ext.index.item_ids import integer_id
     from raddpo_ext.index.trie_items import UnknownItem
 
     index, names = _load(options.file)
+    # The id is a string of the map or, without one, an integer.
     item: Any = options.item if names is not None and names.ids is not None else integer_id(options.item)
     try:
         if item is None:
@@ -177,10 +188,12 @@ def _find(options: argparse.Namespace) -> int:
 
 
 def _written(sid: Sequence[int]) -> str:
+    """A SID as the options take it."""
     return ",".join(map(str, sid))
 
 
 def _publish(options: argparse.Namespace) -> int:
+    """``index publish``."""
     from raddpo_ext.index.catalogue_store import CatalogueStore
 
     version = CatalogueStore(options.store).publish(options.file, force=options.force)
@@ -189,6 +202,7 @@ def _publish(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    """``serve``: publish the given index, if any, and run the service."""
     from raddpo_ext.index.catalogue_store import CatalogueStore
     from raddpo_ext.serve.options import config_of
 
@@ -241,6 +255,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     parser = _Parser(prog="python -m raddpo_ext", description="Generative retrieval with semantic IDs (SIDs).")
     parser.add_argument("--version", action="version", version=f"raddpo_ext {raddpo_ext.__version__}")
     groups = parser.add_subparsers(metavar="index|serve|bench", required=True)
@@ -312,11 +327,13 @@ def _integers(text: str) -> list[int]:
 
 
 def _bar(share: float) -> None:
+    """Redraw the progress bar on standard error."""
     filled = int(share * _BAR)
     print(f"\rbuilding {'#' * filled}{'.' * (_BAR - filled)} {share:4.0%}", end="", file=sys.stderr, flush=True)
 
 
 def _complain(message: str) -> None:
+    """Print a message on standard error, in one line."""
     print("raddpo_ext: " + " ".join(message.split()), file=sys.stderr)
 
 

@@ -30,6 +30,7 @@ def refuse_transforms_of_operator(op: str, *tensors: Tensor | None) -> None:
         raise NotImplementedError(
             f"{op} does not work within vmap, grad, jvp and other transforms of torch.func; use torch.autograd.grad"
         )
+    # No tensor has a tangent outside of forward mode.
     if forward_ad._current_level < 0:
         return
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
@@ -51,6 +52,7 @@ def differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..
             return backward(ctx, saved, *grads)
         if getattr(ctx, "leaf", None) is not None:
             raise RuntimeError(f"{ctx.op} with accumulate_grad has no second derivative, so create_graph must be False")
+        # The results are constants, wrapped so that differentiating them raises an error.
         with torch.no_grad():
             results = backward(ctx, saved, *grads)
         given = [position for position, result in enumerate(results) if result is not None]
