@@ -79,7 +79,7 @@ def test_items(tmp_path, suffix, rows):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_items_that_begin_late(tmp_path, monkeypatch, suffix):
-    monkeypatch.setattr("raddpo_ext.data.session_log._CHUNK", 3)
+    monkeypatch.setattr("raddpo_ext.data.session_rows.CHUNK", 3)
     path = tmp_path / f"log.{suffix}"
     write_sessions(path, [*[GOOD] * 7, {**GOOD, "items": [1]}])
     assert read_sessions(path, index=INDEX)["items"][:] == [[]] * 7 + [[1]]
@@ -93,7 +93,7 @@ def test_items_that_begin_late(tmp_path, monkeypatch, suffix):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_more_rows_than_a_chunk(tmp_path, monkeypatch, caplog, suffix):
-    monkeypatch.setattr("raddpo_ext.data.session_log._CHUNK", 3)
+    monkeypatch.setattr("raddpo_ext.data.session_rows.CHUNK", 3)
     rows = [{**GOOD, "prompt_ids": [number]} for number in range(10)]
     path = tmp_path / f"log.{suffix}"
     write_sessions(path, rows)

@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
 from raddpo_ext import _check
 from raddpo_ext._files import replacing
-from raddpo_ext.data.session_sids import SIDCheck, contained
+from raddpo_ext.data.session_rows import (
+    CHUNK,
+    COLUMNS,
+    ITEMS,
+    BadRow,
+    described,
+    imported,
+    is_jsonl,
+    no_session,
+    place_kind,
+    session_chunks,
+    session_of,
+)
 from raddpo_ext.index.trie import TrieIndex
-from raddpo_ext.index.trie_items import places_of
 from raddpo_ext.index.vocab import SIDVocab
 
-COLUMNS = ("prompt_ids", "positives", "negatives")
-ITEMS = "items"  # the optional column
-_CHUNK = 8192  # sessions that are Python objects at the same time
-_TOKENS = range(2**31 - 1)
-_ITEM_IDS = range(2**63)
-_SHOWN = 5  # bad rows per reason that the log names
-
 _log = logging.getLogger(__name__)
-
-
-class _BadRow(Exception):
-    """Why a row is not a session: a reason to count by, and a message about this row."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
 
 
 def read_sessions(
@@ -84,37 +77,32 @@ def read_sessions(
         >>> sessions[0]["negatives"]
         [[3, 8], [4, 7]]
     """
-    datasets, arrow = _import("datasets"), _import("pyarrow")
+    datasets, arrow = imported("datasets"), imported("pyarrow")
     _check.choice(on_error, "on_error", ("raise", "skip"))
     if vocab is not None:
         _check.instance(vocab, "vocab", SIDVocab)
     if index is not None:
         _check.instance(index, "index", TrieIndex)
     path = Path(path)
-    read, kind = (_read_jsonl, "line") if _is_jsonl(path) else (_read_parquet, "row")
+    kind = place_kind(path)
     counts, skipped, tables = Counter[str](), defaultdict[str, list[int]](list), []
-    # Sort out the rows in chunks, which bounds the Python objects in memory.
-    rows = read(path)
-    while chunk := list(islice(rows, _CHUNK)):
-        sessions, bad = _sort_out(chunk, vocab, index)
+    for chunk, bad in session_chunks(path, vocab, index):
         for place, error in sorted(bad.items()):
             if on_error == "raise":
                 raise ValueError(f"{path}: {kind} {place}: {error}")
             skipped[error.reason].append(place)
-        counts["rows"] += len(chunk)
+        sessions = list(chunk.values())
+        counts["rows"] += len(sessions) + len(bad)
         counts[ITEMS] += sum(ITEMS in session for session in sessions)
         for column in COLUMNS[1:]:
             counts[column] += sum(not session[column] for session in sessions)
         sessions = [{ITEMS: [], **session} for session in sessions]
         tables.append(arrow.Table.from_pylist(sessions, schema=_schema(arrow)))
     # Report what was skipped, in one record.
-    reasons = "; ".join(
-        f"{len(places)} {reason} ({kind} {', '.join(map(str, places[:_SHOWN]))}{', ...' * (len(places) > _SHOWN)})"
-        for reason, places in skipped.items()
-    )
     num_skipped = sum(map(len, skipped.values()))
     if num_skipped == counts["rows"]:
-        raise ValueError(f"{path}: holds no session" + (f"; skipped {reasons}" if reasons else ""))
+        raise no_session(path, skipped)
+    reasons = described(skipped, kind)
     if num_skipped or counts["positives"] or counts["negatives"]:
         _log.warning(
             "%s: skipped %d of %d rows%s; of the others %d have no positives, %d no negatives",
@@ -145,26 +133,9 @@ def write_sessions(path: str | os.PathLike[str], rows: Iterable[dict[str, Any]])
         '{"prompt_ids":[1,2],"positives":[[3,7]],"negatives":[[3,8]]}\\n'
     """
     path = Path(path)
-    write = _write_jsonl if _is_jsonl(path) else _write_parquet
+    write = _write_jsonl if is_jsonl(path) else _write_parquet
     with replacing(path) as file:
         write(file, _checked_rows(rows))
-
-
-def _import(name: str) -> Any:
-    """Import an optional package, or raise an ImportError that says how to install it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f"session logs need {name}, which `pip install datasets` brings: {error}") from error
-
-
-def _is_jsonl(path: Path) -> bool:
-    """Whether a path names a jsonl file; raises ValueError for other files than jsonl and parquet."""
-    if path.suffix not in (".jsonl", ".parquet"):
-        raise ValueError(f"{path}: not a kind of file that holds sessions: expected .jsonl or .parquet")
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder, not a file")
-    return path.suffix == ".jsonl"
 
 
 def _schema(arrow: Any) -> Any:
@@ -174,43 +145,15 @@ def _schema(arrow: Any) -> Any:
     return arrow.schema(list(columns))
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Every line that is not blank, with its number."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.isspace():
-                yield number, line
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every row, with its number."""
-    parquet = _import("pyarrow.parquet")
-    with open(path, "rb") as file:
-        try:
-            table = parquet.ParquetFile(file, page_checksum_verification=True)
-            for column in COLUMNS:
-                if column not in table.schema_arrow.names:
-                    raise _BadRow("missing column", f"has no column {column!r}, only {table.schema_arrow.names}")
-            columns = [*COLUMNS, *(name for name in table.schema_arrow.names if name == ITEMS)]
-            batches = table.iter_batches(_CHUNK, columns=columns)
-            yield from enumerate(row for batch in batches for row in batch.to_pylist())
-        except _BadRow as error:
-            raise ValueError(f"{path}: {error}") from None
-        except MemoryError:
-            raise
-        except Exception as error:  # pyarrow raises a dozen types for a damaged file or a strange column
-            raise ValueError(f"{path}: damaged, or no parquet file: {' '.join(str(error).split())}") from None
-
-
 def _write_jsonl(file: BinaryIO, rows: Iterator[dict[str, Any]]) -> None:
     for row in rows:
         file.write(json.dumps(row, separators=(",", ":")).encode() + b"\n")
 
 
 def _write_parquet(file: BinaryIO, rows: Iterator[dict[str, Any]]) -> None:
-    arrow, parquet = _import("pyarrow"), _import("pyarrow.parquet")
+    arrow, parquet = imported("pyarrow"), imported("pyarrow.parquet")
     with parquet.ParquetWriter(file, _schema(arrow), write_page_checksum=True) as writer:
-        while chunk := list(islice(rows, _CHUNK)):
+        while chunk := list(islice(rows, CHUNK)):
             writer.write_table(arrow.Table.from_pylist(chunk, schema=_schema(arrow)))
 
 
@@ -219,88 +162,8 @@ def _checked_rows(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     number = -1
     for number, row in enumerate(rows):
         try:
-            yield _session(row, None)
-        except _BadRow as error:
+            yield session_of(row, None)
+        except BadRow as error:
             raise ValueError(f"rows[{number}]: {error}") from None
     if number < 0:
         raise ValueError("rows must hold at least one session, got none")
-
-
-def _sort_out(
-    chunk: list[tuple[int, Any]], vocab: SIDVocab | None, index: TrieIndex | None
-) -> tuple[list[dict[str, Any]], dict[int, _BadRow]]:
-    """The sessions among some numbered rows, and for every other row the reason, by its number."""
-    check = None if vocab is None else SIDCheck(vocab)
-    sessions: dict[int, dict[str, Any]] = {}
-    bad: dict[int, _BadRow] = {}
-    for place, row in chunk:
-        try:
-            sessions[place] = _session(row, check)
-        except _BadRow as error:
-            bad[place] = error
-    if index is not None:
-        # Look up all candidates of the chunk at once, and then all items.
-        named = [(place, *found) for place, session in sessions.items() for found in _candidates(session)]
-        for (place, name, sid), known in zip(named, contained(index, [sid for *_, sid in named]), strict=True):
-            if not known:
-                bad.setdefault(place, _BadRow("not in the index", f"{name} = {sid} is not in the index"))
-        owned = [(place, item) for place, session in sessions.items() for item in session.get(ITEMS, ())]
-        items = torch.tensor([item for _, item in owned], dtype=torch.int64)
-        places = places_of(items, index.items).tolist() if owned else []  # passes once over the whole index
-        for (place, item), found in zip(owned, places, strict=True):
-            if found < 0:
-                bad.setdefault(place, _BadRow("not in the index", f"items holds {item}, which is not in the index"))
-    return [session for place, session in sessions.items() if place not in bad], bad
-
-
-def _session(row: Any, check: SIDCheck | None) -> dict[str, Any]:
-    """The columns of a row, which is a line of JSON or a mapping."""
-    if isinstance(row, bytes):
-        try:
-            row = json.loads(row)
-        except (ValueError, RecursionError) as error:
-            raise _BadRow("invalid JSON", f"not valid JSON: {error}") from None
-    if not isinstance(row, Mapping):
-        raise _BadRow("invalid JSON", f"expected an object, got {type(row).__name__}")
-    for column in COLUMNS:
-        if row.get(column) is None:
-            raise _BadRow("missing column", f"has no {column}")
-    # The columns hold ids, and the candidates are SIDs of the vocabulary.
-    session = {column: row[column] for column in COLUMNS}
-    _check_ids("prompt_ids", session["prompt_ids"], "empty prompt")
-    for column in COLUMNS[1:]:
-        if not isinstance(session[column], list):
-            raise _BadRow("not integers", f"{column} must be a list of lists of integers, got {session[column]!r:.60}")
-    for name, sid in _candidates(session):
-        _check_ids(name, sid, "empty candidate")
-        why = None if check is None else check.why_not(sid)
-        if why is not None:
-            raise _BadRow("not of the vocab", f"{name} = {sid} {why}")
-    if row.get(ITEMS) is not None:
-        session[ITEMS] = row[ITEMS]
-        _check_ids(ITEMS, session[ITEMS], None, _ITEM_IDS, "an item id")
-    # No SID may be both preferred and not.
-    negatives = {tuple(sid): place for place, sid in enumerate(session["negatives"])}
-    for place, sid in enumerate(session["positives"]):
-        if tuple(sid) in negatives:
-            detail = f"positives[{place}] and negatives[{negatives[tuple(sid)]}] are both {sid}"
-            raise _BadRow("both positive and negative", detail)
-    return session
-
-
-def _candidates(session: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The candidates of a session, each with its name in errors."""
-    for column in COLUMNS[1:]:
-        for place, sid in enumerate(session[column]):
-            yield f"{column}[{place}]", sid
-
-
-def _check_ids(name: str, ids: Any, empty: str | None, possible: range = _TOKENS, kind: str = "a token id") -> None:
-    """Raise _BadRow unless ``ids`` are possible ids. ``empty``: the reason to refuse an empty list, or None."""
-    if not isinstance(ids, list) or not set(map(type, ids)) <= {int}:
-        raise _BadRow("not integers", f"{name} must be a list of integers, got {ids!r:.60}")
-    if not ids and empty is not None:
-        raise _BadRow(empty, f"{name} is empty")
-    for number in (min(ids, default=0), max(ids, default=0)):
-        if number not in possible:
-            raise _BadRow(f"not {kind}", f"{name} holds {number}, which is not {kind}")
