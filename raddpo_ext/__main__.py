@@ -1,12 +1,15 @@
-"""The command line: ``python -m raddpo_ext index build|info|lookup|find|publish``, ``serve`` and ``bench``."""
+"""The command line: ``python -m raddpo_ext index build|info|lookup|find|publish``, ``sessions check``, ``serve``
+and ``bench``."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -46,11 +49,8 @@ def _build(options: argparse.Namespace) -> int:
     from raddpo_ext.index.trie import TrieIndex
 
     # Check the output path before reading the source.
-    if not options.output.parent.is_dir():
-        raise ValueError(f"{options.output.parent}: no such directory")
-    for path in (options.output, map_path(options.output)):
-        if path.is_dir():
-            raise ValueError(f"{path}: is a directory")
+    _check_output(options.output)
+    _check_output(map_path(options.output))
     # Read the SIDs and build the index, with a progress bar on a terminal.
     table = read_sids(options.source, item=options.item, sid=options.sid, title=options.title)
     progress = _bar if sys.stderr.isatty() else None
@@ -201,6 +201,31 @@ def _publish(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_sessions(options: argparse.Namespace) -> int:
+    from raddpo_ext.data.session_check import check_sessions
+    from raddpo_ext.data.session_picture import draw
+    from raddpo_ext.data.session_report import meaning, report
+
+    if options.picture is not None:
+        _check_output(options.picture)
+    index = None if options.index is None else _load(options.index)[0]
+    try:
+        check = check_sessions(options.log, index=index)
+        if options.picture is not None:
+            draw(check, options.picture)
+    except ImportError as error:  # pyarrow or matplotlib
+        raise ValueError(str(error)) from None
+    print(json.dumps(asdict(check) | {"meaning": meaning(check)}) if options.json else report(check))
+    return 0
+
+
+def _check_output(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise ValueError(f"{path.parent}: no such directory")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a directory")
+
+
 def _serve(options: argparse.Namespace) -> int:
     """``serve``: publish the given index, if any, and run the service."""
     from raddpo_ext.index.catalogue_store import CatalogueStore
@@ -258,17 +283,29 @@ def _parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = _Parser(prog="python -m raddpo_ext", description="Generative retrieval with semantic IDs (SIDs).")
     parser.add_argument("--version", action="version", version=f"raddpo_ext {raddpo_ext.__version__}")
-    groups = parser.add_subparsers(metavar="index|serve|bench", required=True)
-    commands = groups.add_parser("index", help="build, inspect and publish an index").add_subparsers(
-        metavar="build|info|lookup|find|publish", required=True
-    )
+    groups = parser.add_subparsers(metavar="index|sessions|serve|bench", required=True)
+    _add_index_commands(groups.add_parser("index", help="build, inspect and publish an index"))
+    _add_session_commands(groups.add_parser("sessions", help="check a session log"))
+    # serve and bench, whose options are in their own modules
+    text = "Answer retrieval requests over HTTP with a model and the newest catalogue version of a store."
+    serve = groups.add_parser("serve", help="run a retrieval service", description=text)
+    serve.set_defaults(run=_serve)
+    serve.add_options = _add_serve_options
+    text = "Time the operators and their peers on this machine. Results are compared first; exit code 1 if they differ."
+    benchmark = groups.add_parser("bench", help="run the core benchmarks", description=text)
+    benchmark.set_defaults(run=_bench)
+    benchmark.add_options = _add_bench_options
+    return parser
+
+
+def _add_index_commands(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(metavar="build|info|lookup|find|publish", required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(run=run)
         return added
 
-    # index
     build = command("build", _build, "Build an index from the SIDs of a catalogue.")
     build.add_argument("source", type=Path, help="a table (.csv, .tsv, .parquet), index.json, .npy or .npz")
     build.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the index to write")
@@ -304,16 +341,16 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument(
         "--store", type=Path, default=Path("catalogue"), metavar="DIR", help="folder of the store (default: catalogue)"
     )
-    # serve and bench, whose options are in their own modules
-    text = "Answer retrieval requests over HTTP with a model and the newest catalogue version of a store."
-    serve = groups.add_parser("serve", help="run a retrieval service", description=text)
-    serve.set_defaults(run=_serve)
-    serve.add_options = _add_serve_options
-    text = "Time the operators and their peers on this machine. Results are compared first; exit code 1 if they differ."
-    benchmark = groups.add_parser("bench", help="run the core benchmarks", description=text)
-    benchmark.set_defaults(run=_bench)
-    benchmark.add_options = _add_bench_options
-    return parser
+
+
+def _add_session_commands(parser: argparse.ArgumentParser) -> None:
+    text = "Describe a session log: what it holds, what is wrong with it, and what this means for training."
+    check = parser.add_subparsers(metavar="check", required=True).add_parser("check", help=text, description=text)
+    check.set_defaults(run=_check_sessions)
+    check.add_argument("log", type=Path, metavar="LOG", help="a .jsonl or .parquet file that read_sessions reads")
+    check.add_argument("--index", type=Path, metavar="FILE", help="also look up every candidate in this index")
+    check.add_argument("--picture", type=Path, metavar="PNG", help="also draw histograms; needs matplotlib")
+    check.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
 
 
 def _integer(text: str) -> int:

@@ -6,6 +6,8 @@ A check takes the names that the page has so far, as attributes, and ``weights_b
 import json
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -13,8 +15,10 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 import raddpo_ext as rx
+from raddpo_ext.data.session_picture import draw
 
 Page = SimpleNamespace
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
@@ -148,6 +152,18 @@ def training_negatives(page: Page) -> None:
     assert page.found.dtype == torch.int64
     assert page.found.shape == (1, 4)
     assert sorted(page.found[0].tolist()) == [-1, -1, 0, 2]  # the two other items under the code 3
+
+
+def training_log(page: Page) -> None:
+    """The report is compared with what the page shows; the picture is the page's too."""
+    if not find_spec("matplotlib"):
+        return
+    from matplotlib.image import imread
+
+    draw(page.check_sessions("sessions.jsonl"), Path("sessions.png"))
+    new, shown = imread("sessions.png"), imread(ROOT / "docs/figures/session-check.png")
+    assert new.shape == shown.shape
+    assert abs(new - shown).mean() < 0.005  # another font renderer moves a few pixels
 
 
 def training_metrics(page: Page) -> None:
@@ -361,6 +377,7 @@ CHECKS: dict[str, list[Callable[[Page], None] | None]] = {
         training_trainer,
         training_packing,
         training_negatives,
+        training_log,
         training_metrics,
     ],
     "docs/howto/index.md": [howto_model],
