@@ -27,6 +27,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     _remove_abandoned(path)
     temporary = None
     try:
+        # Try names until this writer holds the lock of its own file.
         while True:
             temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
             with open(temporary, "xb") as file:
@@ -35,6 +36,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 if not temporary.exists():
                     continue  # another writer removed it before it was locked
                 yield file
+                # The content must be on the disk before the name points to it.
                 file.flush()
                 os.fsync(file.fileno())
                 os.replace(temporary, path)

@@ -115,6 +115,7 @@ def hf_style(search: Search, level: Level) -> Run:
 
     def step() -> tuple[Tensor, ...]:
         logps = torch.log_softmax(rows, -1)
+        # The mask, row by row, and then the candidates of all beams of a query.
         mask = torch.full_like(logps, -math.inf)
         for row in range(batch * width):
             if live[row]:

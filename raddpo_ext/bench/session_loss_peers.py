@@ -207,6 +207,7 @@ def loop(batch: Batch) -> Step:
         return torch.stack(losses).mean()
 
     def loss(logps: Tensor) -> Tensor:
+        # The preference per session, and SFT over the positives of all of them.
         preference, likelihood = [], []
         for s, positives in enumerate(counts):
             rows = logps[offsets[s] : offsets[s + 1]]

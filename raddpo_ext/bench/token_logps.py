@@ -16,6 +16,7 @@ def comparison(device: torch.device, *, case: Case, compiled: bool = True) -> Co
     The floor from logits reads them twice and writes them once. The floor from hidden states is the three products for
     the logits and both gradients. Both write into memory that exists already.
     """
+    # Every method makes the log-probs and new gradients of the leaves.
     problem = Problem(case, device)
 
     def call(method: peers.Method) -> Run:
@@ -28,6 +29,7 @@ def comparison(device: torch.device, *, case: Case, compiled: bool = True) -> Co
         return run
 
     plain = call(peers.EXPRESSIONS["log_softmax"])
+    # From logits.
     if not case.hidden:
         found = Comparison(
             f"token_logps and gradient, {case.rows} x {case.vocab} logits",
@@ -38,6 +40,7 @@ def comparison(device: torch.device, *, case: Case, compiled: bool = True) -> Co
         if compiled:
             found.offer("torch.compile of these", lambda: call(peers.compiled))
         return found
+    # From hidden states.
     found = Comparison(
         f"linear_token_logps and gradients, {case.rows} rows H={case.hidden} V={case.vocab}",
         {"ours": call(peers.ours), "matmul, log_softmax, gather": plain},

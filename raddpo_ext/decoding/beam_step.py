@@ -144,6 +144,7 @@ def check_state(
             f"{name}, state and index must be on one device, got {rows.device}, {state.nodes.device}, "
             f"{state.scores.device}, {index.data.device}"
         )
+    # Options.
     _check.number(length_penalty, "length_penalty")
     if abs(length_penalty) * math.log(index.levels) > 80:  # the factor would leave float32
         raise ValueError(f"length_penalty = {length_penalty} is too large for SIDs of {index.levels} tokens")

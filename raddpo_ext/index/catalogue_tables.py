@@ -45,10 +45,12 @@ def read_columns(path: Path, item: str | None, sid: Sequence[str] | None, title:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"has two columns {name!r}")
+    # Find the columns of the id, the SID and the title.
     lower = [name.strip().lower() for name in names]
     item_at = _column(names, lower, item, _ITEM, "the item's id", "item")
     sid_at, of_codes = _sid_columns(names, lower, sid)
     title_at = _column(names, lower, title, _TITLE, "the title", "title") if title or "title" in lower else None
+    # Read the rows. An error names the row.
     numbers: list[int] = []
     items: list[str] = []
     codes: list[list[int]] = []

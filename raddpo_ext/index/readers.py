@@ -149,6 +149,7 @@ def _read_index_json(path: Path) -> SIDTable:
         pairs = json.loads(path.read_bytes(), object_pairs_hook=_Object)
     except (ValueError, RecursionError) as error:
         _refuse(path, f"not valid JSON: {error or type(error).__name__}")
+    # The form of the file.
     if not isinstance(pairs, _Object):
         _refuse(path, 'expected an object {"item": ["<a_12>", ...], ...}, got ' + type(pairs).__name__)
     if not pairs:

@@ -49,6 +49,7 @@ def file_levels(path: str | os.PathLike[str], ids: Mapping[str, int]) -> Levels:
         raise ValueError(f"index_json: {os.fspath(path)}: not valid JSON: {error}") from None
     if not isinstance(sids, dict) or not all(isinstance(sid, list) for sid in sids.values()):
         raise ValueError(f'index_json: {os.fspath(path)}: expected an object {{"item": ["<a_12>", ...], ...}}')
+    # Enter each token once: files repeat few tokens many times.
     levels: Levels = []
     seen: list[set[str]] = []
     for sid in sids.values():

@@ -219,6 +219,7 @@ class TrieIndex:
             if first + len(codes) > 2**63:
                 raise ValueError(f"item_ids must be given: few ids are left above the largest, {first - 1}")
             item_ids = first + np.arange(len(codes))
+        # The items that are left and the new ones are merged as two sorted blocks.
         if not len(codes):
             return self
         added = TrieIndex.build(codes, item_ids=item_ids, lengths=lengths, vocab=self.vocab)

@@ -102,6 +102,7 @@ class SIDVocab:
             if int(tensor.min()) < -1:
                 raise ValueError(f"token_ids[{level}] must be >= 0, or -1 for no token, got {int(tensor.min())}")
             _check_tokens(int(tensor.max()))
+            # Some code has a token, and no two codes have the same one.
             used = tensor[tensor >= 0].sort().values
             if not len(used):
                 raise ValueError(f"token_ids[{level}] must hold at least one token id, got only -1")

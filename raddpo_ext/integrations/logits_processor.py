@@ -142,6 +142,7 @@ class TrieLogitsProcessor:
                 f"max_new_tokens must be {self.index.levels}, the length of a SID, for an index without eos and "
                 f"eos_token_id None, but generate asks for token {level + 1}"
             )
+        # The scores have a column for every token that may be allowed, and all rows of a query.
         largest = max(self.index.max_tokens[level] if level < self.index.levels else 0, self.eos_token_id or 0)
         if scores.dim() != 2 or len(scores) != len(input_ids) or scores.shape[1] <= largest:
             raise ValueError(

@@ -81,6 +81,7 @@ def divisors(normalizer: Sequence[Any] | Tensor | None, reduction: str, like: Te
         raise ValueError(
             f"normalizer must be None with reduction={reduction!r}, which does not divide, got {normalizer!r}"
         )
+    # Two numbers go to the operator as numbers, tensors as one tensor: reading them would synchronise.
     values = list(normalizer) if isinstance(normalizer, Sequence | Tensor) else [normalizer]
     if len(values) != 2:
         raise ValueError(f"normalizer must be (sessions, tokens), got {normalizer!r}")

@@ -177,6 +177,7 @@ class RADDPOLoss(nn.Module):
                 f"hidden must have shape [C, L, H] with [C, L] = {tuple(sessions.tokens.shape)}, that of "
                 f"sessions.tokens, got {tuple(hidden.shape)}"
             )
+        # Padding has no log-prob, and no part in the gradients.
         mask = sessions.mask()
         if rows is None:
             hidden = hidden.masked_fill(~mask[..., None], 0)  # 0 * NaN would reach the head's gradient

@@ -241,6 +241,7 @@ class SessionBatch:
         _check.none(
             (lengths < 0) | (lengths > levels), lambda i: f"lengths[{i}] = {int(lengths[i])} is outside [0, {levels}]"
         )
+        # The offsets cut the candidates into sessions.
         if int(offsets[0]) != 0:
             raise ValueError(f"offsets must begin with 0, got {int(offsets[0])}")
         if int(offsets[-1]) != candidates:
@@ -256,6 +257,7 @@ class SessionBatch:
             (positives < 0) | (positives > sizes),
             lambda s: f"num_positives[{s}] = {int(positives[s])} is outside [0, {int(sizes[s])}]",
         )
+        # Tokens beyond the lengths may have any value.
         negative = (self.tokens < 0) & self.mask()
         if bool(negative.any()):
             row, column = negative.nonzero()[0].tolist()

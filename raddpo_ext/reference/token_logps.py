@@ -29,6 +29,7 @@ def token_logps(
     if logit_softcap is not None:
         logits = logit_softcap * torch.tanh(logits / logit_softcap)
     logits = logits / temperature
+    # One level and one node per target, as far as the support needs them.
     if normalize == "level":
         levels = torch.arange(targets.shape[-1]) if levels is None else levels
         levels = levels.expand(targets.shape).reshape(-1)
@@ -41,6 +42,7 @@ def token_logps(
         if target == ignore_index:
             logps.append(x.new_zeros(()))
             continue
+        # The columns that the softmax runs over.
         if normalize == "vocab":
             support = list(range(len(x)))
         elif normalize == "level":
