@@ -51,4 +51,10 @@ STABLE_TORCH_LIBRARY(raddpo, m) {
       "session_loss_backward(Tensor? grad_loss, Tensor? grad_preference, Tensor? grad_sft, Tensor logps, Tensor "
       "gradient, Tensor scales, Tensor lengths, Tensor offsets, Tensor num_positives, Tensor? level_weights, float "
       "sft_weight) -> Tensor");
+  // Words as in csrc/group_advantages/group_advantages.h. No gradient.
+  m.def(
+      "group_advantages(Tensor rewards, Tensor tokens, Tensor lengths, Tensor offsets, Tensor num_positives, Tensor? "
+      "weights, Tensor? baselines, Tensor? target_tokens, Tensor? target_lengths, Tensor? target_offsets, Tensor? "
+      "level_weights, float blend, float eps, int credit, int scale, int baseline, bool count_experts, bool "
+      "contiguous) -> (Tensor values, Tensor active, Tensor gates)");
 }

@@ -82,6 +82,10 @@ def everything(folder: Path) -> list[Tensor]:
         loss = rx.rad_dpo_loss(logps, sessions, **options)
         found += [*loss, *torch.autograd.grad(loss.loss, logps)]
     found.append(rx.multilabel_contrastive_loss(logps[:, 0], sessions))
+    for options in ({}, {"credit": "siblings"}, {"credit": "marginal", "level_weights": [0.1, 0.2, 0.3]}):
+        found += [value for value in rx.group_advantages(LOGPS[:, 0], sessions, **options) if value is not None]
+    selected, kept = sessions.select(OFFSETS[1:] > 3)
+    found += [selected.tokens, selected.offsets, kept]
     output = rx.RADDPOLoss(weighting)(HIDDEN, WEIGHT, sessions, embeddings=HIDDEN[:, 0])
     found += [output.loss, output.logps, *output.metrics.values()]
     packed = rx.pack_sessions(PROMPTS, sessions)

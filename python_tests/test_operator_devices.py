@@ -58,6 +58,10 @@ def calls() -> dict[str, Call]:
         result = rx.rad_dpo_loss(case.logps, case.sessions, normalizer=normalizer, **case.arguments(arguments))
         (result.loss + result.preference + result.sft).backward()
         rx.pack_sessions([[1, 2], [3]], case.sessions)
+        groups = case.sessions
+        layout = (groups.tokens, groups.lengths, groups.offsets)
+        given = (*layout, groups.num_positives, torch.ones(6), torch.ones(2), *layout, torch.ones(2))
+        torch.ops.raddpo.group_advantages(torch.ones(6), *given, 1.0, 1e-6, 2, 0, 0, True, True)
     return {name: max(found, key=tensors_of) for name, found in recorder.calls.items()}
 
 

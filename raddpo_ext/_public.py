@@ -25,9 +25,11 @@ from raddpo_ext.losses.rad_dpo_loss import PRESETS, SessionLossOutput, rad_dpo_l
 from raddpo_ext.losses.rad_dpo_module import RADDPOLoss, RADDPOOutput
 from raddpo_ext.losses.session import SessionBatch
 from raddpo_ext.losses.similarity_weighting import SimilarityWeighting
+from raddpo_ext.policy.group_advantages import Advantages, group_advantages
 
 __all__ = [
     "PRESETS",
+    "Advantages",
     "BeamResult",
     "BeamState",
     "CatalogueStore",
@@ -45,6 +47,7 @@ __all__ = [
     "TrieLogitsProcessor",
     "beam_search",
     "beam_step",
+    "group_advantages",
     "history_prompts",
     "item_tokens",
     "linear_beam_step",

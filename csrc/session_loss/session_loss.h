@@ -3,6 +3,8 @@
 // CUDA headers. T is float or double, the type of the log-probs and of the arithmetic.
 #include <cstdint>
 
+#include "../common/sessions.h"
+
 struct CUstream_st;
 
 namespace raddpo {
@@ -12,14 +14,6 @@ enum class Aggregation : int { negatives, margins };
 enum class Weighting : int { loss, reward };
 enum class Positives : int { winner, each, pooled };
 enum class Reduction : int { mean, sum, none };
-
-// Candidates are ordered by session, positives first; pairs by session, positive-major (raddpo_ext/losses/session.py).
-struct Sessions {
-  const std::int64_t* lengths;        // [candidates]
-  const std::int64_t* offsets;        // [sessions + 1]
-  const std::int64_t* num_positives;  // [sessions]
-  std::int64_t sessions, candidates;
-};
 
 template <typename T>
 struct SessionLossArgs {

@@ -7,28 +7,12 @@
 
 namespace raddpo {
 
-// Rows [first, first + positives) are positives, the next `negatives` rows negatives; pairs begin at first_pair.
-struct Session {
-  std::int64_t first, positives, negatives, first_pair;
-};
-
-// A session with invalid values counts as empty, so that no index computed from them is out of bounds.
-RADDPO_HD Session session_of(const Sessions& b, std::int64_t s) {
-  const std::int64_t first = b.offsets[s], size = b.offsets[s + 1] - first, positives = b.num_positives[s];
-  const bool sound = first >= 0 && size >= 0 && size <= b.candidates - first && positives >= 0 && positives <= size;
-  return sound ? Session{first, positives, size - positives, 0} : Session{0, 0, 0, 0};
-}
-
 template <typename T>
 RADDPO_HD Session session_of(const SessionLossArgs<T>& a, std::int64_t s) {
   Session v = session_of(a.batch, s);
   v.first_pair = a.pair_offsets[s];
   const bool sound = v.first_pair >= 0 && v.positives * v.negatives <= a.pairs - v.first_pair;
   return sound ? v : Session{0, 0, 0, 0};
-}
-
-RADDPO_HD std::int64_t clamp_length(std::int64_t length, std::int64_t most) {
-  return length < 0 ? 0 : length > most ? most : length;
 }
 
 // The factor of each log-prob in a candidate's reward.
@@ -51,22 +35,9 @@ RADDPO_HD T reward_of(const SessionLossArgs<T>& a, std::int64_t row) {
   return length ? scale_of(a, length) * sum : T(0);
 }
 
-// A candidate's tokens.
-struct Sid {
-  const std::int64_t* tokens;
-  std::int32_t length;
-};
-
 template <typename T>
 RADDPO_HD Sid sid_of(const SessionLossArgs<T>& a, std::int64_t row) {
   return {a.tokens + row * a.levels, static_cast<std::int32_t>(clamp_length(a.batch.lengths[row], a.levels))};
-}
-
-RADDPO_HD std::int32_t common_prefix(const Sid& x, const Sid& y) {
-  const std::int32_t most = x.length < y.length ? x.length : y.length;
-  std::int32_t k = 0;
-  while (k < most && x.tokens[k] == y.tokens[k]) ++k;
-  return k;
 }
 
 // Whether a pair of SIDs with `prefix` tokens in common is dropped regardless of its weight: one of them is empty, or

@@ -4,6 +4,7 @@ They define what the fused operators compute; the tests compare the operators wi
 """
 
 from raddpo_ext.reference.beam_search import beam_search, beam_step, row_lse
+from raddpo_ext.reference.group_advantages import group_advantages
 from raddpo_ext.reference.linear_beam_step import linear_beam_step
 from raddpo_ext.reference.session_loss import multilabel_contrastive_loss, rad_dpo_loss
 from raddpo_ext.reference.similarity_weighting import SimilarityWeighting
@@ -15,6 +16,7 @@ __all__ = [
     "TrieIndex",
     "beam_search",
     "beam_step",
+    "group_advantages",
     "linear_beam_step",
     "linear_token_logps",
     "multilabel_contrastive_loss",

@@ -11,9 +11,9 @@ from torch.nn.functional import logsigmoid
 
 from raddpo_ext.losses.rad_dpo_loss import SessionLossOutput
 from raddpo_ext.losses.session import SessionBatch
+from raddpo_ext.reference.sessions import Sid, common_prefix, negative_rows, positive_rows, sids_of
 
 Number = float | int | Tensor
-Sid = tuple[int, ...]
 PairWeights = dict[tuple[int, int], Tensor]  # by the rows of the pair's positive and negative
 
 
@@ -38,7 +38,7 @@ def rad_dpo_loss(
     normalizer: tuple[Number, Number] | None = None,
 ) -> SessionLossOutput:
     """See :func:`raddpo_ext.rad_dpo_loss`."""
-    sids = _sids(sessions)
+    sids = sids_of(sessions)
     levels = [1.0] * logps.shape[1] if level_weights is None else torch.as_tensor(level_weights).tolist()
 
     def reward(row: int, num_detached: int = 0) -> Tensor:
@@ -52,7 +52,7 @@ def rad_dpo_loss(
 
     def negative_reward(row: int, protected: Sequence[int]) -> Tensor:
         """``r_n``, detached on its longest prefix in common with the positives ``protected``."""
-        return reward(row, 0 if protect == "none" else max(_common_prefix(sids[p], sids[row]) for p in protected))
+        return reward(row, 0 if protect == "none" else max(common_prefix(sids[p], sids[row]) for p in protected))
 
     def loss_of(winner: Tensor, against: list[tuple[Tensor, Tensor]]) -> Tensor:
         return _smoothed(_loss_argument(winner, against, gamma, aggregation, weighting), label_smoothing)
@@ -66,7 +66,7 @@ def rad_dpo_loss(
     log_likelihoods, num_tokens = [], 0
     for session in range(sessions.num_sessions):
         # The pairs that are kept, and the margin of each pair.
-        rows = _positive_rows(sessions, session)
+        rows = positive_rows(sessions, session)
         weights = _pair_weights(sessions, session, pair_weights, logps)
         kept = _kept(weights, sids, positives == "pooled")
         first_pair = len(margins)
@@ -100,11 +100,11 @@ def rad_dpo_loss(
             if detach is not None:
                 return int(detach[n, : len(sids[n])].sum())
             protected = rows if protect == "positives" or positives == "pooled" else [p]
-            return 0 if protect == "none" else max(_common_prefix(sids[q], sids[n]) for q in protected)
+            return 0 if protect == "none" else max(common_prefix(sids[q], sids[n]) for q in protected)
 
         # The sums and counts behind the metrics, in the order of TOTALS.
         chosen = [float(rewards[p]) for p in rows if sids[p]]
-        rejected = [float(rewards[n]) for n in _negative_rows(sessions, session) if sids[n]]
+        rejected = [float(rewards[n]) for n in negative_rows(sessions, session) if sids[n]]
         equal = [not sids[p] or not sids[n] or sids[p] == sids[n] for p, n in weights]
         totals.append(
             [
@@ -148,14 +148,14 @@ def multilabel_contrastive_loss(
     normalizer: Number | None = None,
 ) -> Tensor:
     """See :func:`raddpo_ext.multilabel_contrastive_loss`."""
-    sids = _sids(sessions)
+    sids = sids_of(sessions)
     zero = scores[:0].sum()
     terms, num_kept = [], 0
     for session in range(sessions.num_sessions):
         weights = _pair_weights(sessions, session, pair_weights, scores)
         kept = _kept(weights, sids, pooled=True)
         if kept:
-            pool = _log_sum_exp([scores[p] / temperature for p in _positive_rows(sessions, session) if sids[p]])
+            pool = _log_sum_exp([scores[p] / temperature for p in positive_rows(sessions, session) if sids[p]])
             against = [(scores[n] / temperature, weight) for n, weight in _min_weights(kept).items()]
             terms.append(_smoothed(_loss_argument(pool, against, 0.0, "negatives", "loss"), 0.0))
         else:
@@ -164,26 +164,10 @@ def multilabel_contrastive_loss(
     return _reduced(terms, zero, num_kept if normalizer is None else normalizer, reduction)
 
 
-def _sids(sessions: SessionBatch) -> list[Sid]:
-    rows = zip(sessions.tokens.tolist(), sessions.lengths.tolist(), strict=True)
-    return [tuple(row[:length]) for row, length in rows]
-
-
-def _positive_rows(sessions: SessionBatch, session: int) -> list[int]:
-    first = int(sessions.offsets[session])
-    return list(range(first, first + int(sessions.num_positives[session])))
-
-
-def _negative_rows(sessions: SessionBatch, session: int) -> range:
-    return range(
-        int(sessions.offsets[session]) + int(sessions.num_positives[session]), int(sessions.offsets[session + 1])
-    )
-
-
 def _pair_weights(sessions: SessionBatch, session: int, pair_weights: Tensor | None, like: Tensor) -> PairWeights:
     """The weights of a session's pairs, positive-major."""
-    rows = _positive_rows(sessions, session)
-    negatives = _negative_rows(sessions, session)
+    rows = positive_rows(sessions, session)
+    negatives = negative_rows(sessions, session)
     first = int(sessions.pair_offsets[session])
     pairs = enumerate(((p, n) for p in rows for n in negatives), first)
     return {pair: like.new_ones(()) if pair_weights is None else pair_weights[i].detach().to(like) for i, pair in pairs}
@@ -205,10 +189,6 @@ def _min_weights(kept: PairWeights) -> dict[int, Tensor]:
     for (_, n), weight in kept.items():
         smallest[n] = torch.minimum(smallest.get(n, weight), weight)
     return smallest
-
-
-def _common_prefix(a: Sid, b: Sid) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _log_sum_exp(terms: list[Tensor]) -> Tensor:

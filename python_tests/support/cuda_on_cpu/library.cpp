@@ -1,6 +1,7 @@
 // The kernels, compiled for the CPU from the very .cu files, behind C functions for ctypes.
 #include "../../../csrc/beam_search/beam_search_cuda.cu"
 #include "../../../csrc/child_logits/child_logits_cuda.cu"
+#include "../../../csrc/group_advantages/group_advantages_cuda.cu"
 #include "../../../csrc/row_lse/row_lse_cuda.cu"
 #include "../../../csrc/session_loss/session_loss_cuda.cu"
 #include "../../../csrc/token_logps/token_logps_cuda.cu"
@@ -27,6 +28,16 @@ template <typename T>
 int run_session_loss_backward(const void* memory, std::int64_t size) {
   const auto& a = *static_cast<const SessionLossBackwardArgs<T>*>(memory);
   return size == sizeof(a) ? cuda::session_loss_backward<T>(a, nullptr) : cudaErrorInvalidValue;
+}
+
+template <typename T>
+int run_group_advantages(const void* memory, std::int64_t size) {
+  const auto& a = *static_cast<const GroupAdvantagesArgs<T>*>(memory);
+  if (size != sizeof(a)) return cudaErrorInvalidValue;
+  const std::int64_t bytes = cuda::group_advantages_workspace(a);
+  const std::unique_ptr<std::uint8_t[]> workspace(bytes ? new std::uint8_t[bytes] : nullptr);
+  if (bytes) std::memset(workspace.get(), 0xa5, bytes);
+  return cuda::group_advantages(a, workspace.get(), nullptr);
 }
 
 }  // namespace
@@ -122,6 +133,10 @@ EXPORT int session_loss(bool is_double, const void* memory, std::int64_t size) {
 
 EXPORT int session_loss_backward(bool is_double, const void* memory, std::int64_t size) {
   return (is_double ? run_session_loss_backward<double> : run_session_loss_backward<float>)(memory, size);
+}
+
+EXPORT int group_advantages(bool is_double, const void* memory, std::int64_t size) {
+  return (is_double ? run_group_advantages<double> : run_group_advantages<float>)(memory, size);
 }
 
 EXPORT int trie_walk(const std::uint8_t* trie, const std::int64_t* header, const std::uint8_t* live,

@@ -28,6 +28,7 @@ _EXPRESSIONS = {
     "div.rn": ("tt", "{0} / {1}"),
     "rem": ("tt", "ptx::rem({0}, {1})"),
     "rcp.rn": ("t", "1 / {0}"),
+    "sqrt.rn": ("t", "std::sqrt({0})"),
     "rcp.approx.ftz": ("t", "ptx::rcp_approx_ftz({0})"),
     "ex2.approx": ("t", "std::exp2({0})"),
     "ex2.approx.ftz": ("t", "ptx::ex2_approx_ftz({0})"),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import raddpo_ext as rx
 from raddpo_ext.losses import session_loss
+from raddpo_ext.policy import group_advantages
 
 FOLDER = Path(__file__).parent
 _NORMALIZE = ("vocab", "level", "trie")
@@ -35,6 +36,12 @@ _SESSION_LOSS_ARGS = (
 _SESSION_LOSS_BACKWARD_ARGS = (
     _SESSIONS + "columns:I grad_loss:P grad_preference:P grad_sft:P stride_loss:I stride_preference:I stride_sft:I "
     "gradient:P scales:P level_weights:P sft_weight:N grad_logps:P"
+)
+#: Fields of csrc/group_advantages/group_advantages.h's struct.
+_GROUP_ADVANTAGES_ARGS = (
+    _SESSIONS + "tokens:P levels:I rewards:P weights:P baselines:P target_tokens:P target_lengths:P target_offsets:P "
+    "targets:I target_levels:I level_weights:P blend:D eps:D credit:E scale:E baseline:E count_experts:B contiguous:B "
+    "values:P active:P gates:P"
 )
 _KINDS = {
     "P": ctypes.c_void_p,
@@ -233,14 +240,25 @@ class Shim:
         self._call_with_struct("session_loss_backward", _SESSION_LOSS_BACKWARD_ARGS, a.logps, given)
         return out
 
-    def _call_with_struct(self, name: str, fields: str, logps: Tensor, given: dict[str, Any]) -> None:
-        """Calls with the C++ struct of these fields, each filled by its name."""
-        struct = _struct(fields, ctypes.c_double if logps.dtype == torch.float64 else ctypes.c_float)
+    def group_advantages(self, *arguments: Any) -> tuple[Tensor, ...]:
+        """The operator's own arguments and outputs."""
+        a = group_advantages.Arguments(*arguments)
+        values, active, gates = (value.fill_(777) for value in group_advantages.empty_results(*a))
+        targets, target_levels = (0, 0) if a.target_tokens is None else a.target_tokens.shape
+        sizes = {"sessions": len(a.num_positives), "candidates": len(a.rewards), "levels": a.tokens.shape[1]}
+        given = {**a._asdict(), **sizes, "targets": targets, "target_levels": target_levels}
+        given |= {"values": values, "active": active, "gates": gates}
+        self._call_with_struct("group_advantages", _GROUP_ADVANTAGES_ARGS, a.rewards, given)
+        return values, active, gates
+
+    def _call_with_struct(self, name: str, fields: str, like: Tensor, given: dict[str, Any]) -> None:
+        """Calls with the C++ struct of these fields, each filled by its name; ``like`` has the number type."""
+        struct = _struct(fields, ctypes.c_double if like.dtype == torch.float64 else ctypes.c_float)
         for field, _ in struct._fields_:
             value = given[field]
             setattr(struct, field, value.data_ptr() if isinstance(value, Tensor) else value)
         size = ctypes.sizeof(struct)
-        self.call(name, int(logps.dtype == torch.float64), ctypes.addressof(struct), size)
+        self.call(name, int(like.dtype == torch.float64), ctypes.addressof(struct), size)
 
     def fault(self, kind: str, values: Tensor) -> Tensor:
         """Runs a kernel of faults.cuh on int32 ``[64]``."""

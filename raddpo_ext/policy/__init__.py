@@ -1,0 +1,1 @@
+"""Policy training: groups of rollouts, their rewards and advantages."""
