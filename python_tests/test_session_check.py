@@ -176,6 +176,22 @@ def test_long_candidates(tmp_path):
     assert "at least 7" not in report(found)
 
 
+def test_prefixes_do_not_collide(tmp_path):
+    """Of two prefixes, whichever pair of tokens follows: they would if numbers of prefixes and tokens overlapped."""
+    sids = [[[5, 2**bit + 1], [6, 1]] for bit in range(1, 31)]
+    found = check_sessions(
+        write(tmp_path / "log.jsonl", [{"prompt_ids": [1], "positives": pair, "negatives": []} for pair in sids])
+    )
+    assert (found.positives.count, found.positives.distinct) == (60, 31)
+
+
+def test_the_same_candidates_split_otherwise(tmp_path):
+    """Are another session."""
+    split = {"prompt_ids": [1, 2], "positives": [[10, 14], [12, 16]], "negatives": []}
+    assert check_sessions(write(tmp_path / "log.jsonl", [GOOD, split])).repeated_sessions.count == 0
+    assert check_sessions(write(tmp_path / "log.jsonl", [GOOD, split, GOOD])).repeated_sessions.places == [3]
+
+
 @pytest.fixture
 def log(tmp_path, monkeypatch):
     """200 sessions about which there is nothing to say, but what there always is: log.jsonl, with an index."""
