@@ -320,8 +320,8 @@ def test_the_picture(log, capsys):
         assert (np.abs(pixels[..., :3] * 255 - colour).max(-1) < 1).sum() > 300
     assert matplotlib.get_backend(auto_select=False) == before
     # A log of one session, one token and no negative has a picture too; an old one is replaced.
-    write(Path("$one$.jsonl"), [{**GOOD, "positives": [[10]], "negatives": []}])
-    assert run(capsys, "check", "$one$.jsonl", "--picture", "log.png")[::2] == (0, [])
+    write(Path("$\\one$.jsonl"), [{**GOOD, "positives": [[10]], "negatives": []}])
+    assert run(capsys, "check", "$\\one$.jsonl", "--picture", "log.png")[::2] == (0, [])
     assert (image.imread("log.png") != pixels).any()
     assert sorted(path.name for path in Path().glob("*.png")) == ["folder.png", "log.png"]
 
