@@ -18,6 +18,7 @@ import raddpo_ext as rx
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "cpp"
+UNOPTIMIZED = ROOT / "python_tests" / "support" / "unoptimized-g++"
 
 
 def run(*command: str | Path) -> str:
@@ -28,7 +29,7 @@ def run(*command: str | Path) -> str:
 
 def configure(source: Path, build: Path, prefix: str, *options: str) -> None:
     # The compiler is named: CXX may be one that a test before has set.
-    options = (f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_CXX_COMPILER=g++", *options)
+    options = (f"-DCMAKE_PREFIX_PATH={prefix}", f"-DCMAKE_CXX_COMPILER={UNOPTIMIZED}", *options)
     run("cmake", "-G", "Ninja", "-S", source, "-B", build, *options)
 
 
