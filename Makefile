@@ -4,7 +4,8 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 export HF_HUB_OFFLINE := 1
-export MAX_JOBS ?= $(shell nproc)
+CORES := $(shell env -u OMP_NUM_THREADS nproc)
+export MAX_JOBS ?= $(CORES)
 
 ifdef PYTHON
 PY := $(PYTHON)
@@ -29,14 +30,16 @@ $(BUILT): $(SOURCES) $(PACKAGES)
 	$(PY) setup.py --quiet build_ext --inplace
 	mkdir -p build && touch $@
 
-# On every core, a file on one; an interpreter named by PYTHON need not have pytest-xdist.
+# On every core, a file on one, in the order of python_tests/conftest.py; an interpreter named by PYTHON need not have
+# pytest-xdist.
+EVERY_CORE := $(if $(PACKAGES),-n $(CORES) --dist loadfile --no-loadscope-reorder)
 test: build
-	OMP_NUM_THREADS=1 $(PY) -m pytest python_tests -q $(if $(PACKAGES),-n $(shell nproc) --dist loadfile) $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest python_tests -q $(EVERY_CORE) $(ARGS)
 
 # What to run while editing: the ops, the index, the losses and the checks of arguments.
 test-fast: build
 	OMP_NUM_THREADS=1 $(PY) -m pytest python_tests -q -m "not slow and not gpu and not browser and not ray" \
-	  $(if $(PACKAGES),-n $(shell nproc) --dist loadfile) $(ARGS)
+	  $(EVERY_CORE) $(ARGS)
 
 # DATA=../shared/data/instruments runs it on a real catalogue.
 demo: build

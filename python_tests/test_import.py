@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import raddpo_ext as rx
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,12 +33,14 @@ def test_names() -> None:
     assert not [name for name in dir(rx) if name.startswith("_")]
 
 
+@pytest.mark.slow
 def test_operators_are_registered_whichever_comes_first() -> None:
     use = "print(torch.ops.raddpo.row_lse(torch.zeros(1, 4, device='meta')).shape)"
     for imports in ("import raddpo_ext, torch", "import torch, raddpo_ext"):
         assert run(f"{imports}; {use}", ROOT).stdout == "torch.Size([1])\n"
 
 
+@pytest.mark.slow
 def test_the_command_line_starts_without_torch() -> None:
     """``python -m raddpo_ext`` alone: another program that Python runs by ``-m`` finds everything loaded."""
     start = "import sys; sys.argv, sys.orig_argv = ['-m', '--help'], ['python', '-m', {!r}, '--help']; "

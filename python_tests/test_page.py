@@ -17,6 +17,8 @@ from support.tiny_models import qwen3, seeded
 
 import raddpo_ext as rx
 
+pytestmark = pytest.mark.slow
+
 LARGE = 2**53 + 1  # an item id that no JavaScript number holds
 
 
