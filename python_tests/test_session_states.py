@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -251,6 +252,21 @@ def test_accept_sessions() -> None:
     assert torch.equal(model(input_ids=ids).logits, before)
     assert torch.equal(model(packed=packed).hidden, session_states(model, packed).hidden)
     assert model(packed=packed, compute=lambda states, packed, scale: states.hidden.sum() * scale, scale=0) == 0
+
+
+def test_a_deep_copy_runs_its_own_weights() -> None:
+    """As an averaged model or a frozen reference is made, after the trainer gave the model its keywords."""
+    model = accept_sessions(seeded(qwen3))
+    ids = torch.tensor([[1, 2, 3]])
+    packed = SessionCollator()(session_rows(3))["packed"]
+    before, states = model(ids).logits, model(packed=packed).hidden
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    assert not torch.equal(other(ids).logits, before)
+    assert not torch.equal(other(packed=packed).hidden, states)
+    torch.testing.assert_close(model(ids).logits, before)
 
 
 def test_ten_line_loop() -> None:

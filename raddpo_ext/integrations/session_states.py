@@ -183,13 +183,15 @@ def accept_sessions(model: Any) -> Any:
     forward = inner.forward
     if getattr(forward, "accepts_sessions", False):
         return model
+    # The class's own forward is called with the model at hand, so that a deep copy runs its own weights.
+    own = forward.__func__ if getattr(forward, "__self__", None) is inner else None
 
     @functools.wraps(forward)
     def with_sessions(
         self: Any, *args: Any, packed: PackedSessions | None = None, compute: Callable | None = None, **kwargs: Any
     ) -> Any:
         if packed is None:
-            return forward(*args, **kwargs)
+            return forward(*args, **kwargs) if own is None else own(self, *args, **kwargs)
         states = session_states(self, packed)
         return states if compute is None else compute(states, packed, **_not_of_a_wrapper(kwargs, compute))
 
