@@ -20,6 +20,7 @@ from benchmarks.alignment.sessions import Sessions
 from benchmarks.alignment.statistics import ndcg, pack
 from benchmarks.alignment.train import METHODS
 from benchmarks.harness.report import RESULTS, ROOT
+from demo.measure import invalid_shares, retrieve_freely
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,9 @@ class Lab(Records):
         begin = time.perf_counter()
         result = {**record, **self._retrieval(model, "test", _spread(len(data.test), scale.users), scale.beams)}
         histories = [data.test[user].history for user in _spread(len(data.test), scale.free_users)]
-        free = evaluate.retrieve_freely(model, data.prompts(histories), data.levels, scale.beams)
-        result |= evaluate.invalid_shares(data.index, free, evaluate.KS[1:])
+        free = retrieve_freely(model, data.prompts(histories), data.levels, scale.beams)
+        for k in evaluate.KS[1:]:
+            result[f"invalid@{k}"] = float(invalid_shares(data.index, free[:, :k]).mean())
         trained = set(torch.cat([part.users for part in self.sessions(seed)]).tolist())
         others = [user for user, case in enumerate(data.test) if user not in trained and len(case.history) > 2]
         chosen = [others[place] for place in _spread(len(others), scale.next_users)]

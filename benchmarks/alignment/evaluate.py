@@ -12,8 +12,7 @@ from torch import Tensor
 import raddpo_ext as rx
 from benchmarks.alignment.data import Data
 from demo.sft import by_length
-from raddpo_ext.data.metrics import invalid_share, retrieval_metrics
-from raddpo_ext.integrations.decoders import SharedPrefixDecoder
+from raddpo_ext.data.metrics import retrieval_metrics
 
 BATCH = 32  # prompts of one length; more leave the cache
 KS = (5, 10, 50)
@@ -26,39 +25,10 @@ def retrieve(model: Any, data: Data, histories: Sequence[list[int]], beams: int)
     return by_length(data.prompts(histories), lambda prompts: retriever.retrieve(prompts, top_k=beams).items, BATCH)
 
 
-@torch.no_grad()
-def retrieve_freely(model: Any, prompts: Sequence[list[int]], levels: int, beams: int) -> Tensor:
-    """The best token ids of each prompt by beam search over the whole vocabulary: int64 ``[B, beams, levels]``."""
-
-    def search(prompts: Tensor) -> Tensor:
-        decoder = SharedPrefixDecoder(model, None, prompts, torch.ones_like(prompts, dtype=torch.bool))
-        tokens = parents = torch.zeros(len(prompts), 1, dtype=torch.int64)
-        scores = torch.zeros(len(prompts), 1)
-        rows = torch.zeros(len(prompts), 1, 0, dtype=torch.int64)
-        for level in range(levels):
-            totals = scores[..., None] + decoder(tokens, parents, level).log_softmax(-1)
-            scores, best = totals.flatten(1).topk(beams)
-            parents, tokens = best // totals.shape[2], best % totals.shape[2]
-            rows = torch.cat([rows.gather(1, parents[..., None].expand(-1, -1, level)), tokens[..., None]], 2)
-        return rows
-
-    return by_length(prompts, search, BATCH)
-
-
 def ranks(found: Tensor, wanted: Sequence[int]) -> np.ndarray:
     """The place of each query's wanted item, from 1; 0 where it is not found: uint8 ``[B]``."""
     reciprocal = retrieval_metrics(found, torch.tensor(wanted)[:, None], ks=())["mrr"]
     return torch.where(reciprocal > 0, 1 / reciprocal, 0).round().to(torch.uint8).numpy()
-
-
-def invalid_shares(index: rx.TrieIndex, rows: Tensor, ks: Sequence[int]) -> dict[str, float]:
-    """The mean share of token id rows ``[B, R, L]``, best first, that are no item's SID, by cut-off."""
-    vocab = index.vocab
-    sizes, starts = torch.tensor(vocab.sizes), torch.tensor([int(ids[0]) for ids in vocab.token_ids])
-    codes = rows - starts
-    codes = codes.masked_fill((codes < 0) | (codes >= sizes), int(sizes.max()))  # no code of any level
-    whole = torch.full(codes.shape[:2], len(sizes))
-    return {f"invalid@{k}": float(invalid_share(index, codes[:, :k], whole[:, :k]).mean()) for k in ks}
 
 
 def next_three(model: Any, data: Data, users: Sequence[int], beams: int) -> np.ndarray:

@@ -21,6 +21,7 @@ BATCH = 32
 WARM_UP = 0.1  # share of the steps
 CURVE = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # of the steps, after which the drift is measured
 LEARNING_RATES = (2e-5, 5e-5, 1e-4)
+GROUPS = ("winner", "positives", "negatives")  # whose drift is measured
 SFT_LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4)  # as many settings for methods without a beta
 
 
@@ -102,14 +103,14 @@ def align(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, len(batches), WARM_UP))
     measured = {round(share * len(batches)) for share in CURVE}
     probe = rx.pack_sessions(*held_out.batch(data, 1 + FURTHER, sum(KINDS.values())), layout="trie", embeddings=False)
-    before = _logps(start, probe)
-    drift: dict[str, list[float]] = {"step": [0], "winner": [0.0], "positives": [0.0], "negatives": [0.0]}
+    before = token_logps(start, probe)
+    drift: dict[str, list[float]] = {"step": [0], **{group: [0.0] for group in GROUPS}}
     log: list[dict[str, float]] = []
     for step, rows in enumerate(batches, 1):
         candidates = train.rows(rows).batch(data, method.positives, method.negatives)
         packed = rx.pack_sessions(*candidates, layout="trie", embeddings=method.weighted)
         states = session_states(model, packed)
-        reference = _logps(start, packed) if method.reference else None
+        reference = token_logps(start, packed) if method.reference else None
         output = loss_fn(sessions=packed.sessions, ref_logps=reference, **states._asdict())
         optimizer.zero_grad()
         output.loss.backward()
@@ -121,7 +122,7 @@ def align(
         log.append({name: float(value) for name, value in output.metrics.items()})
         if step in measured:
             drift["step"].append(step)
-            for name, value in squeezing(before, _logps(model, probe), probe.sessions).items():
+            for name, value in squeezing(before, token_logps(model, probe), probe.sessions).items():
                 drift[name].append(round(float(value), 4))
     tenths = [part for part in np.array_split(np.array([line["loss"] for line in log]), 10) if len(part)]
     last = log[-max(1, len(log) // 10) :]
@@ -141,6 +142,6 @@ def _batches(prompt_lengths: np.ndarray, rng: np.random.Generator) -> Iterator[T
 
 
 @torch.no_grad()
-def _logps(model: Any, packed: rx.PackedSessions) -> Tensor:
+def token_logps(model: Any, packed: rx.PackedSessions) -> Tensor:
     states = session_states(model, packed)
     return rx.linear_token_logps(states.hidden, states.weight, packed.sessions.tokens, rows=states.rows)

@@ -23,6 +23,7 @@ from benchmarks.alignment.data import Data, load, windows
 from benchmarks.alignment.sessions import Sessions
 from benchmarks.alignment.statistics import choose, ndcg, pack, paired_bootstrap, unpack
 from benchmarks.harness import results
+from demo.measure import invalid_shares, retrieve_freely
 
 TINY = Scale(
     name="tiny",
@@ -96,7 +97,7 @@ def test_the_unconstrained_search_finds_the_best_rows(data: Data, lab: Lab) -> N
     """A beam as wide as the vocabulary squared keeps every prefix of two tokens."""
     model = lab.start(0)
     history = data.test[0].history
-    rows = evaluate.retrieve_freely(model, data.prompts([history]), 2, 50)[0]
+    rows = retrieve_freely(model, data.prompts([history]), 2, 50)[0]
     prompt = torch.tensor(data.prompts([history])[0])
     tokens = torch.arange(data.vocab_size)
     with torch.no_grad():
@@ -114,11 +115,11 @@ def test_invalid_rows_are_counted(data: Data) -> None:
     good = data.tokens[:10]
     bad = good.clone()
     bad[:5, 1] = 0  # the start token is no code
-    assert evaluate.invalid_shares(data.index, good[None], (10, 50)) == {"invalid@10": 0.0, "invalid@50": 0.0}
-    assert evaluate.invalid_shares(data.index, bad[None], (10, 50)) == {"invalid@10": 0.5, "invalid@50": 0.5}
+    assert invalid_shares(data.index, good[None]).tolist() == [0.0]
+    assert invalid_shares(data.index, bad[None]).tolist() == [0.5]
     bad[:5] = good[:5]
     bad[0, 0], bad[0, 1] = good[0, 1], good[0, 0]  # codes in the wrong places
-    assert evaluate.invalid_shares(data.index, bad[None], (10, 50)) == {"invalid@10": 0.1, "invalid@50": 0.1}
+    assert invalid_shares(data.index, torch.stack([good, bad])).tolist() == pytest.approx([0.0, 0.1])
 
 
 def test_ranks() -> None:

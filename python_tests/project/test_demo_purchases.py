@@ -1,4 +1,4 @@
-"""The demo: its shop, mining and report, and whole runs on very small data."""
+"""The demo on a real catalogue: mining and report, and whole runs on very small data."""
 
 import json
 import os
@@ -17,14 +17,15 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 pytest.importorskip("matplotlib")
-from demo import report
+from support.purchases_shop import make_shop
+
 from demo.__main__ import main
-from demo.alignment import BATCH, GROUPS, Curves, align, session_logps
-from demo.figure import draw
-from demo.mining import BEAM, POPULAR, SIBLINGS, Session, cut, cut_sessions, mine
-from demo.model import Tokens, train
+from demo.purchases import report
+from demo.purchases.alignment import BATCH, GROUPS, Curves, align, session_logps
+from demo.purchases.figure import draw
+from demo.purchases.mining import BEAM, POPULAR, SIBLINGS, Session, cut, cut_sessions, mine
+from demo.purchases.model import Tokens, train
 from demo.sft import HISTORY, START
-from demo.shop import make_shop
 from raddpo_ext.data.catalogue import Case, load_catalogue
 
 FIGURES = ("recall@5", "recall@10", "recall@50", "ndcg@10", "mrr")
@@ -103,16 +104,6 @@ def test_run_on_a_minionerec_folder(tmp_path, monkeypatch, capsys):
     assert "log-probs in 24 sessions" in out
 
 
-def test_run_on_the_shop_without_training(tmp_path, monkeypatch, capsys):
-    """SIDs of different lengths all the way, and exit code 1 for a model that has learnt nothing."""
-    monkeypatch.chdir(tmp_path)
-    assert main(["--shoppers", "64", "--epochs", "1", "--cases", "10", "--sessions", "40"]) == 1
-    out, err = capsys.readouterr()
-    assert "SIDs of 2 to 4 codes; 64 shoppers" in out
-    assert figures(out, "invalid@50, by the index") == [0, 0, 0, 0, 0]
-    assert err == "demo: the aligned model does not beat the most popular items\n"
-
-
 def test_missing_path(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-m", "demo", "--data", "nowhere"]
@@ -140,25 +131,6 @@ def test_spread():
         258,
     ]
     assert len(report.spread([Case([0], 1)] * 3, 7)) == 3
-
-
-def test_shop():
-    shop = make_shop(shoppers=50, seed=3)
-    sids = [tuple(sid[:length]) for sid, length in zip(shop.sids.tolist(), shop.lengths, strict=True)]
-    assert set(shop.lengths.tolist()) == {2, 3, 4}
-    assert len(set(sids)) < len(sids)  # collisions
-    assert any(sid[:-1] in set(sids) for sid in sids if len(sid) == 4)  # SIDs that are prefixes of others
-    assert len(set(shop.titles)) == len(shop.titles) == len(sids)
-    by_title = dict(zip(shop.titles, sids, strict=True))
-    for title, sid in by_title.items():
-        if title.endswith((" S", " M", " L", " XL")):  # a size is one code more than the title without it
-            plain = by_title.get(title.rsplit(" ", 1)[0])
-            assert plain is None or sid[:-1] == plain
-    assert all(len(items) == len(set(items)) and 6 <= len(items) <= 12 for items in shop.train)
-    assert [case.history for case in shop.valid] == shop.train
-    assert [case.history for case in shop.test] == [[*case.history, case.item] for case in shop.valid]
-    again, other = make_shop(50, seed=3), make_shop(50, seed=4)
-    assert again.train == shop.train != other.train
 
 
 def test_prompts():

@@ -13,6 +13,7 @@ import sys
 import torch
 
 from benchmarks.alignment.records import compute
+from benchmarks.alignment.search import report
 from benchmarks.alignment.search.cells import Scale, SearchLab
 from benchmarks.alignment.search.grid import stages
 
@@ -36,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     lab = SearchLab(QUICK if options.quick else Scale())
     for stage in stages(lab):
         compute(lab, [cell for cell in stage if fnmatch.fnmatch(cell.name, options.only)], options.jobs)
+    if options.only == "*":
+        report.write(lab)
     return 0
 
 

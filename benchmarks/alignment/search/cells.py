@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 import raddpo_ext as rx
-from benchmarks.alignment import evaluate, train
+from benchmarks.alignment import train
 from benchmarks.alignment.records import Cell, Records
 from benchmarks.alignment.search.methods import METHODS
 from benchmarks.alignment.statistics import pack
 from benchmarks.harness.report import RESULTS, ROOT
-from demo import search_model
-from demo.search_data import Sessions, Tokens, sessions_of
-from demo.search_shop import Constants, Log, Queries, SearchShop, ndcg
+from demo.measure import invalid_shares, retrieve_freely
+from demo.search import model as search_model
+from demo.search.data import Sessions, Tokens, sessions_of
+from demo.search.shop import Constants, Log, Queries, SearchShop, ndcg
 from demo.sft import by_length
 
 LOGS = {"sft": 1, "align": 2, "probe": 3, "validation": 4, "test": 5}  # seeds of what is drawn from a shop
@@ -46,6 +47,7 @@ class Scale:
     resamples: int = 10_000
     settings: int | None = None  # tuned per method, None for all
     methods: tuple[str, ...] = tuple(METHODS)
+    questions: tuple[str, ...] | None = None  # None for all
 
 
 class World(NamedTuple):
@@ -121,12 +123,19 @@ class SearchLab(Records):
         start = self.start(shop, init, world)
         if method == "sft":
             return start, {}
-        there, seed = self.world(shop, world), 1000 * shop + init
-        fresh = Knobs(**knobs).make(there.shop, self.scale.aligned, _rng(shop, "align"))
-        probes = Knobs().make(there.shop, self.scale.probes, _rng(shop, "probe"))
-        model, record = train.align(there.tokens, start, METHODS[method].method, setting, fresh, probes, seed)
-        drift = {name: values[-1] for name, values in record["drift"].items() if name != "step"}
-        return model, {"drift": drift}
+        args = {"method": method, "setting": setting, "shop": shop, "init": init, "world": world, "knobs": knobs}
+
+        def align() -> dict[str, Any]:
+            there = self.world(shop, world)
+            fresh = Knobs(**knobs).make(there.shop, self.scale.aligned, _rng(shop, "align"))
+            probes = Knobs().make(there.shop, self.scale.probes, _rng(shop, "probe"))
+            seed = 1000 * shop + init
+            model, record = train.align(there.tokens, start, METHODS[method].method, setting, fresh, probes, seed)
+            return {"model": model.state_dict(), "drift": {name: record["drift"][name][-1] for name in train.GROUPS}}
+
+        state = self.cached("aligned", self.config(Cell("", "align", args)), align)
+        start.load_state_dict(state["model"])
+        return start.eval(), {"drift": state["drift"]}
 
     def tune(self, **args: Any) -> dict[str, Any]:
         model, _ = self.aligned(**args)
@@ -162,15 +171,22 @@ class SearchLab(Records):
         }
         if there.tokens.vocab.eos is None:
             levels = there.tokens.vocab.levels
-            free = evaluate.retrieve_freely(model, prompts, levels, scale.free_beams)
-            result |= evaluate.invalid_shares(there.tokens.index, free, (10,))
+            free = retrieve_freely(model, prompts, levels, scale.free_beams)[:, :10]
+            result["invalid@10"] = float(invalid_shares(there.tokens.index, free).mean())
         return result
 
     def _validated(self, model: Any, there: World) -> dict[str, Any]:
-        """NDCG@10 of the one ordered item of each validation session: what a log can say."""
+        """What a log can say: NDCG@10 of each validation session's ordered item in the retrieval, and its NDCG among
+        the items that were shown with it (``page_ndcg``)."""
         found = search_model.retrieve(model, there.tokens, there.validation.queries, self.scale.beams, 10)
         hit = found.numpy() == there.wanted[:, None]
-        return {"ndcg@10": round(float((hit / np.log2(np.arange(2, 12))).sum(1).mean()), 6)}
+        scores = _page_scores(model, there.tokens, there.validation)
+        ordered = scores[there.validation.shown == there.wanted[:, None]]
+        place = (scores > ordered[:, None]).sum(1)
+        return {
+            "ndcg@10": round(float((hit / np.log2(np.arange(2, 12))).sum(1).mean()), 6),
+            "page_ndcg": round(float((1 / np.log2(2 + place)).mean()), 6),
+        }
 
 
 @dataclass(frozen=True)
@@ -214,6 +230,24 @@ class Knobs:
             drawn = _siblings(shop, found.positives[:, 0].numpy(), negatives.shape[1], rng)
             negatives = np.where((rng.random(negatives.shape) < self.twins) & (negatives >= 0), drawn, negatives)
         return found._replace(negatives=torch.from_numpy(negatives))
+
+
+def _page_scores(model: Any, tokens: Tokens, log: Log) -> np.ndarray:
+    """The log-prob of every item that was shown: float64 ``[S, page]``, ``-inf`` at an empty place."""
+    shown = torch.from_numpy(log.shown)
+    sessions = Sessions(log.queries, shown, torch.empty(len(shown), 0, dtype=torch.int64))
+    scores = torch.full(shown.shape, -torch.inf, dtype=torch.float64)
+    for rows in torch.arange(len(shown)).split(search_model.BATCH):
+        packed = rx.pack_sessions(
+            *sessions.rows(rows).batch(tokens, shown.shape[1], 0), layout="trie", embeddings=False
+        )
+        logps = train.token_logps(model, packed).double()
+        real = torch.arange(logps.shape[1]) < packed.sessions.lengths[:, None]
+        part = torch.full((len(rows), shown.shape[1]), -torch.inf, dtype=torch.float64)
+        part[shown[rows] >= 0] = torch.where(real, logps, 0).sum(1)
+        scores[rows] = part
+    values: np.ndarray = scores.numpy()
+    return values
 
 
 def _siblings(shop: SearchShop, items: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -10,11 +10,14 @@ import numpy as np
 from benchmarks.alignment.records import Cell
 from benchmarks.alignment.search.cells import SearchLab
 from benchmarks.alignment.search.methods import METHODS
-from demo.search_shop import CLEAN
+from demo.search.shop import CLEAN
 
 WEIGHTS = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0)  # of the SFT term, at RAD-DPO's tuned rate and beta
 CANDIDATES = ("rad_dpo", "rad_dpo_no_rdrw")  # for the defaults, each with and without most of its SFT term
 MAIN = ("sft_all_positives", "s_dpo", "simpo_all_negatives", "rad_dpo", "rad_dpo_no_sft")
+
+# What a setting can be tuned by without the truth.
+BY = {"orders among the shown": "page_ndcg", "orders in the retrieval": "ndcg@10"}
 
 # Siblings per prefix: category x style.
 SIBLINGS = {2: {"categories": 20, "styles": 25}, 8: {}, 32: {"categories": 10, "styles": 3}}
@@ -29,6 +32,14 @@ class Answer(NamedTuple):
     knobs: dict[str, Any] = {}  # noqa: RUF012
     world: dict[str, Any] = {}  # noqa: RUF012
     change: dict[str, float] = {}  # noqa: RUF012
+    tuned_by: str = "page_ndcg"
+
+
+def asked(lab: SearchLab) -> list[Answer]:
+    """The points of the scale's questions by its methods."""
+    scale = lab.scale
+    there = (answer for answer in answers() if answer.method in ("sft", *scale.methods))
+    return [answer for answer in there if scale.questions is None or answer.question in scale.questions]
 
 
 def answers() -> list[Answer]:
@@ -47,6 +58,8 @@ def answers() -> list[Answer]:
     found.append(Answer("wrong orders", "clicks only", "rad_dpo", {"clicks_only": True}))
     found += [Answer("sessions", str(count), "rad_dpo", {"sessions": count}) for count in (500, 1500, 5000, 15000)]
     found += [Answer("positives", str(count), "rad_dpo", {"positives": count}) for count in (1, 3, 8)]
+    for by, metric in BY.items():
+        found += [Answer("tuned by", by, method, tuned_by=metric) for method in MAIN]
     for name, world in (("clean clicks", CLEAN), ("SIDs of 3 and 4 codes", {"ragged": True})):
         found += [Answer(name, method, method, world=world) for method in ("sft", *MAIN)]
     return found
@@ -60,8 +73,7 @@ def stages(lab: SearchLab) -> Iterator[list[Cell]]:
     yield [cell for group in validation(lab).values() for cell in group]
     methods = ("sft", *scale.methods)
     yield [test(lab, method, shop, init) for init in scale.inits for shop in scale.shops for method in methods]
-    asked = [answer for answer in answers() if answer.method in methods]
-    yield [cell for answer in asked for cell in points(lab, answer)]
+    yield [cell for answer in asked(lab) for cell in points(lab, answer)]
 
 
 def sft(shop: int, init: int) -> Cell:
@@ -74,12 +86,12 @@ def tuning(lab: SearchLab, method: str) -> list[Cell]:
     return [_tune(lab, method, setting, shop) for setting in settings for shop in lab.scale.shops[: lab.scale.tuned_on]]
 
 
-def tuned(lab: SearchLab, method: str, **fixed: float) -> dict[str, float]:
-    """The setting of the highest mean validation NDCG@10, of those that have ``fixed`` in them."""
+def tuned(lab: SearchLab, method: str, by: str = "page_ndcg", **fixed: float) -> dict[str, float]:
+    """The setting of the highest mean validation metric ``by``, of those that have ``fixed`` in them."""
     if method == "sft":
         return {}
     cells = [cell for cell in tuning(lab, method) if fixed.items() <= cell.args["setting"].items()]
-    groups = np.array_split(np.array([lab.run(cell)["result"]["ndcg@10"] for cell in cells]), len(cells) // _shops(lab))
+    groups = np.array_split(np.array([lab.run(cell)["result"][by] for cell in cells]), len(cells) // _shops(lab))
     best = int(np.argmax([group.mean() for group in groups]))
     setting: dict[str, float] = cells[best * _shops(lab)].args["setting"]
     return setting
@@ -107,7 +119,8 @@ def points(lab: SearchLab, answer: Answer) -> list[Cell]:
     cells = []
     for shop in lab.scale.shops[: lab.scale.asked_on]:
         args = {**test(lab, answer.method, shop, lab.scale.inits[0]).args}
-        args |= {"world": answer.world, "knobs": answer.knobs, "setting": {**args["setting"], **answer.change}}
+        setting = {**tuned(lab, answer.method, answer.tuned_by), **answer.change}
+        args |= {"world": answer.world, "knobs": answer.knobs, "setting": setting}
         name = f"ask-{answer.question}-{answer.value}-{answer.method}-{shop}".replace(" ", "_")
         cells.append(Cell(name, "test", args))
     return cells

@@ -12,8 +12,8 @@ from transformers import Qwen3ForCausalLM
 
 import raddpo_ext as rx
 from demo import sft
-from demo.search_data import Sessions, Tokens
-from demo.search_shop import Queries
+from demo.search.data import Sessions, Tokens
+from demo.search.shop import Queries
 from raddpo_ext.integrations.transformers import session_states
 
 BATCH = 256

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, Qwen3ForCausalLM, TrainerCallback
 
 import raddpo_ext as rx
-from demo.model import Tokens
+from demo.purchases.model import Tokens
 from raddpo_ext.data.metrics import squeezing
 from raddpo_ext.integrations.transformers import RADDPOConfig, RADDPOTrainer, SessionCollator, session_states
 

@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")  # no screen is needed
 from matplotlib.figure import Figure
 
-from demo.alignment import GROUPS, Curves
+from demo.purchases.alignment import GROUPS, Curves
 
 LABELS = {"winner": "winners", "positives": "further positives", "negatives": "negatives"}
 

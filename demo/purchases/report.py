@@ -12,14 +12,14 @@ from tqdm import tqdm
 from transformers import Qwen3ForCausalLM
 
 import raddpo_ext as rx
-from demo.model import Tokens, generate
+from demo.measure import interval
+from demo.purchases.model import Tokens, generate
 from raddpo_ext.data.catalogue import Case, Catalogue
 from raddpo_ext.data.metrics import invalid_share, retrieval_metrics
 
 BEAMS = 50
 CUTS = (5, 10, 50)
 SHOWN = ("recall@5", "recall@10", "recall@50", "ndcg@10", "mrr")
-RESAMPLES = 2000
 BATCH = 8  # more at once are slower: their keys and values leave the cache
 
 
@@ -84,14 +84,6 @@ def table(before: dict[str, Tensor], after: dict[str, Tensor], popular: dict[str
         old, new = float(before[name].mean()), float(after[name].mean())
         lines.append(f"  {name:<26}{first}{old:10.4f}{new:10.4f}{new - old:+10.4f}  [{low:+.4f}, {high:+.4f}]")
     return lines
-
-
-def interval(differences: Tensor) -> tuple[float, float]:
-    """Of a mean, 95 %, by the paired bootstrap: what it would be with other users, drawn from these with return."""
-    values = differences.numpy()
-    rng = np.random.default_rng(0)  # the same users for every metric
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
-    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
 def beats(metrics: dict[str, Tensor], popular: dict[str, Tensor]) -> bool:

@@ -6,10 +6,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 import raddpo_ext as rx
-from demo.search_shop import COLOURS, TIERS, Log, Queries, SearchShop
+from demo.search.shop import CATEGORIES, COLOURS, STYLES, TIERS, Log, Queries, SearchShop
 from demo.sft import START
 
 
@@ -61,6 +66,20 @@ class Tokens(NamedTuple):
         columns = np.stack([queries.taste, queries.budget, queries.category, queries.style, queries.colour], 1)
         ids = np.where(columns >= 0, columns + self.firsts, -1)
         return [[START, *(token for token in row if token >= 0)] for row in ids.tolist()]
+
+    def tokenizer(self, shop: SearchShop) -> PreTrainedTokenizerFast:
+        """Splits a query's text (:meth:`SearchShop.text`) at spaces, behind the start token."""
+        constants = shop.constants
+        words = ["<s>", *(f"taste{taste}" for taste in range(constants.tastes))]
+        words += [f"tier{tier}" for tier in range(len(TIERS))]
+        words += [*CATEGORIES[: constants.categories], *STYLES[: constants.styles], *COLOURS]
+        for level, size in enumerate(self.vocab.sizes):
+            words += [f"<{'abcd'[level]}_{code}>" for code in range(size)]
+        words += ["</s>"] * (self.vocab.eos is not None)
+        splitter = Tokenizer(WordLevel({word: token for token, word in enumerate(words)}, unk_token="<s>"))
+        splitter.pre_tokenizer = WhitespaceSplit()
+        splitter.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", START)])
+        return PreTrainedTokenizerFast(tokenizer_object=splitter, bos_token="<s>", pad_token="<s>")
 
 
 class Sessions(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 import raddpo_ext as rx
-from demo.model import Tokens
+from demo.purchases.model import Tokens
 from demo.sft import HISTORY
 from raddpo_ext.data.catalogue import Catalogue
 from raddpo_ext.data.negatives import BeamNegatives, PopularityNegatives, SiblingNegatives, sample_negatives

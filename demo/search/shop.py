@@ -221,24 +221,31 @@ class SearchShop:
         """The first ``count`` pages with a click."""
         parts: list[Log] = []
         while sum(len(part.shown) for part in parts) < count:
-            parts.append(self._pages(self.queries(count, rng), rng))
+            parts.append(self._visited(self.queries(count, rng), rng))
         pages = Log(
             Queries(*(np.concatenate(columns) for columns in zip(*(part.queries for part in parts), strict=True))),
             *(np.concatenate([part[place] for part in parts]) for place in (1, 2, 3)),
         )
         return pages.rows(slice(0, count))
 
-    def _pages(self, queries: Queries, rng: np.random.Generator) -> Log:
+    def pages(self, queries: Queries, rng: np.random.Generator) -> np.ndarray:
+        """What the old ranker shows, the first place first: int64 ``[B, page]``, -1 beyond the category's last item.
+
+        It ranks by the words met, its static score, and noise.
+        """
         constants = self.constants
         items = self.members[queries.category]
-        # The old ranker: words met, its static score, noise.
         style, colour = self.attributes[items, 1], self.attributes[items, 3]
         met = (style == queries.style[:, None]) + 1.0 * (colour == queries.colour[:, None])
         scores = constants.ranker_words * met + constants.ranker_static * self.static[items]
         scores = scores + constants.ranker_noise * rng.standard_normal(items.shape)
         best = np.argsort(np.where(items >= 0, -scores, np.inf), 1, kind="stable")[:, : constants.page]
-        shown = np.take_along_axis(items, best, 1)
-        # The shopper: examines, clicks on what attracts, orders what is worth it.
+        return np.take_along_axis(items, best, 1)
+
+    def _visited(self, queries: Queries, rng: np.random.Generator) -> Log:
+        """The pages with a click: shoppers examine, click on what attracts, and order what is worth it."""
+        constants = self.constants
+        shown = self.pages(queries, rng)
         utility = self._utility(queries, shown)
         attraction = utility - (1 - constants.click_worth) * constants.worth * self.worth[shown]
         examined = rng.random(shown.shape) < 1 / (1 + constants.examination * np.arange(shown.shape[1]))
@@ -249,6 +256,29 @@ class SearchShop:
         if constants.wrong_orders:
             ordered = _moved(ordered, clicked, constants.wrong_orders, rng)
         return Log(queries, shown, clicked, ordered).rows(clicked.any(1))
+
+    def titles(self) -> list[str]:
+        """Of the items; two can have the same."""
+        return [
+            f"{TIERS[tier]} {STYLES[style]} {CATEGORIES[category]}, {COLOURS[colour]}"
+            for category, style, tier, colour in self.attributes.tolist()
+        ]
+
+    def text(self, query: Queries) -> str:
+        """One query as the model reads it: the shopper's taste and budget, then the words."""
+        words = [f"taste{query.taste[0]}", f"tier{query.budget[0]}", CATEGORIES[query.category[0]]]
+        words += [STYLES[style] for style in query.style if style >= 0]
+        return " ".join(words + [COLOURS[colour] for colour in query.colour if colour >= 0])
+
+    def words(self, query: Queries) -> str:
+        """One query as the shopper types it."""
+        *words, _, _ = reversed(self.text(query).split())
+        return " ".join(words)
+
+    def shopper(self, query: Queries) -> str:
+        """What the shopper of one query likes."""
+        style, colour = self.likes_style[query.taste[0]].argmax(), self.likes_colour[query.taste[0]].argmax()
+        return f"likes {STYLES[style]} and {COLOURS[colour]}, and buys {TIERS[query.budget[0]]}"
 
     def _utility(self, queries: Queries, items: np.ndarray) -> np.ndarray:
         """Of items ``[B, M]`` to the shopper of each query, float64 ``[B, M]``."""

@@ -1,0 +1,1 @@
+"""From purchases of a real catalogue to an aligned model that retrieves."""
