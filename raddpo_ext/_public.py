@@ -25,6 +25,7 @@ from raddpo_ext.losses.rad_dpo_loss import PRESETS, SessionLossOutput, rad_dpo_l
 from raddpo_ext.losses.rad_dpo_module import RADDPOLoss, RADDPOOutput
 from raddpo_ext.losses.session import SessionBatch
 from raddpo_ext.losses.similarity_weighting import SimilarityWeighting
+from raddpo_ext.policy import rewards
 from raddpo_ext.policy.group_advantages import Advantages, group_advantages
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "read_sessions",
     "read_sids",
     "reference",
+    "rewards",
     "token_logps",
     "write_sessions",
 ]

@@ -103,12 +103,11 @@ void run_cpu(const GroupAdvantagesArgs<T>& a) {
     std::int64_t most = 0;
     for (std::int64_t s = begin; s < end; ++s) most = std::max(most, a.batch.offsets[s + 1] - a.batch.offsets[s]);
     most = std::min(most, candidates) + 1;
-    const Buffer<std::int64_t> places(3 * most);
+    const Buffer<GroupRow> rows(2 * most);
     const Buffer<std::int32_t> shared(most);
-    const Buffer<double> numbers(most * (3 + std::max<std::int64_t>(a.levels, 1)));
-    std::int64_t* const i = places.get();
-    double* const x = numbers.get();
-    const GroupScratch m{i, i + most, i + 2 * most, shared.get(), x, x + most, x + 2 * most, x + 3 * most};
+    const Buffer<double> scores(most * std::max<std::int64_t>(a.levels, 1));
+    const Buffer<GroupPlace> places(2 * most);
+    const GroupScratch m{rows.get(), rows.get() + most, places.get(), shared.get(), scores.get()};
     if (!RADDPO_CALL_ISA(group_advantages, a, m, batch_std, begin, end)) valid = false;
   });
   STD_TORCH_CHECK(valid, "group_advantages: rewards must be finite or NaN, weights finite and at least 0");

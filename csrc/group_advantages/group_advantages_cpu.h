@@ -4,14 +4,25 @@
 
 namespace raddpo {
 
-// A thread's scratch memory, reused from group to group; [counted] rows of a group.
+// A row that counts.
+struct GroupRow {
+  Sid sid;
+  std::int64_t row;
+  double reward, weight;
+  double sequence;  // its advantage as a whole
+};
+
+// A row's place among those that count, and its first token.
+struct GroupPlace {
+  std::int64_t token, row;
+};
+
+// A thread's scratch memory, reused from group to group.
 struct GroupScratch {
-  std::int64_t* rows;           // [counted] their numbers
-  std::int64_t *order, *spare;  // [counted] places in `rows`, ordered by SID
-  std::int32_t* shared;         // [counted] tokens in common with the row before, in that order
-  double *rewards, *weights;    // [counted]
-  double* sequence;             // [counted] advantages of whole rows
-  double* scores;               // [counted, levels]
+  GroupRow *rows, *sorted;  // [rows of a group]
+  GroupPlace* places;       // [2, rows]
+  std::int32_t* shared;     // [rows] tokens that a sorted row has in common with the one before
+  double* scores;           // [rows, levels]
 };
 
 // group_advantages returns whether all rewards and weights are valid; it reads `batch_std` under Scale::batch only.

@@ -28,8 +28,12 @@ __device__ __forceinline__ TwoSum other_lane(const TwoSum& s, int d) {
   return {other_lane(s.high, d), other_lane(s.low, d)};
 }
 __device__ __forceinline__ Moments other_lane(const Moments& m, int d) {
-  return {__shfl_xor_sync(kAllLanes, m.count, d), other_lane(m.least, d), other_lane(m.most, d),
-          other_lane(m.weight, d), other_lane(m.weighted, d)};
+  return {m.unit,
+          __shfl_xor_sync(kAllLanes, m.count, d),
+          other_lane(m.least, d),
+          other_lane(m.most, d),
+          other_lane(m.weight, d),
+          other_lane(m.weighted, d)};
 }
 __device__ __forceinline__ Deviations other_lane(const Deviations& v, int d) {
   return {other_lane(v.squares, d), other_lane(v.freedom, d)};
@@ -38,13 +42,13 @@ __device__ __forceinline__ Deviations other_lane(const Deviations& v, int d) {
 // The sum of what the threads of a block have, given to every thread.
 template <typename Part>
 __device__ __forceinline__ Part block_total(Part mine, Part* scratch) {
-#pragma unroll
-  for (int d = 16; d; d /= 2) add(mine, other_lane(mine, d));
-  __syncthreads();  // earlier uses of the scratch memory are complete
+#pragma unroll 1
+  for (int d = 16; d; d /= 2) add(mine, other_lane(mine, d));  // rolled up, as it occurs often and runs rarely
+  __syncthreads();                                             // earlier uses of the scratch memory are complete
   if (lane_id() == 0) scratch[warp_id()] = mine;
   __syncthreads();
   Part total = scratch[0];
-#pragma unroll
+#pragma unroll 1
   for (int w = 1; w < kGroupWarps; ++w) add(total, scratch[w]);
   return total;
 }
@@ -56,8 +60,8 @@ struct Statistics {
   Deviations deviations;
 };
 template <typename Visit>
-__device__ __forceinline__ Statistics block_statistics(GroupShared& shared, const Visit& visit) {
-  Moments m = no_moments();
+__device__ __forceinline__ Statistics block_statistics(GroupShared& shared, bool unit, const Visit& visit) {
+  Moments m = no_moments(unit);
   visit([&](double x, double weight) { add(m, x, weight); });
   m = block_total(m, shared.moments);
   const double mean = mean_of(m);
@@ -100,7 +104,7 @@ struct GroupWorker {
   }
 
   __device__ __forceinline__ Statistics reward_statistics() const {
-    return block_statistics(shared, [&](const auto& found) {
+    return block_statistics(shared, !a.weights, [&](const auto& found) {
       for_each(size, [&](std::int64_t i) {
         const Weighted row = read_row(a, v, i);
         if (row.weight > 0) found(row.reward, row.weight);
@@ -111,7 +115,7 @@ struct GroupWorker {
   // Writes the score of the child that each token stands for, and whether the row is that child's first.
   __device__ __forceinline__ void find_scores() const {
     for_tokens([&](std::int64_t i, std::int32_t l) {
-      Moments rows = no_moments();
+      Moments rows = no_moments(!a.weights);
       bool first = true;
       for (std::int64_t j = 0; j < size; ++j) {
         const Weighted row = read_row(a, v, j);
@@ -136,7 +140,7 @@ struct GroupWorker {
     find_scores();
     __syncthreads();  // the scores are complete
     for_tokens([&](std::int64_t i, std::int32_t l) {
-      Moments scores = no_moments();
+      Moments scores = no_moments(true);
       for_siblings(i, l, [&](double score) { add(scores, score, 1); });
       double sibling = 0;
       if (differ(scores)) {
@@ -145,7 +149,7 @@ struct GroupWorker {
         for_siblings(i, l, [&](double score) { add(d, scores, mean, score, 1); });
         sibling = (w.scores[place(i, l)] - mean) / (biased(scores, d) + a.eps);
       }
-      a.values[place(i, l)] = blended(a, sibling, centred(a, s, sums, read_row(a, v, i)) / divisor);
+      a.values[place(i, l)] = blended(a, sibling, centred(a, s, sums, mean_of(sums), read_row(a, v, i)) / divisor);
     });
   }
 
@@ -164,7 +168,7 @@ struct GroupWorker {
           if (weight > 0 && l < sid(i).length) body(i, weight);
         });
       };
-      const Statistics found = block_statistics(shared, [&](const auto& add_value) {
+      const Statistics found = block_statistics(shared, !a.weights, [&](const auto& add_value) {
         for_level([&](std::int64_t i, double weight) { add_value(w.scores[place(i, l)], weight); });
       });
       if (!differ(found.moments)) continue;
@@ -189,9 +193,10 @@ struct GroupWorker {
     if (a.scale == Scale::batch) divisor = batch_std + a.eps;
     if (a.credit == Credit::marginal) return write_marginal();
     if (a.credit == Credit::siblings) return write_siblings(found.moments, divisor);
+    const double mean = mean_of(found.moments);
     for_each(size, [&](std::int64_t i) {
       const Weighted row = read_row(a, v, i);
-      if (row.weight > 0) a.values[v.first + i] = static_cast<T>(centred(a, s, found.moments, row) / divisor);
+      if (row.weight > 0) a.values[v.first + i] = static_cast<T>(centred(a, s, found.moments, mean, row) / divisor);
     });
   }
 };
@@ -199,7 +204,7 @@ struct GroupWorker {
 // The standard deviation of all rewards that count.
 template <typename T>
 __device__ __forceinline__ double batch_std_of(const GroupAdvantagesArgs<T>& a, GroupShared& shared) {
-  const Statistics found = block_statistics(shared, [&](const auto& add_value) {
+  const Statistics found = block_statistics(shared, !a.weights, [&](const auto& add_value) {
     for (std::int64_t s = threadIdx.x; s < a.batch.sessions; s += kGroupThreads) {
       const Session v = session_of(a.batch, s);
       for (std::int64_t i = 0; i < v.positives + v.negatives; ++i) {

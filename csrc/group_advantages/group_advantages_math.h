@@ -32,19 +32,25 @@ RADDPO_HD double without(TwoSum sum, double x) {
 
 // What one pass over a set of weighted values finds.
 struct Moments {
+  bool unit;  // all weights are 1, whose sums need no care
   std::int64_t count;
   double least, most;
   TwoSum weight, weighted;  // sums of w and of w x
 };
 
-RADDPO_HD Moments no_moments() { return {0, INFINITY, -INFINITY, {0, 0}, {0, 0}}; }
+RADDPO_HD Moments no_moments(bool unit) { return {unit, 0, INFINITY, -INFINITY, {0, 0}, {0, 0}}; }
 
 RADDPO_HD void add(Moments& m, double x, double weight) {
   ++m.count;
   m.least = x < m.least ? x : m.least;
   m.most = x > m.most ? x : m.most;
-  add(m.weight, weight);
-  add(m.weighted, weight * x);
+  if (m.unit) {
+    m.weight.high += 1;
+    add(m.weighted, x);
+  } else {
+    add(m.weight, weight);
+    add(m.weighted, weight * x);
+  }
 }
 RADDPO_HD void add(Moments& m, const Moments& more) {
   m.count += more.count;
@@ -67,7 +73,10 @@ struct Deviations {
 
 RADDPO_HD void add(Deviations& d, const Moments& m, double mean, double x, double weight) {
   add(d.squares, weight * (x - mean) * (x - mean));
-  add(d.freedom, weight * without(m.weight, weight));
+  if (m.unit)
+    d.freedom.high += m.weight.high - 1;
+  else
+    add(d.freedom, weight * without(m.weight, weight));
 }
 RADDPO_HD void add(Deviations& d, const Deviations& more) {
   add(d.squares, more.squares);
@@ -101,11 +110,12 @@ RADDPO_HD Sid sid_of(const GroupAdvantagesArgs<T>& a, std::int64_t row) {
   return {a.tokens + row * a.levels, static_cast<std::int32_t>(clamp_length(a.batch.lengths[row], a.levels))};
 }
 
-// A row's advantage before it is scaled; `m` are the group's.
+// A row's advantage before it is scaled; `m` and `mean` are the group's.
 template <typename T>
-RADDPO_HD double centred(const GroupAdvantagesArgs<T>& a, std::int64_t s, const Moments& m, const Weighted& row) {
+RADDPO_HD double centred(const GroupAdvantagesArgs<T>& a, std::int64_t s, const Moments& m, double mean,
+                         const Weighted& row) {
   if (a.baselines) return row.reward - a.baselines[s];
-  if (a.baseline == Baseline::mean) return row.reward - mean_of(m);
+  if (a.baseline == Baseline::mean) return row.reward - mean;
   return row.reward - without(m.weighted, row.weight * row.reward) / without(m.weight, row.weight);
 }
 
@@ -134,40 +144,34 @@ RADDPO_HD Sid sid_of(const Targets& t, std::int64_t i) {
           static_cast<std::int32_t>(clamp_length(t.lengths[t.first + i], t.levels))};
 }
 
-// The largest weight of a SID's first `depth` tokens that a target has at the same place, of all targets; each token
-// weighs 1 without weights.
-template <typename T>
-RADDPO_HD double matched(const Sid& sid, const Targets& targets, std::int32_t depth, const T* weights,
-                         bool contiguous) {
-  double most = 0;
-  for (std::int64_t t = 0; t < targets.count; ++t) {
-    const Sid target = sid_of(targets, t);
-    const std::int32_t end = target.length < depth ? target.length : depth;
-    double sum = 0;
-    for (std::int32_t l = 0; l < end; ++l) {
-      if (sid.tokens[l] == target.tokens[l])
-        sum += weights ? static_cast<double>(weights[l]) : 1.;
-      else if (contiguous)
-        break;
-    }
-    most = sum > most ? sum : most;
-  }
-  return most;
-}
-
-// Writes what each level of a row adds to its match, and the row's gates; both are 0 beyond its length.
+// Writes what each level of a row adds to its match with the best target, and the row's gates; both are 0 beyond its
+// length.
 template <typename T>
 RADDPO_HD void write_matches(const GroupAdvantagesArgs<T>& a, const Sid& sid, const Targets& targets, double* added,
                              T* gates) {
-  double before = 0;
-  for (std::int32_t l = 0; l < a.levels; ++l) {
-    const bool within = l < sid.length;
-    const double through = within ? matched(sid, targets, l + 1, a.level_weights, a.contiguous) : before;
-    const double plain = within && l ? matched<T>(sid, targets, l, nullptr, a.contiguous) / l : 1.;
-    added[l] = through - before;
-    gates[l] = within ? static_cast<T>(plain) : T(0);
-    before = through;
+  for (std::int32_t l = 0; l < a.levels; ++l) added[l] = gates[l] = 0;
+  // The match through each level: with weights, and as a number of tokens.
+  for (std::int64_t t = 0; t < targets.count; ++t) {
+    const Sid target = sid_of(targets, t);
+    double sum = 0;
+    T tokens = 0;
+    bool counts = true;
+    for (std::int32_t l = 0; l < sid.length; ++l) {
+      const bool same = l < target.length && sid.tokens[l] == target.tokens[l];
+      counts &= same || !a.contiguous;
+      if (same && counts) {
+        sum += a.level_weights ? static_cast<double>(a.level_weights[l]) : 1.;
+        tokens += 1;
+      }
+      added[l] = sum > added[l] ? sum : added[l];
+      gates[l] = tokens > gates[l] ? tokens : gates[l];
+    }
   }
+  for (std::int32_t l = sid.length - 1; l > 0; --l) {
+    added[l] -= added[l - 1];
+    gates[l] = gates[l - 1] / static_cast<T>(l);
+  }
+  if (sid.length) gates[0] = 1;
 }
 
 }  // namespace raddpo

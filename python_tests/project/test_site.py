@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 # Modules whose names are imported from them, beside the package's own `__all__` and those of the modules below.
 MODULES = ("index/readers", "data/catalogue", "data/session_log", "data/negatives", "data/metrics", "serve/ray")
-MODULES += ("data/session_check", "data/session_report", "integrations/preference_rows")
+MODULES += ("policy/rewards", "data/session_check", "data/session_report", "integrations/preference_rows")
 EXPORTS = ("_public", "integrations/transformers", "reference/__init__")
 
 

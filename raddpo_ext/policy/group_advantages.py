@@ -173,9 +173,9 @@ def group_advantages(
         target_tokens=truth.get("tokens"),
         target_lengths=truth.get("lengths"),
         target_offsets=truth.get("offsets"),
-        level_weights=loss_arguments.level_weights(
-            level_weights, rewards[:, None].expand(-1, sessions.tokens.shape[1]), check
-        ),
+        level_weights=None
+        if level_weights is None
+        else loss_arguments.level_weights(level_weights, rewards.new_empty(sessions.tokens.shape), check),
         blend=_fraction(blend, "blend"),
         eps=_check.positive(eps, "eps"),
         credit=chosen,
