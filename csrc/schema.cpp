@@ -57,4 +57,9 @@ STABLE_TORCH_LIBRARY(raddpo, m) {
       "weights, Tensor? baselines, Tensor? target_tokens, Tensor? target_lengths, Tensor? target_offsets, Tensor? "
       "level_weights, float blend, float eps, int credit, int scale, int baseline, bool count_experts, bool "
       "contiguous) -> (Tensor values, Tensor active, Tensor gates)");
+  // Logits [rows, cols], lists of columns as in csrc/legal_mass/legal_mass.h.
+  m.def("legal_mass(Tensor logits, Tensor columns, Tensor begin, Tensor count) -> (Tensor mass, Tensor lse)");
+  m.def(
+      "legal_mass_backward(Tensor grad, Tensor logits, Tensor lse, Tensor columns, Tensor begin, Tensor count) -> "
+      "Tensor");
 }

@@ -75,6 +75,7 @@ def everything(folder: Path) -> list[Tensor]:
         logits = (HIDDEN @ WEIGHT.T).requires_grad_()
         logps = rx.token_logps(logits, tokens, **options)
         found += [logps, *torch.autograd.grad(logps[logps.isfinite()].sum(), logits)]
+    found.append(rx.legal_mass(HIDDEN @ WEIGHT.T, index, nodes))
     rows = LENGTHS[:, None].expand(6, 3)
     found.append(rx.linear_token_logps(HIDDEN.view(18, 8), WEIGHT, tokens, rows=rows))
     logps = LOGPS.clone().requires_grad_()

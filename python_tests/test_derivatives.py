@@ -68,6 +68,7 @@ OPS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor, str]] = {
         BIAS,
         "linear_token_logps",
     ),
+    "legal_mass": (lambda x: rx.legal_mass(x, INDEX, INDEX.nodes(TARGETS)), LOGITS, "legal_mass"),
     "rad_dpo_loss": (lambda x: rx.rad_dpo_loss(x, SESSIONS).loss, LOGPS, "rad_dpo_loss"),
     "rad_dpo_loss preference": (lambda x: rx.rad_dpo_loss(x, SESSIONS).preference, LOGPS, "rad_dpo_loss"),
     "rad_dpo_loss sft": (lambda x: rx.rad_dpo_loss(x, SESSIONS).sft, LOGPS, "rad_dpo_loss"),

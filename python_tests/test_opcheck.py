@@ -36,6 +36,7 @@ def losses(index: rx.TrieIndex) -> None:
         hidden, weight = torch.randn(3, 2, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
         logps = rx.linear_token_logps(hidden, weight, tokens, **where)
         rx.multilabel_contrastive_loss(logps.sum(1), sessions).backward()
+    rx.legal_mass(torch.randn(3, 2, 6, requires_grad=True), index, index.nodes(tokens)).sum().backward()
     for credit in ("sequence", "siblings", "marginal"):
         rx.group_advantages(torch.randn(3), sessions, credit=credit, weights=torch.rand(3))
 

@@ -18,6 +18,7 @@ from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.index.vocab import SIDVocab
 from raddpo_ext.integrations.logits_processor import TrieLogitsProcessor
 from raddpo_ext.integrations.retriever import SIDRetriever
+from raddpo_ext.logps.legal_mass import legal_mass
 from raddpo_ext.logps.linear_token_logps import linear_token_logps
 from raddpo_ext.logps.token_logps import token_logps
 from raddpo_ext.losses.multilabel_contrastive_loss import multilabel_contrastive_loss
@@ -51,6 +52,7 @@ __all__ = [
     "group_advantages",
     "history_prompts",
     "item_tokens",
+    "legal_mass",
     "linear_beam_step",
     "linear_token_logps",
     "metrics",

@@ -25,6 +25,10 @@ TOLERANCE = {
     ("token_logps.grad", F32): Tolerance(1e-5, 1e-6),
     # Relative to g * scale * (onehot + softmax), which a gradient is the difference of.
     ("token_logps.grad terms", F32): Tolerance(6e-6, 0.0),
+    ("legal_mass", F64): Tolerance(1e-12, 1e-12),
+    ("legal_mass", F32): Tolerance(1e-6, 1e-5),
+    ("legal_mass.grad", F64): Tolerance(1e-12, 1e-12),
+    ("legal_mass.grad", F32): Tolerance(2e-5, 1.2e-5),  # a difference of softmax weights, times at most 2
     ("linear_token_logps", F32): Tolerance(2e-6, 2e-5),
     ("linear_token_logps.grad", F32): Tolerance(2e-5, 2e-5),
     # The absolute one times the largest reward, if that is above 1.

@@ -8,7 +8,7 @@ from raddpo_ext.reference.group_advantages import group_advantages
 from raddpo_ext.reference.linear_beam_step import linear_beam_step
 from raddpo_ext.reference.session_loss import multilabel_contrastive_loss, rad_dpo_loss
 from raddpo_ext.reference.similarity_weighting import SimilarityWeighting
-from raddpo_ext.reference.token_logps import linear_token_logps, token_logps
+from raddpo_ext.reference.token_logps import legal_mass, linear_token_logps, token_logps
 from raddpo_ext.reference.trie import TrieIndex
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "beam_search",
     "beam_step",
     "group_advantages",
+    "legal_mass",
     "linear_beam_step",
     "linear_token_logps",
     "multilabel_contrastive_loss",

@@ -74,6 +74,16 @@ def linear_token_logps(
     return token_logps(logits if bias is None else logits + bias, targets, **options)
 
 
+def legal_mass(logits: Tensor, index: TrieIndex, nodes: Tensor) -> Tensor:
+    """See :func:`raddpo_ext.legal_mass`."""
+    mass = []
+    for x, node in zip(logits.reshape(-1, logits.shape[-1]), nodes.reshape(-1).tolist(), strict=True):
+        children = child_tokens(index, node)
+        possible = bool((x[children] > -math.inf).any())
+        mass.append(x[children].logsumexp(0) - x.logsumexp(0) if possible else x.new_full((), -math.inf))
+    return torch.stack(mass).view(nodes.shape) if mass else logits.sum(-1)
+
+
 def level_tokens(vocab: SIDVocab | None, level: int) -> list[int]:
     """The tokens that are possible at a level: its codes and, after the first level, the end of the sequence."""
     assert vocab is not None

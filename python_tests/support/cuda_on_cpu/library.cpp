@@ -2,6 +2,7 @@
 #include "../../../csrc/beam_search/beam_search_cuda.cu"
 #include "../../../csrc/child_logits/child_logits_cuda.cu"
 #include "../../../csrc/group_advantages/group_advantages_cuda.cu"
+#include "../../../csrc/legal_mass/legal_mass_cuda.cu"
 #include "../../../csrc/row_lse/row_lse_cuda.cu"
 #include "../../../csrc/session_loss/session_loss_cuda.cu"
 #include "../../../csrc/token_logps/token_logps_cuda.cu"
@@ -133,6 +134,16 @@ EXPORT int session_loss(bool is_double, const void* memory, std::int64_t size) {
 
 EXPORT int session_loss_backward(bool is_double, const void* memory, std::int64_t size) {
   return (is_double ? run_session_loss_backward<double> : run_session_loss_backward<float>)(memory, size);
+}
+
+// `sizes`: type, rows, cols. Forward without `grad`.
+EXPORT int legal_mass(const std::int64_t* sizes, const void* logits, const std::int32_t* columns,
+                      const std::int64_t* begin, const std::int64_t* count, void* mass, void* lse, const void* grad,
+                      void* grad_logits) {
+  const LegalMassArgs a{
+      logits,     static_cast<LogitType>(sizes[0]), sizes[1], sizes[2], columns, begin, count, mass, lse, grad,
+      grad_logits};
+  return grad ? cuda::legal_mass_backward(a, nullptr) : cuda::legal_mass(a, nullptr);
 }
 
 EXPORT int group_advantages(bool is_double, const void* memory, std::int64_t size) {

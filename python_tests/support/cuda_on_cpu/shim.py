@@ -240,6 +240,14 @@ class Shim:
         self._call_with_struct("session_loss_backward", _SESSION_LOSS_BACKWARD_ARGS, a.logps, given)
         return out
 
+    def legal_mass(self, grad: Tensor, logits: Tensor, *lists: Tensor) -> tuple[Tensor, Tensor]:
+        """The mass, and the gradient of the logits."""
+        mass, lse = torch.full((len(logits),), 777.0), torch.full((2, len(logits)), 777.0)
+        out, sizes = torch.full_like(logits, 777), torch.tensor([_TYPES.index(logits.dtype), *logits.shape])
+        self.call("legal_mass", sizes, logits, *lists, mass, lse, None, None)
+        self.call("legal_mass", sizes, logits, *lists, None, lse, grad, out)
+        return mass, out
+
     def group_advantages(self, *arguments: Any) -> tuple[Tensor, ...]:
         """The operator's own arguments and outputs."""
         a = group_advantages.Arguments(*arguments)

@@ -1,0 +1,8 @@
+#include <cmath>
+#include <cstdint>
+
+#include "../common/math.h"
+#include "legal_mass.h"
+
+#define RADDPO_KERNELS "../legal_mass/legal_mass_cpu.inl"
+#include "../common/foreach_isa.h"
