@@ -104,10 +104,11 @@ void run_cpu(const GroupAdvantagesArgs<T>& a) {
     for (std::int64_t s = begin; s < end; ++s) most = std::max(most, a.batch.offsets[s + 1] - a.batch.offsets[s]);
     most = std::min(most, candidates) + 1;
     const Buffer<GroupRow> rows(2 * most);
+    const Buffer<std::int64_t> children(most);
     const Buffer<std::int32_t> shared(most);
     const Buffer<double> scores(most * std::max<std::int64_t>(a.levels, 1));
     const Buffer<GroupPlace> places(2 * most);
-    const GroupScratch m{rows.get(), rows.get() + most, places.get(), shared.get(), scores.get()};
+    const GroupScratch m{rows.get(), rows.get() + most, places.get(), children.get(), shared.get(), scores.get()};
     if (!RADDPO_CALL_ISA(group_advantages, a, m, batch_std, begin, end)) valid = false;
   });
   STD_TORCH_CHECK(valid, "group_advantages: rewards must be finite or NaN, weights finite and at least 0");

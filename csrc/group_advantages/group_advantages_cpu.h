@@ -21,6 +21,7 @@ struct GroupPlace {
 struct GroupScratch {
   GroupRow *rows, *sorted;  // [rows of a group]
   GroupPlace* places;       // [2, rows]
+  std::int64_t* children;   // [rows + 1] first rows of a prefix's children, and their end
   std::int32_t* shared;     // [rows] tokens that a sorted row has in common with the one before
   double* scores;           // [rows, levels]
 };

@@ -95,22 +95,24 @@ template <typename T>
 RADDPO_HD void write_children(const GroupAdvantagesArgs<T>& a, const GroupScratch& m, const GroupRow* rows,
                               std::int64_t begin, std::int64_t end, std::int32_t depth) {
   Moments scores = no_moments(true);
+  std::int64_t children = 0;
   for (std::int64_t first = begin, last; first < end; first = last) {
     last = end_of(m, first, end, depth + 1);
     const bool single = last == first + 1;
-    m.scores[first] = single ? rows[first].reward : mean_of(reward_moments(rows + first, last - first, !a.weights));
-    add(scores, m.scores[first], 1);
+    const double score = single ? rows[first].reward : mean_of(reward_moments(rows + first, last - first, !a.weights));
+    m.children[children] = first;
+    m.scores[children++] = score;
+    add(scores, score, 1);
   }
+  m.children[children] = end;
   if (!differ(scores)) return;
   Deviations d{};
   const double mean = mean_of(scores);
-  for (std::int64_t first = begin; first < end; first = end_of(m, first, end, depth + 1))
-    add(d, scores, mean, m.scores[first], 1);
+  for (std::int64_t c = 0; c < children; ++c) add(d, scores, mean, m.scores[c], 1);
   const double divisor = biased(scores, d) + a.eps;
-  for (std::int64_t first = begin, last; first < end; first = last) {
-    last = end_of(m, first, end, depth + 1);
-    const double score = (m.scores[first] - mean) / divisor;
-    for (std::int64_t k = first; k < last; ++k)
+  for (std::int64_t c = 0; c < children; ++c) {
+    const double score = (m.scores[c] - mean) / divisor;
+    for (std::int64_t k = m.children[c]; k < m.children[c + 1]; ++k)
       a.values[rows[k].row * a.levels + depth] = blended(a, score, rows[k].sequence);
   }
 }
@@ -122,7 +124,9 @@ RADDPO_HD void write_siblings(const GroupAdvantagesArgs<T>& a, const GroupScratc
     for (std::int64_t k = 0; k < count; ++k)
       for (std::int32_t l = 0; l < rows[k].sid.length; ++l)
         a.values[rows[k].row * a.levels + l] = blended(a, 0, rows[k].sequence);
-  for (std::int32_t depth = 0; depth < a.levels; ++depth)
+  std::int32_t deepest = 0;  // prefix that several rows share
+  for (std::int64_t k = 1; k < count; ++k) deepest = m.shared[k] > deepest ? m.shared[k] : deepest;
+  for (std::int32_t depth = 0; depth <= deepest && depth < a.levels; ++depth)
     for (std::int64_t begin = 0, end; begin < count; begin = end) {
       end = end_of(m, begin, count, depth);
       if (end - begin < 2) continue;
