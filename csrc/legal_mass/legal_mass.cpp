@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "../common/huge_pages.h"
 #include "../common/isa.h"
 #include "../common/tensor.h"
 
@@ -86,6 +87,7 @@ Tensor legal_mass_backward(const Tensor& grad, const Tensor& logits, const Tenso
   a.grad = grad.const_data_ptr();
   a.lse = const_cast<void*>(lse.const_data_ptr());
   a.grad_logits = out.mutable_data_ptr();
+  if (logits.is_cpu()) advise_huge_pages(a.grad_logits, out.numel() * out.element_size());
   run(a, logits);
   return out;
 }

@@ -49,6 +49,26 @@ RADDPO_HD void forward(const LegalMassArgs& a, std::int64_t begin, std::int64_t 
   }
 }
 
+// y = -g e^(x - lse)
+template <typename D>
+RADDPO_HD void write_row(const typename D::T* x, typename D::T* y, std::int64_t cols, typename D::A g,
+                         typename D::A lse) {
+  constexpr std::int64_t kAhead = 4096 / sizeof(typename D::T);
+  for (std::int64_t begin = 0; begin < cols; begin += kLseBlock) {
+    const std::int64_t n = cols - begin < kLseBlock ? cols - begin : kLseBlock, words = n / D::kLanes;
+    for (std::int64_t i = 0; i < n; i += 64 / sizeof(typename D::T)) __builtin_prefetch(x + begin + kAhead + i);
+#pragma omp simd
+    for (std::int64_t i = 0; i < words; ++i) {
+      const typename D::Word word = D::load_word(x + begin + i * D::kLanes);
+      typename D::A out[D::kLanes];
+      for (int k = 0; k < D::kLanes; ++k) out[k] = -g * softmax_of(D::lane(word, k) - lse);
+      D::store_word(y + begin + i * D::kLanes, out);
+    }
+    for (std::int64_t i = begin + words * D::kLanes; i < begin + n; ++i)
+      D::store(y + i, -g * softmax_of(D::load(x + i) - lse));
+  }
+}
+
 template <typename D>
 RADDPO_HD void backward(const LegalMassArgs& a, std::int64_t begin, std::int64_t end) {
   using A = typename D::A;
@@ -61,8 +81,7 @@ RADDPO_HD void backward(const LegalMassArgs& a, std::int64_t begin, std::int64_t
       for (std::int64_t j = 0; j < a.cols; ++j) y[j] = 0;
       continue;
     }
-#pragma omp simd
-    for (std::int64_t j = 0; j < a.cols; ++j) D::store(y + j, -g * softmax_of(D::load(x + j) - all));
+    write_row<D>(x, y, a.cols, g, all);
     for (std::int64_t i = a.begin[row]; i < a.begin[row] + a.count[row]; ++i) {
       const A z = D::load(x + a.columns[i]);
       D::store(y + a.columns[i], g * (softmax_of(z - listed) - softmax_of(z - all)));
