@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def align(
     model: Qwen3ForCausalLM, tokens: Tokens, sessions: Any, options: dict[str, Any], folder: Path, seed: int
 ) -> tuple[Qwen3ForCausalLM, dict[str, float]]:
     """A trained copy of the model, and the last entry of the Trainer's log."""
+    steps = math.ceil(len(sessions) / BATCH)
     arguments = RADDPOConfig(
         output_dir=str(folder),
         save_strategy="no",
@@ -60,7 +62,8 @@ def align(
         per_device_train_batch_size=BATCH,
         num_train_epochs=1,
         lr_scheduler_type="cosine",
-        warmup_steps=len(sessions) // BATCH // 10,
+        warmup_steps=steps // 10,
+        logging_steps=max(1, steps // 10),
         layout="trie",
         disable_tqdm=not sys.stderr.isatty(),
         **options,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import Qwen3ForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 import raddpo_ext as rx
 from demo.measure import interval, latencies
@@ -125,6 +126,7 @@ def _show_latency(model: Qwen3ForCausalLM, tokens: Tokens, queries: Queries) -> 
 def _save(model: Qwen3ForCausalLM, shop: SearchShop, tokens: Tokens) -> None:
     """The model with its tokenizer, and the index with the items' titles, as ``raddpo_ext serve`` takes them."""
     shutil.rmtree(ARTIFACTS / "catalogue", ignore_errors=True)  # the versions of an earlier run
+    disable_progress_bar()
     model.save_pretrained(ARTIFACTS / "model")
     tokens.tokenizer(shop).save_pretrained(ARTIFACTS / "model")
     tokens.index.save(ARTIFACTS / "shop.index")
