@@ -1,7 +1,7 @@
 """What each part of RAD-DPO does on real purchases: ``python -m benchmarks.alignment --data FOLDER``.
 
 Every cell (method, setting, seed) is a line of the result file and is skipped where that is there with the same
-configuration, so that a killed run goes on where it was. ``docs/alignment.md`` says what is done and why.
+configuration, so that a killed run goes on where it was. ``docs/alignment-instruments.md`` says what is done and why.
 """
 
 from __future__ import annotations

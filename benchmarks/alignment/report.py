@@ -151,7 +151,7 @@ def cost(records: dict[str, Any], cells: dict[str, Cell]) -> dict[str, Any]:
 
 
 def tables(summary: dict[str, Any]) -> list[str]:
-    """The Markdown of ``docs/alignment.md``."""
+    """The Markdown of ``docs/alignment-instruments.md``."""
     head = ["method", "setting", "R@5", "R@10", "R@50", "NDCG@10", "MRR", "NDCG@10 - SFT, 95 %", "z", "seeds"]
     main = []
     for method, row in summary["rows"].items():

@@ -19,7 +19,7 @@ from raddpo_ext.integrations.transformers import RADDPOConfig, RADDPOTrainer
 BATCH = 32
 POSITIVES, NEGATIVES = 3, 8  # most per session
 
-#: The settings that the experiment of docs/alignment.md chose by validation, on other shops than the demo's.
+#: The settings that the experiment of docs/alignment-search.md chose by validation, on other shops than the demo's.
 RAD_DPO: dict[str, Any] = {"learning_rate": 3e-4, "beta": 2.0, "sft_weight": 0.1}
 S_DPO: dict[str, Any] = {
     **rx.PRESETS["s_dpo"],
