@@ -8,12 +8,13 @@ Exit code: 0; 1 if the aligned model is not better; 2 on bad input.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
+THREADS = 2  # more save such small models nothing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,6 +47,6 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(min(2, os.cpu_count() or 1))  # more save such a small model nothing
+    torch.set_num_threads(THREADS)
     sys.stdout.reconfigure(line_buffering=True)  # each result at once, into a pipe too
     sys.exit(main())

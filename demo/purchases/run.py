@@ -82,7 +82,7 @@ def _run(catalogue: Catalogue, to_align: list[Session], aside: list[Session], op
 
     prompts = [tokens.prompt(case.history[-HISTORY:]).tolist() for case in report.spread(cases, TIMED_CASES)]
     ours, theirs = latencies(retriever, prompts, (row.tolist() for row in tokens.of_item), report.BEAMS)
-    print(f"\nlatency, one query at a time, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}")
+    print(f"\nlatency, one query at a time, {torch.get_num_threads()} threads")
     print(f"  SIDRetriever                            {1000 * ours:7.1f} ms")
     print(f"  generate with prefix_allowed_tokens_fn  {1000 * theirs:7.1f} ms, {theirs / ours:.1f} times as long")
 
