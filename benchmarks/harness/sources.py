@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import io
+import re
+import tokenize
 from collections.abc import Iterable
+from pathlib import Path
 
 from benchmarks.harness.catalogues import ROOT
 
@@ -22,9 +27,9 @@ OPERATORS = tuple(dict.fromkeys((*DECODING, *LOSSES, "csrc/pack_sessions", "radd
 
 
 def digest(places: Iterable[str]) -> str:
-    """A digest of the text of these files, and of the sources in these folders and their subfolders.
+    """A digest of the code of these files, and of the sources in these folders and their subfolders.
 
-    It ignores the names of the files: moving a file is not an edit.
+    It ignores what does not run: the names of the files, comments, docstrings and layout.
     """
     texts = set()
     for place in places:
@@ -32,5 +37,30 @@ def digest(places: Iterable[str]) -> str:
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.suffix in SUFFIXES]
         if not files:
             raise FileNotFoundError(f"there are no sources at {place}")
-        texts |= {hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        texts |= {hashlib.sha256(code_of(file).encode()).hexdigest() for file in files}
     return hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()[:16]
+
+
+_BODIES = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def code_of(file: Path) -> str:
+    """A source's text without comments, docstrings and layout.
+
+    By position and not as a syntax tree, whose text differs from one Python to the next.
+    """
+    text = file.read_text()
+    if file.suffix != ".py":
+        kept = re.sub(r'("(?:\\.|[^"\\\n])*")|//[^\n]*|/\*.*?\*/', r"\1", text, flags=re.DOTALL)
+        return "\n".join(line for line in map(str.strip, kept.splitlines()) if line)
+    lines = text.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(text)):
+        first = node.body[0] if isinstance(node, _BODIES) and node.body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            for row in range(first.lineno - 1, first.end_lineno or first.lineno):
+                lines[row] = ""
+    return "\n".join(line.rstrip() for line in lines if line.strip())

@@ -88,6 +88,23 @@ def test_goes_on_where_it_was(lab: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert ran(lab) == []
 
 
+def test_code_is_what_runs(tmp_path: Path) -> None:
+    """Comments, docstrings and layout are not in it; strings, and what looks like a comment inside them, are."""
+
+    def code(name: str, text: str) -> str:
+        (tmp_path / name).write_text(text)
+        return sources.code_of(tmp_path / name)
+
+    plain = code("a.h", 'int f() {\n  return g("//x", "/* y */");\n}\n')
+    assert plain == code("a.h", '// f\nint f() {  // why\n\n    return g("//x", "/* y */"); /* a\n b */\n}\n')
+    assert "//x" in plain
+    assert plain != code("a.h", 'int f() {\n  return g("//z", "/* y */");\n}\n')
+    python = code("a.py", 'def f():\n    return "# x"\n')
+    assert python == code("a.py", '"""A."""\n\n# why\ndef f():\n    """F,\n    said."""\n    return "# x"  # so\n')
+    assert python != code("a.py", 'def f():\n    return "# y"\n')
+    assert python != code("a.py", 'def f():\n  if 1:\n    return "# x"\n')
+
+
 def test_only_an_edit_of_its_sources_makes_a_result_stale(lab: Path) -> None:
     path, members = lab / "results.jsonl", [*STUBS[:2], Member("third", ("third",), 1, ("op", "other"))]
 
@@ -98,6 +115,8 @@ def test_only_an_edit_of_its_sources_makes_a_result_stale(lab: Path) -> None:
     assert again() == ["first", "second", "third"]
     (lab / "op" / "notes").write_text("no source")
     (lab / "op" / "code.h").rename(lab / "op" / "moved.h")
+    assert again() == []
+    (lab / "op" / "moved.h").write_text("// said otherwise\n" + (lab / "op" / "moved.h").read_text())
     assert again() == []
     (lab / "other" / "code.h").write_text("edited")
     assert again() == ["third"]

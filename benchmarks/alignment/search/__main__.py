@@ -1,7 +1,7 @@
 """What aligns a search model, against the truth of a simulated shop: ``python -m benchmarks.alignment.search``.
 
 Every cell (method, setting, shop, initialization) is a line of the result file and is skipped where that is there with
-the same configuration, so that a killed run goes on where it was. ``docs/alignment-search.md`` says what is done and why.
+the same configuration, so that a killed run goes on where it was. ``docs/alignment-search.md`` says what is done.
 """
 
 from __future__ import annotations
