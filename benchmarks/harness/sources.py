@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks.harness.catalogues import ROOT
 
 SUFFIXES = {".cpp", ".h", ".inl", ".cu", ".cuh", ".py"}
+_BODIES = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)  # have docstrings
 
 COMMON = ("csrc/common", "raddpo_ext/_check.py", "raddpo_ext/_autograd.py")
 INDEX = (*COMMON, "csrc/trie", "csrc/trie_index", "raddpo_ext/index")
@@ -39,9 +40,6 @@ def digest(places: Iterable[str]) -> str:
             raise FileNotFoundError(f"there are no sources at {place}")
         texts |= {hashlib.sha256(code_of(file).encode()).hexdigest() for file in files}
     return hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()[:16]
-
-
-_BODIES = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def code_of(file: Path) -> str:
