@@ -20,11 +20,11 @@ BATCH = 32
 POSITIVES, NEGATIVES = 3, 8  # most per session
 
 #: The settings that the experiment of docs/alignment-search.md chose by validation, on other shops than the demo's.
-RAD_DPO: dict[str, Any] = {"learning_rate": 3e-4, "beta": 2.0, "sft_weight": 0.1}
+RAD_DPO: dict[str, Any] = {"learning_rate": 3e-4, "beta": 2.0, "sft_weight": 1.0}
 S_DPO: dict[str, Any] = {
     **rx.PRESETS["s_dpo"],
-    "learning_rate": 1e-4,
-    "beta": 0.3,
+    "learning_rate": 3e-4,
+    "beta": 1.0,
     "use_reference": True,
     "similarity_weighting": False,
 }
