@@ -30,6 +30,7 @@ OPERATORS = (
     *("test_token_logps", "test_token_logps_autograd", "test_token_logps_errors", "test_pack_sessions"),
     *("test_session_loss", "test_session_loss_bad_input", "test_session_loss_exact", "test_session_loss_formulas"),
     *("test_session_loss_op", "test_group_advantages", "test_group_advantages_exact", "test_legal_mass"),
+    *("test_policy_loss", "test_policy_loss_exact", "test_policy_loss_formulas"),
 )
 THREADS = (
     "test_catalogue_store.py::test_searches_see_one_version",

@@ -62,4 +62,16 @@ STABLE_TORCH_LIBRARY(raddpo, m) {
   m.def(
       "legal_mass_backward(Tensor grad, Tensor logits, Tensor lse, Tensor columns, Tensor begin, Tensor count) -> "
       "Tensor");
+  // Words as in csrc/policy_loss/policy_loss.h; a divisor of 0 stands for the count.
+  m.def(
+      "policy_loss(Tensor logps, Tensor tokens, Tensor lengths, Tensor offsets, Tensor num_positives, Tensor "
+      "advantages, Tensor? old_logps, Tensor? ref_logps, Tensor? weights, Tensor? gates, Tensor? level_weights, "
+      "Tensor? divisors, float row_divisor, float token_divisor, float low, float high, float dual_clip, float delta, "
+      "float kl_weight, float nll_weight, float max_length, int objective, int ratio, int divergence, int aggregate, "
+      "int reduction, bool use_experts, bool protect, bool count_all, bool need_gradient) -> (Tensor loss, Tensor "
+      "policy, Tensor kl, Tensor nll, Tensor ratios, Tensor clipped, Tensor approx_kl, Tensor counted, Tensor "
+      "gradient, Tensor scales)");
+  m.def(
+      "policy_loss_backward(Tensor grad_loss, Tensor gradient, Tensor scales, Tensor counted, Tensor lengths, Tensor "
+      "offsets, Tensor num_positives, Tensor? level_weights, float nll_weight) -> Tensor");
 }

@@ -85,6 +85,13 @@ def everything(folder: Path) -> list[Tensor]:
     found.append(rx.multilabel_contrastive_loss(logps[:, 0], sessions))
     for options in ({}, {"credit": "siblings"}, {"credit": "marginal", "level_weights": [0.1, 0.2, 0.3]}):
         found += [value for value in rx.group_advantages(LOGPS[:, 0], sessions, **options) if value is not None]
+    for options in (
+        {"level_weights": [0.1, 0.2, 0.3], "nll_weight": 0.5},
+        {"normalizer": (2.0, 3)},
+        {"dual_clip": 2.0},
+    ):
+        output = rx.policy_loss(logps, sessions, LOGPS[:, 0], **options)
+        found += [*output, *torch.autograd.grad(output.loss, logps)]
     selected, kept = sessions.select(OFFSETS[1:] > 3)
     found += [selected.tokens, selected.offsets, kept]
     output = rx.RADDPOLoss(weighting)(HIDDEN, WEIGHT, sessions, embeddings=HIDDEN[:, 0])

@@ -39,6 +39,10 @@ def losses(index: rx.TrieIndex) -> None:
     rx.legal_mass(torch.randn(3, 2, 6, requires_grad=True), index, index.nodes(tokens)).sum().backward()
     for credit in ("sequence", "siblings", "marginal"):
         rx.group_advantages(torch.randn(3), sessions, credit=credit, weights=torch.rand(3))
+    for options in ({}, {"ref_logps": torch.randn(3, 2), "kl_weight": 0.1, "nll_weight": 0.1, "reduction": "none"}):
+        logps = torch.randn(3, 2, requires_grad=True)
+        rx.policy_loss(logps, sessions, torch.randn(3), **options).loss.sum().backward()
+        rx.policy_loss(logps.detach(), sessions, torch.randn(3, 2), old_logps=torch.randn(3, 2), **options)
 
 
 @pytest.fixture(scope="module")

@@ -63,6 +63,10 @@ def calls() -> dict[str, Call]:
         layout = (groups.tokens, groups.lengths, groups.offsets)
         given = (*layout, groups.num_positives, torch.ones(6), torch.ones(2), *layout, torch.ones(2))
         torch.ops.raddpo.group_advantages(torch.ones(6), *given, 1.0, 1e-6, 2, 0, 0, True, True)
+        every = {"old_logps": torch.ones(6, 2), "ref_logps": torch.ones(6, 2), "weights": torch.ones(6)}
+        every |= {"gates": torch.ones(6, 2), "level_weights": torch.ones(2), "normalizer": normalizer}
+        logps = torch.ones(6, 2, requires_grad=True)
+        rx.policy_loss(logps, groups, torch.ones(6), **every).loss.backward()
     return {name: max(found, key=tensors_of) for name, found in recorder.calls.items()}
 
 

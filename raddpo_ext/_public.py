@@ -28,8 +28,10 @@ from raddpo_ext.losses.session import SessionBatch
 from raddpo_ext.losses.similarity_weighting import SimilarityWeighting
 from raddpo_ext.policy import rewards
 from raddpo_ext.policy.group_advantages import Advantages, group_advantages
+from raddpo_ext.policy.policy_loss import POLICY_PRESETS, PolicyLossOutput, policy_loss
 
 __all__ = [
+    "POLICY_PRESETS",
     "PRESETS",
     "Advantages",
     "BeamResult",
@@ -38,6 +40,7 @@ __all__ = [
     "CatalogueVersion",
     "IdMap",
     "PackedSessions",
+    "PolicyLossOutput",
     "RADDPOLoss",
     "RADDPOOutput",
     "SIDRetriever",
@@ -59,6 +62,7 @@ __all__ = [
     "multilabel_contrastive_loss",
     "negatives",
     "pack_sessions",
+    "policy_loss",
     "rad_dpo_loss",
     "read_sessions",
     "read_sids",

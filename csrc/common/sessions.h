@@ -26,6 +26,9 @@ RADDPO_HD Session session_of(const Sessions& b, std::int64_t s) {
   return sound ? Session{first, positives, size - positives, 0} : Session{0, 0, 0, 0};
 }
 
+// How the terms of sessions become a loss.
+enum class Reduction : int { mean, sum, none };
+
 RADDPO_HD std::int64_t clamp_length(std::int64_t length, std::int64_t most) {
   return length < 0 ? 0 : length > most ? most : length;
 }

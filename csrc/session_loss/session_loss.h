@@ -13,7 +13,6 @@ enum class Protect : int { winner, positives, none };
 enum class Aggregation : int { negatives, margins };
 enum class Weighting : int { loss, reward };
 enum class Positives : int { winner, each, pooled };
-enum class Reduction : int { mean, sum, none };
 
 template <typename T>
 struct SessionLossArgs {

@@ -8,6 +8,8 @@ import pytest
 import torch
 from support.group_cases import CORES, assert_advantages_close, build_groups, name_of
 from support.on_gpu import NEEDS_GPU, no_synchronisation
+from support.policy_cases import CORES as LOSSES
+from support.policy_cases import assert_policy_close, build_policy
 from support.tolerances import close
 from torch import Tensor
 
@@ -33,6 +35,25 @@ def test_group_advantages_equal_the_cpu_without_synchronising(core: dict[str, An
             got = rx.group_advantages(rewards, sessions, **moved)
         back = rx.Advantages(*(None if value is None else value.cpu() for value in got))
         assert_advantages_close(back, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("core", LOSSES, ids=name_of)
+def test_policy_loss_equals_the_cpu_without_synchronising(core: dict[str, Any], dtype: torch.dtype) -> None:
+    tensors = dict.fromkeys(("old_logps", "ref_logps", "weights", "gates", "level_weights"), True)
+    options = core | tensors | {"kl_weight": 0.3, "nll_weight": 0.7, "protect": "positives"}
+    for seed, counts in enumerate(SHAPES):
+        case = build_policy(counts, 4, seed, dtype)
+        arguments = case.arguments(options)
+        leaf = case.logps.clone().requires_grad_()
+        expected = rx.policy_loss(leaf, case.sessions, **arguments)
+        (gradient,) = torch.autograd.grad(expected.loss, leaf)
+        sessions, logps, moved = case.sessions.to("cuda"), case.logps.cuda().requires_grad_(), to_cuda(arguments)
+        with no_synchronisation():
+            got = rx.policy_loss(logps, sessions, **moved)
+            (found,) = torch.autograd.grad(got.loss, logps)
+        back = rx.PolicyLossOutput(*(value.detach().cpu() for value in got))
+        assert_policy_close((back, found.cpu()), (expected, gradient))
 
 
 def test_select_equals_the_cpu() -> None:

@@ -36,6 +36,8 @@ TOLERANCE = {
     ("session_loss", F32): Tolerance(1e-5, 2e-6),
     ("group_advantages", F64): Tolerance(1e-12, 1e-10),
     ("group_advantages", F32): Tolerance(1e-6, 1e-6),
+    ("policy_loss", F64): Tolerance(1e-11, 1e-12),
+    ("policy_loss", F32): Tolerance(2e-6, 2e-6),
     # A weight's place among the others decides the last bit of its sigmoid.
     ("similarity_weighting", F32): Tolerance(0.0, 1e-6),
     # Of a whole model: log-probs of SIDs against plain forwards, or by another way through the same model.

@@ -73,8 +73,13 @@ def level_weights(weights: Any, like: Tensor, check: bool) -> Tensor | None:
     return weights
 
 
-def divisors(normalizer: Sequence[Any] | Tensor | None, reduction: str, like: Tensor, check: bool) -> dict[str, Any]:
-    """The divisors of preference and SFT that replace the counts: a float64 tensor ``[2]``, or two numbers."""
+def divisors(
+    normalizer: Sequence[Any] | Tensor | None, reduction: str, like: Tensor, check: bool, first: str = "sessions"
+) -> dict[str, Any]:
+    """The divisors of preference and SFT that replace the counts: a float64 tensor ``[2]``, or two numbers.
+
+    ``first``: what the first one counts, for the error.
+    """
     if normalizer is None:
         return {}
     if reduction != "mean":
@@ -84,7 +89,7 @@ def divisors(normalizer: Sequence[Any] | Tensor | None, reduction: str, like: Te
     # Two numbers go to the operator as numbers, tensors as one tensor: reading them would synchronise.
     values = list(normalizer) if isinstance(normalizer, Sequence | Tensor) else [normalizer]
     if len(values) != 2:
-        raise ValueError(f"normalizer must be (sessions, tokens), got {normalizer!r}")
+        raise ValueError(f"normalizer must be ({first}, tokens), got {normalizer!r}")
     if not any(isinstance(value, Tensor) for value in values):
         sessions, tokens = (_check.positive(value, f"normalizer[{i}]") for i, value in enumerate(values))
         return {"session_divisor": sessions, "token_divisor": tokens}

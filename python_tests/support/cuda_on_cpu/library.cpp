@@ -3,6 +3,7 @@
 #include "../../../csrc/child_logits/child_logits_cuda.cu"
 #include "../../../csrc/group_advantages/group_advantages_cuda.cu"
 #include "../../../csrc/legal_mass/legal_mass_cuda.cu"
+#include "../../../csrc/policy_loss/policy_loss_cuda.cu"
 #include "../../../csrc/row_lse/row_lse_cuda.cu"
 #include "../../../csrc/session_loss/session_loss_cuda.cu"
 #include "../../../csrc/token_logps/token_logps_cuda.cu"
@@ -39,6 +40,22 @@ int run_group_advantages(const void* memory, std::int64_t size) {
   const std::unique_ptr<std::uint8_t[]> workspace(bytes ? new std::uint8_t[bytes] : nullptr);
   if (bytes) std::memset(workspace.get(), 0xa5, bytes);
   return cuda::group_advantages(a, workspace.get(), nullptr);
+}
+
+template <typename T>
+int run_policy_loss(const void* memory, std::int64_t size) {
+  const auto& a = *static_cast<const PolicyLossArgs<T>*>(memory);
+  if (size != sizeof(a)) return cudaErrorInvalidValue;
+  const std::int64_t bytes = cuda::policy_loss_workspace(a);
+  const std::unique_ptr<std::uint8_t[]> workspace(new std::uint8_t[bytes]);
+  std::memset(workspace.get(), 0xa5, bytes);
+  return cuda::policy_loss(a, workspace.get(), nullptr);
+}
+
+template <typename T>
+int run_policy_loss_backward(const void* memory, std::int64_t size) {
+  const auto& a = *static_cast<const PolicyLossBackwardArgs<T>*>(memory);
+  return size == sizeof(a) ? cuda::policy_loss_backward<T>(a, nullptr) : cudaErrorInvalidValue;
 }
 
 }  // namespace
@@ -148,6 +165,14 @@ EXPORT int legal_mass(const std::int64_t* sizes, const void* logits, const std::
 
 EXPORT int group_advantages(bool is_double, const void* memory, std::int64_t size) {
   return (is_double ? run_group_advantages<double> : run_group_advantages<float>)(memory, size);
+}
+
+EXPORT int policy_loss(bool is_double, const void* memory, std::int64_t size) {
+  return (is_double ? run_policy_loss<double> : run_policy_loss<float>)(memory, size);
+}
+
+EXPORT int policy_loss_backward(bool is_double, const void* memory, std::int64_t size) {
+  return (is_double ? run_policy_loss_backward<double> : run_policy_loss_backward<float>)(memory, size);
 }
 
 EXPORT int trie_walk(const std::uint8_t* trie, const std::int64_t* header, const std::uint8_t* live,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import raddpo_ext as rx
 from raddpo_ext.losses import session_loss
-from raddpo_ext.policy import group_advantages
+from raddpo_ext.policy import group_advantages, policy_loss_op
 
 FOLDER = Path(__file__).parent
 _NORMALIZE = ("vocab", "level", "trie")
@@ -42,6 +42,16 @@ _GROUP_ADVANTAGES_ARGS = (
     _SESSIONS + "tokens:P levels:I rewards:P weights:P baselines:P target_tokens:P target_lengths:P target_offsets:P "
     "targets:I target_levels:I level_weights:P blend:D eps:D credit:E scale:E baseline:E count_experts:B contiguous:B "
     "values:P active:P gates:P"
+)
+#: Fields of csrc/policy_loss/policy_loss.h's structs.
+_POLICY_LOSS_ARGS = (
+    _SESSIONS + "tokens:P levels:I logps:P old_logps:P ref_logps:P advantages:P weights:P gates:P level_weights:P "
+    "divisors:P row_divisor:D token_divisor:D low:D high:D dual_clip:D delta:D kl_weight:D nll_weight:D max_length:D "
+    "objective:E ratio:E divergence:E aggregate:E reduction:E by_token:B use_experts:B protect:B count_all:B loss:P "
+    "policy:P kl:P nll:P ratios:P clipped:P approx_kl:P counted:P gradient:P scales:P"
+)
+_POLICY_LOSS_BACKWARD_ARGS = (
+    _SESSIONS + "levels:I grad_loss:P stride:I gradient:P scales:P counted:P level_weights:P nll_weight:D grad_logps:P"
 )
 _KINDS = {
     "P": ctypes.c_void_p,
@@ -258,6 +268,26 @@ class Shim:
         given |= {"values": values, "active": active, "gates": gates}
         self._call_with_struct("group_advantages", _GROUP_ADVANTAGES_ARGS, a.rewards, given)
         return values, active, gates
+
+    def policy_loss(self, *arguments: Any) -> policy_loss_op.Results:
+        """The operator's own arguments and outputs."""
+        a = policy_loss_op.Arguments(*arguments)
+        results = policy_loss_op.Results(*(value.fill_(777) for value in policy_loss_op.empty_results(*a)))
+        given = {**a._asdict(), **results._asdict(), "gradient": results.gradient if a.need_gradient else None}
+        given |= {"sessions": len(a.num_positives), "candidates": a.logps.shape[0], "levels": a.logps.shape[1]}
+        self._call_with_struct(
+            "policy_loss", _POLICY_LOSS_ARGS, a.logps, {**given, "by_token": a.advantages.dim() == 2}
+        )
+        return results
+
+    def policy_loss_backward(self, *arguments: Any) -> Tensor:
+        """The operator's own arguments and output."""
+        a = policy_loss_op.BackwardArguments(*arguments)
+        out = torch.full_like(a.gradient, 777)
+        given = {**a._asdict(), "grad_logps": out, "stride": a.grad_loss.stride(0) if a.grad_loss.dim() else 0}
+        given |= {"sessions": len(a.num_positives), "candidates": out.shape[0], "levels": out.shape[1]}
+        self._call_with_struct("policy_loss_backward", _POLICY_LOSS_BACKWARD_ARGS, a.gradient, given)
+        return out
 
     def _call_with_struct(self, name: str, fields: str, like: Tensor, given: dict[str, Any]) -> None:
         """Calls with the C++ struct of these fields, each filled by its name; ``like`` has the number type."""

@@ -1,0 +1,276 @@
+#pragma once
+// The formulas of policy_loss that the CPU and the CUDA kernels share.
+#include <cmath>
+
+#include "policy_loss.h"
+
+namespace raddpo {
+
+constexpr double kMaxGap = 20;  // of two log-probs in an exponential; no gradient beyond
+
+// x - y; 0 for equal infinities too.
+RADDPO_HD double gap_of(double x, double y) { return x == y ? 0 : x - y; }
+// The least of two, or `gap` if it is NaN.
+RADDPO_HD double at_most(double gap, double most) { return most < gap ? most : gap; }
+RADDPO_HD bool is_within(double gap) { return !(gap < -kMaxGap) && !(gap > kMaxGap); }
+RADDPO_HD double ratio_of(double gap) {
+  return gap == 0 ? 1 : std::exp(at_most(gap < -kMaxGap ? -kMaxGap : gap, kMaxGap));
+}
+
+// How far a token or a row has moved from the old policy.
+struct Move {
+  double logp, gap, ratio;
+};
+RADDPO_HD Move move_of(double logp, double old_logp) {
+  const double gap = gap_of(logp, old_logp);
+  return {logp, gap, ratio_of(gap)};
+}
+
+template <typename T>
+RADDPO_HD Sid sid_of(const PolicyLossArgs<T>& a, std::int64_t row) {
+  return {a.tokens + row * a.levels, static_cast<std::int32_t>(clamp_length(a.batch.lengths[row], a.levels))};
+}
+
+template <typename T>
+RADDPO_HD Move move_of_token(const PolicyLossArgs<T>& a, std::int64_t at) {
+  return move_of(a.logps[at], (a.old_logps ? a.old_logps : a.logps)[at]);
+}
+
+template <typename T>
+RADDPO_HD Move move_of_row(const PolicyLossArgs<T>& a, std::int64_t row, std::int32_t length) {
+  const std::int64_t begin = row * a.levels;
+  double logp = 0, old_logp = 0;
+  for (std::int64_t at = begin; at < begin + length; ++at) {
+    logp += a.logps[at];
+    old_logp += (a.old_logps ? a.old_logps : a.logps)[at];
+  }
+  const double size = a.ratio == Ratio::sequence ? length : 1;
+  return move_of(logp / size, old_logp / size);
+}
+
+// A token's advantage without its gate, and with it.
+template <typename T>
+RADDPO_HD double plain_advantage(const PolicyLossArgs<T>& a, std::int64_t row, std::int32_t level) {
+  return a.advantages[a.by_token ? row * a.levels + level : row];
+}
+template <typename T>
+RADDPO_HD double advantage_of(const PolicyLossArgs<T>& a, std::int64_t row, std::int32_t level) {
+  const double advantage = plain_advantage(a, row, level);
+  return a.gates ? advantage * a.gates[row * a.levels + level] : advantage;
+}
+
+// Whether row i of a group is in the policy term if the group counts. A rollout that equals an expert there is not.
+template <typename T>
+RADDPO_HD bool is_in_policy(const PolicyLossArgs<T>& a, const Session& v, std::int64_t i) {
+  const Sid sid = sid_of(a, v.first + i);
+  if (!sid.length) return false;
+  if (i < v.positives) return a.use_experts;
+  for (std::int64_t e = 0; a.use_experts && e < v.positives; ++e) {
+    const Sid expert = sid_of(a, v.first + e);
+    if (expert.length == sid.length && common_prefix(expert, sid) == sid.length) return false;
+  }
+  return true;
+}
+
+template <typename T>
+RADDPO_HD bool has_advantage(const PolicyLossArgs<T>& a, const Session& v, std::int64_t i) {
+  if (!is_in_policy(a, v, i)) return false;
+  const std::int32_t size = a.by_token ? sid_of(a, v.first + i).length : 1;
+  for (std::int32_t l = 0; l < size; ++l)
+    if (plain_advantage(a, v.first + i, l) != 0) return true;
+  return false;
+}
+
+// A token's term, its derivative in the log-prob, and whether the clip holds its ratio from below or from above.
+struct PolicyTerm {
+  double value, slope;
+  bool below, above;
+};
+
+template <typename T>
+RADDPO_HD PolicyTerm term_of(const PolicyLossArgs<T>& a, const Move& m, double advantage) {
+  if (advantage == 0) return {0, 0, false, false};  // 0 * inf is NaN
+  if (a.objective == Objective::reinforce) return {-advantage, -advantage, false, false};
+  const double high = 1 + a.high, low = 1 - a.low;
+  double gap = m.gap;
+  if (a.objective == Objective::cispo) {
+    const double factor = at_most(m.ratio, high) * advantage;
+    return {-factor * m.logp, -factor, false, m.ratio > high};
+  }
+  if (a.objective == Objective::ecpo) gap = at_most(gap, std::log(high + a.delta));
+  if (a.objective == Objective::gbpo) {
+    const double rest = m.logp < 0 ? std::log(-std::expm1(m.logp)) : -INFINITY;  // log(1 - pi)
+    gap = at_most(gap, advantage < 0 ? gap_of(m.logp, rest) : 0);
+  }
+  const double ratio = gap == m.gap ? m.ratio : ratio_of(gap);
+  const double slope = is_within(gap) ? -ratio * advantage : 0;
+  if (a.objective == Objective::gbpo) return {-ratio * advantage, slope, false, false};
+  if (a.objective == Objective::sapo) {
+    const double t = advantage > 0 ? a.low : a.high, s = 1 / (1 + std::exp(-t * (ratio - 1)));
+    return {-4 / t * s * advantage, 4 * s * (1 - s) * slope, false, false};
+  }
+  if (advantage > 0 && ratio > high) return {-high * advantage, 0, false, true};
+  if (advantage < 0 && ratio < low) return {-low * advantage, 0, true, false};
+  if (advantage < 0 && a.dual_clip > 0 && ratio > a.dual_clip) return {-a.dual_clip * advantage, 0, false, true};
+  return {-ratio * advantage, slope, false, false};
+}
+
+struct KlTerm {
+  double value, slope;
+};
+
+template <typename T>
+RADDPO_HD KlTerm kl_of(const PolicyLossArgs<T>& a, std::int64_t at) {
+  const double x = gap_of(a.logps[at], a.ref_logps[at]);
+  if (a.divergence == Divergence::k1) return {x, 1};
+  if (a.divergence == Divergence::k2) return {x * x / 2, x};
+  if (x < -kMaxGap) return {std::expm1(kMaxGap) - kMaxGap, 0};
+  const double rest = std::expm1(-x);
+  return {rest + x, -rest};
+}
+
+// The factor of a token's term in the sums.
+template <typename T>
+RADDPO_HD double weight_of(const PolicyLossArgs<T>& a, std::int64_t row, std::int32_t length) {
+  const double weight = a.weights ? a.weights[row] : 1;
+  if (a.aggregate == Aggregate::token) return weight;
+  return weight / (a.aggregate == Aggregate::sequence ? length : a.max_length);
+}
+
+// Sets the gradient of the tokens that pull down a prefix of a row that is pushed up to exactly 0.
+template <typename T>
+RADDPO_HD void protect_row(const PolicyLossArgs<T>& a, const Session& v, std::int64_t i) {
+  const std::int64_t row = v.first + i;
+  const Sid sid = sid_of(a, row);
+  for (std::int64_t j = 0; j < v.positives + v.negatives; ++j) {
+    const std::int32_t shared = common_prefix(sid, sid_of(a, v.first + j));
+    if (!shared || j == i || !is_in_policy(a, v, j)) continue;
+    for (std::int32_t l = 0; l < shared; ++l)
+      if (advantage_of(a, row, l) < 0 && advantage_of(a, v.first + j, l) > 0) a.gradient[row * a.levels + l] = 0;
+  }
+}
+
+// Adds the terms of a row of the policy term to the sums of its group, and to its gradient, which is 0 before.
+template <typename T>
+RADDPO_HD void add_policy(const PolicyLossArgs<T>& a, const Session& v, std::int64_t i, PolicySums& sums) {
+  const std::int64_t row = v.first + i, begin = row * a.levels;
+  const std::int32_t length = sid_of(a, row).length;
+  const double weight = weight_of(a, row, length);
+  const Move whole = a.ratio == Ratio::token ? Move{} : move_of_row(a, row, length);
+  double value = 0, slopes = 0;
+  bool pulls = false, finite = weight >= 0 && weight < INFINITY;
+  for (std::int32_t l = 0; l < length; ++l) {
+    const Move token = move_of_token(a, begin + l);
+    const double advantage = advantage_of(a, row, l);
+    const PolicyTerm term = term_of(a, a.ratio == Ratio::token ? token : whole, advantage);
+    value += term.value;
+    slopes += term.slope;
+    if (a.gradient) a.gradient[begin + l] = static_cast<T>(weight * term.slope);
+    sums.of[kBelow] += term.below;
+    sums.of[kAbove] += term.above;
+    sums.of[kDrift] += token.ratio - 1 - token.gap;
+    pulls |= advantage < 0;
+    finite &= std::fabs(advantage) < INFINITY;
+  }
+  sums.of[kPolicy] += weight * value;
+  sums.of[kPolicyRows] += 1;
+  sums.of[kPolicyTokens] += length;
+  sums.of[kInvalid] += !finite;
+  if (a.gradient && a.ratio == Ratio::item)  // each token moves the ratio of the whole row
+    for (std::int32_t l = 0; l < length; ++l) a.gradient[begin + l] = static_cast<T>(weight * slopes);
+  if (a.gradient && a.protect && pulls) protect_row(a, v, i);
+  for (std::int32_t l = 0; a.ref_logps && l < length; ++l) {
+    const KlTerm kl = kl_of(a, begin + l);
+    sums.of[kKl] += weight * kl.value;
+    if (a.gradient && a.kl_weight > 0) a.gradient[begin + l] += static_cast<T>(a.kl_weight * weight * kl.slope);
+  }
+}
+
+// Adds the NLL of an expert.
+template <typename T>
+RADDPO_HD void add_nll(const PolicyLossArgs<T>& a, std::int64_t row, PolicySums& sums) {
+  const std::int32_t length = sid_of(a, row).length;
+  sums.of[kExpertTokens] += length;
+  for (std::int32_t l = 0; l < length; ++l) {
+    const double weight = a.level_weights ? a.level_weights[l] : 1;
+    if (weight > 0) sums.of[kNll] -= weight * a.logps[row * a.levels + l];  // 0 * -inf is NaN
+  }
+}
+
+// A row's ratio: of its tokens the mean; 1 without any.
+template <typename T>
+RADDPO_HD double mean_ratio(const PolicyLossArgs<T>& a, std::int64_t row) {
+  const std::int32_t length = sid_of(a, row).length;
+  if (!length || !a.old_logps) return 1;
+  if (a.ratio != Ratio::token) return move_of_row(a, row, length).ratio;
+  double sum = 0;
+  for (std::int32_t l = 0; l < length; ++l) sum += move_of_token(a, row * a.levels + l).ratio;
+  return sum / length;
+}
+
+// What row i adds to a group; `counts`: whether the group does.
+template <typename T>
+RADDPO_HD void add_row(const PolicyLossArgs<T>& a, const Session& v, std::int64_t i, bool counts, PolicySums& sums) {
+  const std::int64_t row = v.first + i;
+  a.ratios[row] = static_cast<T>(mean_ratio(a, row));
+  for (std::int64_t l = 0; a.gradient && l < a.levels; ++l) a.gradient[row * a.levels + l] = 0;
+  if (!counts) return;
+  if (is_in_policy(a, v, i)) add_policy(a, v, i, sums);
+  if (i < v.positives) add_nll(a, row, sums);
+}
+
+RADDPO_HD void add(PolicySums& sums, const PolicySums& more) {
+  for (int i = 0; i < kPolicySums; ++i) sums.of[i] += more.of[i];
+}
+
+// Writes entry `at` of the losses.
+template <typename T>
+RADDPO_HD void write_entry(const PolicyLossArgs<T>& a, std::int64_t at, const PolicySums& sums, double policy_scale,
+                           double nll_scale) {
+  const double policy = sums.of[kPolicy] * policy_scale, kl = sums.of[kKl] * policy_scale;
+  const double nll = sums.of[kNll] * nll_scale;
+  a.policy[at] = static_cast<T>(policy);
+  a.kl[at] = static_cast<T>(kl);
+  a.nll[at] = static_cast<T>(nll);
+  double loss = policy;
+  if (a.kl_weight > 0) loss += a.kl_weight * kl;  // 0 * inf is NaN
+  if (a.nll_weight > 0) loss += a.nll_weight * nll;
+  a.loss[at] = static_cast<T>(loss);
+}
+
+template <typename T>
+RADDPO_HD void write_group(const PolicyLossArgs<T>& a, std::int64_t s, bool counts, const PolicySums& sums) {
+  a.counted[s] = counts;
+  if (a.reduction == Reduction::none) write_entry(a, s, sums, 1, 1);
+}
+
+template <typename T>
+RADDPO_HD void write_batch(const PolicyLossArgs<T>& a, const PolicySums& sums) {
+  const double counts[2] = {sums.of[a.aggregate == Aggregate::token ? kPolicyTokens : kPolicyRows],
+                            sums.of[kExpertTokens]};
+  double scales[2];
+  for (int i = 0; i < 2; ++i) {
+    const double given = a.divisors ? a.divisors[i] : a.divisor[i];
+    const double divisor = given > 0 ? given : counts[i] > 1 ? counts[i] : 1;
+    scales[i] = a.reduction == Reduction::mean ? 1 / divisor : 1;
+    a.scales[i] = static_cast<T>(scales[i]);
+  }
+  if (a.reduction != Reduction::none) write_entry(a, 0, sums, scales[0], scales[1]);
+  const double tokens = sums.of[kPolicyTokens] > 0 ? sums.of[kPolicyTokens] : 1;
+  a.clipped[0] = static_cast<T>(sums.of[kBelow] / tokens);
+  a.clipped[1] = static_cast<T>(sums.of[kAbove] / tokens);
+  a.approx_kl[0] = static_cast<T>(sums.of[kDrift] / tokens);
+}
+
+// The gradient of a token's log-prob in row i of group s.
+template <typename T>
+RADDPO_HD T gradient_of(const PolicyLossBackwardArgs<T>& a, const Session& v, std::int64_t s, std::int64_t i,
+                        std::int64_t level) {
+  const std::int64_t row = v.first + i, at = row * a.levels + level;
+  double value = static_cast<double>(a.scales[0]) * a.gradient[at];
+  if (i < v.positives && a.nll_weight > 0 && a.counted[s] && level < a.batch.lengths[row])
+    value -= a.nll_weight * a.scales[1] * (a.level_weights ? a.level_weights[level] : T(1));
+  return static_cast<T>(a.grad_loss[s * a.stride] * value);
+}
+
+}  // namespace raddpo

@@ -1,0 +1,155 @@
+"""policy_loss against the reference, and as an operator: autograd, torch.compile, accumulation."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.policy_cases import (
+    CORES,
+    Case,
+    assert_policy_close,
+    build_policy,
+    name_of,
+    policy_cases,
+    policy_options,
+    run,
+)
+from support.session_cases import on, settings_of_machine
+from torch import Tensor
+
+import raddpo_ext as rx
+from raddpo_ext import _C, reference
+
+CORE = pytest.mark.parametrize("core", CORES, ids=name_of)
+EVERYTHING: dict[str, Any] = dict.fromkeys(("old_logps", "ref_logps", "weights", "gates", "level_weights"), True)
+EVERYTHING |= {"kl_weight": 0.3, "nll_weight": 0.7, "protect": "positives"}
+
+
+@CORE
+@settings(max_examples=30)
+@given(st.data())
+def test_equals_the_reference(core: dict[str, Any], data: st.DataObject) -> None:
+    """Value, metrics and gradient, on every instruction set and number of threads; padding is NaN."""
+    case, options = data.draw(policy_cases((torch.float64, torch.float32))), data.draw(policy_options(core))
+    with on(data.draw(settings_of_machine())):
+        got = run(rx.policy_loss, case, options)
+    assert_policy_close(got, run(reference.policy_loss, case.to(torch.float64), options))
+    assert all(value.dtype == case.logps.dtype for value in got[0])
+
+
+@pytest.mark.parametrize("core", [CORES[1], CORES[2]], ids=name_of)
+def test_many_groups_on_two_threads(core: dict[str, Any]) -> None:
+    """More than one piece of work: the same bits."""
+    case = build_policy([(1, 15)] * 150 + [(2, 200)] + [(0, 1)] * 50, 4, seed=3)
+    results = []
+    for threads in (1, 2):
+        with on((_C.isa(), threads)):
+            results.append(run(rx.policy_loss, case, core | EVERYTHING))
+    (first, gradient), (second, other) = results
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    assert torch.equal(gradient, other)
+    plain = core | EVERYTHING | {"protect": "none"}
+    assert_policy_close(run(rx.policy_loss, case, plain), run(reference.policy_loss, case, plain))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("core", [c for c in CORES if c["objective"] in ("clip", "sapo")], ids=name_of)
+def test_gradcheck(core: dict[str, Any], reduction: str) -> None:
+    """Numerically, where the terms have no constants that depend on the log-probs."""
+    case = build_policy([(1, 3), (0, 2), (2, 1)], 3, seed=4)
+    options = core | {"old_logps": True, "ref_logps": True, "kl_weight": 0.3, "nll_weight": 0.7, "reduction": reduction}
+    arguments = case.arguments(options)
+    if core.get("ratio") == "sequence":
+        arguments["advantages"] = case.advantages  # GSPO-token holds part of the ratio constant
+        options["aggregate"] = "token"
+    logps = case.logps.nan_to_num(-1.0).requires_grad_()
+    torch.autograd.gradcheck(lambda x: rx.policy_loss(x, case.sessions, **arguments).loss, logps)
+
+
+def test_only_the_loss_has_a_gradient_and_only_one() -> None:
+    case = build_policy([(1, 3)], 2, seed=4)
+    logps = case.logps.nan_to_num(-1.0).requires_grad_()
+    output = rx.policy_loss(logps, case.sessions, case.advantages, nll_weight=1.0)
+    assert [value.requires_grad for value in output] == [True, *[False] * 6]
+    (gradient,) = torch.autograd.grad(output.loss, logps, create_graph=True)
+    with pytest.raises(RuntimeError, match="policy_loss has no second derivative"):
+        torch.autograd.grad(gradient.sum(), logps)
+    assert not rx.policy_loss(logps.detach(), case.sessions, case.advantages).loss.requires_grad
+    with torch.no_grad():
+        assert not rx.policy_loss(logps, case.sessions, case.advantages).loss.requires_grad
+    with pytest.raises(NotImplementedError, match="policy_loss does not work within vmap"):
+        torch.func.grad(lambda x: rx.policy_loss(x, case.sessions, case.advantages).loss)(logps.detach())
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
+def test_batches_add_up(aggregate: str) -> None:
+    """Parts with the counts of the whole as normalizer: accumulation and DDP."""
+    case = build_policy([(1, 5), (2, 3), (0, 4), (1, 0)], 3, seed=8)
+    options = EVERYTHING | {"aggregate": aggregate, "experts": "nll"}
+    whole, gradient = run(rx.policy_loss, case, options)
+    totals = run(rx.policy_loss, case, options | {"reduction": "sum"})[0]
+    counts = (totals.policy / whole.policy, totals.nll / whole.nll)
+    parts = []
+    for s in range(4):
+        keep = torch.arange(4) == s
+        sessions, rows = case.sessions.select(keep)
+        part = Case(sessions, *(getattr(case, name)[rows] for name in list(vars(case))[1:-1]), case.level_weights)
+        parts.append(run(rx.policy_loss, part, options | {"normalizer": counts}))
+    torch.testing.assert_close(sum(result.loss for result, _ in parts), whole.loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.cat([g for _, g in parts]), gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_advantages_of_any_float_type(dtype: torch.dtype) -> None:
+    case = build_policy([(1, 7), (0, 5)], 3, seed=1, dtype=torch.float32)
+    given = case.advantages.to(dtype)
+    got = rx.policy_loss(case.logps, case.sessions, given, gates=case.gates.to(dtype), weights=case.weights.to(dtype))
+    expected = rx.policy_loss(
+        case.logps,
+        case.sessions,
+        given.float(),
+        gates=case.gates.to(dtype).float(),
+        weights=case.weights.to(dtype).float(),
+    )
+    assert got.loss == expected.loss
+    assert got.loss.dtype == torch.float32
+
+
+def test_strided_tensors() -> None:
+    case = build_policy([(1, 7), (0, 5)], 3, seed=1)
+
+    def strided(values: Tensor) -> Tensor:
+        return torch.stack([values, -values], -1)[..., 0]
+
+    got = rx.policy_loss(
+        strided(case.logps), case.sessions, strided(case.advantages), old_logps=strided(case.old_logps)
+    )
+    assert got.loss == rx.policy_loss(case.logps, case.sessions, case.advantages, old_logps=case.old_logps).loss
+
+
+def test_compiles() -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    case = build_policy([(1, 7), (0, 5), (2, 0)], 3, seed=1, dtype=torch.float32)
+    logps = case.logps.nan_to_num(-1.0)
+    arguments = case.arguments({"old_logps": True, "nll_weight": 0.5})
+
+    def step(logps: Tensor) -> tuple[Tensor, Tensor]:
+        output = rx.policy_loss(logps * 2, case.sessions, **arguments)
+        return output.loss * 3, output.ratios + 0
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=False)
+    results = []
+    for function in (step, compiled):
+        leaf = logps.clone().requires_grad_()
+        loss, ratios = function(leaf)
+        loss.backward()
+        assert leaf.grad is not None
+        results.append((loss.detach(), ratios, leaf.grad))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
