@@ -126,6 +126,13 @@ def points(lab: SearchLab, answer: Answer) -> list[Cell]:
     return cells
 
 
+def starts(lab: SearchLab, answer: Answer) -> list[Cell]:
+    """SFT's cells in the world of an answer, a cell per shop that is asked."""
+    if not answer.world:
+        return [test(lab, "sft", shop, lab.scale.inits[0]) for shop in lab.scale.shops[: lab.scale.asked_on]]
+    return points(lab, next(a for a in answers() if (a.method, a.world) == ("sft", answer.world)))
+
+
 def _tune(lab: SearchLab, method: str, setting: dict[str, float], shop: int) -> Cell:
     args = {"method": method, "setting": setting, "shop": shop, "init": lab.scale.inits[0], "world": {}, "knobs": {}}
     text = "-".join(f"{name}{value:g}" for name, value in setting.items())

@@ -22,6 +22,23 @@ CURVES = (  # questions with numbers to put on an axis
     "positives",
 )
 
+LABELS = {
+    "sft_continued": "SFT continued, winner",
+    "sft_all_positives": "SFT continued, all clicks",
+    "dpo": "DPO",
+    "s_dpo": "S-DPO",
+    "simpo": "SimPO",
+    "simpo_all_negatives": "SimPO, all negatives",
+    "rad_dpo": "RAD-DPO",
+    "rad_dpo_no_sft": "RAD-DPO without SFT term",
+    "rad_dpo_no_tlgd": "RAD-DPO without TLGD",
+    "rad_dpo_no_rdrw": "RAD-DPO without RDRW",
+    "rad_dpo_no_positives": "RAD-DPO, winner alone in SFT term",
+    "rad_dpo_margins": "RAD-DPO, margins/reward",
+    "rad_dpo_each": 'RAD-DPO, positives="each"',
+    "rad_dpo_pooled": 'RAD-DPO, positives="pooled"',
+}
+
 
 def draw(rows: dict[str, dict[str, Any]], points: list[tuple[Answer, dict[str, Any]]], folder: Path) -> None:
     """``alignment-search.png`` and ``alignment-search-questions.png``."""
@@ -42,11 +59,13 @@ def _methods(rows: dict[str, dict[str, Any]]) -> plt.Figure:
         _point(gains, difference, place, colour)
         gains.plot(difference.shops, [place] * len(difference.shops), "|", color="0.6", markersize=7, zorder=0)
     gains.axvline(0, color="grey", linewidth=1)
-    gains.set_yticks(range(len(methods)), methods)
-    gains.set_xlabel(f"NDCG@10 by the truth, less SFT's ({rows['sft']['ndcg@10']:.3f}); 95 % interval, | each shop")
+    gains.set_yticks(range(len(methods)), [LABELS[method] for method in methods])
+    gains.set_title(f"gain in NDCG@10 over SFT ({rows['sft']['ndcg@10']:.3f})", fontsize=10)
+    gains.set_xlabel("95 % interval; | each shop")
     invalid.barh(range(len(methods)), [100 * rows[method]["invalid@10"] for method in methods], color=colours)
     invalid.axvline(100 * rows["sft"]["invalid@10"], color="grey", linewidth=1)
-    invalid.set_xlabel("% invalid of the best ten, without the index")
+    invalid.set_title("invalid without the index", fontsize=10)
+    invalid.set_xlabel("% of the best ten; line: SFT")
     return figure
 
 
@@ -66,7 +85,7 @@ def _questions(points: list[tuple[Answer, dict[str, Any]]]) -> plt.Figure:
             low = [difference.mean - difference.low for _, difference in line]
             high = [difference.high - difference.mean for _, difference in line]
             places = [place for place, _ in line]
-            axes.errorbar(places, means, yerr=[low, high], fmt="o-", capsize=3, color=colour, label=method)
+            axes.errorbar(places, means, yerr=[low, high], fmt="o-", capsize=3, color=colour, label=LABELS[method])
         axes.axhline(0, color="grey", linewidth=1)
         axes.set_xticks(range(len(values)), values, fontsize=8)
         axes.set_title(question, fontsize=10)

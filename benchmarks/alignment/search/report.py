@@ -109,8 +109,7 @@ def asked(lab: SearchLab) -> list[tuple[Answer, dict[str, Any]]]:
     """Every point of the questions, with its means and its change from SFT in the same world."""
     found = []
     for answer in grid.asked(lab):
-        start = grid.points(lab, Answer(answer.question, answer.value, "sft", world=answer.world))
-        cells = grid.points(lab, answer)
+        start, cells = grid.starts(lab, answer), grid.points(lab, answer)
         results = [lab.run(cell)["result"] for cell in cells]
         row: dict[str, Any] = {name: float(np.mean([r[name] for r in results])) for name in MEANS if name in results[0]}
         differences = [_values(lab, a, "ndcg") - _values(lab, b, "ndcg") for a, b in zip(cells, start, strict=True)]
