@@ -51,8 +51,12 @@ def answers() -> list[Answer]:
         found += [Answer("twins of the winner", f"{share:g}", method, {"twins": share}) for share in (0.3, 0.6)]
     for count, world in SIBLINGS.items():
         for method in ("sft", "rad_dpo", "rad_dpo_no_tlgd"):
-            found.append(Answer("siblings per prefix", str(count), method, world=world))
+            change = {} if method == "sft" else {"sft_weight": 1.0}
+            found.append(Answer("siblings per prefix", str(count), method, world=world, change=change))
     found += [Answer("SFT weight", f"{weight:g}", "rad_dpo", change={"sft_weight": weight}) for weight in WEIGHTS]
+    for weight in (0.0, 0.1, 1.0):
+        for method in ("rad_dpo", "rad_dpo_no_tlgd", "rad_dpo_no_rdrw"):
+            found.append(Answer("parts at one SFT weight", f"{weight:g}", method, change={"sft_weight": weight}))
     for share in (0.0, 0.3, 0.6):
         found.append(Answer("wrong orders", f"{share:g}", "rad_dpo", {"wrong_orders": share}))
     found.append(Answer("wrong orders", "clicks only", "rad_dpo", {"clicks_only": True}))
