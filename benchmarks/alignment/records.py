@@ -41,6 +41,7 @@ class Records:
 
     def __init__(self, cache: Path, results: Path, run: str, module: str) -> None:
         self.cache, self.results, self._run, self._module = cache, results, run, module
+        self._read: tuple[Any, dict[str, dict[str, Any]]] = (None, {})
 
     def config(self, cell: Cell) -> dict[str, Any]:
         """Everything that the cell's result depends on."""
@@ -79,8 +80,13 @@ class Records:
             results.write(self.results, {self._run: run})
 
     def _records(self) -> dict[str, dict[str, Any]]:
-        known = results.read(self.results).get(self._run, {"results": []})
-        return {record["cell"]: record for record in known["results"]}
+        """Read again only when the file is another one: every write replaces it."""
+        stat = self.results.stat() if self.results.exists() else None
+        version = stat and (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        if version is None or version != self._read[0]:
+            known = results.read(self.results).get(self._run, {"results": []})
+            self._read = version, {record["cell"]: record for record in known["results"]}
+        return self._read[1]
 
     def file(self, kind: str, config: dict[str, Any]) -> Path:
         """Of the cache."""
