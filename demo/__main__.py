@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--clicks", type=_positive, metavar="N", help="sessions that SFT learns from (default 20000)")
     parser.add_argument("--sessions", type=_positive, metavar="N", help="to align on (default 5000, with --data 8000)")
     parser.add_argument("--cases", type=_positive, metavar="N", help="reported on (default 1500, with --data 5000)")
-    parser.add_argument("--epochs", type=_positive, metavar="N", help="of SFT (default 8, with --data by its size)")
+    parser.add_argument("--epochs", type=_positive, metavar="N", help="of SFT (default 6, with --data by its size)")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 

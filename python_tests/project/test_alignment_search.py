@@ -72,8 +72,8 @@ def test_a_lost_cell_comes_back_the_same(lab: SearchLab) -> None:
 def test_another_constant_is_another_cell(lab: SearchLab) -> None:
     cell = grid.test(lab, "rad_dpo", 0, 0)
     other = cell._replace(args={**cell.args, "world": {"page": 6}})
-    assert lab.config(cell)["constants"]["page"] == 12
-    assert lab.config(other)["constants"]["page"] == 6
+    assert lab.config(cell)["constants"] != lab.config(other)["constants"]
+    assert lab.config(cell)["constants"] == lab.config(grid.sft(0, 0))["constants"]
 
 
 def test_the_tuned_setting_is_the_best_on_validation(lab: SearchLab) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -80,7 +82,7 @@ class SearchLab(Records):
         return SearchLab, (self.scale, self.cache.parent)
 
     def config(self, cell: Cell) -> dict[str, Any]:
-        """The constants and the definition of the method among it."""
+        """What it depends on, the method's definition and a digest of the shop's constants among it."""
         args = cell.args
         scale = asdict(self.scale)
         fields = ["epochs", "supervised"]
@@ -88,7 +90,7 @@ class SearchLab(Records):
             fields += ["aligned", "probes", "beams"]
             fields += {"tune": ["validation"], "test": ["queries", "free_beams"], "align": []}[cell.kind]
         constants, _ = _constants(args["world"])
-        config = {"kind": cell.kind, **args, **{name: scale[name] for name in fields}, "constants": asdict(constants)}
+        config = {"kind": cell.kind, **args, **{name: scale[name] for name in fields}, "constants": _digest(constants)}
         method = args.get("method", "sft")
         if method != "sft":
             config["definition"] = asdict(METHODS[method].method)
@@ -274,6 +276,10 @@ def _constants(world: dict[str, Any]) -> tuple[Constants, bool]:
     changes = dict(world)
     ragged = changes.pop("ragged", False)
     return Constants(**changes), ragged
+
+
+def _digest(constants: Constants) -> str:
+    return hashlib.sha256(json.dumps(asdict(constants), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _rng(shop: int, log: str) -> np.random.Generator:
