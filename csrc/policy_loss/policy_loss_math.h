@@ -162,7 +162,10 @@ RADDPO_HD void add_policy(const PolicyLossArgs<T>& a, const Session& v, std::int
   for (std::int32_t l = 0; l < length; ++l) {
     const Move token = move_of_token(a, begin + l);
     const double advantage = advantage_of(a, row, l);
-    const PolicyTerm term = term_of(a, a.ratio == Ratio::token ? token : whole, advantage);
+    const bool of_token = a.ratio == Ratio::token;  // member by member: a choice of structs is one of addresses
+    const Move move{of_token ? token.logp : whole.logp, of_token ? token.gap : whole.gap,
+                    of_token ? token.ratio : whole.ratio};
+    const PolicyTerm term = term_of(a, move, advantage);
     value += term.value;
     slopes += term.slope;
     if (a.gradient) a.gradient[begin + l] = static_cast<T>(weight * term.slope);
@@ -246,8 +249,8 @@ RADDPO_HD void write_group(const PolicyLossArgs<T>& a, std::int64_t s, bool coun
 
 template <typename T>
 RADDPO_HD void write_batch(const PolicyLossArgs<T>& a, const PolicySums& sums) {
-  const double counts[2] = {sums.of[a.aggregate == Aggregate::token ? kPolicyTokens : kPolicyRows],
-                            sums.of[kExpertTokens]};
+  const double rows = sums.of[kPolicyRows], tokens = sums.of[kPolicyTokens];
+  const double counts[2] = {a.aggregate == Aggregate::token ? tokens : rows, sums.of[kExpertTokens]};
   double scales[2];
   for (int i = 0; i < 2; ++i) {
     const double given = a.divisors ? a.divisors[i] : a.divisor[i];
@@ -256,10 +259,10 @@ RADDPO_HD void write_batch(const PolicyLossArgs<T>& a, const PolicySums& sums) {
     a.scales[i] = static_cast<T>(scales[i]);
   }
   if (a.reduction != Reduction::none) write_entry(a, 0, sums, scales[0], scales[1]);
-  const double tokens = sums.of[kPolicyTokens] > 0 ? sums.of[kPolicyTokens] : 1;
-  a.clipped[0] = static_cast<T>(sums.of[kBelow] / tokens);
-  a.clipped[1] = static_cast<T>(sums.of[kAbove] / tokens);
-  a.approx_kl[0] = static_cast<T>(sums.of[kDrift] / tokens);
+  const double count = tokens > 0 ? tokens : 1;
+  a.clipped[0] = static_cast<T>(sums.of[kBelow] / count);
+  a.clipped[1] = static_cast<T>(sums.of[kAbove] / count);
+  a.approx_kl[0] = static_cast<T>(sums.of[kDrift] / count);
 }
 
 // The gradient of a token's log-prob in row i of group s.

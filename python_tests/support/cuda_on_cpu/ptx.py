@@ -215,8 +215,8 @@ def _directive(kernel: Kernel, statement: str) -> list[str]:
             names += [f"{name}{i}" for i in range(int(count))] if count else [name]
         kernel.registers.update(dict.fromkeys(names, kind))
         return [f"{kind} {', '.join(map(_register, names))};"]
-    if match := re.fullmatch(r"\.shared \.align (\d+) \.b8 ([\w$]+)\[(\d+)\]", statement):
-        align, size = int(match[1]), int(match[3])
+    if match := re.fullmatch(r"\.shared \.align (\d+) \.[bu]8 ([\w$]+)(?:\[(\d+)\])?", statement):
+        align, size = int(match[1]), int(match[3] or 1)
         begin = -(-kernel.shared_bytes // align) * align
         kernel.symbols[match[2]] = f"u64({begin})"
         kernel.shared_bytes = begin + size
