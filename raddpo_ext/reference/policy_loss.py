@@ -48,7 +48,9 @@ def policy_loss(
     gated = plain if gates is None else plain * gates.to(logps).detach()
     old = (logps if old_logps is None else old_logps).detach()
     per_level = logps.new_ones(levels) if level_weights is None else torch.as_tensor(level_weights).to(logps)
-    policies, kls, nlls = [], [], []  # a sum per group
+    policies: list[Tensor] = []  # a sum per group, as the next two
+    kls: list[Tensor] = []
+    nlls: list[Tensor] = []
     num_rows = num_tokens = num_expert_tokens = below = above = 0
     drift = 0.0
     for s in range(sessions.num_sessions):
