@@ -82,7 +82,7 @@ class SearchLab(Records):
         return SearchLab, (self.scale, self.cache.parent)
 
     def config(self, cell: Cell) -> dict[str, Any]:
-        """What it depends on, the method's definition and a digest of the shop's constants among it."""
+        """What it depends on, with digests of the method's definition and of the shop's constants."""
         args = cell.args
         scale = asdict(self.scale)
         fields = ["epochs", "supervised"]
@@ -93,7 +93,7 @@ class SearchLab(Records):
         config = {"kind": cell.kind, **args, **{name: scale[name] for name in fields}, "constants": _digest(constants)}
         method = args.get("method", "sft")
         if method != "sft":
-            config["definition"] = asdict(METHODS[method].method)
+            config["definition"] = _digest(METHODS[method].method)
         return config
 
     def world(self, shop: int, world: dict[str, Any]) -> World:
@@ -278,8 +278,8 @@ def _constants(world: dict[str, Any]) -> tuple[Constants, bool]:
     return Constants(**changes), ragged
 
 
-def _digest(constants: Constants) -> str:
-    return hashlib.sha256(json.dumps(asdict(constants), sort_keys=True).encode()).hexdigest()[:16]
+def _digest(value: Constants | train.Method) -> str:
+    return hashlib.sha256(json.dumps(asdict(value), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _rng(shop: int, log: str) -> np.random.Generator:
