@@ -18,7 +18,7 @@ from benchmarks.alignment.data import Data, load
 from benchmarks.alignment.records import Cell, Records
 from benchmarks.alignment.sessions import Sessions
 from benchmarks.alignment.statistics import ndcg, pack
-from benchmarks.alignment.train import METHODS
+from benchmarks.alignment.train import METHODS, PARTS
 from benchmarks.harness.report import RESULTS, ROOT
 from demo.measure import invalid_shares, retrieve_freely
 
@@ -41,8 +41,9 @@ class Scale:
     next_beams: int = 20
     false_shares: tuple[float, ...] = (0.1, 0.25)
     resamples: int = 10_000
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[str, ...] = tuple(PARTS)
     settings: int | None = None  # tuned a method, None for all
+    wide: bool = False  # lower learning rates and betas; every method is tested
 
 
 class Lab(Records):
@@ -57,8 +58,8 @@ class Lab(Records):
     def __init__(self, folder: Path, scale: Scale, cache: Path = ROOT / ".alignment") -> None:
         self.folder, self.scale = folder, scale
         cache = cache / f"{folder.name}-{scale.name}"
-        full = scale.name == "full"
-        results = RESULTS / f"alignment-{folder.name}.jsonl" if full else cache / "results.jsonl"
+        kept = {"full": f"alignment-{folder.name}.jsonl", "wide": f"alignment-{folder.name}-wide.jsonl"}
+        results = RESULTS / kept[scale.name] if scale.name in kept else cache / "results.jsonl"
         super().__init__(cache, results, "alignment", "benchmarks.alignment")
 
     def __reduce__(self) -> Any:

@@ -30,12 +30,28 @@ QUICK = Scale(
     methods=("sft_all_positives", "s_dpo", "rad_dpo", "rad_dpo_no_tlgd", "rad_dpo_no_rdrw"),
     settings=2,
 )
+WIDE = Scale(
+    name="wide",
+    false_shares=(),
+    methods=(
+        "sft_continued",
+        "s_dpo",
+        "simpo",
+        "simpo_all_negatives",
+        "rad_dpo",
+        "rad_dpo_sft_weight_0.1",
+        "rad_dpo_no_sft",
+        "rad_dpo_no_rdrw",
+    ),
+    wide=True,
+)
+SCALES = {"full": Scale(), "wide": WIDE, "quick": QUICK}
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        lab = Lab(options.data, QUICK if options.quick else Scale())
+        lab = Lab(options.data, SCALES[options.scale])
         lab.data  # noqa: B018  read here, so that bad data is told of at once
     except (OSError, ValueError) as error:
         print(f"alignment: {error}", file=sys.stderr)
@@ -55,7 +71,12 @@ def run(lab: Lab, jobs: int = 1, only: str = "*") -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.alignment", description="The alignment experiment.")
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="a catalogue in LETTER's layout")
-    parser.add_argument("--quick", action="store_true", help="a small one, in ten minutes; its results are not kept")
+    scale = parser.add_mutually_exclusive_group()
+    scale.add_argument("--wide", dest="scale", action="store_const", const="wide", help="lower rates and betas")
+    scale.add_argument(
+        "--quick", dest="scale", action="store_const", const="quick", help="ten minutes; its results are not kept"
+    )
+    parser.set_defaults(scale="full")
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="cells at once, each on one thread (default 1)"
     )

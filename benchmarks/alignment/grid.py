@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from benchmarks.alignment.cells import Lab
 from benchmarks.alignment.records import Cell
 from benchmarks.alignment.statistics import Choice, choose, ndcg, unpack
-from benchmarks.alignment.train import METHODS
+from benchmarks.alignment.train import METHODS, SFT_WEIGHTS
 
 ARTICLE = "rad_dpo"  # negatives/loss/winner: the article's reading
 OBJECTIVES = ("rad_dpo", "rad_dpo_margins", "rad_dpo_negatives_reward", "rad_dpo_margins_loss")
 PROTECTIONS = ("rad_dpo", "rad_dpo_no_tlgd", "rad_dpo_protect_positives")
+SFT_TERMS = ("rad_dpo", *SFT_WEIGHTS)
+CANDIDATES = {"objective": OBJECTIVES, "protect": PROTECTIONS, "sft_weight": SFT_TERMS}
 REPORTED = (  # on the test, whatever is chosen
     "sft_continued",
     "sft_all_positives",
@@ -33,10 +35,12 @@ def stages(lab: Lab) -> Iterator[list[Cell]]:
     yield [Cell(f"sft-s{seed}", "sft", {"seed": seed}) for seed in scale.seeds]
     yield [Cell(f"mine-s{seed}", "mine", {"seed": seed}) for seed in scale.seeds]
     yield [cell for method in scale.methods for cell in tuning(lab, method)]
-    candidates = [method for method in (*OBJECTIVES, *PROTECTIONS[1:]) if method in scale.methods]
+    named = dict.fromkeys(method for methods in CANDIDATES.values() for method in methods)
+    candidates = [method for method in named if method in scale.methods]
     yield [validation(lab, method) for method in ("sft", *candidates)]
     chosen = {choice.chosen for choice in choices(lab).values()}
-    methods = ["sft", *(method for method in scale.methods if method in REPORTED or method in chosen)]
+    tested = set(scale.methods) if scale.wide else {*REPORTED, *chosen}
+    methods = ["sft", *(method for method in scale.methods if method in tested)]
     tests = [reporting(lab, method, seed, 0.0) for method in methods for seed in scale.seeds]
     noisy = [method for method in NOISY if method in scale.methods]
     yield tests + [
@@ -48,7 +52,7 @@ def tuning(lab: Lab, method: str) -> list[Cell]:
     seed = lab.scale.seeds[0]
     return [
         Cell(f"tune-{method}-{_text(setting)}", "tune", {"method": method, "setting": setting, "seed": seed})
-        for setting in METHODS[method].settings()[: lab.scale.settings]
+        for setting in METHODS[method].settings(lab.scale.wide)[: lab.scale.settings]
     ]
 
 
@@ -73,10 +77,12 @@ def tuned(lab: Lab, method: str) -> dict[str, float]:
 
 
 def choices(lab: Lab) -> dict[str, Choice]:
-    """What the rule makes the defaults: the objective (aggregation and weighting), and what is protected."""
+    """What the rule makes the defaults: aggregation and weighting, what is protected, the SFT weight."""
     chosen = {}
-    for name, candidates in (("objective", OBJECTIVES), ("protect", PROTECTIONS)):
+    for name, candidates in CANDIDATES.items():
         known = [method for method in candidates if method in lab.scale.methods]
+        if len(known) < 2:
+            continue
         records = {method: lab.run(validation(lab, method)) for method in known}
         scores = {method: ndcg(unpack(record["result"]["ranks"])) for method, record in records.items()}
         chosen[name] = choose(scores, ARTICLE, lab.scale.resamples)

@@ -13,13 +13,13 @@ GROUPS = {"winner": "winners", "positives": "further positives", "negatives": "n
 CURVES = ("sft_all_positives", "dpo", "s_dpo", "simpo", "rad_dpo", "rad_dpo_margins", "rad_dpo_no_tlgd")
 
 
-def draw(summary: dict[str, Any], folder: Path) -> None:
-    """``alignment-ndcg.png``, ``alignment-squeezing.png`` and ``alignment-false-negatives.png``."""
+def draw(summary: dict[str, Any], folder: Path, prefix: str = "alignment") -> None:
+    """``PREFIX-ndcg.png``, ``PREFIX-squeezing.png`` and, where there are any, ``PREFIX-false-negatives.png``."""
     folder.mkdir(parents=True, exist_ok=True)
-    save(_differences(summary["rows"]), folder / "alignment-ndcg.png")
-    save(_squeezing(summary), folder / "alignment-squeezing.png")
-    if summary["false_negatives"]:
-        save(_false_negatives(summary["false_negatives"]), folder / "alignment-false-negatives.png")
+    save(_differences(summary["rows"]), folder / f"{prefix}-ndcg.png")
+    save(_squeezing(summary), folder / f"{prefix}-squeezing.png")
+    if summary["scale"]["false_shares"]:
+        save(_false_negatives(summary["false_negatives"]), folder / f"{prefix}-false-negatives.png")
 
 
 def _differences(rows: dict[str, Any]) -> plt.Figure:

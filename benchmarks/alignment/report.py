@@ -20,14 +20,13 @@ DRIFT = ("winner", "positives", "negatives")
 
 
 def write(lab: Lab) -> None:
-    """Prints the tables and draws the plots; those of the full experiment go to the repository."""
-    full = lab.scale.name == "full"
-    figures = ROOT / "docs" / "figures" if full else lab.cache / "figures"
+    """Prints the tables and draws the plots; those of the full and the wide experiment go to the repository."""
+    figures = ROOT / "docs" / "figures" if lab.scale.name in ("full", "wide") else lab.cache / "figures"
     summary = summarise(lab)
     print("\n\n".join(tables(summary)))
     from benchmarks.alignment import plots as alignment_plots
 
-    alignment_plots.draw(summary, figures)
+    alignment_plots.draw(summary, figures, "alignment-wide" if lab.scale.wide else "alignment")
 
 
 def summarise(lab: Lab) -> dict[str, Any]:

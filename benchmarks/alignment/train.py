@@ -21,8 +21,10 @@ BATCH = 32
 WARM_UP = 0.1  # share of the steps
 CURVE = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # of the steps, after which the drift is measured
 LEARNING_RATES = (2e-5, 5e-5, 1e-4)
+LOWER_LEARNING_RATES = (5e-6, 1e-5, 2e-5)  # of the wide grid
 GROUPS = ("winner", "positives", "negatives")  # whose drift is measured
 SFT_LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4)  # as many settings for methods without a beta
+LOWER_SFT_LEARNING_RATES = (1e-6, 2e-6, 5e-6)  # of the wide grid, beside those
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,13 @@ class Method:
     reference: bool = False
     weighted: bool = True
 
-    def settings(self) -> list[dict[str, float]]:
+    def settings(self, wide: bool) -> list[dict[str, float]]:
+        """The grid; the wide one goes on where the narrow one's best setting was its lowest."""
         if not self.betas:
-            return [{"lr": lr} for lr in SFT_LEARNING_RATES]
-        return [{"lr": lr, "beta": beta} for lr in LEARNING_RATES for beta in self.betas]
+            return [{"lr": lr} for lr in (*(LOWER_SFT_LEARNING_RATES if wide else ()), *SFT_LEARNING_RATES)]
+        rates = LOWER_LEARNING_RATES if wide else LEARNING_RATES
+        betas = (self.betas[0] / 5, *self.betas) if wide else self.betas
+        return [{"lr": lr, "beta": beta} for lr in rates for beta in betas]
 
 
 def _rad_dpo(**options: Any) -> dict[str, Any]:
@@ -57,7 +62,7 @@ def _rad_dpo(**options: Any) -> dict[str, Any]:
 _SUPERVISED: dict[str, Any] = {"betas": (), "negatives": 0, "weighted": False}
 _REFERENCE: dict[str, Any] = {"betas": (0.1, 1.0), "positives": 1, "reference": True, "weighted": False}
 
-METHODS: dict[str, Method] = {
+PARTS: dict[str, Method] = {
     "sft_continued": Method({}, positives=1, **_SUPERVISED),
     "sft_all_positives": Method({}, **_SUPERVISED),
     "dpo": Method(rx.PRESETS["dpo"], negatives=1, **_REFERENCE),
@@ -75,6 +80,11 @@ METHODS: dict[str, Method] = {
     "rad_dpo_each": Method(_rad_dpo(positives="each")),
     "rad_dpo_pooled": Method(_rad_dpo(positives="pooled")),
 }
+SFT_WEIGHTS = {
+    "rad_dpo_sft_weight_0.1": Method(_rad_dpo(sft_weight=0.1)),
+    "rad_dpo_no_sft": Method(_rad_dpo(sft_weight=0.0)),
+}
+METHODS = {**PARTS, **SFT_WEIGHTS}
 
 
 def align(
