@@ -55,7 +55,7 @@ def everything(folder: Path) -> list[Tensor]:
         found += [index.add(SIDS[:2]).data, index.discard([3]).items]
         for normalize in ("vocab", "level", "trie"):
             step = lambda tokens, parents, level: LOGITS[:, None].expand(2, tokens.shape[1], 40)  # noqa: E731
-            search = {"batch_size": 2, "beam_width": 4, "normalize": normalize}
+            search = {"batch_size": 2, "beam_width": 4, "normalize": normalize, "return_token_logps": True}
             found += rx.beam_search(step, index, **search, top_k=6, length_penalty=0.5)
             states = lambda tokens, parents, level: HIDDEN[:2, :1].expand(2, tokens.shape[1], 8)  # noqa: E731
             found += rx.beam_search(states, index, **search, weight=WEIGHT)

@@ -67,6 +67,9 @@ def test_replays_equal_eager_searches(tape: type[Tape], name: str, attention: st
         assert_same(got, eager.retrieve(*call))
     assert tape.replays == len(results)
     assert len(captured._graphs._graphs) == 1
+    got, expected = (way.retrieve(*calls()[0], return_token_logps=True) for way in (captured, eager))
+    assert got.token_logps is not None
+    torch.testing.assert_close(got.token_logps, expected.token_logps, **close("model"))
 
 
 def test_a_graph_for_each_shape(tape: type[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,6 +227,9 @@ def test_no_value_is_needed(name: str, attention: str, normalize: str) -> None:
                     normalize=normalize,
                     length_penalty=0.7,
                     top_k=top_k,
+                    skip_forced=False,
+                    return_token_logps=True,
                 )
-            assert [tuple(part.shape) for part in got] == [(3, rows := top_k or 12), (3, rows), (3, rows, 3)]
+            rows = top_k or 12
+            assert [tuple(part.shape) for part in got] == [(3, rows), (3, rows), (3, rows, 3), (3, rows, 3)]
             assert {part.device.type for part in got} == {"meta"}

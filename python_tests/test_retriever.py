@@ -438,6 +438,32 @@ def test_on_step_shows_the_beams():
     assert torch.equal(index.paths(states[-1].nodes)[0], got.sids)
 
 
+@pytest.mark.parametrize("name", ["qwen3", "mistral", "t5"])  # beams that share the prompt, and one row per beam
+def test_forced_tails_do_not_run_the_model(name):
+    """A catalogue in which the first two codes decide, so that the model runs twice for SIDs of four tokens."""
+    codes = torch.cartesian_prod(torch.arange(6), torch.arange(6))
+    sids = torch.cat([codes, codes.sum(1, keepdim=True)], 1)
+    index = rx.TrieIndex.build(sids, vocab=rx.SIDVocab([6, 6, 12], offset=FIRST, eos=EOS))
+    model, calls = make_model(name), []
+    retriever = rx.SIDRetriever(model, index, beam_width=5, normalize="trie")
+    expected = retriever.retrieve(*prompts(), top_k=3, return_token_logps=True)
+    last = (model.get_decoder() or model).layers[-1] if name != "t5" else model.decoder.block[-1]
+    last.register_forward_hook(lambda *_: calls.append(1))
+    got = retriever.retrieve(*prompts(), top_k=3, skip_forced=True, return_token_logps=True)
+    assert len(calls) == 2
+    assert all(map(torch.equal, got, expected))
+    assert (got.token_logps[..., 2:] == 0).all()
+    torch.testing.assert_close(got.token_logps.sum(2), got.scores, **close("beam_search"))
+
+
+def test_skip_forced_says_what_it_needs():
+    retriever = rx.SIDRetriever(make_model("qwen3"), make_index(300), beam_width=4, cuda_graph=True, normalize="trie")
+    with pytest.raises(ValueError, match="skip_forced = True needs cuda_graph = False"):
+        retriever.retrieve(*prompts(), skip_forced=True)
+    with pytest.raises(ValueError, match="skip_forced = True needs normalize = 'trie', got 'vocab'"):
+        rx.SIDRetriever(make_model("qwen3"), make_index(300), beam_width=4).retrieve(*prompts(), skip_forced=True)
+
+
 def test_the_prompt_is_encoded_once():
     model, calls = make_model("t5"), []
     model.encoder.register_forward_hook(lambda module, args, output: calls.append(len(output[0])))

@@ -133,23 +133,30 @@ class ToyModel:
         self, catalogue: Catalogue, normalize: str, length_penalty: float
     ) -> list[dict[tuple[int, ...], float]]:
         """The float64 score of every SID for each query, ``{codes: score}``, without a trie."""
+        return [
+            {sid: sum(logps) / len(logps) ** length_penalty for sid, logps in query.items()}
+            for query in self.token_log_probs(catalogue, normalize)
+        ]
+
+    def token_log_probs(self, catalogue: Catalogue, normalize: str) -> list[dict[tuple[int, ...], list[float]]]:
+        """The float64 log-prob of every token of every SID for each query, ``{codes: log-probs}``, without a trie."""
         tokens = catalogue.tokens()
         followers: dict[tuple[int, ...], set[int]] = {}
         for path in tokens:
             for level, token in enumerate(path):
                 followers.setdefault(path[:level], set()).add(token)
-        scores: list[dict[tuple[int, ...], float]] = []
+        found: list[dict[tuple[int, ...], list[float]]] = []
         for query in range(self.tables.shape[1]):
-            scores.append({})
+            found.append({})
             for sid, path in zip(catalogue.codes(), tokens, strict=True):
-                history, total = torch.tensor(0), 0.0
+                history, logps = torch.tensor(0), []
                 for level, token in enumerate(path):
                     row = self.tables[level, query, history].double()
                     support = _support(catalogue, normalize, level, followers[path[:level]], len(row))
-                    total += float(row[token] - row[support].logsumexp(0))
+                    logps.append(float(row[token] - row[support].logsumexp(0)))
                     history = self.advance(history, torch.tensor(token))
-                scores[-1][sid] = total / len(path) ** length_penalty
-        return scores
+                found[-1][sid] = logps
+        return found
 
 
 def _support(catalogue: Catalogue, normalize: str, level: int, followers: set[int], columns: int) -> list[int]:
@@ -173,7 +180,7 @@ def assert_search_agrees(
     for query, score_of in enumerate(scores):
         rows = [
             (score, tuple(code for code in sid if code >= 0), item)
-            for item, score, sid in zip(*(column[query].tolist() for column in got), strict=True)
+            for item, score, sid in zip(*(column[query].tolist() for column in got[:3]), strict=True)
             if item >= 0
         ]
         offered = [item for items in items_of.values() for item in items] if top_k else list(items_of)

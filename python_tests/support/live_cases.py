@@ -78,6 +78,7 @@ def assert_same_search(index: rx.TrieIndex, built: rx.TrieIndex, catalogue: Cata
     width = (1, 3, 1000)[seed // 6 % 3]
     options: dict[str, Any] = {"batch_size": 2, "beam_width": width, "top_k": (None, 5)[seed // 18 % 2]}
     options["length_penalty"] = (0.0, 0.7)[seed // 36 % 2]
+    options["return_token_logps"] = True
     tables = make(index.levels, 2, catalogue.columns, dtype, seed).tables
     hidden = torch.randn(index.levels, 2, 17, 4, generator=generator).to(dtype)
     weight = torch.randn(catalogue.columns, 4, generator=generator).to(dtype)

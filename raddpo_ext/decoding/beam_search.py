@@ -26,6 +26,9 @@ class BeamResult(NamedTuple):
         items: int64 ``[B, R]``.
         scores: float32 ``[B, R]``, divided by ``length ** length_penalty``.
         sids: int64 ``[B, R, L]`` codes, padded with -1.
+        token_logps: float32 ``[B, R, L]`` log-probs of the SID's tokens, 0 on padding, with one more column if the
+            vocabulary has an ``eos``; None unless they were asked for. Each is a difference of two of the beam's
+            float32 sums.
 
     Example:
         >>> scores = torch.tensor([[-0.5, -torch.inf]])
@@ -37,6 +40,7 @@ class BeamResult(NamedTuple):
     items: Tensor
     scores: Tensor
     sids: Tensor
+    token_logps: Tensor | None = None
 
 
 def beam_search(
@@ -52,6 +56,8 @@ def beam_search(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     logit_softcap: float | None = None,
+    skip_forced: bool = False,
+    return_token_logps: bool = False,
     on_step: Callable[[int, BeamState], None] | None = None,
     check: bool = False,
 ) -> BeamResult:
@@ -65,7 +71,7 @@ def beam_search(
             ``[B, W, H]``. At level 0 ``tokens`` is ``[B, 1]`` of -1 and ``parents`` is 0. Later both come from the
             last step: ``parents`` are slots of the same query in the previous call; use them to reorder a KV cache.
             Tokens are -1 in finished and empty slots, whose logits are ignored. Called once per level,
-            ``index.levels`` times.
+            ``index.levels`` times, or less often with ``skip_forced``.
         index: the catalogue.
         batch_size: ``B``.
         beam_width: one width, or one per call. A list may be as long as the vocabulary has levels, including ``eos``,
@@ -74,6 +80,10 @@ def beam_search(
         top_k: return this many items per query; a SID of several items is repeated for each of them. Default: one row
             per SID of the last width, with its first item. A ``top_k`` above the last width warns.
         weight, bias, temperature, logit_softcap: the language model's head, see :func:`linear_beam_step`.
+        skip_forced: stop calling ``step_fn`` once no live beam has a choice left, that is, once each of them begins one
+            SID only. Needs ``normalize="trie"``, under which a child without siblings has log-prob 0: the result is
+            the same to the bit, unless the model would have returned NaN or infinite logits. Synchronises on CUDA.
+        return_token_logps: also return the log-prob of each token.
         on_step: called with each level and the state after it: the surviving beams, best first. A beam that is in no
             ``parents`` of the next state was dropped.
 
@@ -102,6 +112,7 @@ def beam_search(
         raise ValueError(
             "bias, temperature and logit_softcap need weight: without weight, step_fn returns final logits"
         )
+    check_skip_forced(skip_forced, normalize)
     return head_beam_search(
         step_fn,
         index,
@@ -111,6 +122,8 @@ def beam_search(
         normalize=normalize,
         length_penalty=length_penalty,
         top_k=top_k,
+        skip_forced=skip_forced,
+        return_token_logps=return_token_logps,
         on_step=on_step,
         check=check,
     )
@@ -126,24 +139,61 @@ def head_beam_search(
     normalize: str,
     length_penalty: float,
     top_k: int | None,
+    skip_forced: bool,
+    return_token_logps: bool,
     on_step: Callable[[int, BeamState], None] | None = None,
     check: bool = False,
 ) -> BeamResult:
     """:func:`beam_search` with checked widths, one per level. Without a head ``step_fn`` returns logits."""
     options: dict[str, Any] = {"normalize": normalize, "length_penalty": length_penalty, "check": check}
     state = BeamState.start(index, batch_size)
+    token_logps = state.scores.new_zeros((*state.scores.shape, index.most_levels)) if return_token_logps else None
+    forced = False
     for level, width in enumerate(beam_width):
-        output = step_fn(state.tokens, state.parents, level)
-        if head is None:
+        before = state
+        forced = forced or (skip_forced and rest_is_forced(state, index))
+        if forced:
+            # All logits give the same log-prob, 0.
+            columns = max(index.max_tokens) + 1
+            output = state.scores.new_zeros(columns).expand(*state.scores.shape, columns)
+            state = beam_step(output, state, index, width, **options)
+        elif head is None:
+            output = step_fn(state.tokens, state.parents, level)
             # A model with one head per level may have fewer columns than the whole vocabulary.
             if isinstance(output, Tensor) and output.dim() == 3:
                 check_level_columns(output, index, level)
             state = beam_step(output, state, index, width, **options)
         else:
+            output = step_fn(state.tokens, state.parents, level)
             state = head_beam_step(output, head, state, index, width, level=level, **options)
+        if token_logps is not None:
+            token_logps = _followed(token_logps, before, state, level)
         if on_step is not None:
             on_step(level, state)
-    return _result(state, index, length_penalty, top_k)
+    return _result(state, index, length_penalty, top_k, token_logps)
+
+
+def check_skip_forced(skip_forced: bool, normalize: str) -> None:
+    if skip_forced and normalize != "trie":
+        raise ValueError(f"skip_forced = True needs normalize = 'trie', got {normalize!r}")
+
+
+def rest_is_forced(state: BeamState, index: TrieIndex) -> bool:
+    """Whether no beam has a choice left: at most one child, that has at most one child, and so on. Synchronises."""
+    nodes = state.nodes
+    while len(nodes):
+        first, count = index.child_ranges(nodes)
+        if bool((count > 1).any()):
+            return False
+        nodes = index.nodes_at(first[count == 1])
+    return True
+
+
+def _followed(token_logps: Tensor, before: BeamState, state: BeamState, level: int) -> Tensor:
+    """The log-probs of each beam's tokens, one step on: those of its parent, and the level's."""
+    token_logps = token_logps.gather(1, state.parents[..., None].expand(-1, -1, token_logps.shape[2]))
+    token_logps[..., level] = state.scores - before.scores.gather(1, state.parents)
+    return token_logps.masked_fill((state.nodes < 0)[..., None], 0.0)
 
 
 def check_top_k(top_k: int | None, width: int, index: TrieIndex) -> None:
@@ -158,7 +208,9 @@ def check_top_k(top_k: int | None, width: int, index: TrieIndex) -> None:
         )
 
 
-def _result(state: BeamState, index: TrieIndex, length_penalty: float, top_k: int | None) -> BeamResult:
+def _result(
+    state: BeamState, index: TrieIndex, length_penalty: float, top_k: int | None, token_logps: Tensor | None
+) -> BeamResult:
     """Turn the beams after the last step into rows of SIDs, or of ``top_k`` items."""
     # Scores, divided by the lengths.
     sids, depths = index.paths(state.nodes)
@@ -169,7 +221,7 @@ def _result(state: BeamState, index: TrieIndex, length_penalty: float, top_k: in
     # One row per SID, with its first item.
     if top_k is None:
         items = torch.where(count > 0, index.items_at(first), -1)
-        return BeamResult(items, scores, sids)
+        return BeamResult(items, scores, sids, token_logps)
     # One row per item. Item k of a query is in the first beam at which the running sum of items exceeds k.
     ends = count.cumsum(1)
     rank = torch.arange(top_k, device=scores.device).expand(len(scores), top_k).contiguous()
@@ -178,6 +230,9 @@ def _result(state: BeamState, index: TrieIndex, length_penalty: float, top_k: in
     beam = beam.clamp(max=scores.shape[1] - 1)
     position = first.gather(1, beam) + rank - (ends - count).gather(1, beam)
     items = torch.where(found, index.items_at(torch.where(found, position, 0)), -1)
-    sids = sids.gather(1, beam[..., None].expand(-1, -1, sids.shape[2]))
+    sids = sids.gather(1, beam[..., None].expand(-1, -1, sids.shape[2])).masked_fill(~found[..., None], -1)
+    if token_logps is not None:
+        token_logps = token_logps.gather(1, beam[..., None].expand(-1, -1, token_logps.shape[2]))
+        token_logps = token_logps.masked_fill(~found[..., None], 0.0)
     scores = torch.where(found, scores.gather(1, beam), -math.inf)
-    return BeamResult(items, scores, torch.where(found[..., None], sids, -1))
+    return BeamResult(items, scores, sids, token_logps)

@@ -132,7 +132,7 @@ class _Graph:
         for buffer, given in zip(self._inputs, inputs, strict=True):
             buffer.copy_(given, non_blocking=True)
         self._graph.replay()
-        return BeamResult(*(part.clone() for part in self._result))
+        return BeamResult(*(None if part is None else part.clone() for part in self._result))
 
 
 class SearchGraphs:

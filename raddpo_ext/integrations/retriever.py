@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from raddpo_ext import _check
-from raddpo_ext.decoding.beam_search import BeamResult, check_top_k, head_beam_search
+from raddpo_ext.decoding.beam_search import BeamResult, check_skip_forced, check_top_k, head_beam_search
 from raddpo_ext.decoding.beam_step import BeamState
 from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.integrations.base_model import (
@@ -144,6 +144,8 @@ class SIDRetriever:
         top_k: int | None = None,
         *,
         index: TrieIndex | None = None,
+        skip_forced: bool = False,
+        return_token_logps: bool = False,
         on_step: Callable[[int, BeamState], None] | None = None,
     ) -> BeamResult:
         """Return the best items of each prompt.
@@ -156,18 +158,21 @@ class SIDRetriever:
             index: search this index in this call, and leave :attr:`index` as it is. It may be a filtered one
                 (``retriever.index.restrict(item_mask)``) or any other whose token ids are the model's. Calls from
                 several threads may each use another one.
+            skip_forced: stop running the model once each live beam begins one SID only; needs ``normalize="trie"``
+                and no ``cuda_graph``. The result is the same, see :func:`raddpo_ext.beam_search`.
+            return_token_logps: also return the log-prob of each token.
             on_step: see :func:`raddpo_ext.beam_search`.
 
         Returns:
             :class:`raddpo_ext.BeamResult`: ``items`` int64 ``[B, R]``, ``scores`` float32 ``[B, R]``, ``sids`` int64
-            ``[B, R, L]``, best first; ``R`` is ``top_k``, or the last width.
+            ``[B, R, L]``, best first, and ``token_logps``; ``R`` is ``top_k``, or the last width.
 
         Raises:
             ValueError: a prompt has no token or a token id that the model lacks; a prompt with its SID exceeds
                 ``config.max_position_embeddings``, or the SID crosses the length beyond which the model's rope changes;
                 a tensor is on another device than the index; the model is in training mode, where dropout would make
-                the result random; or the model or the prompts do not allow ``shared_prefix=True`` or
-                ``cuda_graph=True``.
+                the result random; ``skip_forced=True`` without its needs; or the model or the prompts do not allow
+                ``shared_prefix=True`` or ``cuda_graph=True``.
             TypeError: a tensor does not hold integers, or a search cannot use the model: it has no KV cache, or one
                 that cannot be reordered by beam.
         """
@@ -181,7 +186,16 @@ class SIDRetriever:
         prompts, mask = self._check_prompts(input_ids, attention_mask, index)
         widths = self._widths(index)
         check_top_k(top_k, widths[-1], index)
-        options: dict[str, Any] = {"normalize": self.normalize, "length_penalty": self.length_penalty, "top_k": top_k}
+        check_skip_forced(skip_forced, self.normalize)
+        if skip_forced and self._graphs is not None:
+            raise ValueError("skip_forced = True needs cuda_graph = False: a graph runs the model at every level")
+        options: dict[str, Any] = {
+            "normalize": self.normalize,
+            "length_penalty": self.length_penalty,
+            "top_k": top_k,
+            "skip_forced": skip_forced,
+            "return_token_logps": return_token_logps,
+        }
         # The search, from a graph or step by step.
         if self._graphs is not None and on_step is None:
             return self._replay(prompts, mask, index, widths, options)
