@@ -130,14 +130,15 @@ def _about_negatives(check: SessionCheck) -> Iterator[tuple[str, str]]:
         )
     yield (
         "exposure",
-        "A log does not say which negatives were shown and passed over. Only these carry a user's choice; "
-        "docs/alignment.md says what was measured with which negatives.",
+        "A log does not say which negatives were shown and passed over. Only these carry a user's choice: on the "
+        "search shop of docs/alignment.md eight of them gained .022 NDCG@10, and eight random ones .003.",
     )
     if check.false_negatives.share >= FALSE_NEGATIVES:
         yield (
             "false_negatives",
             f"{_percent(check.false_negatives.share)} of the negatives are positives of another session with the same "
-            "prompt. They are likely false negatives, and teach against what other sessions teach: remove them.",
+            "prompt. They are likely false negatives, and teach against what other sessions teach: remove them. On the "
+            "search shop of docs/alignment.md 30 % of them took the gain from .022 to .014 NDCG@10.",
         )
 
 
