@@ -1,12 +1,10 @@
 // One query's beams, in order: log-sum-exp of the row, then the children's scores while the row is still in cache.
 // No log-prob is above 0, so a beam whose own score does not reach the threshold is passed over unread.
 #include "../common/log_sum_exp.inl"
+#include "live_beams.inl"
 
 namespace raddpo::RADDPO_ISA {
 namespace {
-
-constexpr int kChunk = 128;  // children scored between two looks at the threshold
-constexpr int kGroup = 16;   // beams whose children are looked up at once
 
 template <typename D, typename Symbol>
 struct Step {
@@ -14,28 +12,10 @@ struct Step {
   const TrieView& t;
   Best& best;
 
-  RADDPO_HD void push(const Candidate& candidate) {
-    best.list[best.count++] = candidate;
-    if (best.count == best.capacity) trim(best);
-  }
-
   // No score up to this has a key above the threshold: a cheap test before the exact one, which divides.
   RADDPO_HD float lowest_score(float factor) const {
     const float score = best.threshold * factor;
     return score - 1e-6f * std::fabs(score);
-  }
-
-  // Columns of n symbols of a level.
-  RADDPO_HD void columns_of(int level, const Symbol* symbols, std::int64_t n, std::int32_t* out) const {
-    if (in_sequence(a, level)) {
-      const std::int32_t first = first_column(a, level);
-#pragma omp simd
-      for (std::int64_t i = 0; i < n; ++i) out[i] = first + static_cast<std::int32_t>(symbols[i]);
-    } else {
-      const std::int32_t* tokens = t.tokens + t.table[level];
-#pragma omp simd
-      for (std::int64_t i = 0; i < n; ++i) out[i] = tokens[static_cast<std::int32_t>(symbols[i])];
-    }
   }
 
   // Adds the logits in n columns.
@@ -60,7 +40,7 @@ struct Step {
     } else {
       std::int32_t columns[kChunk];
       for (LiveChunks<Symbol, kChunk> chunk(t, children); chunk.next();) {
-        columns_of(level, chunk.symbols, chunk.size, columns);
+        columns_of(a, level, chunk.symbols, chunk.size, columns);
         add_gathered(s, row, columns, chunk.size);
       }
     }
@@ -75,7 +55,7 @@ struct Step {
     float scores[kChunk];
     for (LiveChunks<Symbol, kChunk> chunk(t, children); chunk.next();) {
       const int size = chunk.size;
-      columns_of(level, chunk.symbols, size, columns);
+      columns_of(a, level, chunk.symbols, size, columns);
       float most = -INFINITY;
 #pragma omp simd reduction(max : most)
       for (int i = 0; i < size; ++i) {
@@ -93,51 +73,25 @@ struct Step {
       for (int h = 0; h < num_hits; ++h) {
         const int i = hits[h];
         const float key = scores[i] / factor;
-        if (key > best.threshold) push({key, scores[i], beam, token_of(t, level, chunk.symbols[i]), chunk.node(i)});
+        if (key > best.threshold)
+          push(best, {key, scores[i], beam, token_of(t, level, chunk.symbols[i]), chunk.node(i)});
       }
     }
-  }
-
-  struct Beam {
-    std::int64_t node;
-    float score;
-    int level;
-    Range children;
-  };
-
-  // Looks up the next beams' children together, so that their cache misses overlap one another and the rows' reading.
-  RADDPO_HD int look_up(std::int64_t first, std::int64_t end, Beam* beams) const {
-    const int count = static_cast<int>(end - first < kGroup ? end - first : kGroup);
-    for (int i = 0; i < count; ++i) {
-      Beam& b = beams[i];
-      b = {a.nodes[first + i], a.scores[first + i], 0, {0, 0}};
-      if (!(b.score > -INFINITY) || !is_node(t, b.node)) {
-        b.score = -INFINITY;
-        continue;
-      }
-      b.level = depth_of(t, b.node);
-      b.children = children_of(t, b.node);
-      if (t.live_nodes.bits) __builtin_prefetch(t.live_nodes.bits + b.children.first / 64);
-      const auto* symbols = static_cast<const Symbol*>(t.symbols) + b.children.first;
-      for (std::int64_t at = 0; at < b.children.count && at < kChunk; at += 64 / sizeof(Symbol))
-        __builtin_prefetch(symbols + at);
-    }
-    return count;
   }
 
   RADDPO_HD void run(std::int64_t query, std::int64_t begin, std::int64_t end) {
     const auto* logits = static_cast<const typename D::T*>(a.logits) + query * a.stride_batch;
-    Beam beams[kGroup];
+    LiveBeam beams[kGroup];
     for (std::int64_t first = begin; first < end; first += kGroup) {
-      const int count = look_up(query * a.width + first, query * a.width + end, beams);
+      const int count = look_up<Symbol>(a, query * a.width + first, query * a.width + end, beams);
       for (int i = 0; i < count; ++i) {
-        const Beam& b = beams[i];
+        const LiveBeam& b = beams[i];
         const bool leaf = b.children.count == 0;
         const float bound = b.score / a.length_factor[leaf ? b.level : b.level + 1];
         if (!(bound > best.threshold)) continue;
         const auto slot = static_cast<std::int32_t>(first + i);
         if (leaf)
-          push({bound, b.score, slot, -1, b.node});
+          push(best, {bound, b.score, slot, -1, b.node});
         else if (has_columns(a, b.level))
           expand(logits + slot * a.stride_beam, slot, b.score, b.level, b.children,
                  a.lse ? a.lse + query * a.width + slot : nullptr);

@@ -97,15 +97,7 @@ def beam_step(
     # Shapes, types and devices are always checked, values only where reading them is free or asked for.
     support = check_state(logits, "logits", state, index, normalize, length_penalty)
     _check.width(beam_width, "beam_width")
-    if check:
-        _check_values(logits, state, index)
-    cheap = logits.device.type == "cpu" and not torch.compiler.is_compiling()  # a graph cannot depend on values
-    # Fewer columns than the largest token id are right if no beam of this step needs them.
-    if logits.shape[2] <= max(index.max_tokens) and (check or cheap):
-        _check_columns(logits, state, index)
-    # The kernels read rows of any stride, but within a row consecutive logits.
-    if logits.stride(2) != 1:
-        logits = logits.contiguous()
+    logits = checked_logits(logits, state, index, check)
     return BeamState(
         *torch.ops.raddpo.beam_step(
             logits,
@@ -152,6 +144,18 @@ def check_state(
     if normalize == "level" and index.vocab is None:
         raise ValueError("normalize = 'level' needs an index built with a vocab")
     return support
+
+
+def checked_logits(logits: Tensor, state: BeamState, index: TrieIndex, check: bool) -> Tensor:
+    """Check the values and columns of a step's logits; returns them with a contiguous last dimension."""
+    if check:
+        _check_values(logits, state, index)
+    cheap = logits.device.type == "cpu" and not torch.compiler.is_compiling()  # a graph cannot depend on values
+    # Fewer columns than the largest token id are right if no beam of this step needs them.
+    if logits.shape[2] <= max(index.max_tokens) and (check or cheap):
+        _check_columns(logits, state, index)
+    # The kernels read rows of any stride, but within a row consecutive logits.
+    return logits if logits.stride(2) == 1 else logits.contiguous()
 
 
 def is_extended(state: BeamState, index: TrieIndex) -> Tensor:

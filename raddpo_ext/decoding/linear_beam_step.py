@@ -93,21 +93,11 @@ def head_beam_step(
 ) -> BeamState:
     """:func:`linear_beam_step` with a checked head."""
     # Check the arguments.
-    _check_hidden(hidden, head)
+    check_hidden(hidden, head)
     refuse_transforms("linear_beam_step", hidden, head.weight, head.bias)
     support = check_state(hidden, "hidden", state, index, normalize, length_penalty)
     _check.width(beam_width, "beam_width")
-    level = _checked_level(level, state, index)
-    if len(head.weight) <= index.max_tokens[level]:
-        raise ValueError(
-            f"weight must have more than {index.max_tokens[level]} rows, the level's largest token id, got shape "
-            f"{tuple(head.weight.shape)}"
-        )
-    if check:
-        bad = hidden.isnan().any(2) & is_extended(state, index)
-        if bool(bad.any()):
-            query, beam = bad.nonzero()[0].tolist()
-            raise ValueError(f"hidden[{query}, {beam}] holds NaN")
+    level = checked_level(hidden, head, state, index, level, check)
     # On a GPU, "vocab" computes all logits, as its log-sum-exp needs them anyway.
     scores, nodes = state.scores.contiguous(), state.nodes.contiguous()
     tail = (beam_width, support, length_penalty)
@@ -116,11 +106,7 @@ def head_beam_step(
         return _step_of_all_logits(hidden, head, scores, nodes, index, queries, tail)
     # Otherwise compute the level's logits or only the children's, and under "vocab" the log-sum-exp apart.
     rows = hidden.reshape(-1, hidden.shape[2])
-    if normalize == "level" or _level_is_cheaper(rows, index, level):
-        level_head = head.rows(index.level_tokens(level))
-        logits = level_head.transform_(level_head.product(rows))
-    else:
-        logits = _child_logits(rows, head, scores, nodes, index, level)
+    logits = level_logits(rows, head, scores, nodes, index, level, whole=normalize == "level")
     lse = _vocab_lse(rows, head) if normalize == "vocab" else None
     return BeamState(
         *torch.ops.raddpo.beam_step(
@@ -133,6 +119,19 @@ def head_beam_step(
             *tail,
         )
     )
+
+
+def level_logits(
+    rows: Tensor, head: Head, scores: Tensor, nodes: Tensor, index: TrieIndex, level: int, *, whole: bool = False
+) -> Tensor:
+    """Logits ``[N, columns]`` of a level's symbols, for rows of hidden states ``[N, H]``: all of them if ``whole``.
+
+    Otherwise at least those of each beam's children.
+    """
+    if whole or _level_is_cheaper(rows, index, level):
+        head = head.rows(index.level_tokens(level))
+        return head.transform_(head.product(rows))
+    return _child_logits(rows, head, scores, nodes, index, level)
 
 
 def _child_logits(rows: Tensor, head: Head, scores: Tensor, nodes: Tensor, index: TrieIndex, level: int) -> Tensor:
@@ -209,8 +208,25 @@ def _vocab_lse(hidden: Tensor, head: Head) -> Tensor:
     return parts.logsumexp(0)
 
 
-def _checked_level(level: int | None, state: BeamState, index: TrieIndex) -> int:
-    """The level of the beams: as given, or read from the state."""
+def checked_level(
+    hidden: Tensor, head: Head, state: BeamState, index: TrieIndex, level: int | None, check: bool
+) -> int:
+    """The level of the beams, as given or read from the state, after checking that the head has its tokens."""
+    level = _given_level(level, state, index)
+    if len(head.weight) <= index.max_tokens[level]:
+        raise ValueError(
+            f"weight must have more than {index.max_tokens[level]} rows, the level's largest token id, got shape "
+            f"{tuple(head.weight.shape)}"
+        )
+    if check:
+        bad = hidden.isnan().any(2) & is_extended(state, index)
+        if bool(bad.any()):
+            query, beam = bad.nonzero()[0].tolist()
+            raise ValueError(f"hidden[{query}, {beam}] holds NaN")
+    return level
+
+
+def _given_level(level: int | None, state: BeamState, index: TrieIndex) -> int:
     if level is None:
         return _level_of(state, index)
     if not 0 <= _check.integer(level, "level") < index.levels:
@@ -226,7 +242,7 @@ def _level_of(state: BeamState, index: TrieIndex) -> int:
     return levels[0] if levels else 0
 
 
-def _check_hidden(hidden: Tensor, head: Head) -> None:
+def check_hidden(hidden: Tensor, head: Head) -> None:
     """Check the states: their type and shape, and that they fit the head."""
     if _check.float_tensor(hidden, "hidden", LOGIT_TYPES).dim() != 3:
         raise ValueError(f"hidden must have 3 dimensions, got shape {tuple(hidden.shape)}")
