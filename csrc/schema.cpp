@@ -9,6 +9,11 @@ STABLE_TORCH_LIBRARY(raddpo, m) {
       "int level, int "
       "beam_width, int normalize, float length_penalty) -> (Tensor scores, Tensor tokens, Tensor parents, Tensor "
       "nodes)");
+  // keys [B], seed one number; csrc/sample_step/sample_step.h.
+  m.def(
+      "sample_step(Tensor logits, Tensor scores, Tensor perturbed, Tensor nodes, Tensor keys, Tensor seed, Tensor "
+      "trie, Tensor header, Tensor? live, int level, int beam_width, float scale, bool replacement) -> (Tensor scores, "
+      "Tensor tokens, Tensor parents, Tensor nodes, Tensor perturbed, Tensor logps)");
   // Logits [N, columns] of the children of beams at one level; csrc/child_logits/child_logits.h.
   m.def(
       "child_logits(Tensor hidden, Tensor weight, Tensor? bias, Tensor scores, Tensor nodes, Tensor trie, Tensor "

@@ -97,6 +97,11 @@ SEARCH: dict[str, tuple[Callable[[Tensor], Tensor], Tensor, str]] = {
         HIDDEN[:1, :1].float(),
         "linear_beam_step",
     ),
+    "sample_step": (
+        lambda x: rx.sample_step(x, rx.SampleState.start(INDEX, 1), INDEX, 2, seed=0).scores,
+        LOGITS[:1, :1].float(),
+        "sample_step",
+    ),
     "beam_search": (
         lambda x: (
             rx.beam_search(

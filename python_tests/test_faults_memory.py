@@ -71,6 +71,7 @@ found = {
     "TrieIndex.load": lambda: rx.TrieIndex.load(path),
     "TrieIndex.lookup": lambda: index.lookup(sids),
     "beam_step": lambda: rx.beam_step(torch.zeros(2, 1, 256), state, index, 10**5),
+    "sample_step": lambda: rx.sample_step(torch.zeros(2, 1, 256), rx.SampleState.start(index, 2), index, 10**5, seed=0),
     "beam_search": lambda: rx.beam_search(
         lambda tokens, parents, level: torch.zeros(*tokens.shape, 256), index, batch_size=2, beam_width=30_000
     ),

@@ -14,6 +14,9 @@ def search(index: rx.TrieIndex) -> None:
     torch.ops.raddpo.trie_check(index.data, 2)
     state = rx.BeamState.start(index, 2)
     rx.beam_step(torch.randn(2, 1, 6), state, index, 3)
+    draws = {"batch_size": 2, "samples": 3, "seed": 0}
+    rx.sample_search(lambda tokens, *_: torch.randn(*tokens.shape, 6), index, **draws)
+    rx.sample_search(lambda tokens, *_: torch.randn(*tokens.shape, 6), index, **draws, replacement=True)
     hidden, weight = torch.randn(2, 1, 4), torch.randn(6, 4)
     for normalize in ("vocab", "level", "trie"):  # at the root, where every column is a child's: all are written
         rx.linear_beam_step(hidden, weight, state, index, 3, normalize=normalize, level=0)

@@ -48,6 +48,7 @@ def calls() -> dict[str, Call]:
             hidden[:1, :1], weight, rx.BeamState.start(index, 1), index, 2, bias=torch.zeros(12), normalize="vocab"
         )
         rx.beam_step(torch.randn(1, 2, 12), state, index, 2)
+        rx.sample_step(torch.randn(1, 1, 12), rx.SampleState.start(index, 1), index, 2, seed=0)
         index.paths(state.nodes)
         index.item_ranges(state.nodes)
         index.items_at(torch.zeros(1, dtype=torch.int64))

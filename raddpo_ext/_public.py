@@ -10,6 +10,8 @@ from raddpo_ext.decoding import row_lse as _row_lse  # noqa: F401  its fake kern
 from raddpo_ext.decoding.beam_search import BeamResult, beam_search
 from raddpo_ext.decoding.beam_step import BeamState, beam_step
 from raddpo_ext.decoding.linear_beam_step import linear_beam_step
+from raddpo_ext.decoding.sample_search import SampleResult, sample_search
+from raddpo_ext.decoding.sample_step import SampleState, sample_step
 from raddpo_ext.index.catalogue_store import CatalogueStore, CatalogueVersion
 from raddpo_ext.index.id_map import IdMap
 from raddpo_ext.index.item_tokens import history_prompts, item_tokens
@@ -45,6 +47,8 @@ __all__ = [
     "RADDPOOutput",
     "SIDRetriever",
     "SIDVocab",
+    "SampleResult",
+    "SampleState",
     "SessionBatch",
     "SessionLossOutput",
     "SimilarityWeighting",
@@ -68,6 +72,8 @@ __all__ = [
     "read_sids",
     "reference",
     "rewards",
+    "sample_search",
+    "sample_step",
     "token_logps",
     "write_sessions",
 ]

@@ -20,6 +20,8 @@ TOLERANCE = {
     ("row_lse", F32): Tolerance(1e-6, 2e-6),
     ("beam_step", F32): Tolerance(1e-6, 4e-6),
     ("beam_search", F32): Tolerance(2e-6, 1e-5),
+    ("sample_step", F32): Tolerance(2e-6, 2e-5),
+    ("sample_search", F32): Tolerance(2e-6, 4e-5),
     ("token_logps", F32): Tolerance(1e-6, 4e-6),
     ("token_logps.lse", F32): Tolerance(1e-6, 2e-6),
     ("token_logps.grad", F32): Tolerance(1e-5, 1e-6),
