@@ -65,7 +65,7 @@ def assert_plain(model: Any, prompts: tuple[Tensor, Tensor], **options: Any) -> 
 
 
 def shares(retriever: rx.SIDRetriever, prompts: tuple[Tensor, Tensor]) -> bool:
-    return retriever._find_ways(prompts[1], retriever.index).shared
+    return retriever._find_ways(prompts[1], retriever.index, retriever._widths(retriever.index)).shared
 
 
 @pytest.mark.parametrize(

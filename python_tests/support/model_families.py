@@ -238,7 +238,7 @@ def search(model: Any) -> tuple[Ways, float]:
     padded, and of each by itself."""
     ids, mask = prompts()
     retriever = rx.SIDRetriever(model, rx.TrieIndex.build(SIDS, vocab=CODES), beam_width=16)
-    ways, error = retriever._find_ways(mask, retriever.index), 0.0
+    ways, error = retriever._find_ways(mask, retriever.index, retriever._widths(retriever.index)), 0.0
     alone = [row[real == 1][None] for row, real in zip(ids, mask, strict=True)]
     expected = torch.cat([plain(model, row)[None] for row in alone])
     together = retriever.retrieve(ids, mask, top_k=len(SIDS))

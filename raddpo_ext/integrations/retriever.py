@@ -12,6 +12,8 @@ from torch import Tensor
 from raddpo_ext import _check
 from raddpo_ext.decoding.beam_search import BeamResult, check_skip_forced, check_top_k, head_beam_search
 from raddpo_ext.decoding.beam_step import BeamState
+from raddpo_ext.decoding.sample_search import SampleResult, head_sample_search, sample_width
+from raddpo_ext.decoding.sample_step import SampleState, checked_noise
 from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.integrations.base_model import (
     base_model,
@@ -177,13 +179,7 @@ class SIDRetriever:
                 that cannot be reordered by beam.
         """
         # Arguments.
-        if self.model.training:
-            raise ValueError("model is in training mode, call model.eval() before retrieving")
-        if index is None:
-            index = self.index
-        else:
-            self._check_index(index)
-        prompts, mask = self._check_prompts(input_ids, attention_mask, index)
+        prompts, mask, index = self._checked(input_ids, attention_mask, index)
         widths = self._widths(index)
         check_top_k(top_k, widths[-1], index)
         check_skip_forced(skip_forced, self.normalize)
@@ -199,14 +195,78 @@ class SIDRetriever:
         # The search, from a graph or step by step.
         if self._graphs is not None and on_step is None:
             return self._replay(prompts, mask, index, widths, options)
-        decoder = self._decoder(prompts, mask, index)
+        decoder = self._decoder(prompts, mask, index, widths)
         return head_beam_search(
             decoder, index, decoder.head, batch_size=len(prompts), beam_width=widths, on_step=on_step, **options
         )
 
-    def _decoder(self, prompts: Tensor, mask: Tensor, index: TrieIndex) -> Decoder:
-        """The model with these prompts, in the fastest way that gives its own logits."""
-        ways = self._find_ways(mask, index)
+    @torch.no_grad()
+    def sample(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        samples: int,
+        seed: int,
+        replacement: bool = False,
+        temperature: float = 1.0,
+        *,
+        keys: Tensor | None = None,
+        index: TrieIndex | None = None,
+        on_step: Callable[[int, SampleState], None] | None = None,
+    ) -> SampleResult:
+        """Draw SIDs for each prompt from the model's distribution over the catalogue, for policy training.
+
+        The model is run as in :meth:`retrieve`, each prompt once. The retriever's ``beam_width``, ``normalize`` and
+        ``length_penalty`` play no part: draws are from the softmax over the trie, at ``temperature``. They are not
+        captured in a CUDA graph.
+
+        Args:
+            input_ids, attention_mask, index: see :meth:`retrieve`.
+            samples, seed, replacement, keys, on_step: see :func:`raddpo_ext.sample_search`.
+            temperature: divides the model's logits.
+
+        Returns:
+            :class:`raddpo_ext.SampleResult` with ``samples`` rows per prompt.
+
+        Raises:
+            ValueError, TypeError: as :meth:`retrieve` and :func:`raddpo_ext.sample_search`.
+        """
+        # Arguments.
+        prompts, mask, index = self._checked(input_ids, attention_mask, index)
+        width = sample_width(samples, replacement, index)
+        noise = checked_noise(seed, keys, len(prompts), index)
+        _check.positive(temperature, "temperature")
+        # The search. The model's head has a temperature of its own.
+        decoder = self._decoder(prompts, mask, index, [width] * index.levels)
+        head = decoder.head
+        if head is not None:
+            head = head._replace(temperature=head.temperature * temperature)
+        return head_sample_search(
+            decoder,
+            index,
+            head,
+            noise,
+            samples=samples,
+            replacement=replacement,
+            temperature=temperature,
+            on_step=on_step,
+        )
+
+    def _checked(
+        self, input_ids: Tensor, attention_mask: Tensor | None, index: TrieIndex | None
+    ) -> tuple[Tensor, Tensor, TrieIndex]:
+        """Check the model's mode, the prompts and the index of a call; returns prompts, mask and index."""
+        if self.model.training:
+            raise ValueError("model is in training mode, call model.eval() before retrieving")
+        if index is None:
+            index = self.index
+        else:
+            self._check_index(index)
+        return *self._check_prompts(input_ids, attention_mask, index), index
+
+    def _decoder(self, prompts: Tensor, mask: Tensor, index: TrieIndex, widths: list[int]) -> Decoder:
+        """The model with these prompts, in the fastest way that gives its own logits. ``widths``: of each step."""
+        ways = self._find_ways(mask, index, widths)
         kind = SharedPrefixDecoder if ways.shared else ways.kind(self.model)
         pad = pad_right if self.model.config.is_encoder_decoder else pad_left
         prompts, mask = pad(prompts, mask)
@@ -223,7 +283,7 @@ class SIDRetriever:
         from raddpo_ext.integrations.graphed import CapturedDecoder, check_capturable
 
         check_capturable(self.model)
-        model, head = self.model, self._head(self._find_ways(mask, index))
+        model, head = self.model, self._head(self._find_ways(mask, index, widths))
         prompts, mask = pad_left(prompts, mask, self._multiple())
 
         def search(prompts: Tensor, mask: Tensor, *live: Tensor) -> BeamResult:
@@ -236,7 +296,7 @@ class SIDRetriever:
         key = (prompts.shape, id(index.data), len(live), *widths, *options.values())
         return self._graphs.run(key, search, model, prompts, mask, *live)
 
-    def _find_ways(self, mask: Tensor, index: TrieIndex) -> Ways:
+    def _find_ways(self, mask: Tensor, index: TrieIndex, widths: list[int]) -> Ways:
         """The ways to run the model with these prompts; raises if a requested way is not possible."""
         # What a short probe allows, once per model.
         if self._ways is None:
@@ -245,7 +305,7 @@ class SIDRetriever:
         lengths = mask.sum(1)
         self._check_rope(changing_rope(base), lengths, index)
         tokens, steps = int(lengths.max()), index.levels - 1
-        fed = self._widths(index)[:-1]
+        fed = widths[:-1]
         # What the settings' windows allow. Beams that share a prompt attend to all of it, even beyond a sliding window,
         # and their slots in the cache add up.
         unit = self._multiple()
