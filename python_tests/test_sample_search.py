@@ -20,6 +20,7 @@ from torch import Tensor
 
 import raddpo_ext as rx
 from raddpo_ext import reference
+from raddpo_ext.decoding.beam_search import rest_is_forced
 
 LEAVES = [[0, 0], [0, 1], [0, 2], [1, 0], [1, 3], [2, 2], [2, 3], [3, 1], [3, 3]]
 TABLE = torch.tensor(
@@ -89,6 +90,28 @@ def test_equals_reference(
     assert_scores_close(got.token_logps.sum(2)[found], got.logps[found], "sample_search")
     assert found.sum(1).tolist() == [min(samples, index.num_sids)] * 2 or replacement
     assert (got.counts.sum(1) == samples).all() or not replacement
+
+
+@settings(max_examples=25)
+@given(catalogues(most_items=30), st.integers(0, 2**32 - 1), st.integers(1, 40), st.booleans())
+def test_forced_levels_need_no_model(catalogue: Catalogue, seed: int, samples: int, replacement: bool) -> None:
+    """The same draws to the bit; the model runs as long as some SID in the beams shares its prefix with another."""
+    index = rx.TrieIndex.build(**catalogue.arguments())
+    model = model_of(catalogue, index, 2, seed)
+    options = {"batch_size": 2, "samples": samples, "seed": seed, "replacement": replacement}
+    states: list[rx.SampleState] = []
+    expected = rx.sample_search(model(), index, on_step=lambda level, state: states.append(state), **options)
+    levels: list[int] = []
+    step = model()
+    got = rx.sample_search(
+        lambda tokens, parents, level: (levels.append(level), step(tokens, parents, level))[1],
+        index,
+        skip_forced=True,
+        **options,
+    )
+    assert all(map(torch.equal, got, expected))
+    free = [index.num_sids > 1] + [not rest_is_forced(state, index) for state in states[:-1]]
+    assert levels == list(range(sum(free)))
 
 
 @pytest.mark.parametrize("samples", [1, 2, 3])

@@ -153,10 +153,7 @@ def head_beam_search(
         before = state
         forced = forced or (skip_forced and rest_is_forced(state, index))
         if forced:
-            # All logits give the same log-prob, 0.
-            columns = max(index.max_tokens) + 1
-            output = state.scores.new_zeros(columns).expand(*state.scores.shape, columns)
-            state = beam_step(output, state, index, width, **options)
+            state = beam_step(forced_logits(state, index), state, index, width, **options)
         elif head is None:
             output = step_fn(state.tokens, state.parents, level)
             # A model with one head per level may have fewer columns than the whole vocabulary.
@@ -187,6 +184,12 @@ def rest_is_forced(state: BeamState, index: TrieIndex) -> bool:
             return False
         nodes = index.nodes_at(first[count == 1])
     return True
+
+
+def forced_logits(state: BeamState, index: TrieIndex) -> Tensor:
+    """Logits in place of the model's where each beam has at most one child: any finite ones give the log-prob 0."""
+    columns = max(index.max_tokens) + 1
+    return state.scores.new_zeros(columns).expand(*state.scores.shape, columns)
 
 
 def _followed(token_logps: Tensor, before: BeamState, state: BeamState, level: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raddpo_ext import _check
+from raddpo_ext.decoding.beam_search import forced_logits, rest_is_forced
 from raddpo_ext.decoding.beam_step import check_level_columns
 from raddpo_ext.decoding.sample_step import (
     Noise,
@@ -76,6 +77,7 @@ def sample_search(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     logit_softcap: float | None = None,
+    skip_forced: bool = False,
     on_step: Callable[[int, SampleState], None] | None = None,
     check: bool = False,
 ) -> SampleResult:
@@ -104,6 +106,8 @@ def sample_search(
         normalize: only ``"trie"``, see :func:`sample_step`.
         weight, bias, logit_softcap: the language model's head, see :func:`linear_beam_step`. Only the logits of
             children are computed.
+        skip_forced: stop calling ``step_fn`` once each live beam begins one SID only; the same draws, see
+            :func:`beam_search`. Synchronises on CUDA.
         on_step: called with each level and the state after it, whose ``perturbed`` holds counts with replacement.
         check: see :func:`beam_step`.
 
@@ -138,6 +142,7 @@ def sample_search(
         samples=samples,
         replacement=replacement,
         temperature=temperature,
+        skip_forced=skip_forced,
         on_step=on_step,
         check=check,
     )
@@ -159,6 +164,7 @@ def head_sample_search(
     replacement: bool,
     temperature: float,
     width: int | None = None,
+    skip_forced: bool = False,
     on_step: Callable[[int, SampleState], None] | None = None,
     check: bool = False,
 ) -> SampleResult:
@@ -172,9 +178,11 @@ def head_sample_search(
     if replacement:
         state = replace(state, perturbed=torch.full_like(state.perturbed, samples))
     token_logps = state.logps.new_zeros(*state.logps.shape, index.most_levels)
+    forced = False
     for level in range(index.levels):
-        output = step_fn(state.tokens, state.parents, level)
-        if head is None:
+        forced = forced or (skip_forced and rest_is_forced(state, index))
+        output = forced_logits(state, index) if forced else step_fn(state.tokens, state.parents, level)
+        if head is None or forced:
             # A model with one head per level may have fewer columns than the whole vocabulary.
             if isinstance(output, Tensor) and output.dim() == 3:
                 check_level_columns(output, index, level)

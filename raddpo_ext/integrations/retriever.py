@@ -212,6 +212,7 @@ class SIDRetriever:
         *,
         keys: Tensor | None = None,
         index: TrieIndex | None = None,
+        skip_forced: bool = False,
         on_step: Callable[[int, SampleState], None] | None = None,
     ) -> SampleResult:
         """Draw SIDs for each prompt from the model's distribution over the catalogue, for policy training.
@@ -222,7 +223,7 @@ class SIDRetriever:
 
         Args:
             input_ids, attention_mask, index: see :meth:`retrieve`.
-            samples, seed, replacement, keys, on_step: see :func:`raddpo_ext.sample_search`.
+            samples, seed, replacement, keys, skip_forced, on_step: see :func:`raddpo_ext.sample_search`.
             temperature: divides the model's logits.
 
         Returns:
@@ -249,6 +250,7 @@ class SIDRetriever:
             samples=samples,
             replacement=replacement,
             temperature=temperature,
+            skip_forced=skip_forced,
             on_step=on_step,
         )
 
