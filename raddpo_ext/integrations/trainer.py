@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import io
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +16,10 @@ from raddpo_ext._files import replacing
 from raddpo_ext.data.pack_sessions import PackedSessions
 from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.index.vocab import SIDVocab
-from raddpo_ext.integrations.adapters import StartValues, add_adapters, has_adapters, refuse_adapters, verify_adapters
-from raddpo_ext.integrations.base_model import base_model, context, logits_map
-from raddpo_ext.integrations.data_checks import check_rows, check_vocabulary
-from raddpo_ext.integrations.retriever import SIDRetriever
+from raddpo_ext.integrations.base_model import base_model, logits_map
 from raddpo_ext.integrations.session_collator import SessionCollator
-from raddpo_ext.integrations.session_data import SessionDataTrainer
 from raddpo_ext.integrations.session_objective import METRICS, ROWS, SessionObjective
-from raddpo_ext.integrations.session_retrieval import retrieval_names, retrieval_rows
-from raddpo_ext.integrations.session_states import accept_sessions, check_lengths, verify_packing
+from raddpo_ext.integrations.session_trainer import SessionTrainer
 from raddpo_ext.integrations.trainer_config import RADDPOConfig
 from raddpo_ext.losses.similarity_weighting import SimilarityWeighting
 
@@ -34,7 +27,7 @@ _logger = logging.get_logger(__name__)
 _WEIGHTING_FILE = "similarity_weighting.pt"
 
 
-class RADDPOTrainer(SessionDataTrainer):
+class RADDPOTrainer(SessionTrainer):
     """Trains a language model on sessions by RAD-DPO; everything else is as in ``transformers.Trainer``.
 
     The loss is normalized over the whole batch, across accumulated batches and ranks, so the trained model does not
@@ -83,9 +76,9 @@ class RADDPOTrainer(SessionDataTrainer):
         1
     """
 
+    METRICS = METRICS
     args: RADDPOConfig
     objective: SessionObjective
-    loss_is_scaled_for_ga = True  # the normalizer counts all accumulated batches
 
     def __init__(
         self,
@@ -103,85 +96,38 @@ class RADDPOTrainer(SessionDataTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
-        # Options and arguments.
         args = RADDPOConfig(output_dir="tmp_trainer") if args is None else args
         _check.instance(args, "args", RADDPOConfig)
-        if args.deepspeed:
-            raise ValueError("args.deepspeed must be None: use FSDP2 to shard the model (fsdp='full_shard')")
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"args.n_gpu must be at most 1, got {args.n_gpu}: start one process per GPU, with torchrun"
-            )
-        if index is not None:
-            _check.instance(index, "index", TrieIndex)
-            vocab = index.vocab if vocab is None else vocab
-        # The model: refuse what cannot be trained on packed sessions.
-        if peft_config is not None:
-            model = add_adapters(model, peft_config)
-        is_adapted = has_adapters(model)
-        if is_adapted:
-            refuse_adapters(model)
-        inner = base_model(model)
-        if args.disable_dropout:
-            _disable_dropout(model)
-        if inner.device.type != "meta":  # FSDP may load the weights on rank 0 only
-            verify_packing(model)
-            if is_adapted:
-                verify_adapters(accept_sessions(model))
-        # The reference: copied before training changes the model.
-        if ref_model is None and args.use_reference and not is_adapted:
-            ref_model = copy.deepcopy(model)
-        needs_start = ref_model is None and args.use_reference
-        if needs_start and inner.device.type == "meta":
-            raise ValueError(
-                "ref_model must be given with args.use_reference if a rank's model is on the meta device, got None"
-            )
-        # The data: a sample of rows is collated and looked up now, so that a mismatch shows before training.
-        if data_collator is None:
-            data_collator = _collator(inner, args, vocab, processing_class)
-        check_vocabulary(vocab, index, inner.get_input_embeddings().weight.shape[0], processing_class)
-        self._check_rows = partial(
-            check_rows,
-            collator=data_collator,
-            vocab=vocab,
-            index=index,
-            need_index=args.normalize == "trie",
-            check_packed=partial(check_lengths, inner),  # a sharded model cannot be checked
-        )
-        self._check_rows({"train_dataset": train_dataset, "eval_dataset": eval_dataset})
         super().__init__(
-            model=model,
-            args=args,
+            model,
+            args,
+            use_reference=args.use_reference,
+            need_index=args.normalize == "trie",
+            ref_model=ref_model,
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            compute_metrics=self._evaluation_metrics,
+            peft_config=peft_config,
+            index=index,
+            vocab=vocab,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        # What the steps and the evaluations need.
-        accept_sessions(self.model)
-        self.ref_model = ref_model
-        self._start = StartValues(model) if needs_start else None
-        if ref_model is not None:
-            if has_adapters(ref_model):
-                refuse_adapters(ref_model)
-            accept_sessions(ref_model).requires_grad_(False).eval().to(args.device)
-        self.index = None if index is None else index.to(args.device)
-        self._retriever: SIDRetriever | None = None  # made by the first evaluation
         weighting = SimilarityWeighting(args.similarity_window) if args.similarity_weighting else None
         self.objective = SessionObjective(
             weighting,
             normalize=args.normalize,
-            vocab=vocab,
+            vocab=index.vocab if vocab is None and index is not None else vocab,
             index=self.index if args.normalize == "trie" else None,
-            **logits_map(inner),
+            **logits_map(base_model(self.model)),
             **args.loss_options,
         ).to(args.device)
-        self._sums = torch.zeros(len(METRICS), 2, dtype=torch.float64, device=args.device)
         if weighting is not None:
             self.add_callback(_Commit(weighting))
+
+    def _collator(self, args: RADDPOConfig, options: dict[str, Any], index: TrieIndex | None) -> SessionCollator:
+        return SessionCollator(layout=args.layout, embeddings=args.similarity_weighting, **options)
 
     # The loss
 
@@ -218,38 +164,7 @@ class RADDPOTrainer(SessionDataTrainer):
         reduced: Tensor = self.accelerator.reduce(counts, reduction="sum")
         return reduced.clamp(min=1)
 
-    @torch.no_grad()
-    def _ref_logps(self, model: nn.Module, packed: PackedSessions) -> Tensor | None:
-        """The reference's token log-probs ``[C, L]``, or None without a reference."""
-        if self.ref_model is not None:
-            logps: Tensor = self.ref_model(packed=packed, compute=self.objective.logps)
-            return logps
-        if self._start is None:
-            return None
-        # The model with its start values is the reference.
-        was_training = model.training
-        model.eval()  # no dropout in the reference
-        with self._start(self.accelerator.unwrap_model(model, keep_torch_compile=False)):
-            logps = model(packed=packed, compute=self.objective.logps)
-        model.train(was_training)
-        return logps
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Overridden to add the metrics of the batches since the last log."""
-        if "loss" in logs and self.is_in_train:
-            totals, weights = self.accelerator.reduce(self._sums, reduction="sum").unbind(1)
-            means = (totals / torch.where(weights > 0, weights, 1)).tolist()
-            logs |= dict(zip(METRICS, means, strict=True))
-            self._sums.zero_()
-        super().log(logs, start_time)
-
     # The evaluation
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Overridden to check the rows of a data set that is given to ``evaluate``."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            self._check_rows({"eval_dataset": eval_dataset})
-        return super().get_eval_dataloader(eval_dataset)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -262,25 +177,12 @@ class RADDPOTrainer(SessionDataTrainer):
             ref_logps = self._ref_logps(model, packed)
             rows = model(packed=packed, compute=self.objective.rows, ref_logps=ref_logps)
             if self.index is not None and not prediction_loss_only:
-                if self._retriever is None:
-                    unwrapped = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-                    self._retriever = SIDRetriever(unwrapped, self.index, beam_width=self.args.eval_beam_width)
-                found = retrieval_rows(self._retriever, packed, inputs.get("items"), self.args.eval_ks)
-                rows = torch.cat((rows, found), 1)
+                rows = torch.cat((rows, self._retrieved(model, packed, inputs.get("items"))), 1)
         # The loop gathers predictions from all ranks. It computes metrics only if there are labels.
         return None, rows, torch.zeros_like(rows[:, :1])
 
     def _evaluation_metrics(self, prediction: Any) -> dict[str, float]:
-        """The metrics of an evaluation, from the predictions of all rows: float64 ``[rows, 2 * metrics]``."""
-        totals = prediction.predictions.sum(0).reshape(-1, 2)
-        names = [*ROWS]
-        if len(totals) > len(names):
-            names += retrieval_names(self.args.eval_ks)
-        metrics = {
-            name: float(total / max(weight, 1))
-            for name, (total, weight) in zip(names, totals, strict=True)
-            if weight > 0 or not name.startswith(("sid_", "item_"))
-        }
+        metrics = self._means_of_rows(prediction.predictions, ROWS)
         return {"loss": metrics["preference"] + self.args.sft_weight * metrics["sft"], **metrics}
 
     # The checkpoint
@@ -318,31 +220,3 @@ class _Commit(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.weighting.commit()
-
-
-def _collator(model: Any, args: RADDPOConfig, vocab: SIDVocab | None, tokenizer: Any) -> SessionCollator:
-    """The collator of these options for this model."""
-    config = model.config.get_text_config(decoder=True)
-    pad_token_id = getattr(tokenizer, "pad_token_id", None)
-    window = None if model.config.is_encoder_decoder else context(config)
-    return SessionCollator(
-        layout=args.layout,
-        pad_token_id=(config.pad_token_id or 0) if pad_token_id is None else pad_token_id,
-        pad_to_multiple_of=args.pad_to_multiple_of,
-        max_length=window if args.max_length is None else args.max_length,
-        vocab=vocab,
-        embeddings=args.similarity_weighting,
-        tokenizer=tokenizer,
-        vocab_size=model.get_input_embeddings().weight.shape[0],
-        sids_only=vocab is not None,
-    )
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of a model to 0: of its modules, and the rates that attention layers keep as numbers."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
