@@ -113,6 +113,11 @@ def readme_trainer(page: Page) -> None:
     evaluated(page, page.config.eval_beam_width)
 
 
+def readme_policy(page: Page) -> None:
+    changed(page.weights_before, page.model)
+    assert page.trainer.state.global_step == 3
+
+
 def losses_functions(page: Page) -> None:
     session_loss(page, beta=2.0, sft_weight=0.1)
     assert page.result.margins.shape == (3 + 2,)  # the winners' pairs
@@ -369,7 +374,7 @@ def mathematics_helpers(page: Page) -> None:
 
 #: Of each page its blocks' checks, in order; None where a block asserts itself. Of a page that is not here, all do.
 CHECKS: dict[str, list[Callable[[Page], None] | None]] = {
-    "README.md": [readme_search, readme_retrieval, readme_loss, readme_loop, readme_trainer],
+    "README.md": [readme_search, readme_retrieval, readme_loss, readme_loop, readme_trainer, readme_policy],
     "docs/losses.md": [losses_functions, losses_module],
     "docs/training.md": [
         training_rows,
@@ -381,7 +386,7 @@ CHECKS: dict[str, list[Callable[[Page], None] | None]] = {
         training_metrics,
     ],
     "docs/howto/index.md": [howto_model],
-    "docs/howto/minionerec.md": [minionerec_files, minionerec_before, minionerec_after, None, minionerec_split],
+    "docs/howto/minionerec.md": [minionerec_files, minionerec_before, minionerec_after, None, minionerec_split, None],
     "docs/howto/own-loop.md": [own_loop_before, None, None, None, None],
     "docs/howto/own-service.md": [None, own_service_endpoint],
     "docs/howto/prefix-allowed-tokens-fn.md": [prefix_before, None, None, None, None],

@@ -53,10 +53,11 @@ def run(model: Any, rows: Any, *, output_dir: str | None = None, resume: Any = N
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_for(model, rows, output_dir=output_dir or folder, **options)
         trainer.train(resume_from_checkpoint=resume)
-    history = [
-        {name: value for name, value in logs.items() if not name.endswith(_OTHER)} for logs in trainer.state.log_history
-    ]
-    return Run(parameters_of(trainer.model), history, trainer)
+    return Run(parameters_of(trainer.model), without_timings(trainer.state.log_history), trainer)
+
+
+def without_timings(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{name: value for name, value in logs.items() if not name.endswith(_OTHER)} for logs in history]
 
 
 def parameters_of(model: Any) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Checks of RADDPOTrainer that its model, tokenizer, vocabulary, index and rows belong together."""
+"""Checks of the trainers that its model, tokenizer, vocabulary, index and rows belong together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from raddpo_ext.data.pack_sessions import PackedSessions
 from raddpo_ext.data.session_sids import SIDCheck, contained
 from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.index.vocab import SIDVocab
-from raddpo_ext.integrations.session_collator import SessionCollator, named_candidates
+from raddpo_ext.integrations.session_collator import SessionCollator
 
 #: Number of rows checked per data set, evenly spread; of a stream, its first rows.
 SAMPLED, SAMPLED_OF_STREAM = 256, 32
@@ -47,7 +47,7 @@ def check_rows(
     vocab: SIDVocab | None,
     index: TrieIndex | None,
     *,
-    need_index: bool,
+    need_index: str,
     check_packed: Callable[[PackedSessions], None],
 ) -> None:
     """Collate some rows of each data set, and log how many of their candidates the index lacks.
@@ -56,7 +56,8 @@ def check_rows(
         datasets: the data sets by name. A value may be None, or a dict of data sets.
         collator: the trainer's. If it is not a :class:`SessionCollator`, only empty data sets are refused.
         vocab, index: the trainer's, or None.
-        need_index: refuse candidates that the index lacks. Their log-prob over the trie would be ``-inf``.
+        need_index: what needs every candidate in the index, such as "normalize = 'trie'", or "". If it is given,
+            candidates that the index lacks are refused.
         check_packed: raises ValueError for a packed row that the model cannot take.
 
     Raises:
@@ -77,7 +78,7 @@ def _check_dataset(
     collator: Any,
     vocab: SIDVocab | None,
     index: TrieIndex | None,
-    need_index: bool,
+    need_index: str,
     check_packed: Callable[[PackedSessions], None],
 ) -> None:
     """:func:`check_rows` for one data set."""
@@ -92,7 +93,7 @@ def _check_dataset(
         try:
             packed = collator([row])["packed"]
             check_packed(packed)
-            found = list(named_candidates(packed.sessions, [row]))
+            found = list(collator.named_candidates(packed.sessions, [row]))
             for place, tokens in found:
                 why = None if check is None else check.why_not(tokens)
                 if why is not None:
@@ -109,14 +110,14 @@ def _check_dataset(
                 if not has
             ]
         candidates += len(found)
-    # A few candidates may be missing, but not all of many, and none with normalize = "trie".
+    # A few candidates may be missing, but not all of many, and none if need_index says so.
     if lacking:
         told = (
             f"{len(lacking)} of {candidates} candidates of {rows} rows of {name} are not in the index, such as "
             f"{lacking[0]}"
         )
         if need_index:
-            raise ValueError(f"{told}; normalize = 'trie' needs every candidate in the index")
+            raise ValueError(f"{told}; {need_index} needs every candidate in the index")
         if len(lacking) == candidates >= _FOREIGN:
             raise ValueError(f"{told}; the index seems to be that of another catalogue")
         _logger.warning(told)

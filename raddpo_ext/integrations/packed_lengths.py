@@ -50,7 +50,7 @@ def prove_lengths(model: Any, packed: PackedSessions, predictors: Callable[[Pack
     lengths, way = _proven.setdefault(model, ProvenLengths()), model.config._attn_implementation
     if columns <= lengths.longest(way):
         return
-    if _in_shards(model):
+    if in_shards(model):
         warnings.warn(
             f"packed rows of more than {lengths.longest(way)} tokens are not checked, because the weights of "
             f"{type(model).__name__} are sharded: call check_lengths(model, packed) with such rows before sharding",
@@ -79,7 +79,7 @@ def prove_lengths(model: Any, packed: PackedSessions, predictors: Callable[[Pack
         )
 
 
-def _in_shards(model: Any) -> bool:
+def in_shards(model: Any) -> bool:
     """Whether a forward waits for other ranks: under FSDP, tensor parallelism or DeepSpeed ZeRO-3."""
     marks = ("placements", "ds_id")
     if any(hasattr(parameter, mark) for parameter in model.parameters() for mark in marks):

@@ -114,6 +114,19 @@ class SessionCollator:
         row = self._tokens(row, "row")
         return len(row["prompt_ids"]) + sum(len(ids) for column in TOKENS[1:] for ids in row[column])
 
+    def named_candidates(
+        self, sessions: SessionBatch, rows: Sequence[dict[str, Any]]
+    ) -> Iterator[tuple[str, list[int]]]:
+        """Each candidate's place in the rows, as an error names it, and its tokens."""
+        tokens, lengths = sessions.tokens.tolist(), sessions.lengths.tolist()
+        offsets, positives = sessions.offsets.tolist(), sessions.num_positives.tolist()
+        for i, row in enumerate(rows):
+            columns = TOKENS[1:] if TOKENS[0] in row else TEXT[1:]
+            for candidate in range(offsets[i], offsets[i + 1]):
+                place = candidate - offsets[i]
+                column, place = (columns[0], place) if place < positives[i] else (columns[1], place - positives[i])
+                yield f"rows[{i}][{column!r}][{place}]", tokens[candidate][: lengths[candidate]]
+
     def _tokens(self, row: Any, name: str) -> dict[str, Any]:
         """A row of token ids as it is, or a row of text tokenized; ``name`` is for errors."""
         if not isinstance(row, dict):
@@ -163,23 +176,11 @@ class SessionCollator:
 
     def _check_sids(self, sessions: SessionBatch, given: Sequence[dict[str, Any]], sids: SIDCheck) -> None:
         """Raise ValueError for a candidate that is not a SID of the vocab."""
-        for name, tokens in named_candidates(sessions, given):
+        for name, tokens in self.named_candidates(sessions, given):
             why = sids.why_not(tokens)
             if why is not None:
                 read = "" if self.tokenizer is None else f" {self.tokenizer.convert_ids_to_tokens(tokens)}"
                 raise ValueError(f"{name} = {tokens}{read} is not a SID of vocab: it {why}")
-
-
-def named_candidates(sessions: SessionBatch, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[int]]]:
-    """Each candidate's place in the rows, as an error names it, and its tokens."""
-    tokens, lengths = sessions.tokens.tolist(), sessions.lengths.tolist()
-    offsets, positives = sessions.offsets.tolist(), sessions.num_positives.tolist()
-    for i, row in enumerate(rows):
-        columns = TOKENS[1:] if all(column in row for column in TOKENS) else TEXT[1:]
-        for candidate in range(offsets[i], offsets[i + 1]):
-            place = candidate - offsets[i]
-            column, place = (columns[0], place) if place < positives[i] else (columns[1], place - positives[i])
-            yield f"rows[{i}][{column!r}][{place}]", tokens[candidate][: lengths[candidate]]
 
 
 def _flatten(candidates: list[Any], rows: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:

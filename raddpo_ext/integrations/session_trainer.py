@@ -33,11 +33,12 @@ class SessionTrainer(SessionDataTrainer):
 
     Args:
         use_reference: whether a reference is needed. Without ``ref_model`` it is the model as it is now.
-        need_index: whether every candidate must be in the index.
+        need_index: see :func:`check_rows`.
         other arguments: see :class:`RADDPOTrainer`.
     """
 
     METRICS: tuple[str, ...]
+    args: SessionConfig
     objective: Any  # a module with ``logps(states, packed)``
     loss_is_scaled_for_ga = True  # the normalizer counts all accumulated batches
 
@@ -47,7 +48,7 @@ class SessionTrainer(SessionDataTrainer):
         args: SessionConfig,
         *,
         use_reference: bool,
-        need_index: bool,
+        need_index: str,
         ref_model: Any,
         data_collator: Any,
         train_dataset: Any,

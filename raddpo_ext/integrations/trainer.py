@@ -102,7 +102,7 @@ class RADDPOTrainer(SessionTrainer):
             model,
             args,
             use_reference=args.use_reference,
-            need_index=args.normalize == "trie",
+            need_index="normalize = 'trie'" if args.normalize == "trie" else "",
             ref_model=ref_model,
             data_collator=data_collator,
             train_dataset=train_dataset,

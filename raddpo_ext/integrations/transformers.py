@@ -1,6 +1,8 @@
-"""Alignment of Hugging Face models on packed sessions: a collator, the states of a model, and a trainer."""
+"""Alignment of Hugging Face models on packed sessions: a collator, the states of a model, and trainers."""
 
 from raddpo_ext.integrations.base_model import logits_map
+from raddpo_ext.integrations.policy_config import PolicyConfig
+from raddpo_ext.integrations.policy_trainer import PolicyTrainer
 from raddpo_ext.integrations.session_collator import SessionCollator
 from raddpo_ext.integrations.session_states import (
     SessionStates,
@@ -13,6 +15,8 @@ from raddpo_ext.integrations.trainer import RADDPOTrainer
 from raddpo_ext.integrations.trainer_config import RADDPOConfig
 
 __all__ = [
+    "PolicyConfig",
+    "PolicyTrainer",
     "RADDPOConfig",
     "RADDPOTrainer",
     "SessionCollator",
