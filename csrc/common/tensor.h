@@ -54,6 +54,48 @@ inline void check_device(const char* op, std::initializer_list<NamedTensor> tens
   }
 }
 
+template <typename T>
+ScalarType type_of() = delete;
+template <>
+inline ScalarType type_of<float>() {
+  return ScalarType::Float;
+}
+template <>
+inline ScalarType type_of<double>() {
+  return ScalarType::Double;
+}
+template <>
+inline ScalarType type_of<std::int64_t>() {
+  return ScalarType::Long;
+}
+template <>
+inline ScalarType type_of<bool>() {
+  return ScalarType::Bool;
+}
+
+inline void check_tensor(const char* op, const char* name, const Tensor& t, ScalarType type, std::int64_t size) {
+  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() == size, op, ": ", name,
+                  " must be contiguous, of the documented type and of ", size, " elements");
+}
+
+// The data of a checked argument; null if it is not given.
+template <typename T>
+const T* data_of(const char* op, const char* name, const Tensor& t, std::int64_t size) {
+  check_tensor(op, name, t, type_of<T>(), size);
+  return t.const_data_ptr<T>();
+}
+template <typename T>
+const T* data_of(const char* op, const char* name, const OptionalTensor& t, std::int64_t size) {
+  return t ? data_of<T>(op, name, *t, size) : nullptr;
+}
+
+// Whether an argument that may be float32 or float64 is float32.
+inline bool is_float32(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, op, ": ", name,
+                  " must be float32 or float64");
+  return t.scalar_type() == ScalarType::Float;
+}
+
 inline LogitType logit_type_of(const Tensor& t, const char* op) {
   switch (t.scalar_type()) {
     case ScalarType::Float:

@@ -7,11 +7,13 @@
 
 #include "../common/buffer.h"
 #include "../common/isa.h"
-#include "../common/tensor.h"
+#include "../common/session_tensors.h"
 #include "group_advantages_cpu.h"
 
 namespace raddpo {
 namespace {
+
+constexpr const char* kOp = "group_advantages";
 
 using Result = std::tuple<Tensor, Tensor, Tensor>;
 
@@ -25,31 +27,18 @@ struct Inputs {
 };
 
 template <typename T>
-const T* data_of(const Tensor& t, const char* name, ScalarType type, std::int64_t size) {
-  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() == size, "group_advantages: ", name,
-                  " must be contiguous, of the documented type and of ", size, " elements");
-  return t.const_data_ptr<T>();
-}
-
-template <typename T>
-const T* data_of(const OptionalTensor& t, const char* name, ScalarType type, std::int64_t size) {
-  return t ? data_of<T>(*t, name, type, size) : nullptr;
-}
-
-template <typename T>
 GroupAdvantagesArgs<T> prepare(const Inputs& in, Result& out) {
-  check_device("group_advantages", {{"rewards", in.rewards},
-                                    {"tokens", in.tokens},
-                                    {"lengths", in.lengths},
-                                    {"offsets", in.offsets},
-                                    {"num_positives", in.num_positives},
-                                    {"weights", in.weights},
-                                    {"baselines", in.baselines},
-                                    {"target_tokens", in.target_tokens},
-                                    {"target_lengths", in.target_lengths},
-                                    {"target_offsets", in.target_offsets},
-                                    {"level_weights", in.level_weights}});
-  constexpr ScalarType kLong = ScalarType::Long;
+  check_device(kOp, {{"rewards", in.rewards},
+                     {"tokens", in.tokens},
+                     {"lengths", in.lengths},
+                     {"offsets", in.offsets},
+                     {"num_positives", in.num_positives},
+                     {"weights", in.weights},
+                     {"baselines", in.baselines},
+                     {"target_tokens", in.target_tokens},
+                     {"target_lengths", in.target_lengths},
+                     {"target_offsets", in.target_offsets},
+                     {"level_weights", in.level_weights}});
   const ScalarType type = in.rewards.scalar_type();
   STD_TORCH_CHECK(in.rewards.dim() == 1 && in.tokens.dim() == 2,
                   "group_advantages: rewards must have shape (candidates), tokens (candidates, levels)");
@@ -59,21 +48,19 @@ GroupAdvantagesArgs<T> prepare(const Inputs& in, Result& out) {
   const std::int64_t candidates = in.rewards.numel(), sessions = in.num_positives.numel();
   GroupAdvantagesArgs<T> a{};
   a.levels = in.tokens.size(1);
-  a.batch = {data_of<std::int64_t>(in.lengths, "lengths", kLong, candidates),
-             data_of<std::int64_t>(in.offsets, "offsets", kLong, sessions + 1),
-             data_of<std::int64_t>(in.num_positives, "num_positives", kLong, sessions), sessions, candidates};
-  a.tokens = data_of<std::int64_t>(in.tokens, "tokens", kLong, candidates * a.levels);
-  a.rewards = data_of<T>(in.rewards, "rewards", type, candidates);
-  a.weights = data_of<T>(in.weights, "weights", type, candidates);
-  a.baselines = data_of<T>(in.baselines, "baselines", type, sessions);
+  a.batch = sessions_of(kOp, candidates, in.lengths, in.offsets, in.num_positives);
+  a.tokens = data_of<std::int64_t>(kOp, "tokens", in.tokens, candidates * a.levels);
+  a.rewards = data_of<T>(kOp, "rewards", in.rewards, candidates);
+  a.weights = data_of<T>(kOp, "weights", in.weights, candidates);
+  a.baselines = data_of<T>(kOp, "baselines", in.baselines, sessions);
   if (in.target_tokens) {
     a.targets = in.target_tokens->size(0);
     a.target_levels = in.target_tokens->size(1);
-    a.target_tokens = data_of<std::int64_t>(*in.target_tokens, "target_tokens", kLong, a.targets * a.target_levels);
-    a.target_lengths = data_of<std::int64_t>(*in.target_lengths, "target_lengths", kLong, a.targets);
-    a.target_offsets = data_of<std::int64_t>(*in.target_offsets, "target_offsets", kLong, sessions + 1);
+    a.target_tokens = data_of<std::int64_t>(kOp, "target_tokens", *in.target_tokens, a.targets * a.target_levels);
+    a.target_lengths = data_of<std::int64_t>(kOp, "target_lengths", *in.target_lengths, a.targets);
+    a.target_offsets = data_of<std::int64_t>(kOp, "target_offsets", *in.target_offsets, sessions + 1);
   }
-  a.level_weights = data_of<T>(in.level_weights, "level_weights", type, a.levels);
+  a.level_weights = data_of<T>(kOp, "level_weights", in.level_weights, a.levels);
   a.blend = in.blend;
   a.eps = in.eps;
   a.credit = static_cast<Credit>(in.credit);
@@ -97,12 +84,9 @@ void run_cpu(const GroupAdvantagesArgs<T>& a) {
   const std::int64_t sessions = a.batch.sessions, candidates = a.batch.candidates;
   const double batch_std = a.scale == Scale::batch ? RADDPO_CALL_ISA(batch_std, a) : 0;
   std::atomic<bool> valid{true};
-  // Groups per piece of work, so that a piece takes longer than waking a thread.
-  const std::int64_t grain = 1 + (1 << 12) * sessions / (candidates * (a.levels + 1) + 1);
+  const std::int64_t grain = grain_of(a.batch, candidates * (a.levels + 1), 1 << 12);
   parallel_for(sessions, grain, [&](std::int64_t begin, std::int64_t end) {
-    std::int64_t most = 0;
-    for (std::int64_t s = begin; s < end; ++s) most = std::max(most, a.batch.offsets[s + 1] - a.batch.offsets[s]);
-    most = std::min(most, candidates) + 1;
+    const std::int64_t most = most_candidates(a.batch, begin, end) + 1;
     const Buffer<GroupRow> rows(2 * most);
     const Buffer<std::int64_t> children(most);
     const Buffer<std::int32_t> shared(most);
@@ -138,11 +122,8 @@ Result group_advantages(const Tensor& rewards, const Tensor& tokens, const Tenso
   const Inputs in{rewards,   tokens,        lengths,        offsets,        num_positives, weights,
                   baselines, target_tokens, target_lengths, target_offsets, level_weights, blend,
                   eps,       credit,        scale,          baseline,       count_experts, contiguous};
-  const ScalarType type = rewards.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
-                  "group_advantages: rewards must be float32 or float64");
   Result out;
-  if (type == ScalarType::Float)
+  if (is_float32(kOp, "rewards", rewards))
     run(prepare<float>(in, out), rewards);
   else
     run(prepare<double>(in, out), rewards);

@@ -184,7 +184,7 @@ RADDPO_HD bool run_group(const GroupAdvantagesArgs<T>& a, const GroupScratch& m,
     write_marginal(a, m, count);
     return valid;
   }
-  find_sequence(a, m.rows, s, count, sums, batch_std);
+  if (a.credit == Credit::sequence || a.blend != 1) find_sequence(a, m.rows, s, count, sums, batch_std);
   if (a.credit == Credit::siblings)
     write_siblings(a, m, count);
   else

@@ -10,11 +10,6 @@
 namespace raddpo {
 namespace {
 
-void check_vector(const Tensor& t, const char* name, ScalarType type, std::int64_t size) {
-  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() == size, "legal_mass: ", name,
-                  " must be contiguous, of the documented type and of ", size, " elements");
-}
-
 ScalarType result_type(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -29,12 +24,10 @@ LegalMassArgs prepare(const Tensor& logits, const Tensor& columns, const Tensor&
                                                                          : logit_type_of(logits, "legal_mass");
   a.rows = logits.size(0);
   a.cols = logits.size(1);
-  check_vector(columns, "columns", ScalarType::Int, columns.numel());
-  check_vector(begin, "begin", ScalarType::Long, a.rows);
-  check_vector(count, "count", ScalarType::Long, a.rows);
+  check_tensor("legal_mass", "columns", columns, ScalarType::Int, columns.numel());
   a.columns = columns.const_data_ptr<std::int32_t>();
-  a.begin = begin.const_data_ptr<std::int64_t>();
-  a.count = count.const_data_ptr<std::int64_t>();
+  a.begin = data_of<std::int64_t>("legal_mass", "begin", begin, a.rows);
+  a.count = data_of<std::int64_t>("legal_mass", "count", count, a.rows);
   if (!logits.is_cpu()) return a;
   for (std::int64_t row = 0; row < a.rows; ++row) {
     const std::int64_t first = a.begin[row], size = a.count[row];
@@ -80,8 +73,8 @@ Tensor legal_mass_backward(const Tensor& grad, const Tensor& logits, const Tenso
                            const Tensor& begin, const Tensor& count) {
   check_device("legal_mass_backward", {{"logits", logits}, {"grad", grad}, {"lse", lse}});
   LegalMassArgs a = prepare(logits, columns, begin, count);
-  check_vector(grad, "grad", result_type(logits), a.rows);
-  check_vector(lse, "lse", result_type(logits), 2 * a.rows);
+  check_tensor("legal_mass", "grad", grad, result_type(logits), a.rows);
+  check_tensor("legal_mass", "lse", lse, result_type(logits), 2 * a.rows);
   Tensor out = new_empty(logits, {a.rows, a.cols}, logits.scalar_type());
   if (!a.rows) return out;  // without rows there is no address of `grad`
   a.grad = grad.const_data_ptr();

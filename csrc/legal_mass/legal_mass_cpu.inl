@@ -1,5 +1,6 @@
 // Each row is read once; the few columns of its list are then read again. Part of a per-instruction-set region.
 #include "../common/log_sum_exp.inl"
+#include "../common/softmax.inl"
 
 namespace raddpo::RADDPO_ISA {
 namespace {
@@ -32,10 +33,6 @@ RADDPO_HD double lse_of_list(const typename D::T* x, const std::int32_t* columns
   return most + std::log(sum);
 }
 
-// e^x; 0 where it is too small for a float.
-RADDPO_HD float softmax_of(float x) { return x > -87.f ? fast_exp(x) : x != x ? x : 0.f; }
-RADDPO_HD double softmax_of(double x) { return std::exp(x); }
-
 template <typename D>
 RADDPO_HD void forward(const LegalMassArgs& a, std::int64_t begin, std::int64_t end) {
   using A = typename D::A;
@@ -46,26 +43,6 @@ RADDPO_HD void forward(const LegalMassArgs& a, std::int64_t begin, std::int64_t 
     static_cast<A*>(a.mass)[row] = static_cast<A>(mass > 0 ? 0 : mass);
     static_cast<A*>(a.lse)[row] = static_cast<A>(all);
     static_cast<A*>(a.lse)[a.rows + row] = static_cast<A>(listed);
-  }
-}
-
-// y = -g e^(x - lse)
-template <typename D>
-RADDPO_HD void write_row(const typename D::T* x, typename D::T* y, std::int64_t cols, typename D::A g,
-                         typename D::A lse) {
-  constexpr std::int64_t kAhead = 4096 / sizeof(typename D::T);
-  for (std::int64_t begin = 0; begin < cols; begin += kLseBlock) {
-    const std::int64_t n = cols - begin < kLseBlock ? cols - begin : kLseBlock, words = n / D::kLanes;
-    for (std::int64_t i = 0; i < n; i += 64 / sizeof(typename D::T)) __builtin_prefetch(x + begin + kAhead + i);
-#pragma omp simd
-    for (std::int64_t i = 0; i < words; ++i) {
-      const typename D::Word word = D::load_word(x + begin + i * D::kLanes);
-      typename D::A out[D::kLanes];
-      for (int k = 0; k < D::kLanes; ++k) out[k] = -g * softmax_of(D::lane(word, k) - lse);
-      D::store_word(y + begin + i * D::kLanes, out);
-    }
-    for (std::int64_t i = begin + words * D::kLanes; i < begin + n; ++i)
-      D::store(y + i, -g * softmax_of(D::load(x + i) - lse));
   }
 }
 
@@ -81,10 +58,10 @@ RADDPO_HD void backward(const LegalMassArgs& a, std::int64_t begin, std::int64_t
       for (std::int64_t j = 0; j < a.cols; ++j) y[j] = 0;
       continue;
     }
-    write_row<D>(x, y, a.cols, g, all);
+    write_softmax<D>(x, a.cols, g, all, y);
     for (std::int64_t i = a.begin[row]; i < a.begin[row] + a.count[row]; ++i) {
       const A z = D::load(x + a.columns[i]);
-      D::store(y + a.columns[i], g * (softmax_of(z - listed) - softmax_of(z - all)));
+      D::store(y + a.columns[i], g * (exp_or_zero(z - listed) - exp_or_zero(z - all)));
     }
   }
 }

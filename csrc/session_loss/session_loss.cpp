@@ -1,17 +1,18 @@
 // session_loss for torch: checks, allocation, threads and streams.
 #include "session_loss.h"
 
-#include <algorithm>
 #include <tuple>
 
 #include "../common/buffer.h"
 #include "../common/isa.h"
-#include "../common/tensor.h"
+#include "../common/session_tensors.h"
 #include "session_loss_cpu.h"
 #include "session_loss_math.h"
 
 namespace raddpo {
 namespace {
+
+constexpr const char* kOp = "session_loss";
 
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -26,61 +27,36 @@ struct Inputs {
   bool need_gradient;
 };
 
-void check_tensor(const Tensor& t, const char* name, ScalarType type, std::int64_t size) {
-  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() == size, "session_loss: ", name,
-                  " must be contiguous, of the documented type and of ", size, " elements");
-}
-
-template <typename T>
-const T* data_of(const OptionalTensor& t, const char* name, ScalarType type, std::int64_t size) {
-  if (!t) return nullptr;
-  check_tensor(*t, name, type, size);
-  return t->template const_data_ptr<T>();
-}
-
-Sessions sessions_of(const Tensor& logps, const Tensor& lengths, const Tensor& offsets, const Tensor& num_positives) {
-  STD_TORCH_CHECK(logps.dim() == 2 && logps.is_contiguous(),
-                  "session_loss: logps must be contiguous, of shape (candidates, columns)");
-  const std::int64_t candidates = logps.size(0), sessions = num_positives.numel();
-  check_tensor(lengths, "lengths", ScalarType::Long, candidates);
-  check_tensor(offsets, "offsets", ScalarType::Long, sessions + 1);
-  check_tensor(num_positives, "num_positives", ScalarType::Long, sessions);
-  return {lengths.const_data_ptr<std::int64_t>(), offsets.const_data_ptr<std::int64_t>(),
-          num_positives.const_data_ptr<std::int64_t>(), sessions, candidates};
-}
-
 template <typename T>
 SessionLossArgs<T> prepare(const Inputs& in, Result& out) {
-  check_device("session_loss", {{"logps", in.logps},
-                                {"tokens", in.tokens},
-                                {"lengths", in.lengths},
-                                {"offsets", in.offsets},
-                                {"num_positives", in.num_positives},
-                                {"pair_offsets", in.pair_offsets},
-                                {"ref_logps", in.ref_logps},
-                                {"pair_weights", in.pair_weights},
-                                {"detach", in.detach},
-                                {"level_weights", in.level_weights},
-                                {"divisors", in.divisors}});
+  check_device(kOp, {{"logps", in.logps},
+                     {"tokens", in.tokens},
+                     {"lengths", in.lengths},
+                     {"offsets", in.offsets},
+                     {"num_positives", in.num_positives},
+                     {"pair_offsets", in.pair_offsets},
+                     {"ref_logps", in.ref_logps},
+                     {"pair_weights", in.pair_weights},
+                     {"detach", in.detach},
+                     {"level_weights", in.level_weights},
+                     {"divisors", in.divisors}});
   const ScalarType type = in.logps.scalar_type();
   SessionLossArgs<T> a{};
-  a.batch = sessions_of(in.logps, in.lengths, in.offsets, in.num_positives);
+  STD_TORCH_CHECK(in.logps.dim() == 2 && in.tokens.dim() == 2 && in.num_pairs >= 0,
+                  "session_loss: logps must have shape (candidates, columns), tokens (candidates, levels)");
+  a.batch = sessions_of(kOp, in.logps.size(0), in.lengths, in.offsets, in.num_positives);
   const std::int64_t candidates = a.batch.candidates, sessions = a.batch.sessions;
-  STD_TORCH_CHECK(in.tokens.dim() == 2 && in.num_pairs >= 0,
-                  "session_loss: tokens must have shape (candidates, levels)");
   a.levels = in.tokens.size(1);
   a.columns = in.logps.size(1);
   a.pairs = in.num_pairs;
-  check_tensor(in.tokens, "tokens", ScalarType::Long, candidates * a.levels);
-  check_tensor(in.pair_offsets, "pair_offsets", ScalarType::Long, sessions + 1);
-  a.tokens = in.tokens.const_data_ptr<std::int64_t>();
-  a.pair_offsets = in.pair_offsets.const_data_ptr<std::int64_t>();
-  a.logps = in.logps.const_data_ptr<T>();
-  a.ref_logps = data_of<T>(in.ref_logps, "ref_logps", type, candidates * a.columns);
-  a.pair_weights = data_of<T>(in.pair_weights, "pair_weights", type, a.pairs);
-  a.detach = data_of<bool>(in.detach, "detach", ScalarType::Bool, candidates * a.columns);
-  a.level_weights = data_of<T>(in.level_weights, "level_weights", type, a.columns);
-  a.divisors = data_of<double>(in.divisors, "divisors", ScalarType::Double, 2);
+  a.tokens = data_of<std::int64_t>(kOp, "tokens", in.tokens, candidates * a.levels);
+  a.pair_offsets = data_of<std::int64_t>(kOp, "pair_offsets", in.pair_offsets, sessions + 1);
+  a.logps = data_of<T>(kOp, "logps", in.logps, candidates * a.columns);
+  a.ref_logps = data_of<T>(kOp, "ref_logps", in.ref_logps, candidates * a.columns);
+  a.pair_weights = data_of<T>(kOp, "pair_weights", in.pair_weights, a.pairs);
+  a.detach = data_of<bool>(kOp, "detach", in.detach, candidates * a.columns);
+  a.level_weights = data_of<T>(kOp, "level_weights", in.level_weights, a.columns);
+  a.divisors = data_of<double>(kOp, "divisors", in.divisors, 2);
   a.divisor[0] = in.session_divisor;
   a.divisor[1] = in.token_divisor;
   a.beta = static_cast<T>(in.beta);
@@ -121,28 +97,20 @@ SessionLossArgs<T> prepare(const Inputs& in, Result& out) {
   return a;
 }
 
-// Sessions per piece of work, so that a piece takes longer than waking a thread.
-std::int64_t grain_of(std::int64_t sessions, std::int64_t elements) {
-  return 1 + (1 << 14) * sessions / (elements + 1);
-}
-
 template <typename T>
 void run_cpu(const SessionLossArgs<T>& a) {
   const std::int64_t sessions = a.batch.sessions, candidates = a.batch.candidates;
   const Buffer<SessionSums> sums(sessions);
-  parallel_for(sessions, grain_of(sessions, candidates * a.columns + a.pairs),
-               [&](std::int64_t begin, std::int64_t end) {
-                 std::int64_t most = 0;
-                 for (std::int64_t s = begin; s < end; ++s)
-                   most = std::max(most, a.batch.offsets[s + 1] - a.batch.offsets[s]);
-                 most = std::min(most, candidates) / 8 * 8 + 8;
-                 const Buffer<std::int32_t> integers(3 * most);
-                 const Buffer<T> values(3 * most);
-                 std::int32_t* const i = integers.get();
-                 T* const x = values.get();
-                 const SessionLossScratch<T> m{i, i + most, i + 2 * most, x, x + most, x + 2 * most};
-                 RADDPO_CALL_ISA(session_loss, a, m, begin, end, sums.get());
-               });
+  const std::int64_t grain = grain_of(a.batch, candidates * a.columns + a.pairs, 1 << 14);
+  parallel_for(sessions, grain, [&](std::int64_t begin, std::int64_t end) {
+    const std::int64_t most = most_candidates(a.batch, begin, end) / 8 * 8 + 8;
+    const Buffer<std::int32_t> integers(3 * most);
+    const Buffer<T> values(3 * most);
+    std::int32_t* const i = integers.get();
+    T* const x = values.get();
+    const SessionLossScratch<T> m{i, i + most, i + 2 * most, x, x + most, x + 2 * most};
+    RADDPO_CALL_ISA(session_loss, a, m, begin, end, sums.get());
+  });
   SessionSums total{};
   for (std::int64_t s = 0; s < sessions; ++s) add(total, sums[s]);
   STD_TORCH_CHECK(!total.bad_weights, "session_loss: pair_weights must be finite and at least 0");
@@ -151,7 +119,7 @@ void run_cpu(const SessionLossArgs<T>& a) {
 
 template <typename T>
 void run_cpu(const SessionLossBackwardArgs<T>& a) {
-  parallel_for(a.batch.sessions, grain_of(a.batch.sessions, a.batch.candidates * a.columns),
+  parallel_for(a.batch.sessions, grain_of(a.batch, a.batch.candidates * a.columns, 1 << 14),
                [&](std::int64_t begin, std::int64_t end) { RADDPO_CALL_ISA(session_loss_backward, a, begin, end); });
 }
 
@@ -181,11 +149,6 @@ void run(const Args& a, const Tensor& logps) {
   run_cpu(a);
 }
 
-void check_type(const Tensor& logps) {
-  STD_TORCH_CHECK(logps.scalar_type() == ScalarType::Float || logps.scalar_type() == ScalarType::Double,
-                  "session_loss: logps must be float32 or float64");
-}
-
 Result session_loss(const Tensor& logps, const Tensor& tokens, const Tensor& lengths, const Tensor& offsets,
                     const Tensor& num_positives, const Tensor& pair_offsets, std::int64_t num_pairs,
                     const OptionalTensor& ref_logps, const OptionalTensor& pair_weights, const OptionalTensor& detach,
@@ -198,9 +161,8 @@ Result session_loss(const Tensor& logps, const Tensor& tokens, const Tensor& len
                   level_weights, divisors,   session_divisor, token_divisor,     beta,
                   gamma,         sft_weight, label_smoothing, length_normalized, protect,
                   aggregation,   weighting,  positives,       reduction,         need_gradient};
-  check_type(logps);
   Result out;
-  if (logps.scalar_type() == ScalarType::Float)
+  if (is_float32(kOp, "logps", logps))
     run(prepare<float>(in, out), logps);
   else
     run(prepare<double>(in, out), logps);
@@ -223,24 +185,20 @@ Tensor backward(const OptionalTensor (&upstream)[3], const Tensor& logps, const 
                                          {"level_weights", level_weights}});
   const ScalarType type = logps.scalar_type();
   SessionLossBackwardArgs<T> a{};
-  a.batch = sessions_of(logps, lengths, offsets, num_positives);
+  a.batch = sessions_of(kOp, logps.size(0), lengths, offsets, num_positives);
   a.columns = logps.size(1);
+  constexpr const char* names[] = {"grad_loss", "grad_preference", "grad_sft"};
   const T** const data[] = {&a.grad_loss, &a.grad_preference, &a.grad_sft};
   std::int64_t* const strides[] = {&a.stride_loss, &a.stride_preference, &a.stride_sft};
   for (int i = 0; i < 3; ++i) {
     if (!upstream[i]) continue;
-    const Tensor& given = *upstream[i];
-    STD_TORCH_CHECK(
-        given.scalar_type() == type && (!given.dim() || given.numel() == a.batch.sessions),
-        "session_loss_backward: gradients must be of the type of logps and have one element, or one per session");
-    *data[i] = given.template const_data_ptr<T>();
-    *strides[i] = given.dim() ? given.stride(0) : 0;
+    const LossGradient<T> given = loss_gradient<T>(kOp, names[i], *upstream[i], a.batch);
+    *data[i] = given.data;
+    *strides[i] = given.stride;
   }
-  check_tensor(gradient, "gradient", type, logps.numel());
-  check_tensor(scales, "scales", type, 2);
-  a.gradient = gradient.template const_data_ptr<T>();
-  a.scales = scales.template const_data_ptr<T>();
-  a.level_weights = data_of<T>(level_weights, "level_weights", type, a.columns);
+  a.gradient = data_of<T>(kOp, "gradient", gradient, logps.numel());
+  a.scales = data_of<T>(kOp, "scales", scales, 2);
+  a.level_weights = data_of<T>(kOp, "level_weights", level_weights, a.columns);
   a.sft_weight = static_cast<T>(sft_weight);
   Tensor grad_logps = new_empty(logps, {logps.size(0), a.columns}, type);
   a.grad_logps = grad_logps.template mutable_data_ptr<T>();
@@ -252,9 +210,8 @@ Tensor session_loss_backward(const OptionalTensor& grad_loss, const OptionalTens
                              const OptionalTensor& grad_sft, const Tensor& logps, const Tensor& gradient,
                              const Tensor& scales, const Tensor& lengths, const Tensor& offsets,
                              const Tensor& num_positives, const OptionalTensor& level_weights, double sft_weight) {
-  check_type(logps);
   const OptionalTensor upstream[3] = {grad_loss, grad_preference, grad_sft};
-  const auto run = logps.scalar_type() == ScalarType::Float ? &backward<float> : &backward<double>;
+  const auto run = is_float32(kOp, "logps", logps) ? &backward<float> : &backward<double>;
   return run(upstream, logps, gradient, scales, lengths, offsets, num_positives, level_weights, sft_weight);
 }
 

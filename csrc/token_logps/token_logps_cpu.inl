@@ -1,6 +1,7 @@
 // token_logps on one thread. Forward reads a row once for its log-sum-exp. Backward reads and writes it once, with the
 // softmax as e^(x - lse). Rows without a gradient are not read.
 #include "../common/log_sum_exp.inl"
+#include "../common/softmax.inl"
 
 namespace raddpo::RADDPO_ISA {
 namespace {
@@ -45,9 +46,6 @@ struct List {
   RADDPO_HD std::int64_t at(std::int64_t i) const { return columns[i]; }
 };
 
-RADDPO_HD float exp_or_zero(float x) { return fast_exp(x) - 0x1p-126f; }
-RADDPO_HD double exp_or_zero(double x) { return fast_exp(x); }
-
 template <typename D, Transform transform, typename Support>
 RADDPO_HD double log_sum_exp(const Row<D, transform> row, const Support support) {
   if constexpr (sizeof(typename D::A) == 8) {
@@ -88,29 +86,15 @@ template <typename D, Transform transform>
 RADDPO_HD void write_softmax(const Row<D, transform> row, const Run run, typename D::A g, typename D::A lse,
                              typename D::T* y) {
   using A = typename D::A;
-  constexpr std::int64_t kAhead = 4096 / sizeof(typename D::T);
   const typename D::T* x = row.x;
+  if (transform == Transform::none) return write_softmax<D>(x + run.first, run.count, g, lse, y + run.first);
   for (std::int64_t begin = run.first; begin < run.first + run.count; begin += kLseBlock) {
     const std::int64_t rest = run.first + run.count - begin, n = rest < kLseBlock ? rest : kLseBlock;
-    for (std::int64_t i = 0; i < n; i += 64 / sizeof(typename D::T)) __builtin_prefetch(x + begin + kAhead + i);
-    if (transform != Transform::none) {
-      A z[kLseBlock];
+    A z[kLseBlock];
 #pragma omp simd
-      for (std::int64_t i = 0; i < n; ++i) z[i] = row.transformed(D::load(x + begin + i));
+    for (std::int64_t i = 0; i < n; ++i) z[i] = row.transformed(D::load(x + begin + i));
 #pragma omp simd
-      for (std::int64_t i = 0; i < n; ++i) D::store(y + begin + i, -g * exp_or_zero(z[i] - lse) * row.derivative(z[i]));
-      continue;
-    }
-    const std::int64_t words = n / D::kLanes;
-#pragma omp simd
-    for (std::int64_t i = 0; i < words; ++i) {
-      const typename D::Word word = D::load_word(x + begin + i * D::kLanes);
-      A out[D::kLanes];
-      for (int k = 0; k < D::kLanes; ++k) out[k] = -g * exp_or_zero(D::lane(word, k) - lse);
-      D::store_word(y + begin + i * D::kLanes, out);
-    }
-    for (std::int64_t i = begin + words * D::kLanes; i < begin + n; ++i)
-      D::store(y + i, -g * exp_or_zero(D::load(x + i) - lse));
+    for (std::int64_t i = 0; i < n; ++i) D::store(y + begin + i, -g * exp_or_zero(z[i] - lse) * row.derivative(z[i]));
   }
 }
 
