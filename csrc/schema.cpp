@@ -74,9 +74,9 @@ STABLE_TORCH_LIBRARY(raddpo, m) {
       "Tensor? divisors, float row_divisor, float token_divisor, float low, float high, float dual_clip, float delta, "
       "float kl_weight, float nll_weight, float max_length, int objective, int ratio, int divergence, int aggregate, "
       "int reduction, bool use_experts, bool protect, bool count_all, bool need_gradient) -> (Tensor loss, Tensor "
-      "policy, Tensor kl, Tensor nll, Tensor ratios, Tensor clipped, Tensor approx_kl, Tensor counted, Tensor "
-      "gradient, Tensor scales)");
+      "policy, Tensor kl, Tensor nll, Tensor ratios, Tensor clipped, Tensor approx_kl, Tensor counts, Tensor "
+      "counted, Tensor gradient, Tensor scales)");
   m.def(
-      "policy_loss_backward(Tensor grad_loss, Tensor gradient, Tensor scales, Tensor counted, Tensor lengths, Tensor "
-      "offsets, Tensor num_positives, Tensor? level_weights, float nll_weight) -> Tensor");
+      "policy_loss_backward(Tensor grad_loss, Tensor logps, Tensor gradient, Tensor scales, Tensor counted, Tensor "
+      "lengths, Tensor offsets, Tensor num_positives, Tensor? level_weights, float nll_weight) -> Tensor");
 }

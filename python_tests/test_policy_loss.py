@@ -92,16 +92,49 @@ def test_batches_add_up(aggregate: str) -> None:
     case = build_policy([(1, 5), (2, 3), (0, 4), (1, 0)], 3, seed=8)
     options = EVERYTHING | {"aggregate": aggregate, "experts": "nll"}
     whole, gradient = run(rx.policy_loss, case, options)
-    totals = run(rx.policy_loss, case, options | {"reduction": "sum"})[0]
-    counts = (totals.policy / whole.policy, totals.nll / whole.nll)
     parts = []
     for s in range(4):
-        keep = torch.arange(4) == s
-        sessions, rows = case.sessions.select(keep)
-        part = Case(sessions, *(getattr(case, name)[rows] for name in list(vars(case))[1:-1]), case.level_weights)
-        parts.append(run(rx.policy_loss, part, options | {"normalizer": counts}))
-    torch.testing.assert_close(sum(result.loss for result, _ in parts), whole.loss, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(torch.cat([g for _, g in parts]), gradient, rtol=1e-12, atol=1e-12)
+        sessions, rows = case.sessions.select(torch.arange(4) == s)
+        parts.append(
+            Case(sessions, *(getattr(case, name)[rows] for name in list(vars(case))[1:-1]), case.level_weights)
+        )
+    counts = sum(rx.policy_counts(part.sessions, part.advantages, aggregate=aggregate, experts="nll") for part in parts)
+    results = [run(rx.policy_loss, part, options | {"normalizer": counts}) for part in parts]
+    torch.testing.assert_close(sum(result.loss for result, _ in results), whole.loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.cat([g for _, g in results]), gradient, rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_counts(data: st.DataObject) -> None:
+    """By hand; the parts' add up to the whole's."""
+    case, by_token = data.draw(policy_cases((torch.float64, torch.float32))), data.draw(st.booleans())
+    advantages = case.token_advantages if by_token else case.advantages
+    options = {
+        "experts": data.draw(st.sampled_from(["group", "nll"])),
+        "aggregate": data.draw(st.sampled_from(["sequence", "token", "constant"])),
+        "count": data.draw(st.sampled_from(["active", "all"])),
+    }
+    sids = [
+        tuple(row[:n]) for row, n in zip(case.sessions.tokens.tolist(), case.sessions.lengths.tolist(), strict=True)
+    ]
+    expected, parts = [0, 0], torch.zeros(2, dtype=torch.float64)
+    for s, positives in enumerate(case.sessions.num_positives.tolist()):
+        first, end = case.sessions.offsets[s : s + 2].tolist()
+        experts = sids[first : first + positives]
+        among = experts if options["experts"] == "group" else []
+        kept = [i for i in range(first, end) if i >= first + positives or among]
+        kept = [i for i in kept if sids[i] and (i < first + positives or sids[i] not in among)]
+        if options["count"] == "all" or any(
+            bool(advantages[i, : len(sids[i])].any() if by_token else advantages[i]) for i in kept
+        ):
+            expected[0] += sum(len(sids[i]) for i in kept) if options["aggregate"] == "token" else len(kept)
+            expected[1] += sum(map(len, experts))
+        part, rows = case.sessions.select(torch.arange(case.sessions.num_sessions) == s)
+        parts += rx.policy_counts(part, advantages[rows], **options)
+    counts = rx.policy_counts(case.sessions, advantages, **options)
+    assert counts.dtype == torch.float64
+    assert counts.tolist() == expected == parts.tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

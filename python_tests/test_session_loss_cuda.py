@@ -28,8 +28,7 @@ from support.session_cases import (
 )
 
 import raddpo_ext as rx
-from raddpo_ext import reference
-from raddpo_ext.losses import session_loss
+from raddpo_ext import _autograd, reference
 
 BOTH = (torch.float64, torch.float32)
 CORE = pytest.mark.parametrize("core", CORES, ids=name_of)
@@ -44,7 +43,7 @@ def on_shim(shim: Shim, order: tuple[int, int] = (0, 0)) -> Iterator[None]:
     }
     shim.set_order(*order)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session_loss, "_below_autograd", lambda op, *arguments: kernels[op](*arguments))
+        patch.setattr(_autograd, "below_autograd", lambda op, *arguments: kernels[op](*arguments))
         yield
 
 

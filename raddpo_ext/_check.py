@@ -36,7 +36,7 @@ def width(value: Any, name: str) -> int:
 
 def number(value: Any, name: str) -> float:
     """``value`` as a finite float."""
-    if not isinstance(value, numbers.Real):
+    if not isinstance(value, (float, int, numbers.Real)):  # the abstract class last: it is slow
         raise TypeError(f"{name} must be a number, got {value!r}")
     number = float(value)
     if not -math.inf < number < math.inf:  # torch.compile cannot trace math.isfinite

@@ -30,6 +30,7 @@ from raddpo_ext.losses.session import SessionBatch
 from raddpo_ext.losses.similarity_weighting import SimilarityWeighting
 from raddpo_ext.policy import rewards
 from raddpo_ext.policy.group_advantages import Advantages, group_advantages
+from raddpo_ext.policy.policy_counts import policy_counts
 from raddpo_ext.policy.policy_loss import POLICY_PRESETS, PolicyLossOutput, policy_loss
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "multilabel_contrastive_loss",
     "negatives",
     "pack_sessions",
+    "policy_counts",
     "policy_loss",
     "rad_dpo_loss",
     "read_sessions",

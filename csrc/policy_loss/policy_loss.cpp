@@ -5,14 +5,16 @@
 
 #include "../common/buffer.h"
 #include "../common/isa.h"
-#include "../common/tensor.h"
+#include "../common/session_tensors.h"
 #include "policy_loss_cpu.h"
 #include "policy_loss_math.h"
 
 namespace raddpo {
 namespace {
 
-using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+constexpr const char* kOp = "policy_loss";
+
+using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // The operator's arguments in schema order.
 struct Inputs {
@@ -24,56 +26,36 @@ struct Inputs {
 };
 
 template <typename T>
-const T* data_of(const Tensor& t, const char* name, ScalarType type, std::int64_t size) {
-  STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() == size, "policy_loss: ", name,
-                  " must be contiguous, of the documented type and of ", size, " elements");
-  return t.const_data_ptr<T>();
-}
-
-template <typename T>
-const T* data_of(const OptionalTensor& t, const char* name, ScalarType type, std::int64_t size) {
-  return t ? data_of<T>(*t, name, type, size) : nullptr;
-}
-
-Sessions sessions_of(const Tensor& logps, const Tensor& lengths, const Tensor& offsets, const Tensor& num_positives) {
-  STD_TORCH_CHECK(logps.dim() == 2, "policy_loss: logps must have shape (candidates, levels)");
-  constexpr ScalarType kLong = ScalarType::Long;
-  const std::int64_t candidates = logps.size(0), sessions = num_positives.numel();
-  return {data_of<std::int64_t>(lengths, "lengths", kLong, candidates),
-          data_of<std::int64_t>(offsets, "offsets", kLong, sessions + 1),
-          data_of<std::int64_t>(num_positives, "num_positives", kLong, sessions), sessions, candidates};
-}
-
-template <typename T>
 PolicyLossArgs<T> prepare(const Inputs& in, Result& out) {
-  check_device("policy_loss", {{"logps", in.logps},
-                               {"tokens", in.tokens},
-                               {"lengths", in.lengths},
-                               {"offsets", in.offsets},
-                               {"num_positives", in.num_positives},
-                               {"advantages", in.advantages},
-                               {"old_logps", in.old_logps},
-                               {"ref_logps", in.ref_logps},
-                               {"weights", in.weights},
-                               {"gates", in.gates},
-                               {"level_weights", in.level_weights},
-                               {"divisors", in.divisors}});
+  check_device(kOp, {{"logps", in.logps},
+                     {"tokens", in.tokens},
+                     {"lengths", in.lengths},
+                     {"offsets", in.offsets},
+                     {"num_positives", in.num_positives},
+                     {"advantages", in.advantages},
+                     {"old_logps", in.old_logps},
+                     {"ref_logps", in.ref_logps},
+                     {"weights", in.weights},
+                     {"gates", in.gates},
+                     {"level_weights", in.level_weights},
+                     {"divisors", in.divisors}});
   const ScalarType type = in.logps.scalar_type();
   PolicyLossArgs<T> a{};
-  a.batch = sessions_of(in.logps, in.lengths, in.offsets, in.num_positives);
+  STD_TORCH_CHECK(in.logps.dim() == 2, "policy_loss: logps must have shape (candidates, levels)");
+  a.batch = sessions_of(kOp, in.logps.size(0), in.lengths, in.offsets, in.num_positives);
   const std::int64_t candidates = a.batch.candidates, sessions = a.batch.sessions;
   a.levels = in.logps.size(1);
   const std::int64_t size = candidates * a.levels;
   a.by_token = in.advantages.dim() == 2;
-  a.tokens = data_of<std::int64_t>(in.tokens, "tokens", ScalarType::Long, size);
-  a.logps = data_of<T>(in.logps, "logps", type, size);
-  a.advantages = data_of<T>(in.advantages, "advantages", type, a.by_token ? size : candidates);
-  a.old_logps = data_of<T>(in.old_logps, "old_logps", type, size);
-  a.ref_logps = data_of<T>(in.ref_logps, "ref_logps", type, size);
-  a.weights = data_of<T>(in.weights, "weights", type, candidates);
-  a.gates = data_of<T>(in.gates, "gates", type, size);
-  a.level_weights = data_of<T>(in.level_weights, "level_weights", type, a.levels);
-  a.divisors = data_of<double>(in.divisors, "divisors", ScalarType::Double, 2);
+  a.tokens = data_of<std::int64_t>(kOp, "tokens", in.tokens, size);
+  a.logps = data_of<T>(kOp, "logps", in.logps, size);
+  a.advantages = data_of<T>(kOp, "advantages", in.advantages, a.by_token ? size : candidates);
+  a.old_logps = data_of<T>(kOp, "old_logps", in.old_logps, size);
+  a.ref_logps = data_of<T>(kOp, "ref_logps", in.ref_logps, size);
+  a.weights = data_of<T>(kOp, "weights", in.weights, candidates);
+  a.gates = data_of<T>(kOp, "gates", in.gates, size);
+  a.level_weights = data_of<T>(kOp, "level_weights", in.level_weights, a.levels);
+  a.divisors = data_of<double>(kOp, "divisors", in.divisors, 2);
   a.divisor[0] = in.row_divisor;
   a.divisor[1] = in.token_divisor;
   a.low = in.low;
@@ -100,10 +82,11 @@ PolicyLossArgs<T> prepare(const Inputs& in, Result& out) {
          new_empty(in.logps, {candidates}, type),
          new_empty(in.logps, {2}, type),
          scalar(),
+         new_empty(in.logps, {2}, ScalarType::Double),
          new_empty(in.logps, {sessions}, ScalarType::Bool),
          new_empty(in.logps, {in.need_gradient ? candidates : 0, a.levels}, type),
          new_empty(in.logps, {2}, type)};
-  auto& [total, policy, kl, nll, ratios, clipped, approx_kl, counted, gradient, scales] = out;
+  auto& [total, policy, kl, nll, ratios, clipped, approx_kl, counts, counted, gradient, scales] = out;
   a.loss = total.template mutable_data_ptr<T>();
   a.policy = policy.template mutable_data_ptr<T>();
   a.kl = kl.template mutable_data_ptr<T>();
@@ -111,23 +94,28 @@ PolicyLossArgs<T> prepare(const Inputs& in, Result& out) {
   a.ratios = ratios.template mutable_data_ptr<T>();
   a.clipped = clipped.template mutable_data_ptr<T>();
   a.approx_kl = approx_kl.template mutable_data_ptr<T>();
+  a.counts = counts.template mutable_data_ptr<double>();
   a.counted = counted.template mutable_data_ptr<bool>();
   a.gradient = in.need_gradient ? gradient.template mutable_data_ptr<T>() : nullptr;
   a.scales = scales.template mutable_data_ptr<T>();
   return a;
 }
 
-// Groups per piece of work, so that a piece takes longer than waking a thread.
-std::int64_t grain_of(const Sessions& b, std::int64_t levels, std::int64_t tokens) {
-  return 1 + tokens * b.sessions / (b.candidates * levels + 1);
-}
-
 template <typename T>
 void run_cpu(const PolicyLossArgs<T>& a) {
   const std::int64_t sessions = a.batch.sessions;
   const Buffer<PolicySums> sums(sessions);
-  parallel_for(sessions, grain_of(a.batch, a.levels, 1 << 12),
-               [&](std::int64_t begin, std::int64_t end) { RADDPO_CALL_ISA(policy_loss, a, begin, end, sums.get()); });
+  const std::int64_t grain = grain_of(a.batch, a.batch.candidates * a.levels, 1 << 12);
+  parallel_for(sessions, grain, [&](std::int64_t begin, std::int64_t end) {
+    const std::int64_t rows = most_candidates(a.batch, begin, end), size = rows * a.levels;
+    const Buffer<std::int32_t> integers(2 * rows);
+    const Buffer<double> values(7 * size);
+    std::int32_t* const i = integers.get();
+    double* const x = values.get();
+    const PolicyLossScratch m{
+        i, i + rows, x, x + size, x + 2 * size, x + 3 * size, x + 4 * size, x + 5 * size, x + 6 * size};
+    RADDPO_CALL_ISA(policy_loss, a, m, begin, end, sums.get());
+  });
   PolicySums total{};
   for (std::int64_t s = 0; s < sessions; ++s) add(total, sums[s]);
   STD_TORCH_CHECK(total.of[kInvalid] == 0,
@@ -137,7 +125,7 @@ void run_cpu(const PolicyLossArgs<T>& a) {
 
 template <typename T>
 void run_cpu(const PolicyLossBackwardArgs<T>& a) {
-  parallel_for(a.batch.sessions, grain_of(a.batch, a.levels, 1 << 14),
+  parallel_for(a.batch.sessions, grain_of(a.batch, a.batch.candidates * a.levels, 1 << 14),
                [&](std::int64_t begin, std::int64_t end) { RADDPO_CALL_ISA(policy_loss_backward, a, begin, end); });
 }
 
@@ -167,11 +155,6 @@ void run(const Args& a, const Tensor& logps) {
   run_cpu(a);
 }
 
-void check_type(const Tensor& logps) {
-  STD_TORCH_CHECK(logps.scalar_type() == ScalarType::Float || logps.scalar_type() == ScalarType::Double,
-                  "policy_loss: logps must be float32 or float64");
-}
-
 Result policy_loss(const Tensor& logps, const Tensor& tokens, const Tensor& lengths, const Tensor& offsets,
                    const Tensor& num_positives, const Tensor& advantages, const OptionalTensor& old_logps,
                    const OptionalTensor& ref_logps, const OptionalTensor& weights, const OptionalTensor& gates,
@@ -184,9 +167,8 @@ Result policy_loss(const Tensor& logps, const Tensor& tokens, const Tensor& leng
                   weights,   gates,     level_weights, divisors,   row_divisor,   token_divisor, low,       high,
                   dual_clip, delta,     kl_weight,     nll_weight, max_length,    objective,     ratio,     divergence,
                   aggregate, reduction, use_experts,   protect,    count_all,     need_gradient};
-  check_type(logps);
   Result out;
-  if (logps.scalar_type() == ScalarType::Float)
+  if (is_float32(kOp, "logps", logps))
     run(prepare<float>(in, out), logps);
   else
     run(prepare<double>(in, out), logps);
@@ -194,33 +176,31 @@ Result policy_loss(const Tensor& logps, const Tensor& tokens, const Tensor& leng
 }
 
 template <typename T>
-Tensor backward(const Tensor& grad_loss, const Tensor& gradient, const Tensor& scales, const Tensor& counted,
-                const Tensor& lengths, const Tensor& offsets, const Tensor& num_positives,
+Tensor backward(const Tensor& grad_loss, const Tensor& logps, const Tensor& gradient, const Tensor& scales,
+                const Tensor& counted, const Tensor& lengths, const Tensor& offsets, const Tensor& num_positives,
                 const OptionalTensor& level_weights, double nll_weight) {
-  const ScalarType type = gradient.scalar_type();
   PolicyLossBackwardArgs<T> a{};
-  a.batch = sessions_of(gradient, lengths, offsets, num_positives);
-  a.levels = gradient.size(1);
-  STD_TORCH_CHECK(
-      grad_loss.scalar_type() == type && (!grad_loss.dim() || grad_loss.numel() == a.batch.sessions),
-      "policy_loss_backward: grad_loss must be of the type of logps and have one element, or one per group");
-  a.grad_loss = grad_loss.const_data_ptr<T>();
-  a.stride = grad_loss.dim() ? grad_loss.stride(0) : 0;
-  a.gradient = data_of<T>(gradient, "gradient", type, gradient.numel());
-  a.scales = data_of<T>(scales, "scales", type, 2);
-  a.counted = data_of<bool>(counted, "counted", ScalarType::Bool, a.batch.sessions);
-  a.level_weights = data_of<T>(level_weights, "level_weights", type, a.levels);
+  a.batch = sessions_of(kOp, logps.size(0), lengths, offsets, num_positives);
+  a.levels = logps.size(1);
+  const LossGradient<T> upstream = loss_gradient<T>(kOp, "grad_loss", grad_loss, a.batch);
+  a.grad_loss = upstream.data;
+  a.stride = upstream.stride;
+  a.gradient = data_of<T>(kOp, "gradient", gradient, logps.numel());
+  a.scales = data_of<T>(kOp, "scales", scales, 2);
+  a.counted = data_of<bool>(kOp, "counted", counted, a.batch.sessions);
+  a.level_weights = data_of<T>(kOp, "level_weights", level_weights, a.levels);
   a.nll_weight = nll_weight;
-  Tensor grad_logps = new_empty(gradient, {gradient.size(0), a.levels}, type);
+  Tensor grad_logps = new_empty(logps, {logps.size(0), a.levels}, logps.scalar_type());
   a.grad_logps = grad_logps.mutable_data_ptr<T>();
-  run(a, gradient);
+  run(a, logps);
   return grad_logps;
 }
 
-Tensor policy_loss_backward(const Tensor& grad_loss, const Tensor& gradient, const Tensor& scales,
+Tensor policy_loss_backward(const Tensor& grad_loss, const Tensor& logps, const Tensor& gradient, const Tensor& scales,
                             const Tensor& counted, const Tensor& lengths, const Tensor& offsets,
                             const Tensor& num_positives, const OptionalTensor& level_weights, double nll_weight) {
-  check_device("policy_loss_backward", {{"grad_loss", grad_loss},
+  check_device("policy_loss_backward", {{"logps", logps},
+                                        {"grad_loss", grad_loss},
                                         {"gradient", gradient},
                                         {"scales", scales},
                                         {"counted", counted},
@@ -228,9 +208,8 @@ Tensor policy_loss_backward(const Tensor& grad_loss, const Tensor& gradient, con
                                         {"offsets", offsets},
                                         {"num_positives", num_positives},
                                         {"level_weights", level_weights}});
-  check_type(gradient);
-  const auto run = gradient.scalar_type() == ScalarType::Float ? &backward<float> : &backward<double>;
-  return run(grad_loss, gradient, scales, counted, lengths, offsets, num_positives, level_weights, nll_weight);
+  const auto run = is_float32(kOp, "logps", logps) ? &backward<float> : &backward<double>;
+  return run(grad_loss, logps, gradient, scales, counted, lengths, offsets, num_positives, level_weights, nll_weight);
 }
 
 }  // namespace

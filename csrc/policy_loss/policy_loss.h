@@ -43,6 +43,7 @@ struct PolicyLossArgs {
   T* ratios;                    // [candidates]
   T* clipped;                   // [2] shares of tokens: below, above
   T* approx_kl;                 // [1]
+  double* counts;               // [2] which divide the sums of policy and kl, and of nll, for a mean; 0 too
   bool* counted;                // [sessions]
   T* gradient;                  // [candidates, levels] of the sums of policy + kl_weight * kl, or null
   T* scales;                    // [2] factors on the sums of policy and kl, and of nll
@@ -58,7 +59,7 @@ enum PolicySum : int {
   kBelow,         // tokens whose ratio the clip holds from below
   kAbove,
   kDrift,    // of the estimate of KL(old || new)
-  kInvalid,  // rows whose advantages or weight are not finite; found on the CPU only
+  kInvalid,  // above 0: an advantage or a weight is not finite; found on the CPU only
   kPolicySums
 };
 

@@ -23,11 +23,74 @@ __device__ __forceinline__ PolicySums warp_total(PolicySums sums) {
   return sums;
 }
 
+// Adds the terms of a row of the policy term to the sums of its group, and to its gradient, which is 0 before.
+template <typename T>
+__device__ __forceinline__ void add_policy(const PolicyLossArgs<T>& a, const Session& v, std::int64_t i,
+                                           PolicySums& sums) {
+  const std::int64_t row = v.first + i, begin = row * a.levels;
+  const std::int32_t length = sid_of(a, row).length;
+  const double weight = weight_of(a, row, length);
+  const Move whole = a.ratio == Ratio::token ? Move{} : move_of_row(a, row, length);
+  double value = 0, slopes = 0;
+  bool pulls = false, finite = weight >= 0 && weight < INFINITY;
+  for (std::int32_t l = 0; l < length; ++l) {
+    const Move token = move_of_token(a, begin + l);
+    const double advantage = advantage_of(a, row, l);
+    const bool of_token = a.ratio == Ratio::token;  // member by member: a choice of structs is one of addresses
+    const Move move{of_token ? token.logp : whole.logp, of_token ? token.gap : whole.gap,
+                    of_token ? token.ratio : whole.ratio};
+    const PolicyTerm term = term_of(a, a.objective, move, advantage);
+    value += term.value;
+    slopes += term.slope;
+    if (a.gradient) a.gradient[begin + l] = static_cast<T>(weight * term.slope);
+    sums.of[kBelow] += term.below;
+    sums.of[kAbove] += term.above;
+    sums.of[kDrift] += token.ratio - 1 - token.gap;
+    pulls |= advantage < 0;
+    finite &= std::fabs(advantage) < INFINITY;
+  }
+  sums.of[kPolicy] += weight * value;
+  sums.of[kPolicyRows] += 1;
+  sums.of[kPolicyTokens] += length;
+  sums.of[kInvalid] += !finite;
+  if (a.gradient && a.ratio == Ratio::item)  // each token moves the ratio of the whole row
+    for (std::int32_t l = 0; l < length; ++l) a.gradient[begin + l] = static_cast<T>(weight * slopes);
+  if (a.gradient && a.protect && pulls) protect_row(a, v, i, [&](std::int64_t j) { return is_in_policy(a, v, j); });
+  for (std::int32_t l = 0; a.ref_logps && weight != 0 && l < length; ++l) {
+    const KlTerm kl = kl_of(a, begin + l);
+    sums.of[kKl] += weight * kl.value;
+    if (a.gradient && a.kl_weight > 0) a.gradient[begin + l] += static_cast<T>(a.kl_weight * weight * kl.slope);
+  }
+}
+
+// A row's ratio: of its tokens the mean; 1 without any.
+template <typename T>
+__device__ __forceinline__ double mean_ratio(const PolicyLossArgs<T>& a, std::int64_t row) {
+  const std::int32_t length = sid_of(a, row).length;
+  if (!length || !a.old_logps) return 1;
+  if (a.ratio != Ratio::token) return move_of_row(a, row, length).ratio;
+  double sum = 0;
+  for (std::int32_t l = 0; l < length; ++l) sum += move_of_token(a, row * a.levels + l).ratio;
+  return sum / length;
+}
+
+// What row i adds to a group; `counts`: whether the group does.
+template <typename T>
+__device__ __forceinline__ void add_row(const PolicyLossArgs<T>& a, const Session& v, std::int64_t i, bool counts,
+                                        PolicySums& sums) {
+  const std::int64_t row = v.first + i;
+  a.ratios[row] = static_cast<T>(mean_ratio(a, row));
+  for (std::int64_t l = 0; a.gradient && l < a.levels; ++l) a.gradient[row * a.levels + l] = 0;
+  if (!counts) return;
+  if (is_in_policy(a, v, i)) add_policy(a, v, i, sums);
+  if (i < v.positives) add_nll(a, row, sums);
+}
+
 template <typename T>
 __device__ __forceinline__ bool group_counts(const PolicyLossArgs<T>& a, const Session& v) {
   int found = a.count_all;
   for (std::int64_t i = threadIdx.x; i < v.positives + v.negatives; i += kPolicyThreads)
-    found |= has_advantage(a, v, i);
+    found |= is_in_policy(a, v, i) && has_advantage(a, v.first + i);
   return warp_reduce(found, [](int x, int y) { return x | y; });
 }
 

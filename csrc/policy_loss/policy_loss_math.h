@@ -7,15 +7,15 @@
 namespace raddpo {
 
 constexpr double kMaxGap = 20;  // of two log-probs in an exponential; no gradient beyond
+constexpr double kMaxRatio = 485165195.40979027, kMinRatio = 1 / kMaxRatio;  // e^kMaxGap
 
 // x - y; 0 for equal infinities too.
 RADDPO_HD double gap_of(double x, double y) { return x == y ? 0 : x - y; }
 // The least of two, or `gap` if it is NaN.
 RADDPO_HD double at_most(double gap, double most) { return most < gap ? most : gap; }
 RADDPO_HD bool is_within(double gap) { return !(gap < -kMaxGap) && !(gap > kMaxGap); }
-RADDPO_HD double ratio_of(double gap) {
-  return gap == 0 ? 1 : std::exp(at_most(gap < -kMaxGap ? -kMaxGap : gap, kMaxGap));
-}
+RADDPO_HD double within(double gap, double least, double most) { return at_most(gap < least ? least : gap, most); }
+RADDPO_HD double ratio_of(double gap) { return bounded_exp(within(gap, -kMaxGap, kMaxGap)); }
 
 // How far a token or a row has moved from the old policy.
 struct Move {
@@ -73,46 +73,56 @@ RADDPO_HD bool is_in_policy(const PolicyLossArgs<T>& a, const Session& v, std::i
 }
 
 template <typename T>
-RADDPO_HD bool has_advantage(const PolicyLossArgs<T>& a, const Session& v, std::int64_t i) {
-  if (!is_in_policy(a, v, i)) return false;
-  const std::int32_t size = a.by_token ? sid_of(a, v.first + i).length : 1;
+RADDPO_HD bool has_advantage(const PolicyLossArgs<T>& a, std::int64_t row) {
+  const std::int32_t size = a.by_token ? sid_of(a, row).length : 1;
   for (std::int32_t l = 0; l < size; ++l)
-    if (plain_advantage(a, v.first + i, l) != 0) return true;
+    if (plain_advantage(a, row, l) != 0) return true;
   return false;
 }
 
 // A token's term, its derivative in the log-prob, and whether the clip holds its ratio from below or from above.
 struct PolicyTerm {
   double value, slope;
-  bool below, above;
+  double below, above;  // 0 or 1
 };
 
+// pi / (1 - pi); no bound without a probability below 1.
+RADDPO_HD double odds_of(double logp) {
+  const double held = within(logp, -700, 0);
+  return logp < 0 ? bounded_exp(held) / -bounded_expm1(held) : INFINITY;
+}
+
+// Without branches, but for those on `objective`: the CPU's loops are of one objective each, and vectorised.
 template <typename T>
-RADDPO_HD PolicyTerm term_of(const PolicyLossArgs<T>& a, const Move& m, double advantage) {
-  if (advantage == 0) return {0, 0, false, false};  // 0 * inf is NaN
-  if (a.objective == Objective::reinforce) return {-advantage, -advantage, false, false};
+RADDPO_HD PolicyTerm term_of(const PolicyLossArgs<T>& a, Objective objective, const Move& m, double advantage) {
   const double high = 1 + a.high, low = 1 - a.low;
-  double gap = m.gap;
-  if (a.objective == Objective::cispo) {
+  const bool none = advantage == 0;  // 0 * inf is NaN
+  const auto term = [=](double value, double slope, double below, double above) {
+    return PolicyTerm{none ? 0 : value, none ? 0 : slope, none ? 0 : below, none ? 0 : above};
+  };
+  if (objective == Objective::reinforce) return term(-advantage, -advantage, 0, 0);
+  if (objective == Objective::cispo) {
     const double factor = at_most(m.ratio, high) * advantage;
-    return {-factor * m.logp, -factor, false, m.ratio > high};
+    return term(-factor * m.logp, -factor, 0, m.ratio > high ? 1 : 0);
   }
-  if (a.objective == Objective::ecpo) gap = at_most(gap, std::log(high + a.delta));
-  if (a.objective == Objective::gbpo) {
-    const double rest = m.logp < 0 ? std::log(-std::expm1(m.logp)) : -INFINITY;  // log(1 - pi)
-    gap = at_most(gap, advantage < 0 ? gap_of(m.logp, rest) : 0);
+  double ratio = m.ratio, moves = is_within(m.gap) ? 1 : 0;
+  if (objective == Objective::ecpo || objective == Objective::gbpo) {  // which raise the old probability
+    const double bound = objective == Objective::ecpo ? high + a.delta : advantage < 0 ? odds_of(m.logp) : 1;
+    ratio = at_most(ratio, bound < kMinRatio ? kMinRatio : bound);
+    moves = m.gap < -kMaxGap || bound < kMinRatio || (m.gap > kMaxGap && bound > kMaxRatio) ? 0 : 1;
   }
-  const double ratio = gap == m.gap ? m.ratio : ratio_of(gap);
-  const double slope = is_within(gap) ? -ratio * advantage : 0;
-  if (a.objective == Objective::gbpo) return {-ratio * advantage, slope, false, false};
-  if (a.objective == Objective::sapo) {
-    const double t = advantage > 0 ? a.low : a.high, s = 1 / (1 + std::exp(-t * (ratio - 1)));
-    return {-4 / t * s * advantage, 4 * s * (1 - s) * slope, false, false};
+  const double slope = moves == 0 ? 0 : -ratio * advantage;
+  if (objective == Objective::gbpo) return term(-ratio * advantage, slope, 0, 0);
+  if (objective == Objective::sapo) {
+    const double t = advantage > 0 ? a.low : a.high;
+    const double s = 1 / (1 + bounded_exp(within(-t * (ratio - 1), -700, 700)));
+    return term(-4 / t * s * advantage, 4 * s * (1 - s) * slope, 0, 0);
   }
-  if (advantage > 0 && ratio > high) return {-high * advantage, 0, false, true};
-  if (advantage < 0 && ratio < low) return {-low * advantage, 0, true, false};
-  if (advantage < 0 && a.dual_clip > 0 && ratio > a.dual_clip) return {-a.dual_clip * advantage, 0, false, true};
-  return {-ratio * advantage, slope, false, false};
+  // The bounds that hold for this sign of the advantage.
+  const double least = advantage < 0 ? low : -INFINITY;
+  const double most = advantage > 0 ? high : a.dual_clip > 0 ? a.dual_clip : INFINITY;
+  const double below = ratio < least ? 1 : 0, above = ratio > most ? 1 : 0;
+  return term(-within(ratio, least, most) * advantage, below + above == 0 ? slope : 0, below, above);
 }
 
 struct KlTerm {
@@ -124,9 +134,8 @@ RADDPO_HD KlTerm kl_of(const PolicyLossArgs<T>& a, std::int64_t at) {
   const double x = gap_of(a.logps[at], a.ref_logps[at]);
   if (a.divergence == Divergence::k1) return {x, 1};
   if (a.divergence == Divergence::k2) return {x * x / 2, x};
-  if (x < -kMaxGap) return {std::expm1(kMaxGap) - kMaxGap, 0};
-  const double rest = std::expm1(-x);
-  return {rest + x, -rest};
+  const double held = x < -kMaxGap ? -kMaxGap : x, rest = bounded_expm1(-at_most(held, 700));
+  return {rest + held, x < -kMaxGap ? 0 : -rest};
 }
 
 // The factor of a token's term in the sums.
@@ -137,55 +146,17 @@ RADDPO_HD double weight_of(const PolicyLossArgs<T>& a, std::int64_t row, std::in
   return weight / (a.aggregate == Aggregate::sequence ? length : a.max_length);
 }
 
-// Sets the gradient of the tokens that pull down a prefix of a row that is pushed up to exactly 0.
-template <typename T>
-RADDPO_HD void protect_row(const PolicyLossArgs<T>& a, const Session& v, std::int64_t i) {
+// Sets the gradient of the tokens that pull down a prefix of a row that is pushed up to exactly 0. `is_member(j)`:
+// whether row j is in the policy term.
+template <typename T, typename IsMember>
+RADDPO_HD void protect_row(const PolicyLossArgs<T>& a, const Session& v, std::int64_t i, const IsMember& is_member) {
   const std::int64_t row = v.first + i;
   const Sid sid = sid_of(a, row);
   for (std::int64_t j = 0; j < v.positives + v.negatives; ++j) {
     const std::int32_t shared = common_prefix(sid, sid_of(a, v.first + j));
-    if (!shared || j == i || !is_in_policy(a, v, j)) continue;
+    if (!shared || j == i || !is_member(j)) continue;
     for (std::int32_t l = 0; l < shared; ++l)
       if (advantage_of(a, row, l) < 0 && advantage_of(a, v.first + j, l) > 0) a.gradient[row * a.levels + l] = 0;
-  }
-}
-
-// Adds the terms of a row of the policy term to the sums of its group, and to its gradient, which is 0 before.
-template <typename T>
-RADDPO_HD void add_policy(const PolicyLossArgs<T>& a, const Session& v, std::int64_t i, PolicySums& sums) {
-  const std::int64_t row = v.first + i, begin = row * a.levels;
-  const std::int32_t length = sid_of(a, row).length;
-  const double weight = weight_of(a, row, length);
-  const Move whole = a.ratio == Ratio::token ? Move{} : move_of_row(a, row, length);
-  double value = 0, slopes = 0;
-  bool pulls = false, finite = weight >= 0 && weight < INFINITY;
-  for (std::int32_t l = 0; l < length; ++l) {
-    const Move token = move_of_token(a, begin + l);
-    const double advantage = advantage_of(a, row, l);
-    const bool of_token = a.ratio == Ratio::token;  // member by member: a choice of structs is one of addresses
-    const Move move{of_token ? token.logp : whole.logp, of_token ? token.gap : whole.gap,
-                    of_token ? token.ratio : whole.ratio};
-    const PolicyTerm term = term_of(a, move, advantage);
-    value += term.value;
-    slopes += term.slope;
-    if (a.gradient) a.gradient[begin + l] = static_cast<T>(weight * term.slope);
-    sums.of[kBelow] += term.below;
-    sums.of[kAbove] += term.above;
-    sums.of[kDrift] += token.ratio - 1 - token.gap;
-    pulls |= advantage < 0;
-    finite &= std::fabs(advantage) < INFINITY;
-  }
-  sums.of[kPolicy] += weight * value;
-  sums.of[kPolicyRows] += 1;
-  sums.of[kPolicyTokens] += length;
-  sums.of[kInvalid] += !finite;
-  if (a.gradient && a.ratio == Ratio::item)  // each token moves the ratio of the whole row
-    for (std::int32_t l = 0; l < length; ++l) a.gradient[begin + l] = static_cast<T>(weight * slopes);
-  if (a.gradient && a.protect && pulls) protect_row(a, v, i);
-  for (std::int32_t l = 0; a.ref_logps && l < length; ++l) {
-    const KlTerm kl = kl_of(a, begin + l);
-    sums.of[kKl] += weight * kl.value;
-    if (a.gradient && a.kl_weight > 0) a.gradient[begin + l] += static_cast<T>(a.kl_weight * weight * kl.slope);
   }
 }
 
@@ -198,28 +169,6 @@ RADDPO_HD void add_nll(const PolicyLossArgs<T>& a, std::int64_t row, PolicySums&
     const double weight = a.level_weights ? a.level_weights[l] : 1;
     if (weight > 0) sums.of[kNll] -= weight * a.logps[row * a.levels + l];  // 0 * -inf is NaN
   }
-}
-
-// A row's ratio: of its tokens the mean; 1 without any.
-template <typename T>
-RADDPO_HD double mean_ratio(const PolicyLossArgs<T>& a, std::int64_t row) {
-  const std::int32_t length = sid_of(a, row).length;
-  if (!length || !a.old_logps) return 1;
-  if (a.ratio != Ratio::token) return move_of_row(a, row, length).ratio;
-  double sum = 0;
-  for (std::int32_t l = 0; l < length; ++l) sum += move_of_token(a, row * a.levels + l).ratio;
-  return sum / length;
-}
-
-// What row i adds to a group; `counts`: whether the group does.
-template <typename T>
-RADDPO_HD void add_row(const PolicyLossArgs<T>& a, const Session& v, std::int64_t i, bool counts, PolicySums& sums) {
-  const std::int64_t row = v.first + i;
-  a.ratios[row] = static_cast<T>(mean_ratio(a, row));
-  for (std::int64_t l = 0; a.gradient && l < a.levels; ++l) a.gradient[row * a.levels + l] = 0;
-  if (!counts) return;
-  if (is_in_policy(a, v, i)) add_policy(a, v, i, sums);
-  if (i < v.positives) add_nll(a, row, sums);
 }
 
 RADDPO_HD void add(PolicySums& sums, const PolicySums& more) {
@@ -254,6 +203,7 @@ RADDPO_HD void write_batch(const PolicyLossArgs<T>& a, const PolicySums& sums) {
   double scales[2];
   for (int i = 0; i < 2; ++i) {
     const double given = a.divisors ? a.divisors[i] : a.divisor[i];
+    a.counts[i] = counts[i];
     const double divisor = given > 0 ? given : counts[i] > 1 ? counts[i] : 1;
     scales[i] = a.reduction == Reduction::mean ? 1 / divisor : 1;
     a.scales[i] = static_cast<T>(scales[i]);

@@ -1,4 +1,4 @@
-"""Checks and converts the arguments that rad_dpo_loss and multilabel_contrastive_loss have in common."""
+"""Checks and converts the arguments that the losses over sessions have in common."""
 
 from __future__ import annotations
 
@@ -36,6 +36,12 @@ def constant(value: Any, name: str, like: Tensor, dtype: torch.dtype, shape: Seq
     if value.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, got {value.device}")
     return (value.detach() if value.requires_grad else value).contiguous()
+
+
+def floats(value: Any, name: str, like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Like :func:`constant` for any floating-point dtype, which becomes that of ``like``."""
+    given = constant(value, name, like, _check.float_tensor(value, name).dtype, shape)
+    return given if given.dtype == like.dtype else given.to(like.dtype)
 
 
 def check_nan(logps: Tensor, name: str, sessions: SessionBatch) -> None:

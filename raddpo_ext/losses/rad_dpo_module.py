@@ -69,7 +69,7 @@ class RADDPOLoss(nn.Module):
         >>> hidden, weight = torch.zeros(3, 2, 4), torch.zeros(5, 4, requires_grad=True)
         >>> output = rx.RADDPOLoss(beta=2.0, sft_weight=0.0)(hidden, weight, sessions)
         >>> output.loss  # both negatives are as likely as the positive: log(1 + 2)
-        tensor(1.0986, grad_fn=<_SessionLossBackward>)
+        tensor(1.0986, grad_fn=<LossBackward>)
     """
 
     def __init__(

@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 
 from raddpo_ext import _check
-from raddpo_ext._autograd import below_autograd as _below_autograd
-from raddpo_ext._autograd import differentiable_once, refuse_transforms_of_operator
-
-_NAMES = "session_loss (rad_dpo_loss, multilabel_contrastive_loss)"  # in errors about derivatives
+from raddpo_ext._autograd import loss_operator
 
 # The operator takes positions in these tuples. Their order is that of the enums in csrc/session_loss/session_loss.h.
 PROTECT = ("winner", "positives", "none")
@@ -100,11 +97,9 @@ class BackwardArguments(NamedTuple):
 
 
 def session_loss(arguments: Arguments) -> Results:
-    """Run the operator. In eager mode this calls its autograd kernel directly: the dispatcher would add 15 us."""
-    if torch.compiler.is_compiling():
-        return Results(*torch.ops.raddpo.session_loss.default(*arguments))
+    """Run the operator."""
     try:
-        return Results(*_differentiable(*arguments))
+        return _operator(arguments)
     except RuntimeError:
         if arguments.pair_weights is not None and arguments.pair_weights.device.type == "cpu":
             check_weights(arguments.pair_weights, "pair_weights")  # the operator's error does not name the entry
@@ -159,48 +154,12 @@ def _(*arguments: Any) -> Tensor:
     return torch.empty_like(BackwardArguments(*arguments).logps)
 
 
-class _SessionLoss(torch.autograd.Function):
-    """The operator with its gradient. Its arguments are one tuple, because each argument of ``apply`` costs time."""
-
-    @staticmethod
-    def forward(ctx: Any, logps: Tensor, a: Arguments) -> Results:
-        results = Results(*_below_autograd(torch.ops.raddpo.session_loss.default, *a))
-        _, _, _, *others = results
-        ctx.save_for_backward(
-            logps, results.gradient, results.scales, a.lengths, a.offsets, a.num_positives, a.level_weights
-        )
-        ctx.sft_weight, ctx.overwritten, ctx.op = a.sft_weight, False, _NAMES
-        ctx.mark_non_differentiable(*others)
-        ctx.set_materialize_grads(False)
-        return results
-
-    @staticmethod
-    @differentiable_once
-    def backward(
-        ctx: Any, saved: Any, loss: Tensor | None, preference: Tensor | None, sft: Tensor | None, *_: None
-    ) -> tuple[Tensor | None, None]:
-        if loss is preference is sft is None:
-            return None, None
-        arguments = BackwardArguments._make((loss, preference, sft, *saved, ctx.sft_weight))
-        return _below_autograd(torch.ops.raddpo.session_loss_backward.default, *arguments), None
-
-
-def _differentiable(*arguments: Any) -> tuple[Tensor, ...]:
-    """The operator's autograd kernel.
-
-    The kernel that ``torch.library.register_autograd`` makes takes 150 us with this many arguments.
-    """
-    a = Arguments(*arguments)
-    refuse_transforms_of_operator(_NAMES, a.logps)
-    if a.need_gradient:
-        return _SessionLoss.apply(a.logps, a)
-    return _below_autograd(torch.ops.raddpo.session_loss.default, *a)
-
-
-def _no_second_derivative(ctx: Any, grad: Tensor) -> None:
-    raise RuntimeError(f"{_NAMES} has no second derivative")
-
-
-_library = torch.library.Library("raddpo", "FRAGMENT")
-_library.impl("session_loss", _differentiable, "Autograd")
-torch.library.register_autograd("raddpo::session_loss_backward", _no_second_derivative)
+_operator = loss_operator(
+    "session_loss",
+    Arguments,
+    Results,
+    losses=3,
+    saved=lambda a, r: (r.gradient, r.scales, a.lengths, a.offsets, a.num_positives, a.level_weights),
+    weight="sft_weight",
+    called="session_loss (rad_dpo_loss, multilabel_contrastive_loss)",
+)

@@ -168,7 +168,7 @@ def group_advantages(
         lengths=groups["lengths"],
         offsets=groups["offsets"],
         num_positives=groups["num_positives"],
-        weights=None if weights is None else _numbers(weights, "weights", rewards, rewards.shape),
+        weights=None if weights is None else loss_arguments.floats(weights, "weights", rewards, rewards.shape),
         baselines=_baselines(baseline, rewards, sessions, check),
         target_tokens=truth.get("tokens"),
         target_lengths=truth.get("lengths"),
@@ -233,15 +233,10 @@ def _fraction(value: Any, name: str) -> float:
     return float(value)
 
 
-def _numbers(value: Any, name: str, rewards: Tensor, shape: Sequence[int]) -> Tensor:
-    given = loss_arguments.constant(value, name, rewards, _check.float_tensor(value, name).dtype, shape)
-    return given.to(rewards.dtype)
-
-
 def _baselines(baseline: str | Tensor, rewards: Tensor, sessions: SessionBatch, check: bool) -> Tensor | None:
     if not isinstance(baseline, Tensor):
         return None
-    baselines = _numbers(baseline, "baseline", rewards, (sessions.num_sessions,))
+    baselines = loss_arguments.floats(baseline, "baseline", rewards, (sessions.num_sessions,))
     if _check.reads_values(baselines, check):
         _check.none(~baselines.isfinite(), lambda s: f"baseline[{s}] must be finite, got {float(baselines[s])}")
     return baselines

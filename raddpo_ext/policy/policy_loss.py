@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,12 +11,10 @@ from torch import Tensor
 from raddpo_ext import _check
 from raddpo_ext.losses import loss_arguments
 from raddpo_ext.losses.session import SessionBatch
-from raddpo_ext.losses.session_loss import check_weights
 from raddpo_ext.policy import policy_loss_op as op
 from raddpo_ext.policy.group_advantages import EXPERTS
 
 PROTECT = ("none", "positives")
-COUNT = ("active", "all")
 
 #: Arguments of :func:`policy_loss` per published objective: ``rx.policy_loss(..., **rx.POLICY_PRESETS["dapo"])``. Each
 #: leaves the KL out: add ``kl_weight`` and ``ref_logps``. Those that were published over all groups, dead ones too,
@@ -154,7 +151,8 @@ def policy_loss(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         normalizer: ``(rows, tokens)``, positive numbers or tensors of one element: replaces the two counts of
             ``"mean"``, of the policy term and KL (rows, or their tokens under ``aggregate="token"``) and of the NLL
-            (tokens of experts), so that the losses of ranks and accumulated batches sum to the loss of one big batch.
+            (tokens of experts), so that the losses of ranks and accumulated batches sum to the loss of one big batch:
+            see :func:`policy_counts`.
         check: also raise for NaN log-probs, and check values on CUDA (synchronises).
 
     Returns:
@@ -196,11 +194,11 @@ def policy_loss(
         lengths=groups["lengths"],
         offsets=groups["offsets"],
         num_positives=groups["num_positives"],
-        advantages=_numbers(advantages, "advantages", logps, shape),
+        advantages=loss_arguments.floats(advantages, "advantages", logps, shape),
         old_logps=_logps(old_logps, "old_logps", logps),
         ref_logps=_logps(ref_logps, "ref_logps", logps),
-        weights=None if weights is None else _numbers(weights, "weights", logps, logps.shape[:1]),
-        gates=None if gates is None else _numbers(gates, "gates", logps, logps.shape),
+        weights=None if weights is None else loss_arguments.floats(weights, "weights", logps, logps.shape[:1]),
+        gates=None if gates is None else loss_arguments.floats(gates, "gates", logps, logps.shape),
         level_weights=loss_arguments.level_weights(level_weights, logps, check),
         divisors=divisors.get("divisors"),
         row_divisor=divisors.get("session_divisor", 0.0),
@@ -219,30 +217,23 @@ def policy_loss(
         reduction=_check.choice(reduction, "reduction", op.REDUCTION),
         use_experts=_check.choice(experts, "experts", EXPERTS) == EXPERTS.index("group"),
         protect=_check.choice(protect, "protect", PROTECT) == PROTECT.index("positives"),
-        count_all=_check.choice(count, "count", COUNT) == COUNT.index("all"),
+        count_all=_check.choice(count, "count", op.COUNT) == op.COUNT.index("all"),
         need_gradient=logps.requires_grad and torch.is_grad_enabled(),
     )
     if check:
         for name in ("logps", "old_logps", "ref_logps"):
             if getattr(arguments, name) is not None:
                 loss_arguments.check_nan(getattr(arguments, name), name, sessions)
-        _check_values(arguments)
-    try:
-        results = op.policy_loss(arguments)
-    except RuntimeError:
-        if logps.device.type == "cpu":
-            _check_values(arguments)  # the operator's error does not name the entry
-        raise
+        op.check_values(arguments)
+    results = op.policy_loss(arguments)
     return PolicyLossOutput._make(results[: len(PolicyLossOutput._fields)])
 
 
 def _clip(clip: Any, objective: str) -> tuple[float, float]:
-    values = list(clip) if isinstance(clip, Sequence) else [clip]
-    if len(values) != 2:
+    if not isinstance(clip, Sequence) or len(clip) != 2:
         raise ValueError(f"clip must be two numbers, got {clip!r}")
     check = _check.positive if objective == "sapo" else _check.not_negative
-    low, high = (check(value, f"clip[{i}]") for i, value in enumerate(values))
-    return low, high
+    return check(clip[0], "clip[0]"), check(clip[1], "clip[1]")
 
 
 def _above_one(value: Any, name: str) -> float:
@@ -275,33 +266,3 @@ def _check_unused(
 
 def _logps(value: Tensor | None, name: str, logps: Tensor) -> Tensor | None:
     return None if value is None else loss_arguments.constant(value, name, logps, logps.dtype, logps.shape)
-
-
-def _numbers(value: Any, name: str, logps: Tensor, shape: Sequence[int]) -> Tensor:
-    given = loss_arguments.constant(value, name, logps, _check.float_tensor(value, name).dtype, shape)
-    return given.to(logps.dtype)
-
-
-def _check_values(a: op.Arguments) -> None:
-    """Raise ValueError for the first weight, advantage or gate of a row that is not as documented."""
-    if a.weights is not None:
-        check_weights(a.weights, "weights")
-    within = torch.arange(a.logps.shape[1], device=a.logps.device) < a.lengths[:, None]
-    for values, name in ((a.advantages, "advantages"), (a.gates, "gates")):
-        if values is None:
-            continue
-        bad = (~values.isfinite() & (within if values.dim() == 2 else a.lengths > 0)).nonzero()
-        if len(bad):
-            place = bad[0].tolist()
-            raise ValueError(f"{name}{place} must be finite, got {float(values[tuple(place)])}")
-    if a.gates is not None:
-        _check_products(a, within)
-
-
-def _check_products(a: op.Arguments, within: Tensor) -> None:
-    assert a.gates is not None
-    advantages = a.advantages if a.advantages.dim() == 2 else a.advantages[:, None]
-    bad = ((advantages.double() * a.gates).abs() == math.inf) & within
-    if bad.any():
-        row, level = bad.nonzero()[0].tolist()
-        raise ValueError(f"advantages times gates[{row}, {level}] must be finite, got {float(a.gates[row, level])}")

@@ -5,12 +5,14 @@ Arguments must be valid: the public function checks them.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from raddpo_ext._autograd import below_autograd, differentiable_once, refuse_transforms_of_operator
+from raddpo_ext._autograd import loss_operator
+from raddpo_ext.losses.session_loss import check_weights
 
 # The operator takes positions in these tuples. Their order is that of the enums in csrc/policy_loss/policy_loss.h.
 OBJECTIVE = ("reinforce", "clip", "cispo", "sapo", "ecpo", "gbpo")
@@ -18,6 +20,7 @@ RATIO = ("token", "sequence", "item")
 KL = ("k1", "k2", "k3")
 AGGREGATE = ("sequence", "token", "constant")
 REDUCTION = ("mean", "sum", "none")
+COUNT = ("active", "all")
 
 
 class Arguments(NamedTuple):
@@ -29,34 +32,34 @@ class Arguments(NamedTuple):
     offsets: Tensor
     num_positives: Tensor
     advantages: Tensor
-    old_logps: Tensor | None
-    ref_logps: Tensor | None
-    weights: Tensor | None
-    gates: Tensor | None
-    level_weights: Tensor | None
-    divisors: Tensor | None
-    row_divisor: float
-    token_divisor: float
-    low: float
-    high: float
-    dual_clip: float
-    delta: float
-    kl_weight: float
-    nll_weight: float
-    max_length: float
-    objective: int
-    ratio: int
-    divergence: int
-    aggregate: int
-    reduction: int
-    use_experts: bool
-    protect: bool
-    count_all: bool
-    need_gradient: bool
+    old_logps: Tensor | None = None
+    ref_logps: Tensor | None = None
+    weights: Tensor | None = None
+    gates: Tensor | None = None
+    level_weights: Tensor | None = None
+    divisors: Tensor | None = None
+    row_divisor: float = 0.0
+    token_divisor: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    dual_clip: float = 0.0
+    delta: float = 0.0
+    kl_weight: float = 0.0
+    nll_weight: float = 0.0
+    max_length: float = 1.0
+    objective: int = OBJECTIVE.index("reinforce")
+    ratio: int = RATIO.index("token")
+    divergence: int = KL.index("k1")
+    aggregate: int = AGGREGATE.index("sequence")
+    reduction: int = REDUCTION.index("mean")
+    use_experts: bool = True
+    protect: bool = False
+    count_all: bool = False
+    need_gradient: bool = False
 
 
 class Results(NamedTuple):
-    """The operator's results. The last three are saved for the backward pass."""
+    """The operator's results. ``counts`` are the divisors of a mean; the last three are saved for the backward pass."""
 
     loss: Tensor
     policy: Tensor
@@ -65,6 +68,7 @@ class Results(NamedTuple):
     ratios: Tensor
     clipped: Tensor
     approx_kl: Tensor
+    counts: Tensor
     counted: Tensor
     gradient: Tensor
     scales: Tensor
@@ -74,6 +78,7 @@ class BackwardArguments(NamedTuple):
     """The arguments of ``policy_loss_backward``, in the order of csrc/schema.cpp."""
 
     grad_loss: Tensor
+    logps: Tensor
     gradient: Tensor
     scales: Tensor
     counted: Tensor
@@ -85,10 +90,38 @@ class BackwardArguments(NamedTuple):
 
 
 def policy_loss(arguments: Arguments) -> Results:
-    """Run the operator. In eager mode this calls its autograd kernel directly, past the dispatcher."""
-    if torch.compiler.is_compiling():
-        return Results(*torch.ops.raddpo.policy_loss.default(*arguments))
-    return Results(*_differentiable(*arguments))
+    """Run the operator."""
+    try:
+        return _operator(arguments)
+    except RuntimeError:
+        if arguments.logps.device.type == "cpu":
+            check_values(arguments)  # the operator's error does not name the entry
+        raise
+
+
+def check_values(a: Arguments) -> None:
+    """Raise ValueError for the first weight, advantage or gate of a row that is not as documented."""
+    if a.weights is not None:
+        check_weights(a.weights, "weights")
+    within = torch.arange(a.logps.shape[1], device=a.logps.device) < a.lengths[:, None]
+    for values, name in ((a.advantages, "advantages"), (a.gates, "gates")):
+        if values is None:
+            continue
+        bad = (~values.isfinite() & (within if values.dim() == 2 else a.lengths > 0)).nonzero()
+        if len(bad):
+            place = bad[0].tolist()
+            raise ValueError(f"{name}{place} must be finite, got {float(values[tuple(place)])}")
+    if a.gates is not None:
+        _check_products(a, within)
+
+
+def _check_products(a: Arguments, within: Tensor) -> None:
+    assert a.gates is not None
+    advantages = a.advantages if a.advantages.dim() == 2 else a.advantages[:, None]
+    bad = ((advantages.double() * a.gates).abs() == math.inf) & within
+    if bad.any():
+        row, level = bad.nonzero()[0].tolist()
+        raise ValueError(f"advantages times gates[{row}, {level}] must be finite, got {float(a.gates[row, level])}")
 
 
 @torch.library.register_fake("raddpo::policy_loss")
@@ -105,6 +138,7 @@ def empty_results(*arguments: Any) -> Results:
         ratios=new(candidates),
         clipped=new(2),
         approx_kl=new(()),
+        counts=new(2, dtype=torch.float64),
         counted=new(a.num_positives.shape, dtype=torch.bool),
         gradient=new((candidates if a.need_gradient else 0, levels)),
         scales=new(2),
@@ -113,53 +147,15 @@ def empty_results(*arguments: Any) -> Results:
 
 @torch.library.register_fake("raddpo::policy_loss_backward")
 def _(*arguments: Any) -> Tensor:
-    return torch.empty_like(BackwardArguments(*arguments).gradient)
+    return torch.empty_like(BackwardArguments(*arguments).logps)
 
 
-class _PolicyLoss(torch.autograd.Function):
-    """The operator with its gradient. Its arguments are one tuple, because each argument of ``apply`` costs time."""
-
-    @staticmethod
-    def forward(ctx: Any, logps: Tensor, a: Arguments) -> Results:
-        results = Results(*below_autograd(torch.ops.raddpo.policy_loss.default, *a))
-        _, *others = results
-        ctx.save_for_backward(
-            logps,  # not read: with it, differentiating the gradient is an error rather than 0
-            results.gradient,
-            results.scales,
-            results.counted,
-            a.lengths,
-            a.offsets,
-            a.num_positives,
-            a.level_weights,
-        )
-        ctx.nll_weight, ctx.overwritten, ctx.op = a.nll_weight, False, "policy_loss"
-        ctx.mark_non_differentiable(*others)
-        ctx.set_materialize_grads(False)
-        return results
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx: Any, saved: Any, loss: Tensor | None, *_: None) -> tuple[Tensor | None, None]:
-        if loss is None:
-            return None, None
-        arguments = BackwardArguments._make((loss, *saved[1:], ctx.nll_weight))
-        return below_autograd(torch.ops.raddpo.policy_loss_backward.default, *arguments), None
-
-
-def _differentiable(*arguments: Any) -> tuple[Tensor, ...]:
-    """The operator's autograd kernel."""
-    a = Arguments(*arguments)
-    refuse_transforms_of_operator("policy_loss", a.logps)
-    if a.need_gradient:
-        return _PolicyLoss.apply(a.logps, a)
-    return below_autograd(torch.ops.raddpo.policy_loss.default, *a)
-
-
-def _no_second_derivative(ctx: Any, grad: Tensor) -> None:
-    raise RuntimeError("policy_loss has no second derivative")
-
-
-_library = torch.library.Library("raddpo", "FRAGMENT")
-_library.impl("policy_loss", _differentiable, "Autograd")
-torch.library.register_autograd("raddpo::policy_loss_backward", _no_second_derivative)
+_operator = loss_operator(
+    "policy_loss",
+    Arguments,
+    Results,
+    losses=1,
+    saved=lambda a, r: (r.gradient, r.scales, r.counted, a.lengths, a.offsets, a.num_positives, a.level_weights),
+    weight="nll_weight",
+    called="policy_loss",
+)

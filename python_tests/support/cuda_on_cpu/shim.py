@@ -48,7 +48,7 @@ _POLICY_LOSS_ARGS = (
     _SESSIONS + "tokens:P levels:I logps:P old_logps:P ref_logps:P advantages:P weights:P gates:P level_weights:P "
     "divisors:P row_divisor:D token_divisor:D low:D high:D dual_clip:D delta:D kl_weight:D nll_weight:D max_length:D "
     "objective:E ratio:E divergence:E aggregate:E reduction:E by_token:B use_experts:B protect:B count_all:B loss:P "
-    "policy:P kl:P nll:P ratios:P clipped:P approx_kl:P counted:P gradient:P scales:P"
+    "policy:P kl:P nll:P ratios:P clipped:P approx_kl:P counts:P counted:P gradient:P scales:P"
 )
 _POLICY_LOSS_BACKWARD_ARGS = (
     _SESSIONS + "levels:I grad_loss:P stride:I gradient:P scales:P counted:P level_weights:P nll_weight:D grad_logps:P"
@@ -283,10 +283,10 @@ class Shim:
     def policy_loss_backward(self, *arguments: Any) -> Tensor:
         """The operator's own arguments and output."""
         a = policy_loss_op.BackwardArguments(*arguments)
-        out = torch.full_like(a.gradient, 777)
+        out = torch.full_like(a.logps, 777)
         given = {**a._asdict(), "grad_logps": out, "stride": a.grad_loss.stride(0) if a.grad_loss.dim() else 0}
         given |= {"sessions": len(a.num_positives), "candidates": out.shape[0], "levels": out.shape[1]}
-        self._call_with_struct("policy_loss_backward", _POLICY_LOSS_BACKWARD_ARGS, a.gradient, given)
+        self._call_with_struct("policy_loss_backward", _POLICY_LOSS_BACKWARD_ARGS, a.logps, given)
         return out
 
     def _call_with_struct(self, name: str, fields: str, like: Tensor, given: dict[str, Any]) -> None:
