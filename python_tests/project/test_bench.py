@@ -56,7 +56,15 @@ def test_table_and_file(tmp_path, capsys):
     assert f"torch {torch.__version__}" in out
     assert "cpu, 2 threads" in out
     assert (result["threads"], result["device"], result["processes"]) == (2, "cpu", 1)
-    peers = {"beam step": 4, "token_logps": 2, "session loss": 2, "index": 3, "retrieval": 2}
+    peers = {
+        "beam step": 4,
+        "token_logps": 2,
+        "session loss": 2,
+        "policy_loss": 2,
+        "legal_mass": 2,
+        "index": 3,
+        "retrieval": 2,
+    }
     for name, case in zip(TINY, result["results"], strict=True):
         assert next(iter(case["methods"])) == "ours"
         assert len(case["methods"]) == peers.get(name, 3) + len(case["floors"])  # linear_cross_entropy: newer torch
@@ -123,7 +131,7 @@ def test_a_wrong_result_is_an_error(name):
 
 
 def test_wrong_gradients_are_an_error():
-    for name in ("token_logps", "linear_token_logps", "session loss"):
+    for name in ("token_logps", "linear_token_logps", "session loss", "policy_loss", "legal_mass"):
         comparison = TINY[name](CPU)
         method, right = list(comparison.methods.items())[1]
         for place in range(1, len(right())):

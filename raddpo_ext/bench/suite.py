@@ -7,8 +7,19 @@ from functools import partial
 
 import torch
 
-from raddpo_ext.bench import beam_search, retriever, session_loss, token_logps, trie
+from raddpo_ext.bench import (
+    beam_search,
+    group_advantages,
+    legal_mass,
+    policy_loss,
+    retriever,
+    session_loss,
+    token_logps,
+    trie,
+)
 from raddpo_ext.bench.compare import Comparison
+from raddpo_ext.bench.group_advantages_cases import Case as AdvantagesCase
+from raddpo_ext.bench.policy_loss_cases import Case as PolicyCase
 from raddpo_ext.bench.searches import MILLION, QWEN_VOCAB, SYNTHETIC
 from raddpo_ext.bench.searches import Case as SearchCase
 from raddpo_ext.bench.session_loss_cases import Case as SessionCase
@@ -25,6 +36,9 @@ CORE: dict[str, Prepare] = {
     "token_logps": partial(token_logps.comparison, case=LogpsCase("logits", 256, 32768)),
     "linear_token_logps": partial(token_logps.comparison, case=LogpsCase("sweep", 256, 32768, 512)),
     "session loss": partial(session_loss.comparison, case=SessionCase("winner")),
+    "group_advantages": partial(group_advantages.comparison, case=AdvantagesCase("siblings", 512)),
+    "policy_loss": partial(policy_loss.comparison, case=PolicyCase("grpo", 16_384)),
+    "legal_mass": partial(legal_mass.comparison, rows=64, vocab_size=32_768, codes=256),
     "index": partial(trie.comparison, items=MILLION, codes=8192, levels=3),
     "retrieval": partial(
         retrieval, items=100_000, vocab_size=LARGE, hidden_size=256, layers=2, prompt=128, beam_width=50
@@ -35,6 +49,9 @@ TINY: dict[str, Prepare] = {
     "token_logps": partial(token_logps.comparison, case=LogpsCase("logits", 3, 50)),
     "linear_token_logps": partial(token_logps.comparison, case=LogpsCase("sweep", 3, 50, 8)),
     "session loss": partial(session_loss.comparison, case=SessionCase("winner", 5, (1, 3), (2, 4), 3)),
+    "group_advantages": partial(group_advantages.comparison, case=AdvantagesCase("sequence", 64)),
+    "policy_loss": partial(policy_loss.comparison, case=PolicyCase("grpo", 64)),
+    "legal_mass": partial(legal_mass.comparison, rows=8, vocab_size=99, codes=16, items=300),
     "index": partial(trie.comparison, items=300, codes=16, levels=3),
     "retrieval": partial(retrieval, items=300, vocab_size=900, hidden_size=64, layers=1, prompt=4, beam_width=5),
 }
