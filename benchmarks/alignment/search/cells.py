@@ -25,7 +25,14 @@ from demo.search.data import Sessions, Tokens, sessions_of
 from demo.search.shop import Constants, Log, Queries, SearchShop, ndcg
 from demo.sft import by_length
 
-LOGS = {"sft": 1, "align": 2, "probe": 3, "validation": 4, "test": 5}  # seeds of what is drawn from a shop
+LOGS = {
+    "sft": 1,
+    "align": 2,
+    "probe": 3,
+    "validation": 4,
+    "test": 5,
+    "test pages": 6,
+}  # seeds of what is drawn from a shop
 GAIN = 50  # orders are kept in fiftieths
 
 
@@ -90,10 +97,15 @@ class SearchLab(Records):
             fields += ["aligned", "probes", "beams"]
             fields += {"tune": ["validation"], "test": ["queries", "free_beams"], "align": []}[cell.kind]
         constants, _ = _constants(args["world"])
-        config = {"kind": cell.kind, **args, **{name: scale[name] for name in fields}, "constants": _digest(constants)}
+        config = {
+            "kind": cell.kind,
+            **args,
+            **{name: scale[name] for name in fields},
+            "constants": digest(asdict(constants)),
+        }
         method = args.get("method", "sft")
         if method != "sft":
-            config["definition"] = _digest(METHODS[method].method)
+            config["definition"] = digest(asdict(METHODS[method].method))
         return config
 
     def world(self, shop: int, world: dict[str, Any]) -> World:
@@ -110,7 +122,7 @@ class SearchLab(Records):
         config = {"shop": shop, "init": init, "world": world, "epochs": scale.epochs, "supervised": scale.supervised}
 
         def fit() -> dict[str, Tensor]:
-            log = there.shop.log(scale.supervised, _rng(shop, "sft"))
+            log = there.shop.log(scale.supervised, rng_of(shop, "sft"))
             clicks = sessions_of(log, np.random.default_rng([shop, init]), there.shop.constants.page, 0)
             search_model.train(model, there.tokens, clicks, init, scale.epochs)
             return dict(model.state_dict())
@@ -129,8 +141,8 @@ class SearchLab(Records):
 
         def align() -> dict[str, Any]:
             there = self.world(shop, world)
-            fresh = Knobs(**knobs).make(there.shop, self.scale.aligned, _rng(shop, "align"))
-            probes = Knobs().make(there.shop, self.scale.probes, _rng(shop, "probe"))
+            fresh = Knobs(**knobs).make(there.shop, self.scale.aligned, rng_of(shop, "align"))
+            probes = Knobs().make(there.shop, self.scale.probes, rng_of(shop, "probe"))
             seed = 1000 * shop + init
             model, record = train.align(there.tokens, start, METHODS[method].method, setting, fresh, probes, seed)
             return {"model": model.state_dict(), "drift": {name: record["drift"][name][-1] for name in train.GROUPS}}
@@ -264,10 +276,10 @@ def _siblings(shop: SearchShop, items: np.ndarray, count: int, rng: np.random.Ge
 def _world(shop: int, world: tuple[tuple[str, Any], ...], scale: Scale) -> World:
     constants, ragged = _constants(dict(world))
     made = SearchShop.make(shop, constants)
-    log = made.log(8 * scale.validation, _rng(shop, "validation"))
+    log = made.log(8 * scale.validation, rng_of(shop, "validation"))
     log = log.rows(np.flatnonzero(log.ordered.any(1))[: scale.validation])
     wanted = log.shown[np.arange(len(log.shown)), log.ordered.argmax(1)]
-    queries = made.queries(scale.queries, _rng(shop, "test"))
+    queries = made.queries(scale.queries, rng_of(shop, "test"))
     return World(made, Tokens.of(made, ragged), log, wanted, queries, made.order_probability(queries))
 
 
@@ -278,9 +290,9 @@ def _constants(world: dict[str, Any]) -> tuple[Constants, bool]:
     return Constants(**changes), ragged
 
 
-def _digest(value: Constants | train.Method) -> str:
-    return hashlib.sha256(json.dumps(asdict(value), sort_keys=True).encode()).hexdigest()[:16]
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _rng(shop: int, log: str) -> np.random.Generator:
+def rng_of(shop: int, log: str) -> np.random.Generator:
     return np.random.default_rng([shop, LOGS[log]])

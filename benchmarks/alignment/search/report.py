@@ -95,12 +95,12 @@ def main_rows(lab: SearchLab) -> dict[str, dict[str, Any]]:
 def _by_shop(lab: SearchLab, method: str, metric: str) -> list[np.ndarray]:
     """Of each shop's queries the mean over the initializations."""
     return [
-        np.mean([_values(lab, grid.test(lab, method, shop, init), metric) for init in lab.scale.inits], 0)
+        np.mean([values_of(lab, grid.test(lab, method, shop, init), metric) for init in lab.scale.inits], 0)
         for shop in lab.scale.shops
     ]
 
 
-def _values(lab: SearchLab, cell: Cell, metric: str) -> np.ndarray:
+def values_of(lab: SearchLab, cell: Cell, metric: str) -> np.ndarray:
     values: np.ndarray = unpack(lab.run(cell)["result"][metric]) / {"ndcg": 255, "orders": GAIN}[metric]
     return values
 
@@ -112,7 +112,7 @@ def asked(lab: SearchLab) -> list[tuple[Answer, dict[str, Any]]]:
         start, cells = grid.starts(lab, answer), grid.points(lab, answer)
         results = [lab.run(cell)["result"] for cell in cells]
         row: dict[str, Any] = {name: float(np.mean([r[name] for r in results])) for name in MEANS if name in results[0]}
-        differences = [_values(lab, a, "ndcg") - _values(lab, b, "ndcg") for a, b in zip(cells, start, strict=True)]
+        differences = [values_of(lab, a, "ndcg") - values_of(lab, b, "ndcg") for a, b in zip(cells, start, strict=True)]
         row["ndcg"] = change(differences, lab.scale.resamples)
         found.append((answer, row))
     return found

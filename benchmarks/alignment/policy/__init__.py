@@ -1,0 +1,1 @@
+"""What policy training does on the search shop: rollouts, support and objective, against the truth."""

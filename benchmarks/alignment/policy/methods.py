@@ -1,0 +1,92 @@
+"""The rows of the policy experiment: how rollouts are drawn, what the log-probs run over, and the objective."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from transformers import PrinterCallback, Qwen3ForCausalLM
+
+import raddpo_ext as rx
+from demo.search.data import Tokens
+from demo.search.shop import Log
+from raddpo_ext.integrations.transformers import PolicyConfig, PolicyTrainer
+
+BATCH, ROLLOUTS = 32, 16
+LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+ORDERED, CLICKED = 1.0, 0.5  # rewards; everything else has none
+
+
+@dataclass(frozen=True)
+class Method:
+    """Fields of :class:`PolicyConfig`."""
+
+    rollouts: str
+    normalize: str
+    preset: str
+
+
+METHODS = {
+    f"{preset}, {rollouts}, {normalize}": Method(rollouts, normalize, preset)
+    for preset, rollouts, normalize in product(
+        ("grpo", "grpo_sr", "eg_grpo"), ("beams", "independent", "sample"), ("vocab", "trie")
+    )
+}
+
+
+def train(
+    start: Qwen3ForCausalLM, tokens: Tokens, log: Log, method: Method, lr: float, folder: Path, seed: int
+) -> tuple[Qwen3ForCausalLM, dict[str, float]]:
+    """One pass over the pages of ``log``: a trained copy of ``start``, and means of the last tenth of the steps."""
+    steps = math.ceil(len(log.shown) / BATCH)
+    arguments = PolicyConfig(
+        output_dir=str(folder),
+        save_strategy="no",
+        use_cpu=True,
+        seed=seed,
+        per_device_train_batch_size=BATCH,
+        num_train_epochs=1,
+        learning_rate=lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=steps // 10,
+        logging_steps=max(1, steps // 10),
+        num_generations=ROLLOUTS,
+        disable_tqdm=True,
+        rollouts=method.rollouts,
+        normalize=method.normalize,
+        preset=method.preset,
+    )
+    trainer = PolicyTrainer(
+        copy.deepcopy(start), arguments, train_dataset=rows_of(log, tokens), reward_fn=reward, index=tokens.index
+    )
+    trainer.remove_callback(PrinterCallback)
+    begin = time.perf_counter()
+    trainer.train()
+    seconds = round(time.perf_counter() - begin, 2)
+    last = [entry for entry in trainer.state.log_history if "reward" in entry][-1]
+    kept = ("reward", "active", "distinct", "entropy", "legal_mass", "invalid")
+    return trainer.model.eval(), {**{name: last[name] for name in kept if name in last}, "train_seconds": seconds}
+
+
+def rows_of(log: Log, tokens: Tokens) -> list[dict[str, Any]]:
+    """A row per page: its query, what was clicked (what was ordered first), and the reward of each of these items."""
+    sids = rx.item_tokens(tokens.index, np.arange(len(tokens.of_item)))
+    rows = []
+    for prompt, shown, clicked, ordered in zip(
+        tokens.prompts(log.queries), log.shown, log.clicked, log.ordered, strict=True
+    ):
+        rewards = {int(item): ORDERED for item in shown[ordered]}
+        rewards |= {int(item): CLICKED for item in shown[clicked & ~ordered]}
+        rows.append({"prompt_ids": prompt, "positives": [sids[item] for item in rewards], "rewards": rewards})
+    return rows
+
+
+def reward(items: Tensor, sids: Tensor, rows: list[dict[str, Any]]) -> list[float]:
+    return [row["rewards"].get(item, 0.0) for item, row in zip(items.tolist(), rows, strict=True)]

@@ -1,0 +1,63 @@
+"""The policy experiment, on a tiny shop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+from benchmarks.alignment.policy import methods
+from benchmarks.alignment.policy.cells import REFERENCE, PolicyLab
+from benchmarks.alignment.policy.grid import stages, tuned, tuning
+from benchmarks.alignment.policy.report import table
+from benchmarks.alignment.records import compute
+from benchmarks.alignment.search.cells import Scale
+from demo.search.data import Tokens
+from demo.search.shop import SearchShop
+
+TINY = Scale(
+    name="policy-tiny",
+    shops=(10,),
+    inits=(0,),
+    epochs=1,
+    supervised=300,
+    aligned=64,
+    validation=20,
+    queries=20,
+    beams=50,
+    settings=2,
+    resamples=100,
+    methods=("grpo, sample, trie", "eg_grpo, beams, vocab"),
+)
+
+
+def test_rewards_are_those_of_the_log() -> None:
+    shop = SearchShop.make(10)
+    log = shop.log(200, np.random.default_rng(0))
+    rows = methods.rows_of(log, Tokens.of(shop))
+    for row, shown, clicked, ordered in zip(rows, log.shown, log.clicked, log.ordered, strict=True):
+        expected = {
+            item: 1.0 if order else 0.5
+            for item, click, order in zip(shown.tolist(), clicked, ordered, strict=True)
+            if click
+        }
+        assert row["rewards"] == expected
+        assert len(row["positives"]) == len(expected)
+        values = list(row["rewards"].values())
+        assert values == sorted(values, reverse=True)  # the winner first
+
+
+def test_the_grid_runs_and_is_reported(tmp_path: Path) -> None:
+    lab = PolicyLab(TINY, tmp_path)
+    for stage in stages(lab):
+        compute(lab, stage, 1)
+    lines = table(lab).splitlines()
+    assert [line.split("|")[1].strip(" `") for line in lines[2:]] == [*REFERENCE, *TINY.methods]
+    for method in TINY.methods:
+        cells = tuning(lab, method)
+        scores = [lab.run(cell)["result"]["page_ndcg"] for cell in cells]
+        assert tuned(lab, method) == cells[int(np.argmax(scores))].args["setting"]
+    one, other = (lab.config(tuning(lab, method)[0])["definition"] for method in TINY.methods)
+    assert one != other
