@@ -274,6 +274,31 @@ def test_logs_equal_brute_force() -> None:
         assert logs[name] == pytest.approx(sum(values) / 4, rel=1e-4), name
 
 
+def test_options_of_trainer() -> None:
+    """Checkpointed and compiled models train as plain ones, and autocast leaves the weights in float32."""
+    plain = run_policy(small(), ROWS, max_steps=2)
+    for options in (
+        {"gradient_checkpointing": True},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+    ):
+        found = run_policy(small(), ROWS, max_steps=2, **options)
+        assert_same(found.parameters, plain.parameters)
+    bf16 = run_policy(small(), ROWS, max_steps=2, bf16=True)
+    assert bf16.parameters["lm_head.weight"].dtype == torch.float32
+    assert bf16.history[1]["grad_norm"] == pytest.approx(plain.history[1]["grad_norm"], rel=0.2)
+
+
+def test_long_prompts_lose_their_first_tokens() -> None:
+    """So many that a rollout fits into the window; a row of stand-ins has the size of a row of rollouts."""
+    rows = [{**row, "prompt_ids": [25] * 15 + [20 + i % 9 for i in range(45)]} for i, row in enumerate(ROWS[:8])]
+    short = [{**row, "prompt_ids": row["prompt_ids"][15:]} for row in rows]
+    found, right = (run_policy(small(), given, max_steps=2) for given in (rows, short))
+    assert_same(found.parameters, right.parameters, 0)
+    assert (found.history[0]["truncated_prompts"], right.history[0]["truncated_prompts"]) == (1, 0)
+    packed = found.trainer.data_collator(short)["packed"]
+    assert packed.sessions.offsets.diff().tolist() == [5 + len(row["positives"]) for row in short]
+
+
 def test_evaluation() -> None:
     """As RADDPOTrainer's, whatever the rows' rollouts; training goes on as without it."""
     from raddpo_ext.integrations.transformers import RADDPOConfig, RADDPOTrainer

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset, Sampler
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 from transformers.utils import logging
 
@@ -24,11 +23,11 @@ from raddpo_ext.integrations.packed_lengths import in_shards
 from raddpo_ext.integrations.policy_config import PolicyConfig
 from raddpo_ext.integrations.policy_objective import METRICS, OF_ROLLOUTS, PolicyObjective, counts, rollout_sums
 from raddpo_ext.integrations.prompt_collator import PromptCollator
+from raddpo_ext.integrations.repeated_sampler import RepeatedSampler
 from raddpo_ext.integrations.retriever import SIDRetriever
-from raddpo_ext.integrations.rollouts import Groups, draw, group, kept_rows, reward
+from raddpo_ext.integrations.rollouts import Groups, advantages_of, draw, group, kept_rows, reward
 from raddpo_ext.integrations.session_trainer import SessionTrainer
 from raddpo_ext.losses.session import SessionBatch
-from raddpo_ext.policy.group_advantages import Advantages, group_advantages
 
 _logger = logging.get_logger(__name__)
 
@@ -169,7 +168,7 @@ class PolicyTrainer(SessionTrainer):
         ranks = 1 if self.accelerator.split_batches else self.accelerator.num_processes
         rows = self._train_batch_size * self.args.gradient_accumulation_steps * ranks
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return _Repeated(sampler, rows, times, seed)
+        return RepeatedSampler(sampler, rows, times, seed)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Overridden to turn the prompts of an optimizer step into rollouts, or to return those of the last one."""
@@ -199,7 +198,7 @@ class PolicyTrainer(SessionTrainer):
         groups = self._groups(packed)
         rows = [row for sample in samples for row in sample["rows"].rows]
         rewards = reward(self.reward_fn, groups, rows, args.device)
-        advantages = self._advantages(groups, rewards)
+        advantages = advantages_of(rewards, groups, args.advantage_options, self.accelerator)
         sessions, values = groups.sessions, advantages.values
         total: Tensor = self.accelerator.reduce(counts(sessions, values, options).to(args.device), reduction="sum")
         # The rows that have a term in the loss: the others never reach the model.
@@ -234,7 +233,7 @@ class PolicyTrainer(SessionTrainer):
         if self._sampler is None:
             self._sampler = SIDRetriever(model, self.index, beam_width=args.num_generations, normalize=args.normalize)
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        was_training = model.training
+        was_training, is_sharded = model.training, in_shards(model)
         model.eval()
         try:
             drawn = []
@@ -245,10 +244,11 @@ class PolicyTrainer(SessionTrainer):
                 drawn.append(
                     draw(
                         self._sampler,
-                        *(self._of_one_length(prompts, mask) if in_shards(model) else (prompts, mask)),
+                        *(self._of_one_length(prompts, mask) if is_sharded else (prompts, mask)),
                         kind=args.rollouts,
                         count=args.num_generations,
                         temperature=args.temperature,
+                        skip_forced=not is_sharded,
                         seed=(args.seed << 32) + self.state.global_step,
                         keys=place + torch.arange(len(prompts), device=args.device),
                     )
@@ -265,28 +265,6 @@ class PolicyTrainer(SessionTrainer):
         columns = torch.tensor([prompts.shape[1]], device=prompts.device)
         missing = int(self.accelerator.gather(columns).max()) - prompts.shape[1]
         return F.pad(prompts, (0, missing, 0, 1)), F.pad(F.pad(mask, (0, missing)), (0, 0, 0, 1), value=1)
-
-    def _advantages(self, groups: Groups, rewards: Tensor) -> Advantages:
-        """The groups' advantages; under ``scale="batch"`` the batch is that of all ranks."""
-        options, args = self.args.advantage_options, self.args
-        sessions, weights = groups.sessions, groups.weights
-        if args.credit == "marginal":
-            options["targets"] = groups.targets
-        if args.scale != "batch" or self.accelerator.num_processes == 1:
-            return group_advantages(rewards, sessions, weights=weights, **options)
-        own = (sessions.tokens, sessions.lengths, sessions.offsets.diff(), sessions.num_positives, rewards, weights)
-        every = gather_object([own])
-        tokens, lengths, sizes, positives, rewards = (torch.cat([part[i] for part in every]) for i in range(5))
-        weights = None if weights is None else torch.cat([part[5] for part in every])
-        offsets = torch.cat((sizes.new_zeros(1), sizes.cumsum(0)))
-        found = group_advantages(rewards, SessionBatch(tokens, lengths, offsets, positives), weights=weights, **options)
-        before = every[: self.accelerator.process_index]
-        group_at, row_at = sum(len(part[2]) for part in before), sum(len(part[1]) for part in before)
-        return Advantages(
-            found.values[row_at : row_at + sessions.num_candidates],
-            found.active[group_at : group_at + sessions.num_sessions],
-            None,
-        )
 
     def _packed(self, prompts: PackedSessions, sessions: SessionBatch, chosen: Tensor) -> PackedSessions:
         """Pack groups with their prompts, as tries. Without a group, pack one token, whose gradients are 0."""
@@ -377,34 +355,3 @@ class PolicyTrainer(SessionTrainer):
         if checkpoint is not None and self._rollouts_file(checkpoint).is_file():
             with torch.serialization.safe_globals([PackedSessions, SessionBatch]):
                 self._update = torch.load(self._rollouts_file(checkpoint), map_location="cpu", weights_only=True)
-
-
-class _Repeated(Sampler[int]):
-    """Repeats each run of rows some times, and leaves out the rows of an incomplete last run.
-
-    Args:
-        sampler: gives the rows. If it draws their order, it does so from ``seed`` and the epoch.
-        rows: number of rows of a run.
-        times: how often each run is given.
-        seed: see above.
-    """
-
-    def __init__(self, sampler: Any, rows: int, times: int, seed: int) -> None:
-        if len(sampler) < rows:
-            raise ValueError(f"train_dataset must have at least one batch of {rows} rows, got {len(sampler)}")
-        self.sampler, self.rows, self.times, self.seed = sampler, rows, times, seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.sampler) // self.rows * self.rows * self.times
-
-    def __iter__(self) -> Iterator[int]:
-        if hasattr(self.sampler, "generator"):
-            self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        numbers = list(self.sampler)
-        for begin in range(0, len(self.sampler) // self.rows * self.rows, self.rows):
-            for _ in range(self.times):
-                yield from numbers[begin : begin + self.rows]

@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from torch import Tensor
 
 from raddpo_ext.data.pack_sessions import PackedSessions
 from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.integrations.retriever import SIDRetriever
 from raddpo_ext.losses.session import SessionBatch
+from raddpo_ext.policy.group_advantages import Advantages, group_advantages
 
 #: What a reward function may also ask for, by these names.
 EXTRAS = ("sessions", "targets")
@@ -64,6 +66,7 @@ def draw(
     kind: str,
     count: int,
     temperature: float,
+    skip_forced: bool,
     seed: int,
     keys: Tensor,
 ) -> Rollouts:
@@ -75,9 +78,10 @@ def draw(
         kind: ``"sample"``, ``"independent"`` or ``"beams"``.
         count: number of rollouts per prompt. Beams and samples without replacement may be fewer.
         temperature, seed, keys: see :meth:`SIDRetriever.sample`. Beams need none.
+        skip_forced: stop running the model when only one way is left. Sharded models run equally often on every rank.
     """
     if kind == "beams":
-        found: Any = retriever.retrieve(prompts, mask)
+        found: Any = retriever.retrieve(prompts, mask, skip_forced=skip_forced and retriever.normalize == "trie")
         logps, log_weights, counts = found.scores, None, (found.items >= 0).long()
     else:
         found = retriever.sample(
@@ -88,6 +92,7 @@ def draw(
             keys=F.pad(keys, (0, len(prompts) - len(keys))),
             replacement=kind == "independent",
             temperature=temperature,
+            skip_forced=skip_forced,
         )
         logps, counts = found.logps, found.counts
         log_weights = found.log_weights if kind == "sample" else None
@@ -200,6 +205,31 @@ def reward(reward_fn: Callable[..., Any], groups: Groups, rows: Sequence[Any], d
             f"{int(groups.items[place])})"
         )
     return rewards
+
+
+def advantages_of(rewards: Tensor, groups: Groups, options: dict[str, Any], accelerator: Any) -> Advantages:
+    """The advantages of groups.
+
+    Args:
+        rewards: ``[C]``.
+        groups: the groups.
+        options: of :func:`raddpo_ext.group_advantages`. The batch of ``scale="batch"`` is that of all processes.
+        accelerator: the trainer's ``Accelerator``.
+    """
+    sessions, weights = groups.sessions, groups.weights
+    if options["scale"] != "batch" or accelerator.num_processes == 1:
+        targets = groups.targets if options["credit"] == "marginal" else None
+        return group_advantages(rewards, sessions, weights=weights, targets=targets, **options)
+    own = (sessions.tokens, sessions.lengths, sessions.offsets.diff(), sessions.num_positives, rewards, weights)
+    every = gather_object([own])
+    tokens, lengths, sizes, positives, rewards = (torch.cat([part[i] for part in every]) for i in range(5))
+    weights = None if weights is None else torch.cat([part[5] for part in every])
+    whole = SessionBatch(tokens, lengths, F.pad(sizes.cumsum(0), (1, 0)), positives)
+    found = group_advantages(rewards, whole, weights=weights, **options)
+    before = every[: accelerator.process_index]
+    first, row = sum(len(part[2]) for part in before), sum(len(part[1]) for part in before)
+    rows = slice(row, row + sessions.num_candidates)
+    return Advantages(found.values[rows], found.active[first : first + sessions.num_sessions], None)
 
 
 def kept_rows(sessions: SessionBatch, kept: Tensor) -> tuple[SessionBatch, Tensor]:
