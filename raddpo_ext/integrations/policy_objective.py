@@ -13,6 +13,7 @@ from raddpo_ext.integrations.rollouts import Groups
 from raddpo_ext.integrations.session_states import SessionStates
 from raddpo_ext.losses.rad_dpo_module import RADDPOLoss
 from raddpo_ext.losses.session import SessionBatch
+from raddpo_ext.policy.policy_counts import policy_counts
 from raddpo_ext.policy.policy_loss import policy_loss
 
 #: The metrics of a batch of rollouts, in the order of :func:`rollout_sums`.
@@ -86,7 +87,7 @@ class PolicyObjective(nn.Module):
             normalizer=normalizer,
             **self.options,
         )
-        tokens = policy_rows(sessions, advantages, self.options)[:, None].logical_and(sessions.mask()).sum()
+        tokens = counts(sessions, advantages, self.options, aggregate="token")[0]
         sums = torch.zeros(len(OF_UPDATE), 2, dtype=torch.float64, device=logps.device)
         sums[:3, 0] = torch.stack((output.policy, output.kl, output.nll)).detach()
         sums[:3, 1] = torch.tensor([1, ref_logps is not None, self.options.get("nll_weight", 0) > 0])
@@ -126,37 +127,10 @@ class PolicyObjective(nn.Module):
         )
 
 
-def policy_rows(sessions: SessionBatch, advantages: Tensor, options: dict[str, Any]) -> Tensor:
-    """The rows of the policy term of :func:`raddpo_ext.policy_loss`: bool ``[C]``."""
-    rows = sessions.lengths > 0
-    positive, negative = sessions.pairs()
-    if options["experts"] == "nll":
-        rows &= ~sessions.is_positive()
-    else:
-        mask = sessions.mask()
-        tokens = sessions.tokens.masked_fill(~mask, -1)
-        twice = (tokens[positive] == tokens[negative]).all(1)
-        rows = rows.index_fill(0, negative[twice], False)
-    return rows & _counted(sessions, advantages, rows, options)[sessions.owners()]
-
-
-def counts(sessions: SessionBatch, advantages: Tensor, options: dict[str, Any]) -> Tensor:
-    """The divisors of :func:`raddpo_ext.policy_loss` with ``reduction="mean"``, float64 ``[2]``."""
-    rows = policy_rows(sessions, advantages, options)
-    experts = sessions.is_positive() & _counted(sessions, advantages, rows, options)[sessions.owners()]
-    terms = sessions.lengths if options.get("aggregate") == "token" else torch.ones_like(sessions.lengths)
-    return torch.stack(((terms * rows).sum(), (sessions.lengths * experts).sum())).double()
-
-
-def _counted(sessions: SessionBatch, advantages: Tensor, rows: Tensor, options: dict[str, Any]) -> Tensor:
-    """The groups that count, given the rows of the policy term: bool ``[S]``."""
-    groups = torch.zeros(sessions.num_sessions, dtype=torch.bool, device=sessions.device)
-    if options.get("count") == "all":
-        return ~groups
-    moved = advantages != 0
-    if moved.dim() == 2:
-        moved = (moved & sessions.mask()).any(1)
-    return groups.index_put((sessions.owners()[moved & rows],), groups.new_ones(()))
+def counts(sessions: SessionBatch, advantages: Tensor, options: dict[str, Any], **others: str) -> Tensor:
+    """:func:`raddpo_ext.policy_counts` for these options of the loss, or for others."""
+    chosen = {name: options[name] for name in ("experts", "aggregate", "count") if name in options}
+    return policy_counts(sessions, advantages, **{**chosen, **others})
 
 
 def rollout_sums(groups: Groups, rewards: Tensor, active: Tensor, truncated: int) -> Tensor:
