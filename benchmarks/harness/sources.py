@@ -23,6 +23,10 @@ LOGPS = (*COMMON, "csrc/token_logps", "csrc/row_lse", "raddpo_ext/logps", "raddp
 LOSSES = (*LOGPS, "csrc/session_loss", "raddpo_ext/losses")
 PACKING = (*LOSSES, "csrc/pack_sessions", "raddpo_ext/data/pack_sessions.py", "raddpo_ext/integrations")
 RETRIEVAL = (*DECODING, "raddpo_ext/integrations")
+POLICY = (
+    *dict.fromkeys((*PACKING, *DECODING)),
+    *("csrc/sample_step", "csrc/group_advantages", "csrc/policy_loss", "raddpo_ext/policy"),
+)
 SERVICE = (*RETRIEVAL, "raddpo_ext/data/prompts.py", "raddpo_ext/serve")
 OPERATORS = tuple(dict.fromkeys((*DECODING, *LOSSES, "csrc/pack_sessions", "raddpo_ext/data/pack_sessions.py")))
 

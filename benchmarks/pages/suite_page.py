@@ -15,12 +15,14 @@ from benchmarks.harness.results import Results, milliseconds
 from benchmarks.load import tables as load_tables
 from benchmarks.pages.figures import CHARTS, cases, dots, rates, save
 from benchmarks.pages.page import fill
+from benchmarks.peers import compare_policy_steps
 from raddpo_ext._files import replacing
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 DATA = "../benchmarks/results"  # from the page
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {  # of members without a figure or a page of their own
     "trie-live": lambda run: bench_trie_live.tables(run["results"]),
+    "policy-steps": lambda run: compare_policy_steps.markdown(run["results"]),
     "load": lambda run: load_tables.summary(run["results"], run["floors_ms"]),
     "load-soak": lambda run: load_tables.soak(run["results"][0]),
 }
@@ -78,6 +80,7 @@ def lines(results: Results) -> list[tuple[str, str, Ratios]]:
     step, retrieval = "decoding step", "whole retrieval"
     tokens, head, session = "log-probs from logits", "loss with the head fused in", "session loss"
     packing, index, pages = "packed training step", "index", "huge pages"
+    policy = "policy training step, rollouts and update"
     best = loss("best torch / ours", "logits")
     size, lookups = of_peers(results, "marisa", "index_bytes_per_item"), of_peers(results, "marisa", "lookups_per_s")
     return [
@@ -103,6 +106,8 @@ def lines(results: Results) -> list[tuple[str, str, Ratios]]:
         (packing, "a row a candidate", packed(results, "candidates", "seconds")),
         (packing, "the same, ours as a trie", packed(results, "trie", "seconds")),
         (f"{packing}, peak memory", "a row a candidate", packed(results, "trie", "peak_bytes")),
+        (policy, "HF `generate`, a row a rollout", ratios(results, "policy-steps", "peer / sample")),
+        (policy, "the same, ours over the same beams", ratios(results, "policy-steps", "peer / beams")),
         (f"{index}, build", "STATIC", of_peers(results, "static", "build_s")),
         (f"{index}, build", "marisa-trie", of_peers(results, "marisa", "build_s")),
         (f"{index}, bytes", "STATIC", of_peers(results, "static", "index_bytes_per_item")),
