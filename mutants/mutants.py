@@ -89,7 +89,7 @@ MUTANTS = [
     Mutant(
         fault="no barrier before the warps' shares of a row are merged",
         op="beam_search, CUDA",
-        file="csrc/beam_search/beam_search_cuda.cu",
+        file="csrc/beam_search/beam_kernels.cuh",
         old="  __syncthreads();\n  if (threadIdx.x == 0) {\n    LogSumExp s = parts[0];",
         new="  if (threadIdx.x == 0) {\n    LogSumExp s = parts[0];",
     ),
@@ -103,7 +103,7 @@ MUTANTS = [
     Mutant(
         fault="parents are counted from the first beam of their tile",
         op="beam_search, CUDA",
-        file="csrc/beam_search/beam_search_cuda.cu",
+        file="csrc/beam_search/beam_kernels.cuh",
         old="a.out_parents[out + slot] = beam + c.beam[0];",
         new="a.out_parents[out + slot] = c.beam[0];",
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch import Tensor
 
 import raddpo_ext as rx
 from raddpo_ext import _C, reference
+from raddpo_ext.decoding.split_draws import split_draws
 from raddpo_ext.reference.sample_step import philox
 
 
@@ -247,6 +249,36 @@ def test_a_restricted_index_is_one_of_fewer_children(isa: str) -> None:
         expected = step(masked, state, index, 700, replacement, **options_of(1, 6))
         assert got.nodes.tolist() == expected.nodes.tolist()
         assert_scores_close(got.perturbed, expected.perturbed, "sample_step")
+
+
+@pytest.mark.parametrize("eos", [None, 16])
+@pytest.mark.parametrize("left", [1.0, 0.4, 0.0])
+def test_draws_in_plain_torch(eos: int | None, left: float) -> None:
+    """As a GPU makes them: what the operator draws, of whole and of filtered indexes, with a beam that ends in NaN."""
+    rng = np.random.default_rng(0)
+    vocab = rx.SIDVocab([4, 5, 6], token_ids=[[9, 1, 5, 3], [2, 4, 6, 8, 10], [0, 7, 11, 12, 13, 14]], eos=eos)
+    sids = np.stack([rng.integers(0, size, 60) for size in (4, 5, 6)], 1)
+    index = rx.TrieIndex.build(sids, lengths=None if eos is None else rng.integers(1, 4, 60), vocab=vocab)
+    if left < 1:
+        index = index.restrict(torch.from_numpy(rng.random(60) < left))
+    state = rx.SampleState.start(index, 3)
+    state = replace(state, perturbed=torch.full_like(state.perturbed, 20))
+    options = options_of(3, 5, 0.7)
+    for level in range(index.levels):
+        logits = torch.randn(*state.nodes.shape, 20, generator=generator_of(level))
+        logits[0, 1:2] = math.nan
+        beams = (state.scores, state.perturbed, state.nodes, options["keys"], torch.tensor(5))
+        # From all logits, and from those of the level's symbols.
+        tokens = index.level_tokens(level)
+        for columns, part in ((-1, logits), (level, logits[..., tokens])):
+            got = rx.SampleState(*split_draws(part, *beams, index, columns, 20, 1 / 0.7))
+            expected = step(logits, state, index, 20, True, **options)
+            for name in ("tokens", "parents", "nodes", "perturbed"):
+                assert getattr(got, name).tolist() == getattr(expected, name).tolist(), name
+            assert_scores_close(got.scores, expected.scores, "sample_step")
+            assert_scores_close(got.logps, expected.logps, "sample_step")
+        state = expected
+    assert (state.nodes >= 0).any() or left == 0
 
 
 def test_strided_logits(isa: str) -> None:

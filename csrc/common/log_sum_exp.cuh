@@ -72,6 +72,23 @@ __device__ __forceinline__ void add(LogSumExp& s, const float (&x)[n]) {
   for (int i = 0; i < n; ++i) s.sum += exp_or_zero(x[i] - shift);
 }
 
+// Rounded before anything is subtracted: with a fused multiply-add, z - max(z) would be the rounding error of the
+// maximum, which is in the millions for large logits.
+__device__ __forceinline__ float rounded_product(float x, float y) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(x, y);
+#else
+  return x * y;
+#endif
+}
+__device__ __forceinline__ double rounded_product(double x, double y) {
+#if defined(__CUDA_ARCH__)
+  return __dmul_rn(x, y);
+#else
+  return x * y;
+#endif
+}
+
 struct Identity {
   template <typename A>
   __device__ __forceinline__ A operator()(A x) const {

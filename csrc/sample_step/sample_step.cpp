@@ -84,8 +84,29 @@ Result sample_step_cpu(const Tensor& logits, const Tensor& scores, const Tensor&
   return c.out;
 }
 
+#ifdef RADDPO_WITH_CUDA
+Result sample_step_cuda(const Tensor& logits, const Tensor& scores, const Tensor& perturbed, const Tensor& nodes,
+                        const Tensor& keys, const Tensor& seed, const Tensor& trie, const Tensor& header,
+                        const OptionalTensor& live, std::int64_t level, std::int64_t beam_width, double scale,
+                        bool replacement) {
+  const Call c =
+      prepare(logits, scores, perturbed, nodes, keys, seed, trie, header, live, level, beam_width, scale, replacement);
+  STD_TORCH_CHECK(!replacement, "sample_step: draws with replacement are made on the CPU only");
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  if (!c.args.batch) return c.out;
+  Tensor workspace = new_empty(trie, {cuda::sample_step_workspace(c.args)}, ScalarType::Byte);
+  check_launch(cuda::sample_step(c.args, workspace.mutable_data_ptr(), current_cuda_stream(logits.get_device_index())),
+               "sample_step");
+  return c.out;
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(raddpo, CPU, m) { m.impl("sample_step", TORCH_BOX(&sample_step_cpu)); }
+
+#ifdef RADDPO_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(raddpo, CUDA, m) { m.impl("sample_step", TORCH_BOX(&sample_step_cuda)); }
+#endif
 
 }  // namespace raddpo

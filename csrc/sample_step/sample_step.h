@@ -32,4 +32,9 @@ void sample_step(const SampleStepArgs& a, std::int64_t query, std::int64_t begin
                  double* scratch);
 }
 
+namespace cuda {  // without replacement only
+std::int64_t sample_step_workspace(const SampleStepArgs& a);
+int sample_step(const SampleStepArgs& a, void* workspace, CUstream_st* stream);  // returns cudaError_t
+}  // namespace cuda
+
 }  // namespace raddpo

@@ -11,7 +11,7 @@ RADDPO_HD void philox(std::uint32_t low, std::uint32_t high, std::uint64_t query
   std::uint32_t c0 = low, c1 = high, c2 = static_cast<std::uint32_t>(query);
   std::uint32_t c3 = static_cast<std::uint32_t>(query >> 32);
   std::uint32_t k0 = static_cast<std::uint32_t>(seed), k1 = static_cast<std::uint32_t>(seed >> 32);
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDACC__)
 #pragma unroll
 #else
 #pragma GCC unroll 10

@@ -5,23 +5,6 @@
 
 namespace raddpo::cuda {
 
-// Rounded before anything is subtracted: with a fused multiply-add, z - max(z) would be the rounding error of the
-// maximum, which is in the millions for large logits.
-__device__ __forceinline__ float rounded_product(float x, float y) {
-#if defined(__CUDA_ARCH__)
-  return __fmul_rn(x, y);
-#else
-  return x * y;
-#endif
-}
-__device__ __forceinline__ double rounded_product(double x, double y) {
-#if defined(__CUDA_ARCH__)
-  return __dmul_rn(x, y);
-#else
-  return x * y;
-#endif
-}
-
 // A transform takes a logit x to z; derivative(z) is dz / dx.
 template <typename A>
 struct Plain : Identity {

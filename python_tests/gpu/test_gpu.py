@@ -8,10 +8,11 @@ import threading
 import numpy as np
 import pytest
 import torch
-from support.agreement import assert_states_equal
+from support.agreement import assert_scores_close, assert_states_equal
 from support.beam_cases import NORMALIZE, exact_logits, generator_of, six_beams, wide_index
 from support.logit_cases import MAPS, SUPPORTS, random_call, random_grad
 from support.on_gpu import NEEDS_GPU, REPEATS, moved, no_synchronisation
+from support.sample_cases import sample_state
 from torch import Tensor
 
 import raddpo_ext as rx
@@ -66,6 +67,27 @@ def test_never_synchronises() -> None:
         row_lse(logits.view(12, -1))
         index.paths(nodes)
         index.item_ranges(nodes)
+
+
+def test_sample_step_in_a_graph() -> None:
+    """Without a synchronisation; a replay draws what the CPU does, by the seed that it finds."""
+    index, beams = wide_index(), six_beams()
+    state = sample_state(beams.scores, beams.nodes, beams.scores + 1)
+    on_device, device_state = index.to("cuda"), rx.SampleState(*(part.cuda() for part in vars(state).values()))
+    logits = torch.randn(2, 6, 1601, generator=generator_of(0))
+    static, seed = logits.cuda(), torch.tensor(0, device="cuda")
+    with no_synchronisation():
+        rx.sample_step(static, device_state, on_device, 70, seed=seed)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = rx.sample_step(static, device_state, on_device, 70, seed=seed)
+    for value in (3, 4):
+        seed.fill_(value)
+        graph.replay()
+        expected = rx.sample_step(logits, state, index, 70, seed=value)
+        assert got.nodes.tolist() == expected.nodes.tolist()
+        assert_scores_close(got.perturbed.cpu(), expected.perturbed, "sample_step")
 
 
 @pytest.mark.parametrize("beam_width", [70, 1500])

@@ -101,7 +101,7 @@ def sample_search(
         samples: draws per query, from 1 to ``2**24``; may exceed the catalogue.
         seed: integer in ``[0, 2**63)``, or an int64 tensor of one number on the device. Take another one per step.
         keys: int64 ``[B]``, the key of each query; default the row number. Queries of one key share their noise.
-        replacement: draw independently.
+        replacement: draw independently. On CUDA in plain torch, without a fused kernel.
         temperature: divides the logits. ``logps`` and weights are those of the divided logits.
         normalize: only ``"trie"``, see :func:`sample_step`.
         weight, bias, logit_softcap: the language model's head, see :func:`linear_beam_step`. Only the logits of
@@ -163,16 +163,12 @@ def head_sample_search(
     samples: int,
     replacement: bool,
     temperature: float,
-    width: int | None = None,
     skip_forced: bool = False,
     on_step: Callable[[int, SampleState], None] | None = None,
     check: bool = False,
 ) -> SampleResult:
-    """:func:`sample_search` with checked noise. Without a head ``step_fn`` returns logits, divided by ``temperature``.
-
-    ``width``: that of the search, by :func:`sample_width`, for an index whose counts are not known.
-    """
-    width = sample_width(samples, replacement, index) if width is None else width
+    """:func:`sample_search` with checked noise. Without a head ``temperature`` divides the logits of ``step_fn``."""
+    width = sample_width(samples, replacement, index)
     options: dict[str, Any] = {"replacement": replacement, "check": check}
     state = SampleState.start(index, len(noise.keys))
     if replacement:

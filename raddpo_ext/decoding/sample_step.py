@@ -13,6 +13,7 @@ from raddpo_ext import _check
 from raddpo_ext._autograd import refuse_transforms
 from raddpo_ext.decoding.beam_step import LOGIT_TYPES, BeamState, check_state, checked_logits
 from raddpo_ext.decoding.linear_beam_step import check_hidden, checked_level, level_logits
+from raddpo_ext.decoding.split_draws import split_draws
 from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.logps.head import Head
 
@@ -210,12 +211,13 @@ def _run(
     scale: float,
     replacement: bool,
 ) -> SampleState:
+    beams = (state.scores.contiguous(), state.perturbed.contiguous(), state.nodes.contiguous())
+    if replacement and logits.device.type == "cuda":  # the kernel draws without replacement only
+        return SampleState(*split_draws(logits, *beams, *noise, index, level, beam_width, scale))
     return SampleState(
         *torch.ops.raddpo.sample_step(
             logits,
-            state.scores.contiguous(),
-            state.perturbed.contiguous(),
-            state.nodes.contiguous(),
+            *beams,
             *noise,
             *index.block,
             level,

@@ -5,6 +5,7 @@
 #include "../../../csrc/legal_mass/legal_mass_cuda.cu"
 #include "../../../csrc/policy_loss/policy_loss_cuda.cu"
 #include "../../../csrc/row_lse/row_lse_cuda.cu"
+#include "../../../csrc/sample_step/sample_step_cuda.cu"
 #include "../../../csrc/session_loss/session_loss_cuda.cu"
 #include "../../../csrc/token_logps/token_logps_cuda.cu"
 #include "../../../csrc/trie/trie_cuda.cu"
@@ -114,6 +115,42 @@ EXPORT int beam_step(const std::uint8_t* trie, const std::int64_t* header, const
   const std::unique_ptr<std::uint8_t[]> workspace(new std::uint8_t[bytes]);
   std::memset(workspace.get(), 0xa5, bytes);  // a caching allocator's memory is as full of garbage
   return cuda::beam_step(a, workspace.get(), nullptr);
+}
+
+// `sizes`: logit type, batch, width, vocab, stride_batch, stride_beam, beam_width, level.
+EXPORT int sample_step(const std::uint8_t* trie, const std::int64_t* header, const std::uint8_t* live,
+                       const std::int64_t* sizes, const void* logits, const float* scores, const float* perturbed,
+                       const std::int64_t* nodes, const std::int64_t* keys, const std::int64_t* seed, double scale,
+                       float* out_scores, std::int64_t* out_tokens, std::int64_t* out_parents, std::int64_t* out_nodes,
+                       float* out_perturbed, float* out_logps) {
+  SampleStepArgs a{};
+  a.trie = view_of(trie, header, live);
+  a.logits = logits;
+  a.logit_type = static_cast<LogitType>(sizes[0]);
+  a.batch = sizes[1];
+  a.width = sizes[2];
+  a.vocab = sizes[3];
+  a.stride_batch = sizes[4];
+  a.stride_beam = sizes[5];
+  a.beam_width = sizes[6];
+  a.level = sizes[7];
+  a.normalize = Normalize::trie;
+  a.scores = scores;
+  a.perturbed = perturbed;
+  a.nodes = nodes;
+  a.keys = keys;
+  a.seed = seed;
+  a.scale = static_cast<float>(scale);
+  a.out_scores = out_scores;
+  a.out_tokens = out_tokens;
+  a.out_parents = out_parents;
+  a.out_nodes = out_nodes;
+  a.out_perturbed = out_perturbed;
+  a.out_logps = out_logps;
+  const std::int64_t bytes = cuda::sample_step_workspace(a);
+  const std::unique_ptr<std::uint8_t[]> workspace(new std::uint8_t[bytes]);
+  std::memset(workspace.get(), 0xa5, bytes);
+  return cuda::sample_step(a, workspace.get(), nullptr);
 }
 
 // `sizes`: type, rows, size, vocab, stride_hidden, stride_weight, level, columns; `numbers`: scale, softcap.

@@ -178,6 +178,42 @@ class Shim:
         )
         return rx.BeamState(scores, tokens, parents, nodes)
 
+    def sample_step(
+        self,
+        logits: Tensor,
+        state: rx.SampleState,
+        index: rx.TrieIndex,
+        beam_width: int,
+        *,
+        seed: int,
+        keys: Tensor,
+        temperature: float = 1.0,
+    ) -> rx.SampleState:
+        assert logits.stride(2) == 1
+        sizes = [_TYPES.index(logits.dtype), *logits.shape, *logits.stride()[:2], beam_width, -1]
+        shape = (len(logits), beam_width)
+        scores, perturbed, logps = (torch.full(shape, 777.0) for _ in range(3))
+        tokens, parents, nodes = (torch.full(shape, 777) for _ in range(3))
+        self.call(
+            "sample_step",
+            *index.block,
+            torch.tensor(sizes),
+            logits,
+            state.scores.contiguous(),
+            state.perturbed.contiguous(),
+            state.nodes.contiguous(),
+            keys,
+            torch.tensor(seed),
+            1 / temperature,
+            scores,
+            tokens,
+            parents,
+            nodes,
+            perturbed,
+            logps,
+        )
+        return rx.SampleState(scores, tokens, parents, nodes, perturbed, logps)
+
     def child_logits(
         self,
         hidden: Tensor,

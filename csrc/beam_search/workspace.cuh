@@ -1,0 +1,88 @@
+#pragma once
+// The device memory of a step, and how its work is cut into blocks.
+#include <cstdint>
+#include <type_traits>
+
+#include "candidates.cuh"
+
+namespace raddpo::cuda {
+namespace {
+
+constexpr int kReaders = 128;                      // threads that read a row; one more warp looks up its children
+constexpr int kRowBytes = kReaders * kLoads * 16;  // that they read in one go
+constexpr std::int64_t kRowBlocks = 1024;          // rows are split among blocks while that makes no more of them
+constexpr std::int64_t kMaxSplits = 64;
+constexpr std::int64_t kGathered = 4 * kReaders;  // logits of children, in no order, that a block reads
+constexpr std::int64_t kMaxSlices = 256;          // of a query
+static_assert(kMaxSlices <= kSliceThreads);
+constexpr int kBufferKeys = 4096;            // in shared memory; a wide beam's buffers are in global memory
+constexpr std::int64_t kMaxWidth = 1 << 28;  // of a result that has as many candidates
+
+struct Workspace {
+  Key* lists;                          // [batch, slices + 1, stride] best keys of each slice; the last for their union
+  Key* bounds;                         // [batch, slices] that `want` keys of the slice reach, or 0
+  Key* shares;                         // [batch, slices] that the slice's even share of `want` keys reach, or 0
+  Beam* beams;                         // [batch, width]
+  LogSumExp* sums;                     // [batch, width, splits]
+  float* most;                         // [batch, width] best child's own perturbed score, while sampling
+  unsigned* counts;                    // [batch, slices] keys in each list
+  unsigned* done;                      // [batch] slices that are finished
+  std::int64_t bytes;                  // of all this
+  std::int64_t slices, least, stride;  // at most so many slices, of at least so many candidates
+  int splits, want, limit, capacity;
+  bool in_shared;  // the buffers that keys are gathered in
+};
+
+__host__ __device__ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr std::int64_t clamp(std::int64_t x, std::int64_t low, std::int64_t high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+// Blocks of a slice that run at once, two a multiprocessor.
+std::int64_t slice_blocks() {
+  int device = 0, multiprocessors = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  return 2 * multiprocessors;
+}
+
+// Sizes follow from shapes and the device, which the host knows alone.
+template <typename Args>
+Workspace lay_out(const Args& a, void* memory) {
+  std::int64_t symbols = 1;
+  for (int level = 0; level < a.trie.levels; ++level)
+    if (a.trie.num_symbols[level] > symbols) symbols = a.trie.num_symbols[level];
+  const std::int64_t candidates = a.width * symbols;  // of a query, at most
+  const std::int64_t rows = a.batch * a.width;
+  const std::int64_t row_bytes = a.vocab * (a.logit_type == LogitType::float32 ? 4 : 2);
+  const std::int64_t spare_blocks = clamp(rows ? kRowBlocks / rows : 1, 1, kMaxSplits);
+  Workspace w{};
+  const std::int64_t useful =
+      a.normalize == Normalize::trie ? ceil_div(symbols, kGathered) : ceil_div(row_bytes, kRowBytes);
+  w.splits = a.lse || kSamples<Args> ? 1 : static_cast<int>(clamp(useful, 1, spare_blocks));
+  w.want = static_cast<int>(clamp(candidates, 1, a.beam_width < kMaxWidth ? a.beam_width : kMaxWidth));
+  w.limit = w.want + (w.want > 64 ? w.want / 2 : 32);
+  w.in_shared = w.limit + kRound <= kBufferKeys;
+  w.capacity = kBufferKeys;
+  while (w.capacity < w.limit + kRound || w.capacity < 2 * w.limit) w.capacity *= 2;
+  w.stride = w.in_shared ? w.limit : w.capacity;
+  w.least = w.limit > kRound / 4 ? 4 * static_cast<std::int64_t>(w.limit) : kRound;
+  w.slices = clamp(ceil_div(candidates, w.least), 1, clamp(slice_blocks() / a.batch, 8, kMaxSlices));
+  const auto take = [&](auto*& array, std::int64_t size) {
+    array =
+        reinterpret_cast<std::remove_reference_t<decltype(array)>>(reinterpret_cast<std::uintptr_t>(memory) + w.bytes);
+    w.bytes += ceil_div(size * sizeof(*array), 16) * 16;
+  };
+  take(w.lists, a.batch * (w.slices + 1) * w.stride);
+  take(w.bounds, a.batch * w.slices);
+  take(w.shares, a.batch * w.slices);
+  take(w.beams, rows);
+  take(w.sums, rows * w.splits);
+  take(w.most, kSamples<Args> ? rows : 0);
+  take(w.counts, a.batch * w.slices);
+  take(w.done, a.batch);
+  return w;
+}
+
+}  // namespace
+}  // namespace raddpo::cuda
