@@ -91,6 +91,31 @@ def test_equals_a_loop_by_hand(iterations: int, kl_weight: float) -> None:
         assert found.history[0]["reward"] == found.history[1]["reward"] != found.history[2]["reward"]
 
 
+@pytest.mark.parametrize("preset", ["grpo_sr", "eg_grpo"])
+def test_dead_groups_left_out_change_nothing(preset: str) -> None:
+    """One step equals one on the loss of all groups, with their experts; one of eight has none and is dead."""
+    seen: list[Any] = []
+
+    def noting(items: Any, sids: Any, rows: Any, sessions: Any) -> torch.Tensor:
+        seen.extend((sessions, prefix_reward(items, sids, rows)))
+        return seen[1]
+
+    options = {"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "max_steps": 1, "extra": {"reward_fn": noting}}
+    found = run_policy(small(), ROWS, preset=preset, rollouts="beams", **options)
+    model, (groups, rewards) = small(), seen
+    experts = rx.POLICY_PRESETS[preset]["experts"]
+    advantages = rx.group_advantages(rewards, groups, experts=experts)
+    assert 0 < int(advantages.active.sum()) < 8
+    packed = rx.pack_sessions([row["prompt_ids"] for row in ROWS[:8]], groups, layout="trie", embeddings=False)
+    states = session_states(model, packed)
+    logps = rx.RADDPOLoss(normalize="trie", index=INDEX).logps(states.hidden, states.weight, groups, rows=states.rows)
+    rx.policy_loss(logps, groups, advantages.values, **rx.POLICY_PRESETS[preset]).loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 0.01 * parameter.grad
+    assert_same(found.parameters, dict(model.named_parameters()))
+
+
 WAYS: dict[str, dict[str, Any]] = {
     "grpo": {"rollouts": "sample"},
     "dapo": {"rollouts": "independent", "temperature": 1.3, "scale": "batch"},
