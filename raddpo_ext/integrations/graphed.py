@@ -132,7 +132,10 @@ class _Graph:
         for buffer, given in zip(self._inputs, inputs, strict=True):
             buffer.copy_(given, non_blocking=True)
         self._graph.replay()
-        return BeamResult(*(None if part is None else part.clone() for part in self._result))
+        items, scores, sids, token_logps = self._result
+        return BeamResult(
+            items.clone(), scores.clone(), sids.clone(), None if token_logps is None else token_logps.clone()
+        )
 
 
 class SearchGraphs:
