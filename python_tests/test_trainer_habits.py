@@ -429,7 +429,7 @@ def test_options_from_a_file(kind: str, tmp_path: Path) -> None:
     [
         (
             {"label_smoothing_factor": 0.1},
-            "label_smoothing_factor must be 0.0, got 0.1: the preference's own is label_",
+            "label_smoothing_factor must be 0.0, got 0.1: the preference has its own, label_smoothing",
         ),
         ({"batch_eval_metrics": True}, "batch_eval_metrics must be False, got True"),
         ({"eval_do_concat_batches": False}, "eval_do_concat_batches must be True, got False"),

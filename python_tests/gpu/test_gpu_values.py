@@ -169,9 +169,8 @@ def test_search(indexed: tuple[Catalogue, rx.TrieIndex], seed: int, penalty: flo
         def step(tokens: Tensor, parents: Tensor, level: int, model: ToyModel = model, device: str = device) -> Tensor:
             return model(tokens.cpu(), parents.cpu(), level).to(device)
 
-        results.append(
-            rx.beam_search(step, index.to(device), batch_size=2, beam_width=20, length_penalty=penalty, top_k=top_k)
-        )
+        options = {"length_penalty": penalty, "top_k": top_k, "return_token_logps": True}
+        results.append(rx.beam_search(step, index.to(device), batch_size=2, beam_width=20, **options))
     for expected, got in zip(*results, strict=True):
         assert got.device.type == "cuda"
         assert got.cpu().tolist() == expected.tolist()
