@@ -36,11 +36,9 @@ WIDE = Scale(
     methods=(
         "sft_continued",
         "s_dpo",
-        "simpo",
         "simpo_all_negatives",
         "rad_dpo",
         "rad_dpo_sft_weight_0.1",
-        "rad_dpo_no_sft",
         "rad_dpo_no_rdrw",
     ),
     wide=True,

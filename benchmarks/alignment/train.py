@@ -51,7 +51,9 @@ class Method:
         if not self.betas:
             return [{"lr": lr} for lr in (*(LOWER_SFT_LEARNING_RATES if wide else ()), *SFT_LEARNING_RATES)]
         rates = LOWER_LEARNING_RATES if wide else LEARNING_RATES
-        betas = (self.betas[0] / 5, *self.betas) if wide else self.betas
+        betas = self.betas
+        if wide:  # without a reference the higher beta was the worse one at every rate
+            betas = (betas[0] / 5, *(betas if self.reference else betas[:1]))
         return [{"lr": lr, "beta": beta} for lr in rates for beta in betas]
 
 
@@ -80,10 +82,7 @@ PARTS: dict[str, Method] = {
     "rad_dpo_each": Method(_rad_dpo(positives="each")),
     "rad_dpo_pooled": Method(_rad_dpo(positives="pooled")),
 }
-SFT_WEIGHTS = {
-    "rad_dpo_sft_weight_0.1": Method(_rad_dpo(sft_weight=0.1)),
-    "rad_dpo_no_sft": Method(_rad_dpo(sft_weight=0.0)),
-}
+SFT_WEIGHTS = {"rad_dpo_sft_weight_0.1": Method(_rad_dpo(sft_weight=0.1))}
 METHODS = {**PARTS, **SFT_WEIGHTS}
 
 
