@@ -46,3 +46,14 @@ def measured(call: Call) -> Measured:
     held = report.memory_status("VmRSS")
     cost = timed(keep)
     return Measured(value, cost, report.memory_status("VmHWM") - held)
+
+
+def methods_costs(methods: Mapping[str, Call], rounds: int, before: Call = lambda: None) -> dict[str, Any]:
+    """By method: seconds, one per round, the median CPU time, and the peak of one call that is not timed."""
+    peaks = {name: measured(run).peak_bytes for name, run in methods.items()}
+    costs = take_turns(methods, rounds, before)
+    return {
+        "seconds": {name: [cost.wall for cost in found] for name, found in costs.items()},
+        "cpu_seconds": {name: middle(found).cpu for name, found in costs.items()},
+        "peak_bytes": peaks,
+    }

@@ -38,7 +38,7 @@ from torch import Tensor
 
 import raddpo_ext as rx
 from benchmarks.harness import catalogues, report, results
-from benchmarks.harness.timing import measured, middle, take_turns
+from benchmarks.harness.timing import methods_costs
 from raddpo_ext.bench.retriever import children_of, generate, random_model
 from raddpo_ext.integrations.transformers import session_states
 
@@ -193,13 +193,7 @@ def work(case: Case, rounds: int) -> dict[str, Any]:
             "floor": partial(update, prompts=case.live),
         }
     problem.clear()
-    peaks = {name: measured(run).peak_bytes for name, run in methods.items()}
-    costs = take_turns(methods, rounds, problem.clear)
-    return {
-        "seconds": {name: [cost.wall for cost in found] for name, found in costs.items()},
-        "cpu_seconds": {name: middle(found).cpu for name, found in costs.items()},
-        "peak_bytes": peaks,
-    }
+    return methods_costs(methods, rounds, problem.clear)
 
 
 def _check(problem: Problem) -> None:

@@ -35,7 +35,7 @@ from torch import Tensor
 import raddpo_ext as rx
 from benchmarks.harness import catalogues, report, results
 from benchmarks.harness.report import MIB
-from benchmarks.harness.timing import measured, middle, take_turns
+from benchmarks.harness.timing import methods_costs
 from raddpo_ext.bench.retriever import agree, children_of, generate, random_model
 from raddpo_ext.integrations import decoders
 
@@ -185,16 +185,6 @@ def step(case: Case, rounds: int) -> dict[str, Any]:
         methods[f"dense {normalize}"], methods[f"fused {normalize}"] = dense, fused
         methods[f"floor {normalize}"] = lambda needed=needed, out=out: torch.mm(rows, needed.T, out=out)
     return methods_costs(methods, 5 * rounds)
-
-
-def methods_costs(methods: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
-    peaks = {name: measured(run).peak_bytes for name, run in methods.items()}
-    costs = take_turns(methods, rounds)
-    return {
-        "seconds": {name: [cost.wall for cost in found] for name, found in costs.items()},
-        "cpu_seconds": {name: middle(found).cpu for name, found in costs.items()},
-        "peak_bytes": peaks,
-    }
 
 
 def summary(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:

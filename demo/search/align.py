@@ -53,27 +53,30 @@ def align(
     model: Qwen3ForCausalLM, tokens: Tokens, sessions: Any, options: dict[str, Any], folder: Path, seed: int
 ) -> tuple[Qwen3ForCausalLM, dict[str, float]]:
     """A trained copy of the model, and the last entry of the Trainer's log."""
-    steps = math.ceil(len(sessions) / BATCH)
-    arguments = RADDPOConfig(
-        output_dir=str(folder),
-        save_strategy="no",
-        use_cpu=True,
-        seed=seed,
-        per_device_train_batch_size=BATCH,
-        num_train_epochs=1,
-        lr_scheduler_type="cosine",
-        warmup_steps=steps // 10,
-        logging_steps=max(1, steps // 10),
-        layout="trie",
-        disable_tqdm=not sys.stderr.isatty(),
-        **options,
-    )
+    quiet = not sys.stderr.isatty()
+    arguments = RADDPOConfig(layout="trie", disable_tqdm=quiet, **one_pass(len(sessions), folder, seed), **options)
     trainer = RADDPOTrainer(copy.deepcopy(model), arguments, train_dataset=sessions, vocab=tokens.vocab)
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(_Bar)
     trainer.train()
     return trainer.model.eval(), [entry for entry in trainer.state.log_history if "preference" in entry][-1]
+
+
+def one_pass(sessions: int, folder: Path, seed: int) -> dict[str, Any]:
+    """The arguments of a Trainer for one pass in batches of ``BATCH``, with a warm-up and a cosine."""
+    steps = math.ceil(sessions / BATCH)
+    return {
+        "output_dir": str(folder),
+        "save_strategy": "no",
+        "use_cpu": True,
+        "seed": seed,
+        "per_device_train_batch_size": BATCH,
+        "num_train_epochs": 1,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": steps // 10,
+        "logging_steps": max(1, steps // 10),
+    }
 
 
 class _Bar(ProgressCallback):

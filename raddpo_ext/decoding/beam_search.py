@@ -152,19 +152,16 @@ def head_beam_search(
     for level, width in enumerate(beam_width):
         before = state
         forced = forced or (skip_forced and rest_is_forced(state, index))
-        if forced:
-            state = beam_step(forced_logits(state, index), state, index, width, **options)
-        elif head is None:
-            output = step_fn(state.tokens, state.parents, level)
+        output = forced_logits(state, index) if forced else step_fn(state.tokens, state.parents, level)
+        if head is None or forced:
             # A model with one head per level may have fewer columns than the whole vocabulary.
-            if isinstance(output, Tensor) and output.dim() == 3:
-                check_level_columns(output, index, level)
+            check_level_columns(output, index, level)
             state = beam_step(output, state, index, width, **options)
         else:
-            output = step_fn(state.tokens, state.parents, level)
             state = head_beam_step(output, head, state, index, width, level=level, **options)
         if token_logps is not None:
-            token_logps = _followed(token_logps, before, state, level)
+            logps = state.scores - before.scores.gather(1, state.parents)
+            token_logps = followed(token_logps, state, logps, level).masked_fill((state.nodes < 0)[..., None], 0.0)
         if on_step is not None:
             on_step(level, state)
     return _result(state, index, length_penalty, top_k, token_logps)
@@ -192,11 +189,11 @@ def forced_logits(state: BeamState, index: TrieIndex) -> Tensor:
     return state.scores.new_zeros(columns).expand(*state.scores.shape, columns)
 
 
-def _followed(token_logps: Tensor, before: BeamState, state: BeamState, level: int) -> Tensor:
-    """The log-probs of each beam's tokens, one step on: those of its parent, and the level's."""
+def followed(token_logps: Tensor, state: BeamState, logps: Tensor, level: int) -> Tensor:
+    """Each beam's token log-probs ``[B, W, L]``, one step on: those of its parent, and the level's ``logps``."""
     token_logps = token_logps.gather(1, state.parents[..., None].expand(-1, -1, token_logps.shape[2]))
-    token_logps[..., level] = state.scores - before.scores.gather(1, state.parents)
-    return token_logps.masked_fill((state.nodes < 0)[..., None], 0.0)
+    token_logps[..., level] = logps
+    return token_logps
 
 
 def check_top_k(top_k: int | None, width: int, index: TrieIndex) -> None:

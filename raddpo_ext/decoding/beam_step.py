@@ -171,7 +171,8 @@ def _check_columns(logits: Tensor, state: BeamState, index: TrieIndex) -> None:
 
 
 def check_level_columns(logits: Tensor, index: TrieIndex, level: int) -> None:
-    if logits.shape[2] <= index.max_tokens[level]:
+    """Check that a step's logits have the level's columns; what is no ``[B, W, V]`` tensor is left to the step."""
+    if isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[2] <= index.max_tokens[level]:
         raise ValueError(
             f"logits of level {level} must have more than {index.max_tokens[level]} columns, the level's largest token "
             f"id, got shape {tuple(logits.shape)}"

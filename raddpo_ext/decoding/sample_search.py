@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raddpo_ext import _check
-from raddpo_ext.decoding.beam_search import forced_logits, rest_is_forced
+from raddpo_ext.decoding.beam_search import followed, forced_logits, rest_is_forced
 from raddpo_ext.decoding.beam_step import check_level_columns
 from raddpo_ext.decoding.sample_step import (
     Noise,
@@ -180,14 +180,11 @@ def head_sample_search(
         output = forced_logits(state, index) if forced else step_fn(state.tokens, state.parents, level)
         if head is None or forced:
             # A model with one head per level may have fewer columns than the whole vocabulary.
-            if isinstance(output, Tensor) and output.dim() == 3:
-                check_level_columns(output, index, level)
+            check_level_columns(output, index, level)
             state = logits_sample_step(output, state, index, width, noise, temperature=temperature, **options)
         else:
             state = head_sample_step(output, head, state, index, width, noise, level=level, **options)
-        # Each beam's log-probs: those of its parent, and that of its token.
-        token_logps = token_logps.gather(1, state.parents[..., None].expand(-1, -1, index.most_levels))
-        token_logps[:, :, level] = state.logps
+        token_logps = followed(token_logps, state, state.logps, level)
         if on_step is not None:
             on_step(level, state)
     return _result(state, token_logps, index, samples, replacement)

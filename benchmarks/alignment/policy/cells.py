@@ -14,6 +14,7 @@ from benchmarks.alignment.records import Cell
 from benchmarks.alignment.search.cells import Scale, SearchLab, digest, rng_of
 from benchmarks.harness.report import RESULTS, ROOT
 from demo.search import model as search_model
+from demo.search.align import BATCH
 
 KS = (1, 10, 50)
 REFERENCE = ("sft", "sft_all_positives", "rad_dpo")  # rows of the search experiment, at the settings that it chose
@@ -37,7 +38,7 @@ class PolicyLab(SearchLab):
         if method not in policy.METHODS:
             return super().config(cell)
         config = super().config(cell._replace(args={**cell.args, "method": "sft"}))
-        constants = [policy.BATCH, policy.ROLLOUTS, policy.ORDERED, policy.CLICKED]
+        constants = [BATCH, policy.ROLLOUTS, policy.ORDERED, policy.CLICKED]
         return {**config, "method": method, "definition": digest([asdict(policy.METHODS[method]), constants])}
 
     def aligned(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ from torch import Tensor
 from transformers import PrinterCallback, Qwen3ForCausalLM
 
 import raddpo_ext as rx
+from demo.search.align import one_pass
 from demo.search.data import Tokens
 from demo.search.shop import Log
 from raddpo_ext.integrations.transformers import PolicyConfig, PolicyTrainer
 
-BATCH, ROLLOUTS = 32, 16
+ROLLOUTS = 16
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 ORDERED, CLICKED = 1.0, 0.5  # rewards; everything else has none
 
@@ -45,23 +45,12 @@ def train(
     start: Qwen3ForCausalLM, tokens: Tokens, log: Log, method: Method, lr: float, folder: Path, seed: int
 ) -> tuple[Qwen3ForCausalLM, dict[str, float]]:
     """One pass over the pages of ``log``: a trained copy of ``start``, and means of the last tenth of the steps."""
-    steps = math.ceil(len(log.shown) / BATCH)
     arguments = PolicyConfig(
-        output_dir=str(folder),
-        save_strategy="no",
-        use_cpu=True,
-        seed=seed,
-        per_device_train_batch_size=BATCH,
-        num_train_epochs=1,
         learning_rate=lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=steps // 10,
-        logging_steps=max(1, steps // 10),
         num_generations=ROLLOUTS,
         disable_tqdm=True,
-        rollouts=method.rollouts,
-        normalize=method.normalize,
-        preset=method.preset,
+        **one_pass(len(log.shown), folder, seed),
+        **asdict(method),
     )
     trainer = PolicyTrainer(
         copy.deepcopy(start), arguments, train_dataset=rows_of(log, tokens), reward_fn=reward, index=tokens.index
