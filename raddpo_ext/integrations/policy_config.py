@@ -83,7 +83,7 @@ class PolicyConfig(SessionConfig):
     blend: float = field(default=1.0, metadata={"help": "Share of the siblings' advantage with credit='siblings'."})
 
     # The loss, see LOSS_OPTIONS.
-    preset: str = field(default="grpo", metadata={"help": f"One of {', '.join(POLICY_PRESETS)}."})
+    preset: str = field(default="grpo", metadata={"help": "Published objective, a key of POLICY_PRESETS."})
     objective: str | None = field(default=None, metadata={"help": "Term of a token."})
     ratio: str | None = field(default=None, metadata={"help": "What the ratio compares: 'token', 'sequence', 'item'."})
     clip: list[float] | None = field(default=None, metadata={"help": "How far the ratio may fall and rise."})
