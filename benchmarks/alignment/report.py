@@ -156,15 +156,15 @@ def tables(summary: dict[str, Any]) -> list[str]:
     for method, row in summary["rows"].items():
         seeds = " ".join(f"{value:.4f}"[1:] for value in row["ndcg@10_by_seed"])
         scores = [f"{row[name]:.4f}"[1:] for name in METRICS]
-        change = ["", ""] if method == "sft" else [_interval(row["to_sft"]), f"{row['to_sft']['z']:+.1f}"]
+        change = ["", ""] if method == "sft" else [interval(row["to_sft"]), f"{row['to_sft']['z']:+.1f}"]
         main.append([f"`{method}`", _setting(row["setting"]), *scores, *change, seeds])
     side_head = ["method", "NDCG@10 - `rad_dpo`, 95 %", "next three@10 - SFT, 95 %", "next three@10", "invalid@10"]
     side_head += ["invalid@50", "drift of winner", "of further positives", "of negatives", "training s", "peak MiB"]
     side = []
     for method, row in summary["rows"].items():
         drift = [f"{row['drift'][name][-1]:+.3f}" for name in DRIFT] if "drift" in row else [""] * 3
-        to_rad = "" if method == "rad_dpo" else _interval(row["to_rad_dpo"])
-        next_three = "" if method == "sft" else _interval(row["next_three_to_sft"])
+        to_rad = "" if method == "rad_dpo" else interval(row["to_rad_dpo"])
+        next_three = "" if method == "sft" else interval(row["next_three_to_sft"])
         shares = [f"{row[name]:.2%}" for name in ("invalid@10", "invalid@50")]
         seconds = f"{row['train_seconds']:.0f}" if "train_seconds" in row else ""
         recall, peak = f"{row['next_three@10']:.4f}"[1:], str(row["peak_mib"])
@@ -173,18 +173,18 @@ def tables(summary: dict[str, Any]) -> list[str]:
         [
             f"{line['share']:.0%}",
             *(f"{line[method]:.4f}"[1:] for method in grid.NOISY),
-            _interval(line["rdrw"]),
-            *(_interval(line[f"{method}_to_sft"]) for method in grid.NOISY),
+            interval(line["rdrw"]),
+            *(interval(line[f"{method}_to_sft"]) for method in grid.NOISY),
         ]
         for line in summary["false_negatives"]
     ]
     noise_head = ["replaced", "with RDRW", "without", "RDRW's gain, 95 %", "with RDRW - SFT", "without - SFT"]
     chosen = [
-        [name, f"`{c['article']}`", f"`{c['best']}`", _interval(c["difference"]), f"`{c['chosen']}`"]
+        [name, f"`{c['article']}`", f"`{c['best']}`", interval(c["difference"]), f"`{c['chosen']}`"]
         for name, c in summary["choices"].items()
     ]
     candidates = [
-        [f"`{method}`", _setting(row["setting"]), f"{row['ndcg@10']:.5f}"[1:], _interval(row["to_article"])]
+        [f"`{method}`", _setting(row["setting"]), f"{row['ndcg@10']:.5f}"[1:], interval(row["to_article"])]
         for method, row in summary["validation"].items()
     ]
     tuned, hardest = [], []
@@ -206,7 +206,7 @@ def tables(summary: dict[str, Any]) -> list[str]:
     ]
 
 
-def _interval(difference: dict[str, float]) -> str:
+def interval(difference: dict[str, float]) -> str:
     return f"{difference['mean']:+.5f} [{difference['low']:+.5f}, {difference['high']:+.5f}]"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +12,8 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
+from support.catalogue_files import write_walks
+
 from benchmarks.alignment import evaluate, records
 from benchmarks.alignment import experiment as alignment
 from benchmarks.alignment import grid as alignment_grid
@@ -47,18 +48,7 @@ TINY = Scale(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A catalogue of 60 items, two of them with one SID, and 50 users who walk through it."""
-    folder = tmp_path_factory.mktemp("toys")
-    rng = np.random.default_rng(0)
-    names = [f"<{level}_{code}>" for level in "abc" for code in range(4)]
-    codes = [divmod(item, 16) for item in range(60)]
-    sids = [[names[a], names[4 + b // 4], names[8 + b % 4]] for a, b in codes]
-    sids[59] = sids[58]
-    (folder / "Toys.index.json").write_text(json.dumps({str(item): sid for item, sid in enumerate(sids)}))
-    walks = rng.integers([0, 5], [60, 16], size=(50, 2)).tolist()
-    users = {str(user): [(first + 7 * k) % 60 for k in range(count)] for user, (first, count) in enumerate(walks)}
-    (folder / "Toys.inter.json").write_text(json.dumps(users))
-    return folder
+    return write_walks(tmp_path_factory.mktemp("toys"))
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 pytest.importorskip("transformers")
-from benchmarks.alignment.policy import methods
+from support.catalogue_files import write_walks
+
+from benchmarks.alignment.policy import methods, purchases
 from benchmarks.alignment.policy.cells import REFERENCE, PolicyLab
 from benchmarks.alignment.policy.grid import stages, tuned, tuning
 from benchmarks.alignment.policy.report import table
@@ -36,7 +39,7 @@ TINY = Scale(
 def test_rewards_are_those_of_the_log() -> None:
     shop = SearchShop.make(10)
     log = shop.log(200, np.random.default_rng(0))
-    rows = methods.rows_of(log, Tokens.of(shop))
+    rows = methods.rows_of_pages(log, Tokens.of(shop))
     for row, shown, clicked, ordered in zip(rows, log.shown, log.clicked, log.ordered, strict=True):
         expected = {
             item: 1.0 if order else 0.5
@@ -61,3 +64,24 @@ def test_the_grid_runs_and_is_reported(tmp_path: Path) -> None:
         assert tuned(lab, method) == cells[int(np.argmax(scores))].args["setting"]
     one, other = (lab.config(tuning(lab, method)[0])["definition"] for method in TINY.methods)
     assert one != other
+
+
+def test_from_sft_to_retrieval_on_purchases(tmp_path: Path) -> None:
+    scale = purchases.PURCHASES
+    small = {"seeds": (0,), "epochs": 1, "sessions": 32, "probes": 8, "beams": 10, "tune_beams": 10, "next_beams": 10}
+    users = {"users": 20, "tune_users": 20, "free_users": 5, "next_users": 5}
+    scale = dataclasses.replace(scale, name="tiny", resamples=100, settings=1, **small, **users)
+    lab = purchases.PurchasesLab(write_walks(tmp_path), scale, tmp_path / "cache")
+    for stage in purchases.stages(lab):
+        compute(lab, stage, 1)
+    lines = purchases.table(lab).splitlines()
+    assert [line.split("|")[1].strip(" `") for line in lines[2:]] == ["sft", *scale.methods]
+    sessions, _ = lab.sessions(0)
+    rows = methods.rows_of_purchases(lab.data, sessions)
+    for row, user, cut in zip(rows, sessions.users.tolist(), sessions.cuts.tolist(), strict=True):
+        first, *later = lab.data.train[user][cut : cut + 3]
+        assert row["rewards"] == {**dict.fromkeys(later, 0.5), first: 1.0}
+        assert row["prompt_ids"] == lab.data.prompts([lab.data.train[user][:cut]])[0]
+    start, trained = (lab.aligned(m, s, 0)[0] for m, s in (("sft", {}), (scale.methods[0], {"lr": 1e-5})))
+    moved = [bool((a != b).any()) for a, b in zip(start.parameters(), trained.parameters(), strict=True)]
+    assert all(moved)

@@ -45,3 +45,17 @@ def _write_index(folder: Path) -> None:
     codes = [divmod(item % (ITEMS - 1), 8) for item in range(ITEMS)]
     index = {str(item): [f"<a_{codes[item][0]}>", f"<b_{codes[item][1]}>"] for item in reversed(range(ITEMS))}
     (folder / "Tiny.index.json").write_text(json.dumps(index))
+
+
+def write_walks(folder: Path) -> Path:
+    """A catalogue of 60 items, two of them with one SID, and 50 users who walk through it."""
+    rng = np.random.default_rng(0)
+    names = [f"<{level}_{code}>" for level in "abc" for code in range(4)]
+    codes = [divmod(item, 16) for item in range(60)]
+    sids = [[names[a], names[4 + b // 4], names[8 + b % 4]] for a, b in codes]
+    sids[59] = sids[58]
+    (folder / "Toys.index.json").write_text(json.dumps({str(item): sid for item, sid in enumerate(sids)}))
+    walks = rng.integers([0, 5], [60, 16], size=(50, 2)).tolist()
+    users = {str(user): [(first + 7 * k) % 60 for k in range(count)] for user, (first, count) in enumerate(walks)}
+    (folder / "Toys.inter.json").write_text(json.dumps(users))
+    return folder

@@ -53,8 +53,9 @@ class PolicyLab(SearchLab):
             there = self.world(shop, world)
             log = there.shop.log(self.scale.aligned, rng_of(shop, "align"))
             seed = 1000 * shop + init
+            rows = policy.rows_of_pages(log, there.tokens)
             model, record = policy.train(
-                start, there.tokens, log, policy.METHODS[method], setting["lr"], self.cache / "trainer", seed
+                start, there.tokens.index, rows, policy.METHODS[method], setting["lr"], self.cache / "trainer", seed
             )
             return {"model": model.state_dict(), "record": record}
 

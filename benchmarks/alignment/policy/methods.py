@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import PrinterCallback, Qwen3ForCausalLM
 
 import raddpo_ext as rx
+from benchmarks.alignment.data import Data
+from benchmarks.alignment.sessions import Sessions
 from demo.search.align import one_pass
 from demo.search.data import Tokens
 from demo.search.shop import Log
@@ -21,7 +23,7 @@ from raddpo_ext.integrations.transformers import PolicyConfig, PolicyTrainer
 
 ROLLOUTS = 16
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
-ORDERED, CLICKED = 1.0, 0.5  # rewards; everything else has none
+ORDERED, CLICKED = 1.0, 0.5  # rewards, of the next purchase and of later ones too; everything else has none
 
 
 @dataclass(frozen=True)
@@ -42,19 +44,23 @@ METHODS = {
 
 
 def train(
-    start: Qwen3ForCausalLM, tokens: Tokens, log: Log, method: Method, lr: float, folder: Path, seed: int
+    start: Qwen3ForCausalLM,
+    index: rx.TrieIndex,
+    rows: list[dict[str, Any]],
+    method: Method,
+    lr: float,
+    folder: Path,
+    seed: int,
 ) -> tuple[Qwen3ForCausalLM, dict[str, float]]:
-    """One pass over the pages of ``log``: a trained copy of ``start``, and means of the last tenth of the steps."""
+    """One pass over ``rows``: a trained copy of ``start``, and means of the last tenth of the steps."""
     arguments = PolicyConfig(
         learning_rate=lr,
         num_generations=ROLLOUTS,
         disable_tqdm=True,
-        **one_pass(len(log.shown), folder, seed),
+        **one_pass(len(rows), folder, seed),
         **asdict(method),
     )
-    trainer = PolicyTrainer(
-        copy.deepcopy(start), arguments, train_dataset=rows_of(log, tokens), reward_fn=reward, index=tokens.index
-    )
+    trainer = PolicyTrainer(copy.deepcopy(start), arguments, train_dataset=rows, reward_fn=reward, index=index)
     trainer.remove_callback(PrinterCallback)
     begin = time.perf_counter()
     trainer.train()
@@ -64,7 +70,7 @@ def train(
     return trainer.model.eval(), {**{name: last[name] for name in kept if name in last}, "train_seconds": seconds}
 
 
-def rows_of(log: Log, tokens: Tokens) -> list[dict[str, Any]]:
+def rows_of_pages(log: Log, tokens: Tokens) -> list[dict[str, Any]]:
     """A row per page: its query, what was clicked (what was ordered first), and the reward of each of these items."""
     sids = rx.item_tokens(tokens.index, np.arange(len(tokens.of_item)))
     rows = []
@@ -74,6 +80,17 @@ def rows_of(log: Log, tokens: Tokens) -> list[dict[str, Any]]:
         rewards = {int(item): ORDERED for item in shown[ordered]}
         rewards |= {int(item): CLICKED for item in shown[clicked & ~ordered]}
         rows.append({"prompt_ids": prompt, "positives": [sids[item] for item in rewards], "rewards": rewards})
+    return rows
+
+
+def rows_of_purchases(data: Data, sessions: Sessions) -> list[dict[str, Any]]:
+    """A row per session: its history, and the rewards of the next purchase and of those after it."""
+    rows = []
+    for row, items in enumerate(sessions.positives.tolist()):
+        rewards = {item: CLICKED for item in items if item >= 0} | {items[0]: ORDERED}
+        sids = [data.tokens[item].tolist() for item in rewards]
+        prompt = data.prompts([sessions.history(data, row)])[0]
+        rows.append({"prompt_ids": prompt, "positives": sids, "rewards": rewards})
     return rows
 
 
