@@ -1,6 +1,6 @@
-"""Registers, shared memory and stack of every CUDA kernel in the built extension: ``python -m benchmarks.gpu.kernels``.
+"""Registers, shared memory, stack and spills of every CUDA kernel for sm_90: ``python -m benchmarks.gpu.kernels``.
 
-Read off the machine code by cuobjdump, no GPU needed. A kernel spills if it has local memory or a stack.
+As ptxas reports them when nvcc compiles the sources. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -8,64 +8,55 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import raddpo_ext as rx
-from benchmarks.gpu.report import gpu_environment
+from benchmarks.gpu.report import gpu_environment, kernel_name
 from benchmarks.harness import results
-from benchmarks.harness.report import RESULTS, markdown
+from benchmarks.harness.report import RESULTS, ROOT, markdown
 
 MODULE = "benchmarks.gpu.kernels"
-_KERNEL = re.compile(r" Function (\S+):\n\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+#: As setup.py compiles the kernels.
+FLAGS = ["-cubin", "-arch=sm_90", "-O3", "-std=c++17", "--expt-relaxed-constexpr", "-Xptxas", "-v"]
+COLUMNS = ("registers", "shared", "stack", "spill_stores", "spill_loads")
+_KERNEL = re.compile(
+    r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    r".*?Used (\d+) registers([^\n]*)",
+    re.DOTALL,
+)
+_SHARED = re.compile(r"(\d+) bytes smem")
 
 
-def cuobjdump() -> str:
-    folder = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    program = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=f"{folder}/bin")
-    if program is None:
-        raise SystemExit("cuobjdump is neither on the PATH nor in CUDA_HOME/bin")
-    return program
-
-
-def resources(library: Path) -> dict[str, dict[str, dict[str, int]]]:
-    """By architecture and kernel."""
-    text = subprocess.run(
-        [cuobjdump(), "--dump-resource-usage", str(library)], capture_output=True, text=True, check=True
-    ).stdout
-    found: dict[str, dict[str, dict[str, int]]] = {}
-    for part in text.split("Fatbin elf code:")[1:]:
-        arch = re.search(r"arch = (\S+)", part)
-        for name, registers, stack, shared, local in _KERNEL.findall(part):
-            kernel = {"registers": int(registers), "shared": int(shared), "stack": int(stack), "local": int(local)}
-            found.setdefault(arch[1], {})[_readable(name)] = kernel
-    if not found:
-        raise SystemExit(f"{library}: holds no CUDA kernels; build it with nvcc at CUDA_HOME")
-    return {arch: dict(sorted(kernels.items())) for arch, kernels in sorted(found.items())}
-
-
-def _readable(symbol: str) -> str:
-    name = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout
-    name = name.split("raddpo::cuda::(anonymous namespace)::")[1]
-    return name.split(">(")[0].split("(raddpo")[0].replace("raddpo::", "").replace("void ", "") + (
-        ">" if ">(" in name else ""
-    )
-
-
-def table(kernels: dict[str, dict[str, int]]) -> str:
-    head = ["kernel", "registers", "shared memory, bytes", "stack", "local"]
-    return markdown(head, [[f"`{name}`", *(str(value) for value in row.values())] for name, row in kernels.items()])
+def resources(source: Path) -> dict[str, dict[str, int]]:
+    """By kernel, of one file."""
+    nvcc = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin/nvcc"
+    if not nvcc.exists():
+        raise SystemExit(f"there is no {nvcc}: set CUDA_HOME")
+    command = [nvcc, *FLAGS, source, "-o", os.devnull]
+    compiled = subprocess.run(command, capture_output=True, text=True)
+    if compiled.returncode:
+        raise SystemExit(compiled.stderr)
+    found = {}
+    for symbol, stack, stores, loads, registers, rest in _KERNEL.findall(compiled.stderr):
+        name = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout
+        shared = _SHARED.search(rest)
+        numbers = (registers, shared[1] if shared else 0, stack, stores, loads)
+        found[kernel_name(name)] = dict(zip(COLUMNS, map(int, numbers), strict=True))
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu_kernels.jsonl", help="where the result goes")
     arguments = parser.parse_args()
-    found = resources(Path(rx._C.__file__))
-    for arch, kernels in found.items():
-        print(f"{arch}\n{table(kernels)}\n")
-    cells = [{"arch": arch, "kernel": name, **row} for arch, kernels in found.items() for name, row in kernels.items()]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found: dict[str, dict[str, int]] = {}
+        for kernels in pool.map(resources, sorted((ROOT / "csrc").rglob("*.cu"))):
+            found |= kernels
+    rows = [[f"`{name}`", *map(str, row.values())] for name, row in sorted(found.items())]
+    print(markdown(["kernel", *COLUMNS], rows))
+    cells = [{"arch": "sm_90", "kernel": name, **row} for name, row in sorted(found.items())]
     results.write(arguments.out, {"gpu_kernels": gpu_environment(MODULE) | {"results": cells}})
 
 
