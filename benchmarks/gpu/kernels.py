@@ -28,15 +28,19 @@ _KERNEL = re.compile(
 _SHARED = re.compile(r"(\d+) bytes smem")
 
 
+def nvcc(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    program = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin/nvcc"
+    if not program.exists():
+        raise SystemExit(f"there is no {program}: set CUDA_HOME")
+    done = subprocess.run([program, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return done
+
+
 def resources(source: Path) -> dict[str, dict[str, int]]:
     """By kernel, of one file."""
-    nvcc = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin/nvcc"
-    if not nvcc.exists():
-        raise SystemExit(f"there is no {nvcc}: set CUDA_HOME")
-    command = [nvcc, *FLAGS, source, "-o", os.devnull]
-    compiled = subprocess.run(command, capture_output=True, text=True)
-    if compiled.returncode:
-        raise SystemExit(compiled.stderr)
+    compiled = nvcc(*FLAGS, source, "-o", os.devnull)
     found = {}
     for symbol, stack, stores, loads, registers, rest in _KERNEL.findall(compiled.stderr):
         name = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout
@@ -57,7 +61,9 @@ def main() -> None:
     rows = [[f"`{name}`", *map(str, row.values())] for name, row in sorted(found.items())]
     print(markdown(["kernel", *COLUMNS], rows))
     cells = [{"arch": "sm_90", "kernel": name, **row} for name, row in sorted(found.items())]
-    results.write(arguments.out, {"gpu_kernels": gpu_environment(MODULE) | {"results": cells}})
+    release = re.search(r"release \S+ (V\S+)", nvcc("--version").stdout)
+    run = {**gpu_environment(MODULE), "nvcc": release and release[1], "results": cells}
+    results.write(arguments.out, {"gpu_kernels": run})
 
 
 if __name__ == "__main__":
