@@ -138,7 +138,7 @@ def block(run: dict[str, Any]) -> str:
     error, groups = (max(cell[name] for cell in cells) for name in ("error", "groups"))
     where = f"`{run['command']}` (commit {run['commit']}), {groups:,} groups per row"
     return (
-        f"{table(cells)}\n\n{where}: the mean of a row is known to {error:.2f} or better. Of {NUM_SIDS} SIDs, "
+        f"{table(cells)}\n\n{where}: the mean of a row is known to {error:.3f} or better. Of {NUM_SIDS} SIDs, "
         f"{SAMPLES[0]} and {SAMPLES[1]} independent draws are {independent}; without replacement {sample}."
     )
 
