@@ -32,6 +32,8 @@ STABLE_TORCH_LIBRARY(raddpo, m) {
       "pack_sessions(Tensor prompts, Tensor prompt_begins, Tensor prompt_lengths, Tensor tokens, Tensor lengths, "
       "Tensor offsets, bool trie, bool last_token, bool pad_left, int pad_token_id, int multiple_of) -> (Tensor "
       "input_ids, Tensor position_ids, Tensor ends, Tensor predictors, Tensor last_tokens, Tensor prompt_starts)");
+  // Rows that take the nearest code with room; csrc/assign_balanced/assign_balanced.h. On the CPU only.
+  m.def("assign_balanced(Tensor distances, Tensor(a!) room, Tensor? groups) -> Tensor assigned");
   m.def("row_lse(Tensor logits) -> Tensor");
   // Logits [outer, inner, cols]; targets, lse, grad, begin and count [outer, inner]; csrc/token_logps/token_logps.h.
   m.def(

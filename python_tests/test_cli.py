@@ -165,7 +165,10 @@ def test_a_map_that_is_not_the_indexs(shop, capsys):
 
 
 def test_version_and_help_without_torch(folder):
-    for option, words in (("--version", f"raddpo_ext {rx.__version__}\n"), ("--help", "index|sessions|serve|bench")):
+    for option, words in (
+        ("--version", f"raddpo_ext {rx.__version__}\n"),
+        ("--help", "index|sids|sessions|serve|bench"),
+    ):
         done = subprocess.run(
             [sys.executable, "-X", "importtime", "-m", "raddpo_ext", option],
             capture_output=True,

@@ -29,7 +29,7 @@ def search(index: rx.TrieIndex) -> None:
 
 
 def losses(index: rx.TrieIndex) -> None:
-    """Log-probs and losses, forward and backward, and the packing of their sessions."""
+    """Log-probs and losses, forward and backward, the packing of their sessions, and codes for items."""
     tokens = torch.tensor([[0, 3], [1, 2], [1, 4]])
     sessions = rx.SessionBatch(tokens, torch.full((3,), 2), torch.tensor([0, 3]), torch.tensor([1]))
     rx.pack_sessions([[1, 2]], sessions)
@@ -39,6 +39,9 @@ def losses(index: rx.TrieIndex) -> None:
         hidden, weight = torch.randn(3, 2, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
         logps = rx.linear_token_logps(hidden, weight, tokens, **where)
         rx.multilabel_contrastive_loss(logps.sum(1), sessions).backward()
+    x, books = torch.randn(4, 2), rx.sids.Codebooks((torch.randn(2, 2), torch.randn(3, 2)))
+    rx.sids.assign_balanced(x, books.levels[0], 2)
+    rx.sids.resolve_collisions(torch.tensor([[0, 1], [0, 1], [0, 1], [1, 0]]), x, books)
     rx.legal_mass(torch.randn(3, 2, 6, requires_grad=True), index, index.nodes(tokens)).sum().backward()
     for credit in ("sequence", "siblings", "marginal"):
         rx.group_advantages(torch.randn(3), sessions, credit=credit, weights=torch.rand(3))

@@ -1,5 +1,5 @@
-"""The command line: ``python -m raddpo_ext index build|info|lookup|find|publish``, ``sessions check``, ``serve``
-and ``bench``."""
+"""The command line: ``python -m raddpo_ext index build|info|lookup|find|publish``, ``sids build``, ``sessions check``,
+``serve`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -201,6 +201,17 @@ def _publish(options: argparse.Namespace) -> int:
     return 0
 
 
+def _build_sids(options: argparse.Namespace) -> int:
+    """``sids build``."""
+    from raddpo_ext.sids.command import build
+
+    _check_parent(options.out)
+    try:
+        return build(options, _bar if sys.stderr.isatty() else None)
+    except ImportError as error:  # safetensors
+        raise ValueError(str(error)) from None
+
+
 def _check_sessions(options: argparse.Namespace) -> int:
     from raddpo_ext.data.session_check import check_sessions
     from raddpo_ext.data.session_picture import draw
@@ -219,9 +230,13 @@ def _check_sessions(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_output(path: Path) -> None:
+def _check_parent(path: Path) -> None:
     if not path.parent.is_dir():
         raise ValueError(f"{path.parent}: no such directory")
+
+
+def _check_output(path: Path) -> None:
+    _check_parent(path)
     if path.is_dir():
         raise ValueError(f"{path}: is a directory")
 
@@ -283,8 +298,9 @@ def _parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = _Parser(prog="python -m raddpo_ext", description="Generative retrieval with semantic IDs (SIDs).")
     parser.add_argument("--version", action="version", version=f"raddpo_ext {raddpo_ext.__version__}")
-    groups = parser.add_subparsers(metavar="index|sessions|serve|bench", required=True)
+    groups = parser.add_subparsers(metavar="index|sids|sessions|serve|bench", required=True)
     _add_index_commands(groups.add_parser("index", help="build, inspect and publish an index"))
+    _add_sids_commands(groups.add_parser("sids", help="make SIDs of embeddings"))
     _add_session_commands(groups.add_parser("sessions", help="check a session log"))
     # serve and bench, whose options are in their own modules
     text = "Answer retrieval requests over HTTP with a model and the newest catalogue version of a store."
@@ -340,6 +356,27 @@ def _add_index_commands(parser: argparse.ArgumentParser) -> None:
     publish.add_argument("--force", action="store_true", help=text)
     publish.add_argument(
         "--store", type=Path, default=Path("catalogue"), metavar="DIR", help="folder of the store (default: catalogue)"
+    )
+
+
+def _add_sids_commands(parser: argparse.ArgumentParser) -> None:
+    text = "Make SIDs of embeddings: codebooks by residual k-means, codes, and a report of what they are like."
+    build = parser.add_subparsers(metavar="build", required=True).add_parser("build", help=text, description=text)
+    build.set_defaults(run=_build_sids)
+    build.add_argument("embeddings", type=Path, help="a .npy file of floats [items, dimensions], or a .parquet table")
+    build.add_argument("--sizes", type=_integer, nargs="+", required=True, metavar="K", help="codes per level")
+    build.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for what is written")
+    build.add_argument("--seed", type=_integer, default=0, help="of the codebooks (default: 0)")
+    text = "nearest_free (default), extra_level or keep: what becomes of SIDs that several items share"
+    build.add_argument("--collisions", default="nearest_free", metavar="MODE", help=text)
+    build.add_argument("--layout", default="lc_rec", help="of index.json: lc_rec (default) or onerec")
+    build.add_argument("--embedding", metavar="COLUMN", default="embedding", help="in a table (default: embedding)")
+    build.add_argument("--item", metavar="COLUMN", help="in a table, the item ids (default: the row numbers)")
+    build.add_argument("--category", metavar="COLUMN", help="in a table, what the report measures the purity of")
+    build.add_argument("--force-category", action="store_true", help="make the category the first code of every SID")
+    build.epilog = (
+        "FOLDER gets index.json, which `index build` reads, codebooks.safetensors, with which new items are encoded, "
+        "report.json and, if matplotlib is installed, report.png."
     )
 
 

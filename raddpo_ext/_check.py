@@ -83,7 +83,8 @@ def int64_tensor(value: Any, name: str) -> None:
 def float_tensor(value: Any, name: str, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor:
     if not isinstance(value, Tensor) or value.dtype not in dtypes:
         *names, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name} must be a {', '.join(names)} or {last} tensor, got {_kind(value)}")
+        known = f"{', '.join(names)} or {last}" if names else last
+        raise TypeError(f"{name} must be a {known} tensor, got {_kind(value)}")
     return value
 
 

@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401  loaded first: the extension's libraries are torch's
 
-from raddpo_ext import _C, reference  # noqa: F401  _C registers torch.ops.raddpo
+from raddpo_ext import _C, reference, sids  # noqa: F401  _C registers torch.ops.raddpo
 from raddpo_ext.data import metrics, negatives
 from raddpo_ext.data.pack_sessions import PackedSessions, pack_sessions
 from raddpo_ext.data.session_log import read_sessions, write_sessions
@@ -18,6 +18,7 @@ from raddpo_ext.index.item_tokens import history_prompts, item_tokens
 from raddpo_ext.index.readers import read_sids
 from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.index.vocab import SIDVocab
+from raddpo_ext.index.writers import write_sids
 from raddpo_ext.integrations.logits_processor import TrieLogitsProcessor
 from raddpo_ext.integrations.retriever import SIDRetriever
 from raddpo_ext.logps.legal_mass import legal_mass
@@ -76,6 +77,8 @@ __all__ = [
     "rewards",
     "sample_search",
     "sample_step",
+    "sids",
     "token_logps",
     "write_sessions",
+    "write_sids",
 ]

@@ -1,0 +1,50 @@
+"""Embeddings, read in chunks of rows: a catalogue's need not fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raddpo_ext import _check
+
+CHUNK = 1 << 14  # rows
+
+
+def check_embeddings(x: Any, name: str = "x") -> None:
+    """Floating-point ``[N, D]``, a tensor on the CPU or an array."""
+    if not isinstance(x, (Tensor, np.ndarray)):
+        raise TypeError(f"{name} must be a tensor or a numpy array, got {type(x).__name__}")
+    if isinstance(x, Tensor):
+        _check.float_tensor(x, name)
+        if x.device.type != "cpu":
+            raise ValueError(f"{name} must be on the CPU, got {x.device}")
+    elif x.dtype.kind != "f":
+        raise TypeError(f"{name} must hold floating-point numbers, got {x.dtype}")
+    if x.ndim != 2 or not x.shape[1]:
+        raise ValueError(f"{name} must have shape [N, D] with D at least 1, got {tuple(x.shape)}")
+
+
+def rows_of(x: Tensor | np.ndarray, rows: slice | Tensor) -> Tensor:
+    """A float32 copy of some rows. Raises ValueError if a number of them is not finite."""
+    if isinstance(x, Tensor):
+        part = x.detach()[rows].to(torch.float32, copy=True)
+    else:
+        with np.errstate(over="ignore"):  # told of below
+            part = torch.from_numpy(np.array(x[rows if isinstance(rows, slice) else rows.numpy()], np.float32))
+    if not bool(torch.isfinite(part.sum())):  # the sum is not finite if a summand is not
+        bad = (~torch.isfinite(part)).any(1)
+        first = rows.start or 0 if isinstance(rows, slice) else 0
+        number = (lambda row: first + row) if isinstance(rows, slice) else (lambda row: int(rows[row]))
+        _check.none(bad, lambda row: f"x[{number(row)}] must be finite in float32, got {x[number(row)]}")
+    return part
+
+
+def chunks(x: Tensor | np.ndarray) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of at most ``CHUNK`` rows, and float32 copies of these rows."""
+    for begin in range(0, len(x), CHUNK):
+        rows = slice(begin, min(begin + CHUNK, len(x)))
+        yield rows, rows_of(x, rows)
