@@ -174,8 +174,7 @@ def _kmeans(x: Tensor, size: int, seed: int) -> Tensor:
         max_points_per_centroid=len(x),
     )
     kmeans.train(x.numpy())
-    means: np.ndarray = kmeans.centroids
-    return torch.from_numpy(means.copy())
+    return torch.tensor(kmeans.centroids)
 
 
 def _lloyd(x: Tensor, size: int, seed: int) -> Tensor:
