@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.gradient_truth import (
     GIVEN,
+    GRPO,
     LESS,
     MEAN,
     POLICY,
@@ -61,6 +62,22 @@ def test_two_draws_without_replacement(name: str) -> None:
         assert bias(expected) > 0.01
 
 
+def test_weighted_advantages() -> None:
+    """Each group's estimate, from the weighted mean, that of the other rows, and the unbiased weighted variance."""
+    draws = POLICY.draw("sample", 50, 4)
+    weights, rewards = draws.weights, R[draws.items]
+    mass, total = weights.sum(1, keepdim=True), (weights * rewards).sum(1, keepdim=True)
+    less_mean = rewards - total / mass
+    less_others = rewards - (total - weights * rewards) / (mass - weights)
+    freedom = mass - weights.square().sum(1, keepdim=True) / mass
+    std = ((weights * less_mean**2).sum(1, keepdim=True) / freedom).sqrt()
+    active = rewards.max(1, keepdim=True).values > rewards.min(1, keepdim=True).values
+    advantages = ((MEAN, less_mean), (RLOO, less_others), (GRPO, less_mean / std.where(active, 1)))
+    for estimator, values in advantages:
+        found = torch.einsum("gi,gik->gk", weights * values * active, scores()[draws.items])
+        assert_equal(POLICY.estimates(draws, estimator), found, 1e-9)
+
+
 @pytest.mark.parametrize("samples", [4, 16])
 @pytest.mark.parametrize("rollouts", ["sample", "independent"])
 def test_more_draws(rollouts: str, samples: int) -> None:
@@ -81,7 +98,7 @@ def test_the_whole_catalogue_has_no_variance(samples: int) -> None:
     assert_equal(POLICY.estimates(draws, RLOO), loo.expand(5, -1), 1e-5)
     assert bias(loo) > 0.05
     std = (P @ (R - J) ** 2 / (1 - P @ P)).sqrt()
-    assert_equal(POLICY.estimates(draws, Estimator({"eps": 1e-12})), (TRUTH / std).expand(5, -1), 3e-5)
+    assert_equal(POLICY.estimates(draws, GRPO), (TRUTH / std).expand(5, -1), 3e-5)
 
 
 # Beams.
