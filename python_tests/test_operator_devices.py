@@ -59,6 +59,7 @@ def calls() -> dict[str, Call]:
         result = rx.rad_dpo_loss(case.logps, case.sessions, normalizer=normalizer, **case.arguments(arguments))
         (result.loss + result.preference + result.sft).backward()
         rx.pack_sessions([[1, 2], [3]], case.sessions)
+        torch.ops.raddpo.assign_balanced(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.int32), torch.tensor([0]))
         rx.legal_mass(torch.randn(2, 2, 12, requires_grad=True), index, index.nodes(tokens)).sum().backward()
         groups = case.sessions
         layout = (groups.tokens, groups.lengths, groups.offsets)
