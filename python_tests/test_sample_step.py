@@ -115,6 +115,28 @@ def test_fewer_beams_are_the_first_of_more(isa: str) -> None:
         assert_sample_states_equal(narrow, rx.SampleState(*(part[:, :width] for part in vars(wide).values())))
 
 
+@pytest.mark.parametrize("scale", [0.3, 3.0, 60.0])
+@pytest.mark.parametrize("score", [0.0, -40.0, -3000.0])
+@pytest.mark.parametrize("left", [1.0, 0.6])
+def test_no_child_that_counts_is_passed_over(isa: str, scale: float, score: float, left: float) -> None:
+    """Of many children, most of which are far below the threshold: the first of a wide step, which takes them all."""
+    rng = np.random.default_rng(0)
+    index = rx.TrieIndex.build(np.stack([rng.integers(0, 900, 4000), rng.integers(0, 900, 4000)], 1) // [225, 1])
+    index = index.restrict(torch.from_numpy(rng.random(4000) < left))
+    generator = generator_of(int(scale))
+    for nodes in ([[0]], [[1, 2, 3, 4]]):
+        width = len(nodes[0])
+        scores = torch.full((1, width), score)
+        perturbed = scores + torch.tensor([[2.0, 1.0, 0.0, -9.0]])[:, :width] if nodes[0][0] else scores + math.inf
+        state = sample_state(scores, torch.tensor(nodes), perturbed)
+        logits = scale * torch.randn(1, width, 900, generator=generator)
+        for seed in range(8):
+            wide = step(logits, state, index, 4000, False, **options_of(1, seed))
+            for few in (1, 4, 30, 200):
+                narrow = step(logits, state, index, few, False, **options_of(1, seed))
+                assert_sample_states_equal(narrow, rx.SampleState(*(part[:, :few] for part in vars(wide).values())))
+
+
 @pytest.mark.parametrize("replacement", [False, True])
 def test_a_query_does_not_depend_on_the_batch(isa: str, threads: int, replacement: bool) -> None:
     """Alone, in another order and on another number of threads: the same bits under the same key."""

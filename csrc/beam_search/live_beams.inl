@@ -54,5 +54,18 @@ RADDPO_HD void columns_of(const BeamStepArgs& a, int level, const Symbol* symbol
   }
 }
 
+// Fetches the logits of beams that have few children, each of them a cache miss in a row of its own. `logits`: of the
+// first beam.
+template <typename D, typename Symbol>
+RADDPO_HD void prefetch_logits(const BeamStepArgs& a, const typename D::T* logits, const LiveBeam* beams, int count) {
+  for (int i = 0; i < count; ++i) {
+    const LiveBeam& b = beams[i];
+    if (!(b.score > -INFINITY) || !b.children.count || !has_columns(a, b.level)) continue;
+    const auto* symbols = static_cast<const Symbol*>(a.trie.symbols) + b.children.first;
+    for (std::int64_t at = 0; at < b.children.count && at < 8; ++at)
+      __builtin_prefetch(logits + i * a.stride_beam + column_of(a, b.level, symbols[at]));
+  }
+}
+
 }  // namespace
 }  // namespace raddpo::RADDPO_ISA

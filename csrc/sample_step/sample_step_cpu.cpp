@@ -1,5 +1,10 @@
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "../beam_search/beam_search_math.h"
 #include "../trie_index/live_chunks.h"

@@ -1,10 +1,15 @@
 // One query's beams, in order. A beam's children are taken together: their log-probs, then their keys, which need the
-// best of them. No perturbed score is above its parent's, so a beam below the threshold is passed over unread.
+// best of them. No perturbed score is above its parent's, so a beam below the threshold is passed over unread. Most
+// children are passed over too: a product tells that their noise does not lift them above the threshold.
 #include "../beam_search/live_beams.inl"
 #include "../common/log_sum_exp.inl"
 
 namespace raddpo::RADDPO_ISA {
 namespace {
+
+constexpr int kFew = 16;     // children whose keys cost less than to tell which matter
+constexpr int kBatch = 512;  // children whose keys are computed at once
+constexpr int kTile = 32;    // children passed over at once
 
 // The children of one beam, whatever the type of its logits. Functions of a class are inline, but not visible outside.
 struct Children {
@@ -13,9 +18,13 @@ struct Children {
   Best& best;
   std::uint64_t seed, query_key;
   double* sums;          // [children] running sums of the probabilities, with replacement
-  std::uint32_t* words;  // [children + 6] random bits of consecutive nodes, without; the memory of `sums`
+  std::uint32_t* words;  // [children + 38] random bits of consecutive nodes, without; the memory of `sums`
   std::uint32_t* nodes;  // [children]
-  float *logps, *keys;   // [children]
+  float *logps, *keys;   // [children], [children + kTile]
+  LiveBeam beam{};
+  std::int32_t slot = 0;
+  int hits[kBatch + kTile];   // children whose keys are computed,
+  float own[kBatch + kTile];  // their own perturbed scores, and then their keys
 
   Children(const SampleStepArgs& args, std::int64_t query, Best& list, double* scratch)
       : a(args),
@@ -25,19 +34,48 @@ struct Children {
         query_key(static_cast<std::uint64_t>(args.keys[query])),
         sums(scratch),
         words(reinterpret_cast<std::uint32_t*>(scratch)),
-        nodes(words + 2 * (args.symbols + 3)),
+        nodes(words + 2 * (args.symbols + 19)),
         logps(reinterpret_cast<float*>(nodes + args.symbols)),
         keys(logps + args.symbols) {}
 
-  // The children's perturbed scores. An only child has its parent's, whatever its noise; the root has none.
-  void perturb(std::int64_t n, float score, float perturbed) {
-    const bool is_root = perturbed == INFINITY;
-    if (n == 1 && !is_root) {
-      keys[0] = perturbed;
-      return;
+  void offer(std::int64_t i, float key) {
+    if (key > best.threshold)
+      push(best, {key, logps[i], slot, token_of(t, beam.level, symbol_of(t, nodes[i])), nodes[i]});
+  }
+
+#ifdef RADDPO_BMI2
+  // `philox` of four counters. A number is the low half of a 64-bit lane, and the high half is ignored: GCC's own
+  // vectors are full, so that each product costs it five permutations.
+  void four_blocks(std::uint32_t block, std::uint32_t* out) const {
+    using Lanes = unsigned long long __attribute__((vector_size(32)));
+    const __m256i m0 = _mm256_set1_epi64x(0xD2511F53u), m1 = _mm256_set1_epi64x(0xCD9E8D57u);
+    Lanes c0 = Lanes{0, 1, 2, 3} + block, c1{}, c2 = Lanes{} + query_key, c3 = c2 >> 32;
+    std::uint64_t k0 = seed, k1 = seed >> 32;
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round) {
+      const auto p0 = (Lanes)_mm256_mul_epu32((__m256i)c0, m0), p1 = (Lanes)_mm256_mul_epu32((__m256i)c2, m1);
+      c0 = (p1 >> 32) ^ c1 ^ k0;
+      c1 = p1;
+      c2 = (p0 >> 32) ^ c3 ^ k1;
+      c3 = p0;
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
     }
+    const Lanes low = (c0 & 0xffffffffu) | c1 << 32, high = (c2 & 0xffffffffu) | c3 << 32;
+    for (int i = 0; i < 4; ++i) {
+      const std::uint64_t both[2] = {low[i], high[i]};
+      std::memcpy(out + 4 * i, both, sizeof both);
+    }
+  }
+#endif
+
+  // The children's random bits.
+  const std::uint32_t* draw_words(std::int64_t n) {
     const std::uint32_t block = nodes[0] / 4;
-    const std::int64_t blocks = nodes[n - 1] / 4 - block + 1;
+    const std::int64_t blocks = (nodes[n - 1] / 4 - block + 8) / 8 * 8;  // whole vectors of them
+#ifdef RADDPO_BMI2
+    for (std::int64_t i = 0; i < blocks; i += 4) four_blocks(block + static_cast<std::uint32_t>(i), words + 4 * i);
+#else
 #pragma omp simd
     for (std::int64_t i = 0; i < blocks; ++i) {
       std::uint32_t four[4];
@@ -47,19 +85,113 @@ struct Children {
       words[4 * i + 2] = four[2];
       words[4 * i + 3] = four[3];
     }
-    float most = -INFINITY;
-#pragma omp simd reduction(max : most)
-    for (std::int64_t i = 0; i < n; ++i) {
-      keys[i] = score + logps[i] + gumbel(words[nodes[i] - 4 * block]);
-      most = keys[i] > most ? keys[i] : most;
-    }
-    if (is_root) return;
-#pragma omp simd
-    for (std::int64_t i = 0; i < n; ++i) keys[i] = conditioned(perturbed, keys[i], most);
+#endif
+    if (nodes[n - 1] - nodes[0] == n - 1) return words + nodes[0] % 4;
+    for (std::int64_t i = 0; i < n; ++i) words[i] = words[nodes[i] - 4 * block];
+    return words;
   }
 
-  // How many of the beam's draws each child gets, by the inverse of the distribution function; -inf for none.
-  void draw(std::int64_t n, std::int64_t node, std::int64_t draws) {
+  // The own perturbed scores of the hits; returns the best. Never inlined: every call gives a child the same bits.
+  __attribute__((noinline)) float perturb(const std::uint32_t* bits, int count) {
+    if (!count) return -INFINITY;
+    const int padded = (count + 7) / 8 * 8;  // no rest to loop over one by one
+    for (int k = count; k < padded; ++k) hits[k] = hits[0];
+    std::uint32_t drawn[kBatch + 8];
+    for (int k = 0; k < padded; ++k) {
+      drawn[k] = bits[hits[k]];
+      own[k] = logps[hits[k]];
+    }
+    float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+    for (int k = 0; k < padded; ++k) {
+      own[k] = beam.score + own[k] + gumbel(drawn[k]);
+      most = own[k] > most ? own[k] : most;
+    }
+    return most;
+  }
+
+  // Puts the hits among the best.
+  void offer_hits(int count, float parent, float most) {
+    if (parent < INFINITY) {
+#pragma omp simd
+      for (int k = 0; k < (count + 7) / 8 * 8; ++k) own[k] = conditioned(parent, own[k], most);
+    }
+    for (int k = 0; k < count; ++k) offer(hits[k], own[k]);
+  }
+
+  // A child's noise is -log(-log u), so that its own score is above x if -log u < p e^(score - x), and -log u is at
+  // least 1 - u. Sets `keys` to (1 - u) / p, and to a little less where p is tiny; returns a number that -log u / p of
+  // the best child does not exceed.
+  float weigh(const std::uint32_t* bits, std::int64_t n) {
+    float soonest = INFINITY, *out = keys;
+    const float* values = logps;
+#pragma omp simd reduction(min : soonest)
+    for (std::int64_t i = 0; i < n; ++i) {
+      const float inverse = fast_exp(values[i] > -87.f ? -values[i] : 87.f);
+      const float rest = static_cast<float>(static_cast<std::int32_t>(~bits[i] >> 1)) * 0x1p-31f;
+      const float above = rest + 0x1p-31f;
+      const float latest = above < 0.5f ? (above + above * above) * inverse : INFINITY;  // x + x^2 > -log(1 - x)
+      out[i] = rest * inverse;
+      soonest = latest < soonest ? latest : soonest;
+    }
+    for (std::int64_t i = n; i % kTile; ++i) keys[i] = NAN;
+    return soonest;
+  }
+
+  // Finds the children of [first, end) whose keys reach the bar; `first` is a multiple of kTile.
+  int sieve(std::int64_t first, std::int64_t end, float bar) {
+    int count = 0;
+    for (; first < end; first += kTile) {
+      const float* tile = keys + first;
+      int any = 0;
+#pragma omp simd reduction(| : any)
+      for (int i = 0; i < kTile; ++i) any |= tile[i] <= bar;
+      for (int i = 0; any && i < kTile; ++i) {
+        hits[count] = static_cast<int>(first) + i;
+        count += tile[i] <= bar;
+      }
+    }
+    return count;
+  }
+
+  // No child whose key is above this gets a perturbed score above the threshold: T_c > t if e^-g_c < e^-t - e^-T +
+  // e^-Z.
+  float bar(float parent, float most, double slack) const {
+    slack += 1e-6 * std::fabs(best.threshold);
+    if (!(slack < 1)) return INFINITY;
+    const double score = beam.score, ours = std::exp(score - best.threshold), first = std::exp(score - most);
+    const double sum = ours - std::exp(score - parent) + first + slack * (ours + first);
+    return sum == sum ? static_cast<float>(sum) : INFINITY;
+  }
+
+  // Puts the children among the best by their perturbed scores. An only child has its parent's, whatever its noise; the
+  // root, whose score is infinite, has none.
+  void sample(std::int64_t n, float parent) {
+    const bool is_root = parent == INFINITY;
+    if (n == 1 && !is_root) return offer(0, parent);
+    const std::uint32_t* bits = draw_words(n);
+    if (n <= kFew) {
+      for (int i = 0; i < n; ++i) hits[i] = i;
+      return offer_hits(static_cast<int>(n), parent, perturb(bits, static_cast<int>(n)));
+    }
+    const float soonest = weigh(bits, n);
+    const double slack = 1e-4 + 1e-6 * (std::fabs(beam.score) + (is_root ? 0.f : std::fabs(parent)));
+    const float reach = slack < 1 ? soonest * static_cast<float>(1 + slack) : INFINITY;
+    float most = is_root ? INFINITY : -INFINITY;
+    const auto end = [n](std::int64_t first) { return first + kBatch < n ? first + kBatch : n; };
+    for (std::int64_t first = 0; !is_root && first < n; first += kBatch) {
+      const float best_of_batch = perturb(bits, sieve(first, end(first), reach));
+      most = best_of_batch > most ? best_of_batch : most;
+    }
+    for (std::int64_t first = 0; first < n; first += kBatch) {
+      const int count = sieve(first, end(first), bar(parent, most, slack));
+      perturb(bits, count);
+      offer_hits(count, parent, most);
+    }
+  }
+
+  // How many of the beam's draws each child gets, by the inverse of the distribution function.
+  void draw(std::int64_t n, std::int64_t draws) {
     double sum = 0;
     for (std::int64_t i = 0; i < n; ++i) {
       sum += logps[i] > -INFINITY ? fast_exp(logps[i]) : 0.f;
@@ -67,7 +199,7 @@ struct Children {
       keys[i] = -INFINITY;
     }
     for (std::int64_t j = 0; j < draws; ++j) {
-      const double at = (draw_noise(node, j, query_key, seed) + 0.5) * 0x1p-32 * sum;
+      const double at = (draw_noise(beam.node, j, query_key, seed) + 0.5) * 0x1p-32 * sum;
       std::int64_t low = 0, high = n - 1;  // the first child whose sum is above `at`
       while (low < high) {
         const std::int64_t middle = (low + high) / 2;
@@ -78,23 +210,7 @@ struct Children {
       }
       keys[low] = keys[low] > 0.f ? keys[low] + 1.f : 1.f;
     }
-  }
-
-  // Puts the children among the best.
-  void offer(std::int64_t n, std::int32_t slot, int level) {
-    for (std::int64_t first = 0; first < n; first += kChunk) {
-      const int size = static_cast<int>(n - first < kChunk ? n - first : kChunk);
-      int hits[kChunk], num_hits = 0;  // without a branch, which would be taken as if at random
-      for (int i = 0; i < size; ++i) {
-        hits[num_hits] = i;
-        num_hits += keys[first + i] > best.threshold;
-      }
-      for (int h = 0; h < num_hits; ++h) {
-        const std::int64_t i = first + hits[h];
-        if (keys[i] > best.threshold)
-          push(best, {keys[i], logps[i], slot, token_of(t, level, symbol_of(t, nodes[i])), nodes[i]});
-      }
-    }
+    for (std::int64_t i = 0; i < n; ++i) offer(i, keys[i]);
   }
 };
 
@@ -115,9 +231,9 @@ struct Sampler : Children {
       const float scale = a.scale;
 #pragma omp simd
       for (int i = 0; i < chunk.size; ++i) values[i] = D::load(row + columns[i]) * scale;
-      add_block<Float32>(s, values, chunk.size);
+      if (children.count > 1) add_block<Float32>(s, values, chunk.size);
     }
-    const float lse = log_sum_exp(s);
+    const float lse = children.count > 1 ? log_sum_exp(s) : n ? logps[0] : -INFINITY;
     if (!(lse > -INFINITY && lse < INFINITY)) return 0;
 #pragma omp simd
     for (std::int64_t i = 0; i < n; ++i) {
@@ -132,21 +248,21 @@ struct Sampler : Children {
     LiveBeam beams[kGroup];
     for (std::int64_t first = begin; first < end; first += kGroup) {
       const int count = look_up<Symbol>(a, query * a.width + first, query * a.width + end, beams);
+      prefetch_logits<D, Symbol>(a, logits + first * a.stride_beam, beams, count);
       for (int i = 0; i < count; ++i) {
-        const LiveBeam& b = beams[i];
-        const auto slot = static_cast<std::int32_t>(first + i);
+        beam = beams[i];
+        slot = static_cast<std::int32_t>(first + i);
         const float key = a.perturbed[query * a.width + slot];
-        if (!(b.score > -INFINITY) || !(key > best.threshold)) continue;
-        if (b.children.count == 0) {
-          push(best, {key, 0.f, slot, -1, b.node});
-        } else if (has_columns(a, b.level)) {
-          const std::int64_t n = read(logits + slot * a.stride_beam, b.level, b.children);
+        if (!(beam.score > -INFINITY) || !(key > best.threshold)) continue;
+        if (beam.children.count == 0) {
+          push(best, {key, 0.f, slot, -1, beam.node});
+        } else if (has_columns(a, beam.level)) {
+          const std::int64_t n = read(logits + slot * a.stride_beam, beam.level, beam.children);
           if (!n) continue;
           if (a.replacement)
-            draw(n, b.node, static_cast<std::int64_t>(key));
+            draw(n, static_cast<std::int64_t>(key));
           else
-            perturb(n, b.score, key);
-          offer(n, slot, b.level);
+            sample(n, key);
         }
       }
     }

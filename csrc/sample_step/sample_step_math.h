@@ -60,10 +60,20 @@ RADDPO_HD float log_of(float y, float less) {
   return f + (f * f * (f * p - 0.5f) + (near ? 0.f : 0.693147181f * static_cast<float>(exponent)));
 }
 
+// Rounded once. Compilers vectorise the conversion of signed numbers.
+RADDPO_HD float to_float(std::uint32_t word) {
+#if defined(__CUDA_ARCH__)
+  return static_cast<float>(word);
+#else
+  return static_cast<float>(static_cast<std::int32_t>(word >> 16)) * 65536.f +
+         static_cast<float>(static_cast<std::int32_t>(word & 0xffff));
+#endif
+}
+
 // -log(-log u) of u = (word + 1/2) / 2^32. Above 0.7 u is known by 1 - u, of which the bits of `word` are all kept.
 RADDPO_HD float gumbel(std::uint32_t word) {
-  const float u = (static_cast<float>(word) + 0.5f) * 0x1p-32f;
-  const float rest = (static_cast<float>(~word) + 0.5f) * 0x1p-32f;
+  const float u = (to_float(word) + 0.5f) * 0x1p-32f;
+  const float rest = (to_float(~word) + 0.5f) * 0x1p-32f;
   const float exponential = -log_of(u, -rest);
   return -log_of(exponential, exponential - 1.f);
 }

@@ -106,7 +106,7 @@ def sample_step(
         >>> sorted(state.tokens[0].tolist()), state.perturbed.tolist()[0] == sorted(state.perturbed.tolist()[0])[::-1]
         ([0, 1], True)
     """
-    noise = checked_noise(seed, keys, len(state.nodes) if isinstance(state, SampleState) else 0, index)
+    noise = checked_noise(seed, keys, state.nodes.shape[0] if isinstance(state, SampleState) else 0, index)
     check_support(normalize)
     return logits_sample_step(logits, state, index, beam_width, noise, temperature=temperature, check=check)
 
@@ -173,7 +173,7 @@ def checked_noise(seed: int | Tensor, keys: Tensor | None, batch: int, index: Tr
     else:
         seed = torch.full((), _check.integer(seed, "seed", 0), dtype=torch.int64, device=device)
     if keys is None:
-        keys = torch.arange(batch, device=device)
+        return Noise(torch.arange(batch, device=device), seed)
     _check.int64_tensor(keys, "keys")
     if keys.shape != (batch,) or keys.device != device:
         raise ValueError(
