@@ -56,6 +56,7 @@ MEMBERS = [
     Member("beam-search", ("benchmarks.peers.compare_beam_search",), 12, sources.DECODING, ("--cases", "V2048")),
     Member("trie", ("benchmarks.bench_trie",), 30, sources.INDEX, ("--cases", "uniform 1M")),
     Member("trie-live", ("benchmarks.bench_trie_live",), 6, sources.DECODING),
+    Member("sids", ("benchmarks.bench_sids",), 10, sources.SIDS),
     Member("losses", ("benchmarks.peers.compare_losses",), 35, sources.LOSSES, ("--cases", "x1024 H512")),
     Member(
         "packing", ("benchmarks.peers.compare_packing",), 15, sources.PACKING, ("--cases", "prompt=32 candidates=4 ")

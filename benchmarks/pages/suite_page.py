@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import bench_trie_live
+from benchmarks import bench_sids, bench_trie_live
 from benchmarks.harness.catalogues import ROOT
 from benchmarks.harness.report import markdown
 from benchmarks.harness.results import Results, milliseconds
@@ -21,6 +21,7 @@ from raddpo_ext._files import replacing
 PAGE = ROOT / "docs" / "benchmarks.md"
 DATA = "../benchmarks/results"  # from the page
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {  # of members without a figure or a page of their own
+    "sids": lambda run: bench_sids.tables(run["results"]),
     "trie-live": lambda run: bench_trie_live.tables(run["results"]),
     "policy-steps": lambda run: compare_policy_steps.markdown(run["results"]),
     "load": lambda run: load_tables.summary(run["results"], run["floors_ms"]),
