@@ -131,6 +131,7 @@ NAN = torch.tensor([[0.0, 0.0], [0.0, float("nan")]])
         (dict(x=torch.zeros(4)), ValueError, r"x must have shape [N, D] with D at least 1, got (4,)"),
         (dict(x=NAN), ValueError, "x[1] must be finite in float32"),
         (dict(x=np.array([[1e300, 0.0], [0.0, 0.0]])), ValueError, "x[0] must be finite in float32"),
+        (dict(x=torch.full((4, 2), 1e20)), ValueError, "x[0] must be finite in float32, squared too"),
         (dict(sizes=[]), ValueError, "sizes must have at least one level"),
         (dict(sizes=[2, 0]), ValueError, "sizes[1] must be at least 1, got 0"),
         (dict(sizes=[5]), ValueError, "sizes must be at most the number of rows of x, 4, got 5"),
@@ -188,6 +189,7 @@ def test_codebooks_are_saved_whole(tmp_path: Path) -> None:
         ((torch.zeros(2),), ValueError, "levels[0] must have shape [codes, D], got (2,)"),
         ((torch.zeros(2, 2), torch.zeros(2, 3)), ValueError, "levels[1] must have shape [codes, 2], got (2, 3)"),
         ((NAN,), ValueError, "levels[0] must be finite"),
+        ((torch.full((1, 1), -1e20),), ValueError, "levels[0] must be finite, squared too"),
     ],
 )
 def test_bad_codebooks(levels: tuple[Tensor, ...], error: type[Exception], message: str) -> None:

@@ -121,6 +121,9 @@ def test_clusters_are_dealt_by_the_seed() -> None:
     one, other = (rx.sids.split_clusters(sids, 10, seed=seed) for seed in (0, 1))
     assert not torch.equal(one, other)
     assert not torch.equal(one, one.sort().values)
+    assert rx.sids.split_clusters(sids[:0], seed=0).tolist() == []
+    with pytest.raises(ValueError, match="sids must have at least one level"):
+        rx.sids.split_clusters(sids[:, :0], seed=0)
     for argument in ("max_items", "max_groups"):
         with pytest.raises(ValueError, match=f"{argument} must be at least 1, got 0"):
             rx.sids.split_clusters(sids, **{argument: 0}, seed=0)

@@ -42,8 +42,8 @@ class Codebooks:
             if book.dim() != 2 or not book.numel() or book.shape[1] != self.levels[0].shape[-1]:
                 wanted = f"[codes, {self.levels[0].shape[-1]}]" if level else "[codes, D]"
                 raise ValueError(f"{name} must have shape {wanted}, got {tuple(book.shape)}")
-            if not bool(torch.isfinite(book).all()):
-                raise ValueError(f"{name} must be finite")
+            if not bool(torch.isfinite(book.square().sum(1)).all()):
+                raise ValueError(f"{name} must be finite, squared too")
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -88,12 +88,13 @@ class Codebooks:
             ValueError: the file is damaged or holds something else; names it.
             OSError: the file cannot be read.
         """
+        module = _safetensors()
         from safetensors import SafetensorError
 
         with open_regular(path) as file:
             content = file.read()
         try:
-            tensors = _safetensors().load(content)
+            tensors = module.load(content)
             return cls(tuple(tensors.pop(f"level_{level}") for level in range(len(tensors))))
         except KeyError as error:
             raise ValueError(f"{os.fspath(path)}: holds no codebooks: tensor {error} is missing") from None

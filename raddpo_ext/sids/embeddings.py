@@ -29,17 +29,18 @@ def check_embeddings(x: Any, name: str = "x") -> None:
 
 
 def rows_of(x: Tensor | np.ndarray, rows: slice | Tensor) -> Tensor:
-    """A float32 copy of some rows. Raises ValueError if a number of them is not finite."""
+    """A float32 copy of some rows. Raises ValueError if their squares, which distances are made of, are not finite."""
     if isinstance(x, Tensor):
         part = x.detach()[rows].to(torch.float32, copy=True)
     else:
         with np.errstate(over="ignore"):  # told of below
             part = torch.from_numpy(np.array(x[rows if isinstance(rows, slice) else rows.numpy()], np.float32))
-    if not bool(torch.isfinite(part.sum())):  # the sum is not finite if a summand is not
-        bad = (~torch.isfinite(part)).any(1)
+    squares = part.square().sum(1)
+    if not bool(torch.isfinite(squares).all()):
+        bad = ~torch.isfinite(squares)
         first = rows.start or 0 if isinstance(rows, slice) else 0
         number = (lambda row: first + row) if isinstance(rows, slice) else (lambda row: int(rows[row]))
-        _check.none(bad, lambda row: f"x[{number(row)}] must be finite in float32, got {x[number(row)]}")
+        _check.none(bad, lambda row: f"x[{number(row)}] must be finite in float32, squared too, got {x[number(row)]}")
     return part
 
 

@@ -32,6 +32,8 @@ def split_clusters(sids: Tensor, max_items: int = 50, max_groups: int = 100, *, 
         (tensor([2, 1]), tensor(0))
     """
     tensor = _check.integer_tensor(sids, "sids", 2)
+    if not tensor.shape[1]:
+        raise ValueError(f"sids must have at least one level, got shape {tuple(tensor.shape)}")
     _check.integer(max_items, "max_items", 1)
     _check.integer(max_groups, "max_groups", 1)
     _check.integer(seed, "seed", 0)
