@@ -22,7 +22,7 @@ from benchmarks.alignment.statistics import ndcg, over_seeds, paired_bootstrap, 
 from benchmarks.harness.report import RESULTS, ROOT, markdown
 from demo.search.align import BATCH
 
-LEARNING_RATES = (1e-5, 3e-5)
+LEARNING_RATES = (1e-6, 1e-5, 3e-5)
 PURCHASES = Scale(name="policy", false_shares=(), methods=("grpo_sr, sample, trie", "eg_grpo, sample, trie"))
 SHARES = ("invalid@10", "invalid@50")
 
