@@ -82,6 +82,6 @@ def test_from_sft_to_retrieval_on_purchases(tmp_path: Path) -> None:
         first, *later = lab.data.train[user][cut : cut + 3]
         assert row["rewards"] == {**dict.fromkeys(later, 0.5), first: 1.0}
         assert row["prompt_ids"] == lab.data.prompts([lab.data.train[user][:cut]])[0]
-    start, trained = (lab.aligned(m, s, 0)[0] for m, s in (("sft", {}), (scale.methods[0], {"lr": 1e-5})))
+    start, trained = lab.start(0), lab.aligned(scale.methods[0], purchases.tuned(lab, scale.methods[0]), 0)[0]
     moved = [bool((a != b).any()) for a, b in zip(start.parameters(), trained.parameters(), strict=True)]
     assert all(moved)
