@@ -41,7 +41,7 @@ def embeddings(rows: int, dim: int, path: Path) -> np.ndarray:
         part = x[begin : begin + CHUNK]
         part[:] = 0.1 * rng.standard_normal(part.shape, np.float32)
         for level in centres:
-            part += level[(256 * rng.random(len(part)) ** 2).astype(int)]  # some clusters are larger
+            part += level[rng.integers(256, size=len(part))]
     x.flush()
     return x
 
