@@ -131,6 +131,7 @@ NAN = torch.tensor([[0.0, 0.0], [0.0, float("nan")]])
         (dict(x=torch.zeros(4)), ValueError, r"x must have shape [N, D] with D at least 1, got (4,)"),
         (dict(x=NAN), ValueError, "x[1] must be finite in float32"),
         (dict(x=np.array([[1e300, 0.0], [0.0, 0.0]])), ValueError, "x[0] must be finite in float32"),
+        (dict(x=torch.full((4, 1), 1e20)), ValueError, "x[0] must be finite in float32, squared too"),
         (dict(x=torch.full((4, 2), 1e20)), ValueError, "x[0] must be finite in float32, squared too"),
         (dict(sizes=[]), ValueError, "sizes must have at least one level"),
         (dict(sizes=[2, 0]), ValueError, "sizes[1] must be at least 1, got 0"),

@@ -27,25 +27,26 @@ def build(options: argparse.Namespace, bar: Callable[[float], None] | None) -> i
     _check.choice(options.layout, "--layout", tuple(LAYOUTS))
     x, items, categories = _read(options)
     sizes: Sequence[int] = options.sizes
-    forced = names = None
-    if options.force_category:
-        if categories is None:
-            raise ValueError("--force-category needs --category COLUMN")
+    forced = names = labels = None
+    if categories is not None:
         names, codes = np.unique(categories, return_inverse=True)
+        labels = torch.from_numpy(codes)
+    if options.force_category:
+        if names is None or labels is None:
+            raise ValueError("--force-category needs --category COLUMN")
         sizes = [len(names), *sizes]
         forced = torch.full((len(x), len(sizes)), -1)
-        forced[:, 0] = torch.from_numpy(codes)
+        forced[:, 0] = labels
     options.out.mkdir(exist_ok=True)
     books = fit_residual_kmeans(x, sizes, seed=options.seed, forced=forced, progress=bar)
     encoded = encode(x, books, forced)
     resolved = resolve_collisions(encoded, x, books, options.collisions)
-    labels = None if categories is None else torch.from_numpy(np.unique(categories, return_inverse=True)[1])
     report = measure(encoded, resolved, x, books, labels)
     if bar is not None:
         print(file=sys.stderr)
     write_sids(options.out / "index.json", resolved.sids, lengths=resolved.lengths, items=items, layout=options.layout)
     books.save(options.out / "codebooks.safetensors")
-    described = asdict(report) | ({} if names is None else {"categories": names.tolist()})
+    described = asdict(report) | ({} if names is None or forced is None else {"categories": names.tolist()})
     with replacing(options.out / "report.json") as file:
         file.write(json.dumps(described).encode())
     print(text(report))

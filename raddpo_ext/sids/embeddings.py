@@ -14,18 +14,18 @@ from raddpo_ext import _check
 CHUNK = 1 << 9  # rows: of 768 numbers, what the caches hold
 
 
-def check_embeddings(x: Any, name: str = "x") -> None:
+def check_embeddings(x: Any) -> None:
     """Floating-point ``[N, D]``, a tensor on the CPU or an array."""
     if not isinstance(x, (Tensor, np.ndarray)):
-        raise TypeError(f"{name} must be a tensor or a numpy array, got {type(x).__name__}")
+        raise TypeError(f"x must be a tensor or a numpy array, got {type(x).__name__}")
     if isinstance(x, Tensor):
-        _check.float_tensor(x, name)
+        _check.float_tensor(x, "x")
         if x.device.type != "cpu":
-            raise ValueError(f"{name} must be on the CPU, got {x.device}")
+            raise ValueError(f"x must be on the CPU, got {x.device}")
     elif x.dtype.kind != "f":
-        raise TypeError(f"{name} must hold floating-point numbers, got {x.dtype}")
+        raise TypeError(f"x must hold floating-point numbers, got {x.dtype}")
     if x.ndim != 2 or not x.shape[1]:
-        raise ValueError(f"{name} must have shape [N, D] with D at least 1, got {tuple(x.shape)}")
+        raise ValueError(f"x must have shape [N, D] with D at least 1, got {tuple(x.shape)}")
 
 
 def rows_of(x: Tensor | np.ndarray, rows: slice | Tensor) -> Tensor:
@@ -35,9 +35,9 @@ def rows_of(x: Tensor | np.ndarray, rows: slice | Tensor) -> Tensor:
     else:
         with np.errstate(over="ignore"):  # told of below
             part = torch.from_numpy(np.array(x[rows if isinstance(rows, slice) else rows.numpy()], np.float32))
-    norms = torch.linalg.vector_norm(part, dim=1)
-    if not bool(torch.isfinite(norms).all()):
-        bad = ~torch.isfinite(norms)
+    squares = part.square().sum(1)  # vector_norm would not square a single number
+    if not bool(torch.isfinite(squares).all()):
+        bad = ~torch.isfinite(squares)
         first = rows.start or 0 if isinstance(rows, slice) else 0
         number = (lambda row: first + row) if isinstance(rows, slice) else (lambda row: int(rows[row]))
         _check.none(bad, lambda row: f"x[{number(row)}] must be finite in float32, squared too, got {x[number(row)]}")

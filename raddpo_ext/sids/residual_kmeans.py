@@ -65,11 +65,9 @@ def fit_residual_kmeans(
         if given[level]:
             assert forced is not None
             books.append(_means(x, books, forced, level, size))
-            codes = forced[rows, level]
         else:
             books.append(_kmeans(residual, size, seed + level))
-            codes = _nearest(residual, books[-1])
-        residual -= books[-1][codes]
+        _encode(residual, books[-1:], None if forced is None else forced[rows, level : level + 1])
         if progress is not None:
             progress((level + 1) / len(counts))
     return Codebooks(tuple(books))
@@ -106,7 +104,7 @@ def encode(x: Tensor | np.ndarray, codebooks: Codebooks, forced: Tensor | None =
         _check_forced(forced, len(x), codebooks.sizes)
     sids = torch.empty(len(x), len(codebooks.sizes), dtype=torch.int64)
     for rows, residual in chunks(x):
-        _encode(residual, codebooks.levels, None if forced is None else forced[rows], sids[rows])
+        sids[rows] = _encode(residual, codebooks.levels, None if forced is None else forced[rows])
     return sids
 
 
@@ -119,8 +117,9 @@ def _nearest(residual: Tensor, book: Tensor) -> Tensor:
     return distances_to(residual, book).argmin(1)  # the first of equal ones
 
 
-def _encode(residual: Tensor, levels: Sequence[Tensor], forced: Tensor | None, out: Tensor) -> None:
-    """Fill ``out`` ``[n, L]``, and leave in ``residual`` what the levels leave."""
+def _encode(residual: Tensor, levels: Sequence[Tensor], forced: Tensor | None) -> Tensor:
+    """The codes ``[n, L]``; what the levels leave stays in ``residual``."""
+    sids = torch.empty(len(residual), len(levels), dtype=torch.int64)
     for level, book in enumerate(levels):
         if forced is None:
             codes = _nearest(residual, book)
@@ -128,15 +127,16 @@ def _encode(residual: Tensor, levels: Sequence[Tensor], forced: Tensor | None, o
             codes = forced[:, level].clone()
             free = (codes < 0).nonzero()[:, 0]
             codes[free] = _nearest(residual[free], book)
-        out[:, level] = codes
+        sids[:, level] = codes
         residual -= book[codes]
+    return sids
 
 
 def _means(x: Tensor | np.ndarray, books: list[Tensor], forced: Tensor, level: int, size: int) -> Tensor:
     """The mean, per given code of a level, of what the levels before it leave of all rows."""
     sums, counts = torch.zeros(size, x.shape[1], dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
     for rows, residual in chunks(x):
-        _encode(residual, books, forced[rows], torch.empty(len(residual), level, dtype=torch.int64))
+        _encode(residual, books, forced[rows])
         sums.index_add_(0, forced[rows, level], residual.double())
         counts += torch.bincount(forced[rows, level], minlength=size)
     return (sums / counts.clamp(min=1)[:, None]).float()
