@@ -84,6 +84,10 @@ class Lab(Records):
             config["definition"] = asdict(METHODS[method])
         return config
 
+    def settings(self, method: str) -> list[dict[str, float]]:
+        """That are tuned."""
+        return METHODS[method].settings(self.scale.wide)[: self.scale.settings]
+
     def sft(self, seed: int) -> dict[str, Any]:
         path = self.file("sft", {"seed": seed, "epochs": self.scale.epochs})
         state = alignment_sft.train(self.data, seed, path, self.scale.epochs)
@@ -162,19 +166,23 @@ class Lab(Records):
         args = {"method": method, "setting": setting, "seed": seed, "share": share}
 
         def align() -> dict[str, Any]:
-            train, probes = self.sessions(seed)
-            if share:
-                train = alignment_sessions.with_false_negatives(self.data, train, share, seed)
-            begin = time.perf_counter()
-            start = self.start(seed)
-            model, record = alignment_train.align(self.data, start, METHODS[method], setting, train, probes, seed)
-            seconds = round(time.perf_counter() - begin, 2)
-            return {"model": model.state_dict(), "record": {**record, "train_seconds": seconds}}
+            model, record = self.train(method, setting, seed, share)
+            return {"model": model.state_dict(), "record": record}
 
         state = self.cached("aligned", self.config(Cell("", "align", args)), align)
         model = alignment_sft.make_model(self.data)
         model.load_state_dict(state["model"])
         return model.eval(), state["record"]
+
+    def train(self, method: str, setting: dict[str, float], seed: int, share: float) -> tuple[Any, dict[str, Any]]:
+        """A model trained from the supervised checkpoint, and the training's record."""
+        train, probes = self.sessions(seed)
+        if share:
+            train = alignment_sessions.with_false_negatives(self.data, train, share, seed)
+        begin = time.perf_counter()
+        start = self.start(seed)
+        model, record = alignment_train.align(self.data, start, METHODS[method], setting, train, probes, seed)
+        return model, {**record, "train_seconds": round(time.perf_counter() - begin, 2)}
 
 
 def _spread(count: int, most: int | None) -> list[int]:

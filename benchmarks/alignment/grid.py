@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from benchmarks.alignment.cells import Lab
 from benchmarks.alignment.records import Cell
 from benchmarks.alignment.statistics import Choice, choose, ndcg, unpack
-from benchmarks.alignment.train import METHODS, SFT_WEIGHTS
+from benchmarks.alignment.train import SFT_WEIGHTS
 
 ARTICLE = "rad_dpo"  # negatives/loss/winner: the article's reading
 OBJECTIVES = ("rad_dpo", "rad_dpo_margins", "rad_dpo_negatives_reward", "rad_dpo_margins_loss")
@@ -52,7 +52,7 @@ def tuning(lab: Lab, method: str) -> list[Cell]:
     seed = lab.scale.seeds[0]
     return [
         Cell(f"tune-{method}-{_text(setting)}", "tune", {"method": method, "setting": setting, "seed": seed})
-        for setting in METHODS[method].settings(lab.scale.wide)[: lab.scale.settings]
+        for setting in lab.settings(method)
     ]
 
 

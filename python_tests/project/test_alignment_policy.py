@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("transformers")
 from support.catalogue_files import write_walks
 
+from benchmarks.alignment import grid as alignment_grid
 from benchmarks.alignment.policy import methods, purchases
 from benchmarks.alignment.policy.cells import REFERENCE, PolicyLab
 from benchmarks.alignment.policy.grid import stages, tuned, tuning
@@ -82,6 +83,6 @@ def test_from_sft_to_retrieval_on_purchases(tmp_path: Path) -> None:
         first, *later = lab.data.train[user][cut : cut + 3]
         assert row["rewards"] == {**dict.fromkeys(later, 0.5), first: 1.0}
         assert row["prompt_ids"] == lab.data.prompts([lab.data.train[user][:cut]])[0]
-    start, trained = lab.start(0), lab.aligned(scale.methods[0], purchases.tuned(lab, scale.methods[0]), 0)[0]
+    start, trained = lab.start(0), lab.aligned(scale.methods[0], alignment_grid.tuned(lab, scale.methods[0]), 0)[0]
     moved = [bool((a != b).any()) for a, b in zip(start.parameters(), trained.parameters(), strict=True)]
     assert all(moved)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ from torch import Tensor
 
 from benchmarks.alignment.policy import methods as policy
 from benchmarks.alignment.records import Cell
-from benchmarks.alignment.search.cells import Scale, SearchLab, digest, rng_of
+from benchmarks.alignment.search.cells import Scale, SearchLab, rng_of
 from benchmarks.harness.report import RESULTS, ROOT
 from demo.search import model as search_model
-from demo.search.align import BATCH
 
 KS = (1, 10, 50)
 REFERENCE = ("sft", "sft_all_positives", "rad_dpo")  # rows of the search experiment, at the settings that it chose
@@ -38,8 +36,7 @@ class PolicyLab(SearchLab):
         if method not in policy.METHODS:
             return super().config(cell)
         config = super().config(cell._replace(args={**cell.args, "method": "sft"}))
-        constants = [BATCH, policy.ROLLOUTS, policy.ORDERED, policy.CLICKED]
-        return {**config, "method": method, "definition": digest([asdict(policy.METHODS[method]), constants])}
+        return {**config, "method": method, "definition": policy.definition(method)}
 
     def aligned(
         self, method: str, setting: dict[str, float], shop: int, init: int, world: dict[str, Any], knobs: dict[str, Any]

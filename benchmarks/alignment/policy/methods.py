@@ -15,8 +15,9 @@ from transformers import PrinterCallback, Qwen3ForCausalLM
 
 import raddpo_ext as rx
 from benchmarks.alignment.data import Data
+from benchmarks.alignment.search.cells import digest
 from benchmarks.alignment.sessions import Sessions
-from demo.search.align import one_pass
+from demo.search.align import BATCH, one_pass
 from demo.search.data import Tokens
 from demo.search.shop import Log
 from raddpo_ext.integrations.transformers import PolicyConfig, PolicyTrainer
@@ -41,6 +42,11 @@ METHODS = {
         ("grpo", "grpo_sr", "eg_grpo"), ("beams", "independent", "sample"), ("vocab", "trie")
     )
 }
+
+
+def definition(method: str) -> str:
+    """A digest of everything that the training of a method depends on but its learning rate and data."""
+    return digest([asdict(METHODS[method]), [BATCH, ROLLOUTS, ORDERED, CLICKED]])
 
 
 def train(

@@ -6,21 +6,18 @@ Its cells are that experiment's, with the same checkpoints, prompts and users; o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.alignment import sft
+from benchmarks.alignment import grid
 from benchmarks.alignment.cells import Lab, Scale
 from benchmarks.alignment.policy import methods as policy
 from benchmarks.alignment.records import Cell
 from benchmarks.alignment.report import METRICS, interval, metrics
-from benchmarks.alignment.search.cells import digest
 from benchmarks.alignment.statistics import ndcg, over_seeds, paired_bootstrap, unpack
 from benchmarks.harness.report import RESULTS, ROOT, markdown
-from demo.search.align import BATCH
 
 LEARNING_RATES = (1e-6, 1e-5, 3e-5)
 PURCHASES = Scale(name="policy", false_shares=(), methods=("grpo_sr, sample, trie", "eg_grpo, sample, trie"))
@@ -44,70 +41,39 @@ class PurchasesLab(Lab):
         if method == "sft":
             return super().config(cell)
         config = super().config(cell._replace(args={**cell.args, "method": "sft"}))
-        constants = [BATCH, policy.ROLLOUTS, policy.ORDERED, policy.CLICKED]
-        return {**config, "method": method, "definition": digest([asdict(policy.METHODS[method]), constants])}
+        return {**config, "method": method, "definition": policy.definition(method)}
 
-    def aligned(
-        self, method: str, setting: dict[str, float], seed: int, share: float = 0.0
-    ) -> tuple[Any, dict[str, Any]]:
-        if method == "sft":
-            return super().aligned(method, setting, seed, share)
-        args = {"method": method, "setting": setting, "seed": seed}
+    def settings(self, method: str) -> list[dict[str, float]]:
+        return [{"lr": lr} for lr in LEARNING_RATES[: self.scale.settings]]
 
-        def train() -> dict[str, Any]:
-            rows = policy.rows_of_purchases(self.data, self.sessions(seed)[0])
-            model, record = policy.train(
-                self.start(seed), self.data.index, rows, policy.METHODS[method], setting["lr"], self.cache, seed
-            )
-            return {"model": model.state_dict(), "record": record}
-
-        state = self.cached("trained", self.config(Cell("", "align", args)), train)
-        model = sft.make_model(self.data)
-        model.load_state_dict(state["model"])
-        return model.eval(), state["record"]
+    def train(self, method: str, setting: dict[str, float], seed: int, share: float) -> tuple[Any, dict[str, Any]]:
+        rows = policy.rows_of_purchases(self.data, self.sessions(seed)[0])
+        return policy.train(
+            self.start(seed), self.data.index, rows, policy.METHODS[method], setting["lr"], self.cache, seed
+        )
 
 
 def stages(lab: PurchasesLab) -> Iterator[list[Cell]]:
     """The grid, in stages that need only the results of those before."""
     scale = lab.scale
     yield [Cell(f"sft-s{seed}", "sft", {"seed": seed}) for seed in scale.seeds]
-    yield [cell for method in scale.methods for cell in tuning(lab, method)]
-    yield [test(lab, method, seed) for method in ("sft", *scale.methods) for seed in scale.seeds]
-
-
-def tuning(lab: PurchasesLab, method: str) -> list[Cell]:
-    """With the first seed, a cell per learning rate."""
-    return [
-        Cell(f"tune-{method}-lr{lr:g}", "tune", {"method": method, "setting": {"lr": lr}, "seed": lab.scale.seeds[0]})
-        for lr in LEARNING_RATES[: lab.scale.settings]
-    ]
-
-
-def tuned(lab: PurchasesLab, method: str) -> dict[str, float]:
-    """The setting of the highest validation NDCG@10."""
-    if method == "sft":
-        return {}
-    best = max(tuning(lab, method), key=lambda cell: lab.run(cell)["result"]["ndcg@10"])
-    setting: dict[str, float] = best.args["setting"]
-    return setting
-
-
-def test(lab: PurchasesLab, method: str, seed: int) -> Cell:
-    args = {"method": method, "setting": tuned(lab, method), "seed": seed, "share": 0.0}
-    return Cell(f"test-{method}-s{seed}", "test", args)
+    yield [cell for method in scale.methods for cell in grid.tuning(lab, method)]
+    yield [grid.reporting(lab, method, seed, 0.0) for method in ("sft", *scale.methods) for seed in scale.seeds]
 
 
 def table(lab: PurchasesLab) -> str:
     """By method the means over the seeds, and the change of NDCG@10 from SFT."""
     names = ("sft", *lab.scale.methods)
-    groups = {name: [lab.run(test(lab, name, seed))["result"] for seed in lab.scale.seeds] for name in names}
+    groups = {
+        name: [lab.run(grid.reporting(lab, name, seed, 0.0))["result"] for seed in lab.scale.seeds] for name in names
+    }
     ranks = {name: [unpack(result["ranks"]) for result in group] for name, group in groups.items()}
     users = {name: over_seeds([ndcg(seed) for seed in seeds]) for name, seeds in ranks.items()}
     changes = paired_bootstrap(np.stack([users[name] - users["sft"] for name in names], 1), lab.scale.resamples)
     body = []
     for name, change in zip(names, changes, strict=True):
         seeds = [metrics(seed) for seed in ranks[name]]
-        line = [f"`{name}`", *(f"{value:g}" for value in tuned(lab, name).values())] + [""] * (name == "sft")
+        line = [f"`{name}`", *(f"{value:g}" for value in grid.tuned(lab, name).values())] + [""] * (name == "sft")
         line += [f"{np.mean([seed[metric] for seed in seeds]):.4f}"[1:] for metric in METRICS]
         line.append("" if name == "sft" else interval(change._asdict()))
         line += [f"{np.mean([result[share] for result in groups[name]]):.2%}" for share in SHARES]
