@@ -153,6 +153,14 @@ def training_packing(page: Page) -> None:
     close(page.logps, log_probs(page.model, torch.tensor([1, 5, 7]), page.sessions.tokens))
 
 
+def training_pages(page: Page) -> None:
+    ids = torch.tensor([[1, 5, 7, 1003, 1260, 2, 1009, 1262]])
+    with torch.no_grad():
+        logps = page.model(ids).logits[0, 2:-1].log_softmax(-1).gather(1, ids[0, 3:, None])[:, 0]
+    weights = torch.tensor([1, 0.5, 1, 0.1, 0.05])
+    close(page.page_loss.detach(), -(weights * logps).sum() / weights.sum())
+
+
 def training_negatives(page: Page) -> None:
     assert page.found.dtype == torch.int64
     assert page.found.shape == (1, 4)
@@ -381,6 +389,7 @@ CHECKS: dict[str, list[Callable[[Page], None] | None]] = {
         training_loop,
         training_trainer,
         training_packing,
+        training_pages,
         training_negatives,
         training_log,
         training_metrics,

@@ -16,6 +16,7 @@ from raddpo_ext.data.pack_sessions import PackedSessions, pack_sessions
 from raddpo_ext.data.session_sids import SIDCheck
 from raddpo_ext.index.vocab import SIDVocab
 from raddpo_ext.integrations.preference_rows import TEXT, TOKENS, tokenize_row
+from raddpo_ext.integrations.session_pages import SessionPages
 from raddpo_ext.losses.session import SessionBatch
 
 _logger = logging.getLogger(__name__)
@@ -31,6 +32,14 @@ class SessionCollator:
 
     A prompt that does not fit loses its first tokens, which is logged once; candidates are never cut.
 
+    With ``page`` the positives alone are learned, by next-token prediction (GenRec): ``batch["page"]`` has what is to
+    be predicted, and ``negatives`` may be missing and are left out. A column ``tiers``, a number per positive of at
+    least 0, weights them, such as 1 for an order and 0.1 for an exposure. The loss is a weighted mean::
+
+        page = batch["page"]
+        logps = rx.linear_token_logps(states.hidden, states.weight, page["tokens"], rows=page["rows"])
+        loss = -(page["weights"] * logps).sum() / page["weights"].sum()
+
     Args:
         layout, padding_side, pad_token_id, pad_to_multiple_of, max_length, vocab, embeddings: see
             :func:`raddpo_ext.pack_sessions`. With ``vocab.eos``, candidates of text and of messages end in it.
@@ -38,6 +47,14 @@ class SessionCollator:
         vocab_size: token ids must be below it; None: no limit.
         sids_only: refuse candidates that are not SIDs of ``vocab``: a token that its level lacks, too many codes, and
             with ``vocab.eos`` a candidate that does not end in it.
+        page: ``"sequence"`` puts the positives of a row into one page, ``item <separator> item ...``, where each token
+            sees the prompt and the page before it; for decoder-only models. ``"set"``: each positive sees the prompt
+            only. Pages of one item are the same in both. None: positives and negatives, to be compared.
+        separator: token id between two items of a page, or None.
+        supervise_separator: also predict the separators, with the tier of the item before. This needs a softmax over
+            the whole vocabulary.
+        max_items: maximum number of positives of a row, the first ones; default: all. With ``page``.
+        level_weights: weight of each token of a SID; default: 1 each. With ``page``.
 
     Raises:
         ValueError, TypeError: naming the argument and the value; when called, the row in the batch and the value.
@@ -65,6 +82,11 @@ class SessionCollator:
         tokenizer: Any = None,
         vocab_size: int | None = None,
         sids_only: bool = False,
+        page: str | None = None,
+        separator: int | None = None,
+        supervise_separator: bool = True,
+        max_items: int | None = None,
+        level_weights: Sequence[float] | None = None,
     ) -> None:
         self.options: dict[str, Any] = {
             "layout": layout,
@@ -81,15 +103,34 @@ class SessionCollator:
             raise ValueError("sids_only needs vocab, got None")
         self._sids = SIDCheck(vocab) if sids_only and vocab is not None else None
         self._has_logged = False
+        self.pages = None
+        if page is not None:
+            self.pages = SessionPages(page, separator, supervise_separator, max_items, level_weights)
+            if separator is not None and self.vocab_size is not None and separator >= self.vocab_size:
+                raise ValueError(f"separator must be below vocab_size = {self.vocab_size}, got {separator}")
+            del self.options["embeddings"]  # of last tokens, which only comparisons need
+        elif (separator, max_items, level_weights) != (None, None, None):
+            raise ValueError("separator, max_items and level_weights need page, got None")
         # An empty batch makes packing check these options here, and not at the first batch.
-        pack_sessions([], self._sessions([]), **self.options)
+        self([])
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """``{"packed": PackedSessions}``, and ``items``, int64 ``[S, P]`` padded with -1, if rows have them."""
+        """Pack some rows.
+
+        Returns:
+            ``packed``, the :class:`PackedSessions`; ``items``, int64 ``[S, P]`` padded with -1, if rows have them; with
+            ``page`` also ``page``: ``tokens``, int64 ``[C, N]``, what is to be predicted of each item and -100
+            elsewhere; ``rows``, int64 ``[C, N]``, the row of the states that predicts each; and ``weights``, float32
+            ``[C, N]``. ``N`` is ``L``, or ``L + 1`` with supervised separators.
+        """
         # Tokenize, flatten and pack.
         given, rows = rows, [self._tokens(row, f"rows[{i}]") for i, row in enumerate(rows)]
         sessions = self._sessions(rows)
-        packed = pack_sessions([row["prompt_ids"] for row in rows], sessions, **self.options)
+        batch: dict[str, Any] = {}
+        if self.pages is None:
+            packed = pack_sessions([row["prompt_ids"] for row in rows], sessions, **self.options)
+        else:
+            packed, batch["page"] = self.pages.pack(rows, sessions, self.options)
         # The checks name rows as the caller gave them.
         if self.vocab_size is not None:
             self._check_vocabulary(packed, self.vocab_size)
@@ -104,7 +145,7 @@ class SessionCollator:
                 len(rows),
                 self.options["max_length"],
             )
-        batch: dict[str, Any] = {"packed": packed}
+        batch["packed"] = packed
         if any("items" in row for row in rows):
             batch["items"] = _items(rows)
         return batch
@@ -112,7 +153,8 @@ class SessionCollator:
     def num_tokens(self, row: dict[str, Any]) -> int:
         """The number of tokens of a row, prompt and candidates together."""
         row = self._tokens(row, "row")
-        return len(row["prompt_ids"]) + sum(len(ids) for column in TOKENS[1:] for ids in row[column])
+        separators = 0 if self.pages is None else self.pages.num_separators(len(row["positives"]))
+        return len(row["prompt_ids"]) + separators + sum(len(ids) for column in TOKENS[1:] for ids in row[column])
 
     def named_candidates(
         self, sessions: SessionBatch, rows: Sequence[dict[str, Any]]
@@ -128,9 +170,16 @@ class SessionCollator:
                 yield f"rows[{i}][{column!r}][{place}]", tokens[candidate][: lengths[candidate]]
 
     def _tokens(self, row: Any, name: str) -> dict[str, Any]:
-        """A row of token ids as it is, or a row of text tokenized; ``name`` is for errors."""
+        """A row of token ids as it is, or a row of text tokenized; ``name`` is for errors. With ``page`` its items."""
         if not isinstance(row, dict):
             raise TypeError(f"{name} must be a dict, got {type(row).__name__}")
+        if self.pages is None:
+            return self._token_ids(row, name)
+        row = self._token_ids(row | {TOKENS[2] if TOKENS[0] in row else TEXT[2]: []}, name)
+        positives = row["positives"]
+        return row | {"positives": positives[: self.pages.max_items] if hasattr(positives, "__len__") else positives}
+
+    def _token_ids(self, row: dict[str, Any], name: str) -> dict[str, Any]:
         missing = [column for column in TOKENS if column not in row]
         if not missing:
             return row

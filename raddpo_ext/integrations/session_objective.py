@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from raddpo_ext.data.pack_sessions import PackedSessions
 from raddpo_ext.integrations.session_states import SessionStates
+from raddpo_ext.logps.linear_token_logps import linear_token_logps
 from raddpo_ext.losses.rad_dpo_loss import rad_dpo_loss
 from raddpo_ext.losses.rad_dpo_module import RADDPOLoss
 from raddpo_ext.losses.session_loss import TOTALS
@@ -40,18 +41,32 @@ class SessionObjective(nn.Module):
         return str(self.loss.options.get("positives", "winner"))
 
     def forward(
-        self, states: SessionStates, packed: PackedSessions, *, ref_logps: Tensor | None, normalizer: Tensor
+        self,
+        states: SessionStates,
+        packed: PackedSessions,
+        *,
+        ref_logps: Tensor | None,
+        normalizer: Tensor,
+        page: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compute the loss and the sums behind the metrics.
 
         Args:
             states, packed: the sessions.
             ref_logps, normalizer: see :func:`raddpo_ext.rad_dpo_loss`.
+            page: what a :class:`SessionCollator` with pages gives, for the loss of next-token prediction; or None.
 
         Returns:
             The loss; and float64 ``[len(METRICS), 2]``, a sum and its divisor per metric. The divisors of preference
             and SFT are 1, because these two are already shares of the whole batch's loss.
         """
+        counts = (packed.num_truncated, packed.sessions.num_sessions)
+        truncated = torch.stack([states.hidden.new_full((), n, dtype=torch.float64) for n in counts])
+        if page is not None:
+            sft = self._page_losses(states, page).sum() / normalizer[1]
+            sums = truncated.new_zeros((len(METRICS), 2))
+            sums[:2, 1], sums[1, 0], sums[-1] = 1, sft.detach(), truncated
+            return self.loss.options.get("sft_weight", 1.0) * sft, sums
         result = self.loss.of_logps(
             self.logps(states, packed),
             packed.sessions,
@@ -63,15 +78,26 @@ class SessionObjective(nn.Module):
         totals = result.totals
         losses = torch.stack((result.preference, result.sft)).detach().to(totals.dtype)
         shares = torch.stack((losses, torch.ones_like(losses)), 1)
-        truncated = torch.stack([totals.new_full((), n) for n in (packed.num_truncated, packed.sessions.num_sessions)])
         return result.loss, torch.cat((shares, totals[2:], truncated[None]))
 
     def logps(self, states: SessionStates, packed: PackedSessions) -> Tensor:
         """The candidates' token log-probs, ``[C, L]``."""
         return self.loss.logps(states.hidden, states.weight, packed.sessions, rows=states.rows, bias=states.bias)
 
-    def rows(self, states: SessionStates, packed: PackedSessions, *, ref_logps: Tensor | None) -> Tensor:
+    def rows(
+        self,
+        states: SessionStates,
+        packed: PackedSessions,
+        *,
+        ref_logps: Tensor | None,
+        page: dict[str, Tensor] | None = None,
+    ) -> Tensor:
         """The sum and the divisor of each metric of :data:`ROWS`, per session: float64 ``[S, 2 * len(ROWS)]``."""
+        if page is not None:
+            terms = torch.stack((self._page_losses(states, page), page["weights"].sum(1)), 1).double()
+            sums = terms.new_zeros((packed.sessions.num_sessions, len(ROWS), 2))
+            sums[:, 1] = sums[:, 1].index_add(0, packed.sessions.owners(), terms)
+            return sums.flatten(1)
         weights = None
         if self.similarity_weighting is not None and states.embeddings is not None:
             weights = self.similarity_weighting(states.embeddings, packed.sessions)
@@ -84,3 +110,18 @@ class SessionObjective(nn.Module):
             **self.loss.options,
         )
         return result.totals[:, : len(ROWS)].flatten(1)
+
+    def _page_losses(self, states: SessionStates, page: dict[str, Tensor]) -> Tensor:
+        """The weighted negative log-probs of each item of the pages, with the separator behind it: ``[C]``."""
+        index = self.loss.index
+        logps = linear_token_logps(
+            states.hidden,
+            states.weight,
+            page["tokens"],
+            bias=states.bias,
+            rows=None if states.rows is None else page["rows"],
+            index=index,
+            nodes=None if index is None else index.nodes(page["tokens"]),
+            **self.loss.head_options,
+        )
+        return -(page["weights"] * logps).sum(1)

@@ -19,8 +19,9 @@ from raddpo_ext.index.vocab import SIDVocab
 from raddpo_ext.integrations.base_model import base_model, logits_map
 from raddpo_ext.integrations.session_collator import SessionCollator
 from raddpo_ext.integrations.session_objective import METRICS, ROWS, SessionObjective
+from raddpo_ext.integrations.session_pages import SessionPages
 from raddpo_ext.integrations.session_trainer import SessionTrainer
-from raddpo_ext.integrations.trainer_config import RADDPOConfig
+from raddpo_ext.integrations.trainer_config import PAGE_OPTIONS, RADDPOConfig
 from raddpo_ext.losses.similarity_weighting import SimilarityWeighting
 
 _logger = logging.get_logger(__name__)
@@ -39,6 +40,9 @@ class RADDPOTrainer(SessionTrainer):
     It logs means since the last log: ``loss`` and its parts ``preference`` and ``sft``; the rewards, margins,
     accuracies, weights and detached share of :class:`raddpo_ext.RADDPOOutput`; ``dropped_pairs``, the share of pairs
     with equal SIDs; and ``truncated_prompts``, the share of prompts that lost tokens.
+
+    With ``args.page`` it learns the positives by next-token prediction, item by item or page by page (GenRec), which
+    comes before RAD-DPO. The loss is ``sft_weight`` times the weighted mean of :class:`SessionCollator`.
 
     An evaluation gives the loss, its parts and the rewards over the rows of the data set. With ``index`` and without
     ``args.prediction_loss_only`` it also retrieves, and gives ``sid_recall@k``, ``sid_ndcg@k`` and ``sid_mrr``; for
@@ -114,7 +118,10 @@ class RADDPOTrainer(SessionTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        weighting = SimilarityWeighting(args.similarity_window) if args.similarity_weighting else None
+        pages = getattr(self.data_collator, "pages", None)
+        if pages is not None:
+            self._check_pages(pages)
+        weighting = SimilarityWeighting(args.similarity_window) if args.similarity_weighting and not pages else None
         self.objective = SessionObjective(
             weighting,
             normalize=args.normalize,
@@ -127,7 +134,22 @@ class RADDPOTrainer(SessionTrainer):
             self.add_callback(_Commit(weighting))
 
     def _collator(self, args: RADDPOConfig, options: dict[str, Any], index: TrieIndex | None) -> SessionCollator:
-        return SessionCollator(layout=args.layout, embeddings=args.similarity_weighting, **options)
+        pages = {name: getattr(args, name) for name in PAGE_OPTIONS}
+        if args.page is not None:
+            pages["level_weights"] = args.level_weights
+        return SessionCollator(layout=args.layout, embeddings=args.similarity_weighting, **options, **pages)
+
+    def _check_pages(self, pages: SessionPages) -> None:
+        """Raise ValueError for options that pages cannot have."""
+        if self.args.use_reference:
+            raise ValueError("args.use_reference must be False with pages, which are not compared with a reference")
+        if pages.is_sequence and base_model(self.model).config.is_encoder_decoder:
+            raise ValueError("page must be 'set' for an encoder-decoder model, whose decoder has a row per candidate")
+        if pages.has_targets and self.args.normalize != "vocab":
+            raise ValueError(
+                f"supervise_separator must be False with normalize = {self.args.normalize!r}, in which a separator is "
+                "no token"
+            )
 
     # The loss
 
@@ -144,6 +166,7 @@ class RADDPOTrainer(SessionTrainer):
             compute=self.objective,
             ref_logps=self._ref_logps(model, packed),
             normalizer=num_items_in_batch,
+            page=inputs.get("page"),
         )
         if model.training:
             with torch.no_grad():
@@ -156,13 +179,16 @@ class RADDPOTrainer(SessionTrainer):
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
         """What the loss divides by, float64 ``[2]``: the counts of all accumulated batches on all ranks.
 
-        Overridden because ``Trainer`` counts labels, and sessions have pairs and positives instead.
+        Overridden because ``Trainer`` counts labels, and sessions have pairs and positives instead. Pages have weights.
         """
         counts = torch.zeros(2, dtype=torch.float64, device=device)
         for batch in batch_samples:
-            counts += batch["packed"].sessions.counts(self.objective.positives).to(device)
+            if "page" in batch:
+                counts[1] += batch["page"]["weights"].sum(dtype=torch.float64).to(device)
+            else:
+                counts += batch["packed"].sessions.counts(self.objective.positives).to(device)
         reduced: Tensor = self.accelerator.reduce(counts, reduction="sum")
-        return reduced.clamp(min=1)
+        return torch.where(reduced > 0, reduced, 1)
 
     # The evaluation
 
@@ -175,7 +201,7 @@ class RADDPOTrainer(SessionTrainer):
         self.objective.eval()
         with torch.no_grad():
             ref_logps = self._ref_logps(model, packed)
-            rows = model(packed=packed, compute=self.objective.rows, ref_logps=ref_logps)
+            rows = model(packed=packed, compute=self.objective.rows, ref_logps=ref_logps, page=inputs.get("page"))
             if self.index is not None and not prediction_loss_only:
                 rows = torch.cat((rows, self._retrieved(model, packed, inputs.get("items"))), 1)
         # The loop gathers predictions from all ranks. It computes metrics only if there are labels.

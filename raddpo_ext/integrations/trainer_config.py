@@ -20,6 +20,8 @@ LOSS_OPTIONS = (
     "level_weights",
     "label_smoothing",
 )
+#: Fields that are options of :class:`SessionCollator` of the same name.
+PAGE_OPTIONS = ("page", "separator", "supervise_separator", "max_items")
 
 
 @dataclass
@@ -73,6 +75,14 @@ class RADDPOConfig(SessionConfig):
     layout: str = field(
         default="candidates", metadata={"help": "Packing: 'candidates', or 'trie' to compute a shared prefix once."}
     )
+
+    # Next-token prediction of the positives, in place of the preference.
+    page: str | None = field(
+        default=None, metadata={"help": "Learn the positives: 'set', each after the prompt, or 'sequence', one page."}
+    )
+    separator: int | None = field(default=None, metadata={"help": "Token id between two items of a page."})
+    supervise_separator: bool = field(default=True, metadata={"help": "Also predict the separators."})
+    max_items: int | None = field(default=None, metadata={"help": "Maximum items of a page, the first ones."})
 
     @property
     def loss_options(self) -> dict[str, Any]:
