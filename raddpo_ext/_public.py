@@ -21,6 +21,7 @@ from raddpo_ext.index.vocab import SIDVocab
 from raddpo_ext.index.writers import write_sids
 from raddpo_ext.integrations.logits_processor import TrieLogitsProcessor
 from raddpo_ext.integrations.retriever import SIDRetriever
+from raddpo_ext.integrations.token_merger import TokenMerger
 from raddpo_ext.logps.legal_mass import legal_mass
 from raddpo_ext.logps.linear_token_logps import linear_token_logps
 from raddpo_ext.logps.token_logps import token_logps
@@ -54,6 +55,7 @@ __all__ = [
     "SessionBatch",
     "SessionLossOutput",
     "SimilarityWeighting",
+    "TokenMerger",
     "TrieIndex",
     "TrieLogitsProcessor",
     "beam_search",

@@ -26,6 +26,7 @@ from raddpo_ext.integrations.base_model import (
 from raddpo_ext.integrations.decoders import Decoder, SharedPrefixDecoder, pad_left, pad_right
 from raddpo_ext.integrations.lengths import ProvenLengths, holds_at
 from raddpo_ext.integrations.probes import PROBE_BEAMS, Ways, verify
+from raddpo_ext.integrations.token_merger import merger_of, verify_merger
 from raddpo_ext.logps.head import Head
 
 
@@ -153,7 +154,8 @@ class SIDRetriever:
         """Return the best items of each prompt.
 
         Args:
-            input_ids: int64 ``[B, T]`` token ids, padded on either side; ids of padding are ignored.
+            input_ids: int64 ``[B, T]`` token ids, padded on either side; ids of padding are ignored. A model with a
+                :class:`raddpo_ext.TokenMerger` also takes merged ids.
             attention_mask: bool or integer ``[B, T]``, 0 on padding. Default: no padding.
             top_k: return this many items per query; a SID of several items is repeated for each of them. Default: one
                 row per SID of the last width, with its first item.
@@ -302,6 +304,7 @@ class SIDRetriever:
         """The ways to run the model with these prompts; raises if a requested way is not possible."""
         # What a short probe allows, once per model.
         if self._ways is None:
+            verify_merger(self.model)
             self._ways = verify(self.model, model_head(self.model), self._shared_decoder(PROBE_BEAMS))
         ways, base = self._ways, base_model(self.model)
         lengths = mask.sum(1)
@@ -404,12 +407,16 @@ class SIDRetriever:
         lengths = mask.sum(1)
         _check.none(lengths == 0, lambda row: f"attention_mask[{row}] must keep at least one token, got none")
         outside = mask & ((input_ids < 0) | (input_ids >= self._vocab_size))
+        why = f"is outside [0, {self._vocab_size}), the model's vocabulary"
+        merger = merger_of(self.model)
+        if merger is not None:
+            outside &= (input_ids < merger.ids.vocab_size) | merger.ids.wrong(input_ids)
         if bool(outside.any()):
             row, column = outside.nonzero()[0].tolist()
-            raise ValueError(
-                f"input_ids[{row}, {column}] = {int(input_ids[row, column])} is outside [0, {self._vocab_size}), the "
-                "model's vocabulary"
-            )
+            token = int(input_ids[row, column])
+            if merger is not None and token >= merger.ids.vocab_size:
+                why = merger.ids.why_not(token)
+            raise ValueError(f"input_ids[{row}, {column}] = {token} {why}")
         if self._window is not None:
             # The last token of a SID is never fed; an encoder reads only the prompt.
             steps = 0 if self.model.config.is_encoder_decoder else index.levels - 1

@@ -1,0 +1,353 @@
+"""TokenMerger: the input embeddings of a model that reads a whole SID of its prompt at one position."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raddpo_ext import _check
+from raddpo_ext.data.merged_ids import MergedIds
+from raddpo_ext.index.vocab import SIDVocab
+from raddpo_ext.integrations.base_model import base_model
+from raddpo_ext.integrations.probes import probe_tokens, ratio, size, tolerance
+
+_PROJECTION = "sid_projection"
+_OPTIONS = {"max_norm": None, "scale_grad_by_freq": False, "sparse": False}  # of nn.Embedding, with the only value
+
+
+class TokenMerger(nn.Embedding):
+    """Input embeddings that also take merged ids: one id, and so one position, per SID of a prompt (GenRec).
+
+    It takes the place of a model's input embeddings, as in the example. In an encoder-decoder it takes the place of
+    the encoder's, which read the prompts: put ``model.get_encoder()`` for ``model``. It has their very parameter
+    ``weight``, so a tied head stays tied and the weight keeps its name in checkpoints, and a linear layer
+    ``sid_projection``. Tokens get the rows that they got before. A merged id gets
+    ``sid_projection(concat(e_1, ..., e_L))`` of its codes' embeddings; a level beyond the SID's end counts as zeros.
+
+    From then on everything that runs the model accepts merged prompts: :class:`SIDRetriever`, the trainers,
+    ``session_states``, ``generate``. Candidates and what a search feeds stay tokens. Positions count merged ids, as the
+    model reads one id per position. The ids are numbers, not entries of a table, so new items need no change here.
+
+    ``sid_projection`` starts as the mean over the levels, so that the model gets inputs of the kind it knows. It must
+    be trained before it helps.
+
+    Each level's table is projected once, ``E_l W_l^T``, and a SID is a sum of its rows, unless a batch has fewer codes
+    than the tables have rows. Without gradients, on the CPU, the projected tables are kept until a weight changes.
+
+    Args:
+        embeddings: the model's input embeddings, ``model.get_input_embeddings()``. Their output must be a constant
+            times the row of the weight, as that of ``nn.Embedding`` and of Gemma's and BART's embeddings is.
+        vocab: the SIDs' tokens. Its end token belongs to no merged id.
+
+    Attributes:
+        ids: the conversion between tokens and merged ids, without weights.
+
+    Raises:
+        ValueError, TypeError: the embeddings are of another kind, sharded, on the meta device, or have hooks; a token
+            of ``vocab`` is beyond them; or ``vocab`` has more than 2**62 SIDs.
+
+    Example:
+        >>> from transformers import Qwen3Config, Qwen3ForCausalLM
+        >>> config = Qwen3Config(
+        ...     vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        ...     num_key_value_heads=1, head_dim=8
+        ... )
+        >>> model = Qwen3ForCausalLM(config).eval()
+        >>> merger = rx.TokenMerger(model.get_input_embeddings(), rx.SIDVocab([4, 4], offset=4))
+        >>> model.set_input_embeddings(merger)
+        >>> merger.merge([1, 4, 9, 5, 10])  # a token and two SIDs
+        [1, 23, 29]
+        >>> model(input_ids=torch.tensor([[1, 23, 29]])).logits.shape
+        torch.Size([1, 3, 16])
+
+    Source: GenRec (arXiv 2604.14878), token merger.
+    """
+
+    slots: Tensor
+    code_tokens: Tensor
+    embed_scale: Tensor | float
+
+    def __init__(self, embeddings: nn.Embedding, vocab: SIDVocab) -> None:
+        _check_embeddings(embeddings)
+        weight = embeddings.weight
+        rows, width = weight.shape
+        self.ids = MergedIds(vocab, rows)
+        super().__init__(rows, width, embeddings.padding_idx, device="meta")
+        self.weight = weight
+        # Of the codes: see MergedIds. Not saved, as they follow from the vocab.
+        self.register_buffer("slots", self.ids.places.to(weight.device), persistent=False)
+        self.register_buffer("code_tokens", self.ids.tokens.to(weight.device), persistent=False)
+        # The embeddings' constant, under the name and of the type that transformers gives it.
+        scale = getattr(embeddings, "embed_scale", None)
+        if isinstance(scale, Tensor):
+            self.register_buffer("embed_scale", scale.clone(), persistent=False)
+        else:
+            self.embed_scale = 1.0 if scale is None else scale
+        self._check_rows(embeddings)
+        # The mean over the levels.
+        levels = vocab.levels
+        self.sid_projection = nn.Linear(levels * width, width, device=weight.device, dtype=weight.dtype)
+        with torch.no_grad():
+            self.sid_projection.weight.copy_(torch.eye(width).repeat(1, levels) / levels)
+            self.sid_projection.bias.zero_()
+        self.train(embeddings.training)
+        self._kept: _Kept | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The embeddings ``[..., H]`` of tokens and merged ids, int64 ``[...]``.
+
+        Raises:
+            ValueError: on the CPU, an id is neither a token nor the merged id of a SID. On other devices such an id
+                fails as a token that ``nn.Embedding`` lacks does.
+        """
+        if self.weight.shape[0] != self.ids.vocab_size:
+            raise ValueError(
+                f"the embeddings must have {self.ids.vocab_size} rows, as when the TokenMerger was made, got "
+                f"{self.weight.shape[0]}: merged ids begin there. Resize them before, and shard them only by FSDP2"
+            )
+        merged = input >= self.ids.vocab_size
+        if torch.compiler.is_compiling() or input.device.type != "cpu":
+            # No choice here may depend on values: reading them synchronises, and a graph cannot hold them.
+            tokens = self._scaled(super().forward(input.masked_fill(merged, 0)))
+            return torch.where(merged[..., None], self._merged(input), tokens)
+        if not bool(merged.any()):
+            return self._scaled(super().forward(input))
+        self._check_ids(input)
+        output = self._scaled(super().forward(input.masked_fill(merged, 0)))
+        return output.index_put((merged,), self._merged(input[merged]))
+
+    def merge(self, prompt_ids: Any) -> list[int]:
+        """Replace each SID of a prompt by its merged id.
+
+        A SID is a token of the first level and as many tokens of the next levels as follow it. All other tokens stay:
+        text, end tokens, and the rest of a SID whose begin was cut off. Merged ids stay, too.
+
+        Args:
+            prompt_ids: integers ``[T]``: a list, an array or a tensor.
+        """
+        return self.ids.merge(prompt_ids)
+
+    def split(self, ids: Any) -> list[int]:
+        """Replace each merged id by its tokens: the inverse of :meth:`merge`.
+
+        Raises:
+            ValueError: an id is neither a token nor the merged id of a SID; names it and its position.
+        """
+        return self.ids.split(ids)
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Read ``sid_projection`` from a folder that ``save_pretrained`` or a trainer wrote with the model.
+
+        ``from_pretrained`` makes a model without a merger, and reports the layer's weights as unexpected ones.
+
+        Raises:
+            ValueError: the folder's safetensors files do not hold the layer, or one of another shape; names the folder.
+            ImportError: ``safetensors`` is not installed.
+        """
+        from safetensors import safe_open
+
+        state = self.sid_projection.state_dict()
+        for name in state:
+            end = f"{_PROJECTION}.{name}"
+            for path in sorted(Path(folder).glob("*.safetensors")):
+                with safe_open(path, "pt") as file:
+                    keys = [key for key in file.keys() if key == end or key.endswith(f".{end}")]  # noqa: SIM118
+                    found = [file.get_tensor(key) for key in keys]
+                if found:
+                    break
+            else:
+                raise ValueError(f"{os.fspath(folder)} must hold safetensors files with {end} of a TokenMerger")
+            if found[0].shape != state[name].shape:
+                raise ValueError(
+                    f"{os.fspath(folder)}: {end} must have shape {tuple(state[name].shape)}, got "
+                    f"{tuple(found[0].shape)}: it is that of another model or another number of levels"
+                )
+            state[name] = found[0]
+        self.sid_projection.load_state_dict(state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_kept": None}
+
+    def _scaled(self, rows: Tensor) -> Tensor:
+        """Rows of the weight as the model's own embeddings return them."""
+        if isinstance(self.embed_scale, Tensor):
+            return rows * self.embed_scale.to(rows.dtype)
+        return rows if self.embed_scale == 1.0 else rows * self.embed_scale
+
+    def _merged(self, ids: Tensor) -> Tensor:
+        """The embeddings ``[..., H]`` of merged ids; those of other ids mean nothing."""
+        places = self.ids.places_of(ids, self.slots)
+        with torch.autocast(ids.device.type, enabled=False):
+            # PEFT and quantization replace the layer: only the layer itself can then tell its output.
+            is_plain = type(self.sid_projection) is nn.Linear
+            keeps = ids.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            if not is_plain or (places.numel() < len(self.code_tokens) and not keeps):
+                return self._concatenated(places)
+            table = self._kept_table() if keeps else self._table()
+            output = F.embedding_bag(places.flatten(0, -2), table, mode="sum", padding_idx=0)
+            return (output + self.sid_projection.bias).view(*ids.shape, -1)
+
+    def _concatenated(self, places: Tensor) -> Tensor:
+        """The projection of the codes' embeddings, ``[..., H]``; ``places`` are ``[..., L]``."""
+        rows = self._scaled(F.embedding(self.code_tokens[places], self.weight))
+        rows = rows.masked_fill(places[..., None] == 0, 0).flatten(-2)
+        output: Tensor = self.sid_projection(rows.to(self.sid_projection.weight.dtype))
+        return output.to(self.weight.dtype)
+
+    def _table(self) -> Tensor:
+        """Zeros, then each code's embedding times its level's block of the projection, ``[U + 1, H]``."""
+        rows = self._scaled(F.embedding(self.code_tokens[1:], self.weight))
+        blocks = self.sid_projection.weight.split(self.embedding_dim, 1)
+        tables = [F.linear(part, block) for part, block in zip(rows.split(self.ids.counts), blocks, strict=True)]
+        return torch.cat([rows.new_zeros(1, self.embedding_dim), *tables])
+
+    def _kept_table(self) -> Tensor:
+        """:meth:`_table`, kept while what it is made of stays the same.
+
+        The values themselves are compared: optimizers that write through ``.data`` or pointers, and sharding that
+        gathers weights anew, change neither a tensor's version nor its address.
+        """
+        rows = self._scaled(F.embedding(self.code_tokens[1:], self.weight))
+        kept, weight = self._kept, self.sid_projection.weight
+        if kept is None or not (_same(kept.rows, rows) and _same(kept.weight, weight)):
+            self._kept = kept = _Kept(rows, weight.clone(), self._table())
+        return kept.table
+
+    def _check_ids(self, ids: Tensor) -> None:
+        """Raise ValueError for an id that is neither a token nor the merged id of a SID."""
+        wrong = self.ids.wrong(ids)
+        if bool(wrong.any()):
+            place = wrong.nonzero()[0].tolist()
+            number = int(ids[tuple(place)])
+            raise ValueError(f"input{place} = {number} {self.ids.why_not(number)}")
+
+    @torch.no_grad()
+    def _check_rows(self, embeddings: nn.Embedding) -> None:
+        """Raise ValueError if the embeddings of the SIDs' tokens are not a constant times their rows."""
+        tokens = self.code_tokens[1:]
+        if not torch.equal(embeddings(tokens), self._scaled(F.embedding(tokens, self.weight))):
+            raise ValueError(
+                f"embeddings must give embed_scale times the rows of their weight, {type(embeddings).__name__} gives "
+                "something else"
+            )
+
+
+class _Kept(NamedTuple):
+    """The projected tables, and the codes' embeddings and the weight that they are made of."""
+
+    rows: Tensor
+    weight: Tensor
+    table: Tensor
+
+
+def _same(kept: Tensor, found: Tensor) -> bool:
+    return kept.dtype == found.dtype and kept.device == found.device and torch.equal(kept, found)
+
+
+def _check_embeddings(embeddings: Any) -> None:
+    """Raise an error for embeddings that a TokenMerger cannot stand for."""
+    kind = f"{type(embeddings).__module__}.{type(embeddings).__name__}"
+    if not isinstance(embeddings, nn.Embedding) or isinstance(embeddings, TokenMerger):
+        raise TypeError(f"embeddings must be a torch.nn.Embedding, as the model was made with, got {kind}")
+    parameters = [name for name, _ in embeddings.named_parameters()]
+    if parameters != ["weight"]:
+        raise ValueError(f"embeddings must have one parameter, weight, {kind} has {parameters}")
+    for name, neutral in _OPTIONS.items():
+        if getattr(embeddings, name) != neutral:
+            raise ValueError(f"embeddings must have {name} = {neutral}, got {getattr(embeddings, name)}")
+    weight = embeddings.weight
+    _check.float_tensor(weight, "embeddings.weight")
+    if weight.device.type == "meta" or hasattr(weight, "placements"):
+        what = "on the meta device" if weight.device.type == "meta" else "sharded"
+        raise ValueError(f"embeddings must hold their weight, it is {what}: make the TokenMerger before sharding")
+    if weight.dim() != 2:
+        raise ValueError(f"embeddings.weight must have 2 dimensions, got shape {tuple(weight.shape)}")
+    if embeddings._forward_hooks or embeddings._forward_pre_hooks:
+        raise ValueError("embeddings have hooks, which the TokenMerger would drop: make it before adding them")
+
+
+def merger_of(model: Any) -> TokenMerger | None:
+    """The TokenMerger that a transformers model reads its ids with, or None.
+
+    Raises:
+        ValueError: PEFT adapts the merger in a way that does not know merged ids, or an encoder-decoder's decoder
+            has the merger, too.
+    """
+    base = base_model(model)
+    embeddings = base.get_input_embeddings()
+    if base.config.is_encoder_decoder:  # the encoder reads the prompts
+        if isinstance(embeddings, TokenMerger):
+            raise ValueError(
+                "model is an encoder-decoder, whose TokenMerger must be the encoder's alone, or it cannot be saved: "
+                "call model.get_encoder().set_input_embeddings(merger), not model.set_input_embeddings(merger)"
+            )
+        embeddings = base.get_encoder().get_input_embeddings()
+    active = getattr(embeddings, "modules_to_save", None)  # of PEFT's ModulesToSaveWrapper: whole copies
+    if active is not None and embeddings.active_adapters:
+        embeddings = active[embeddings.active_adapters[0]]
+    if isinstance(embeddings, TokenMerger):
+        return embeddings
+    if any(isinstance(module, TokenMerger) for module in embeddings.modules()):
+        kind = f"{type(embeddings).__module__}.{type(embeddings).__name__}"
+        raise ValueError(
+            f"model has an adapter ({kind}) on its TokenMerger, which does not know merged ids: leave the embeddings "
+            "out of target_modules and of trainable_token_indices, or train them whole with modules_to_save"
+        )
+    return None
+
+
+def shared_vocab(model: Any, ref_model: Any, vocab: SIDVocab | None) -> SIDVocab | None:
+    """The vocab of a trainer: that of the model's TokenMerger, if it has one.
+
+    Raises:
+        ValueError: ``vocab`` is another one, or the reference cannot read the model's merged ids.
+    """
+    merger = merger_of(model)
+    if merger is None:
+        return vocab
+    if vocab is not None and vocab != merger.ids.vocab:
+        raise ValueError(f"vocab must be the TokenMerger's, {merger.ids.vocab}, got {vocab}")
+    other = None if ref_model is None else merger_of(ref_model)
+    same = other is not None and (other.ids.vocab, other.ids.vocab_size) == (merger.ids.vocab, merger.ids.vocab_size)
+    if ref_model is not None and not same:
+        raise ValueError("ref_model must have a TokenMerger of the model's vocab and table size, to read its prompts")
+    return merger.ids.vocab
+
+
+@torch.no_grad()
+def verify_merger(model: Any) -> None:
+    """Check that a model with a TokenMerger reads its ids through it alone, by two small forwards.
+
+    Some models look ids up elsewhere too (Gemma 3n has embeddings per layer), where a merged id means nothing.
+
+    Raises:
+        ValueError: merged ids and their embeddings give different logits, or the model fails.
+    """
+    merger, base = merger_of(model), base_model(model)
+    if merger is None or hasattr(merger.weight, "placements"):  # shards cannot be read outside of the model
+        return
+    # A token and two SIDs.
+    levels = merger.ids.tokens[1:].split(merger.ids.counts)
+    tokens = [*probe_tokens(base, 1), *(int(ids[0]) for ids in levels), *(int(ids[-1]) for ids in levels)]
+    ids = torch.tensor([merger.merge(tokens)], device=base.device)
+    decoder = {"decoder_input_ids": torch.zeros_like(ids)} if base.config.is_encoder_decoder else {}
+    was_training = base.training
+    base.eval()
+    try:
+        found = base(input_ids=ids, use_cache=False, **decoder).logits.float()
+        expected = base(inputs_embeds=merger(ids), use_cache=False, **decoder).logits.float()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{type(base).__name__} cannot read merged ids: {type(error).__name__}: {error}") from error
+    finally:
+        base.train(was_training)
+    if not ratio(size(found - expected), size(expected)) <= tolerance(base).rounding:
+        raise ValueError(
+            f"{type(base).__name__} cannot read merged ids: it reads input_ids by more than its input embeddings"
+        )
