@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from raddpo_ext import _check
+from raddpo_ext.data.merged_ids import MergedIds
 from raddpo_ext.data.pack_sessions import PackedSessions, pack_sessions
 from raddpo_ext.data.session_sids import SIDCheck
 from raddpo_ext.index.vocab import SIDVocab
@@ -55,6 +56,8 @@ class SessionCollator:
             the whole vocabulary.
         max_items: maximum number of positives of a row, the first ones; default: all. With ``page``.
         level_weights: weight of each token of a SID; default: 1 each. With ``page``.
+        merge: put a merged id for each SID of a prompt, for a model with a :class:`raddpo_ext.TokenMerger`. Candidates
+            keep their tokens. Needs ``vocab``, and as ``vocab_size`` the rows of the model's embedding table.
 
     Raises:
         ValueError, TypeError: naming the argument and the value; when called, the row in the batch and the value.
@@ -87,6 +90,7 @@ class SessionCollator:
         supervise_separator: bool = True,
         max_items: int | None = None,
         level_weights: Sequence[float] | None = None,
+        merge: bool = False,
     ) -> None:
         self.options: dict[str, Any] = {
             "layout": layout,
@@ -101,6 +105,11 @@ class SessionCollator:
         self.vocab_size = None if vocab_size is None else _check.integer(vocab_size, "vocab_size", 1)
         if sids_only and vocab is None:
             raise ValueError("sids_only needs vocab, got None")
+        self._merged: MergedIds | None = None
+        if merge:
+            if vocab is None or vocab_size is None:
+                raise ValueError(f"merge needs vocab and vocab_size, got {vocab} and {vocab_size}")
+            self._merged = MergedIds(vocab, vocab_size)
         self._sids = SIDCheck(vocab) if sids_only and vocab is not None else None
         self._has_logged = False
         self.pages = None
@@ -124,7 +133,7 @@ class SessionCollator:
             ``[C, N]``. ``N`` is ``L``, or ``L + 1`` with supervised separators.
         """
         # Tokenize, flatten and pack.
-        given, rows = rows, [self._tokens(row, f"rows[{i}]") for i, row in enumerate(rows)]
+        given, rows = rows, [self._merged_row(row, f"rows[{i}]") for i, row in enumerate(rows)]
         sessions = self._sessions(rows)
         batch: dict[str, Any] = {}
         if self.pages is None:
@@ -151,8 +160,8 @@ class SessionCollator:
         return batch
 
     def num_tokens(self, row: dict[str, Any]) -> int:
-        """The number of tokens of a row, prompt and candidates together."""
-        row = self._tokens(row, "row")
+        """The number of tokens of a row, prompt and candidates together; a merged SID counts as one."""
+        row = self._merged_row(row, "row")
         separators = 0 if self.pages is None else self.pages.num_separators(len(row["positives"]))
         return len(row["prompt_ids"]) + separators + sum(len(ids) for column in TOKENS[1:] for ids in row[column])
 
@@ -168,6 +177,13 @@ class SessionCollator:
                 place = candidate - offsets[i]
                 column, place = (columns[0], place) if place < positives[i] else (columns[1], place - positives[i])
                 yield f"rows[{i}][{column!r}][{place}]", tokens[candidate][: lengths[candidate]]
+
+    def _merged_row(self, row: Any, name: str) -> dict[str, Any]:
+        """A row of token ids, its prompt merged if asked for; ``name`` is for errors."""
+        row = self._tokens(row, name)
+        if self._merged is None:
+            return row
+        return {**row, TOKENS[0]: self._merged.merge(row[TOKENS[0]], f"{name}[{TOKENS[0]!r}]")}
 
     def _tokens(self, row: Any, name: str) -> dict[str, Any]:
         """A row of token ids as it is, or a row of text tokenized; ``name`` is for errors. With ``page`` its items."""
@@ -217,11 +233,15 @@ class SessionCollator:
         sessions = packed.sessions
         prompts = torch.arange(sessions.num_sessions)
         for tokens, rows in ((packed.input_ids, prompts), (sessions.tokens, sessions.owners())):
-            wrong = tokens >= vocab_size
+            merged = self._merged if tokens is packed.input_ids else None
+            wrong = tokens >= vocab_size if merged is None else merged.wrong(tokens)
             if bool(wrong.any()):
                 row = int(rows[wrong.any(1).nonzero()[0, 0]])
                 token = int(tokens[wrong][0])
-                raise ValueError(f"rows[{row}] holds token id {token}, outside [0, {vocab_size}), the vocabulary")
+                why = (
+                    f"outside [0, {vocab_size}), the vocabulary" if merged is None else f"which {merged.why_not(token)}"
+                )
+                raise ValueError(f"rows[{row}] holds token id {token}, {why}")
 
     def _check_sids(self, sessions: SessionBatch, given: Sequence[dict[str, Any]], sids: SIDCheck) -> None:
         """Raise ValueError for a candidate that is not a SID of the vocab."""

@@ -23,6 +23,7 @@ from raddpo_ext.integrations.session_config import SessionConfig
 from raddpo_ext.integrations.session_data import SessionDataTrainer
 from raddpo_ext.integrations.session_retrieval import retrieval_names, retrieval_rows
 from raddpo_ext.integrations.session_states import accept_sessions, check_lengths, verify_packing
+from raddpo_ext.integrations.token_merger import merger_of, shared_vocab, verify_merger
 
 
 class SessionTrainer(SessionDataTrainer):
@@ -81,6 +82,7 @@ class SessionTrainer(SessionDataTrainer):
             _disable_dropout(model)
         if inner.device.type != "meta":  # FSDP may load the weights on rank 0 only
             verify_packing(model)
+            verify_merger(model)
             if is_adapted:
                 verify_adapters(accept_sessions(model))
         # The reference: copied before training changes the model.
@@ -91,6 +93,7 @@ class SessionTrainer(SessionDataTrainer):
             raise ValueError(
                 "ref_model must be given with args.use_reference if a rank's model is on the meta device, got None"
             )
+        vocab = shared_vocab(model, ref_model, vocab)
         # The data: a sample of rows is collated and looked up now, so that a mismatch shows before training.
         check_vocabulary(vocab, index, inner.get_input_embeddings().weight.shape[0], processing_class)
         if data_collator is None:
@@ -141,6 +144,7 @@ class SessionTrainer(SessionDataTrainer):
             "tokenizer": tokenizer,
             "vocab_size": model.get_input_embeddings().weight.shape[0],
             "sids_only": vocab is not None,
+            "merge": merger_of(model) is not None,
         }
 
     def _collator(self, args: Any, options: dict[str, Any], index: TrieIndex | None) -> SessionCollator:
