@@ -380,6 +380,18 @@ def mathematics_helpers(page: Page) -> None:
     assert page.same(page.push([-1.0, -1.0]), [0.5, -0.5])
 
 
+def papers_gram(page: Page) -> None:
+    """Also of candidates with one SID, which are no pair."""
+    logps = page.both.detach().double().requires_grad_()
+    joint = logps.sum(2).exp().mean(0).log()
+    expected = softplus((0.5 * (joint[1:] - joint[0])).logsumexp(0))
+    close(page.gram.loss, expected)
+    close(page.both.grad, torch.autograd.grad(expected, logps)[0])
+    tokens = torch.tensor([[1003, 1260], [1003, 1260], [1009, 9]])
+    sessions = rx.SessionBatch(tokens, torch.tensor([2, 2, 1]), torch.tensor([0, 3]), torch.tensor([1]))
+    assert page.gram_loss(*page.both.detach(), sessions).kept.tolist() == [False, True]
+
+
 #: Of each page its blocks' checks, in order; None where a block asserts itself. Of a page that is not here, all do.
 CHECKS: dict[str, list[Callable[[Page], None] | None]] = {
     "README.md": [readme_search, readme_retrieval, readme_loss, readme_loop, readme_trainer, readme_policy],
@@ -403,6 +415,7 @@ CHECKS: dict[str, list[Callable[[Page], None] | None]] = {
     "docs/howto/transformers-trainer.md": [trainer_before, None],
     "docs/howto/trl.md": [trl_rows, trl_before, trl_after, None, trl_sessions],
     "docs/mathematics.md": [mathematics_helpers, *[None] * 12],
+    "docs/papers.md": [None, None, None, None, papers_gram],
     "docs/serving.md": [serving_inputs, serving_retrieval, None, None, None, serving_store],
     "docs/tutorial.md": [
         tutorial_catalogue,
