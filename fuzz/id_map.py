@@ -7,7 +7,8 @@ import json
 
 import raddpo_ext as rx
 from fuzz.scratch import FOLDER, names
-from raddpo_ext.index.id_map import _FORMAT, _stamp, map_path
+from raddpo_ext.index.id_map import _FORMAT, _stamp
+from raddpo_ext.index.trie_file import map_path
 
 INDEX = FOLDER / "named.trie"
 rx.TrieIndex.build([[1, 2], [1, 2], [0, 7]], item_ids=[0, 1, 2]).save(INDEX)

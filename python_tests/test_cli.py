@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import raddpo_ext as rx
 from raddpo_ext.__main__ import main
+from raddpo_ext.index import trie_file
 from raddpo_ext.index.store_service import StoreService
 
 pytestmark = pytest.mark.slow
@@ -79,6 +81,44 @@ def test_info(folder, capsys):
     out = run(capsys, "info", "p.index")[1]
     assert "levels          2, then the end token 9" in out
     assert "nodes per level 1 2 1" in out
+
+
+def test_info_counts_the_items_that_share_a_sid(tmp_path, capsys, monkeypatch):
+    """Whatever bytes the count is cut into, with chains and with several levels of leaves."""
+    random = np.random.default_rng(0)
+    for chunk in (1, 2, 5, 64, 1 << 20):
+        monkeypatch.setattr(trie_file, "_CHUNK", chunk)
+        sids, lengths = random.integers(0, 4, (random.integers(1, 200), 4)), random.integers(1, 5, 1)
+        vocab = rx.SIDVocab([4] * 4, eos=99)
+        index = rx.TrieIndex.build(sids, lengths=np.resize([lengths[0], 4, 3], len(sids)), vocab=vocab)
+        counts = index.item_ranges(torch.arange(index.num_nodes))[1]
+        index.save(tmp_path / "x.index")
+        out = run(capsys, "info", str(tmp_path / "x.index"))[1]
+        assert f"collisions      {int(counts[counts > 1].sum())} items share their SID" in out
+        assert "levels          4, then the end token 99" in out
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--help", "index info --help", "serve --help", "bench --help", "index info fixed.index"]
+)
+def test_answers_without_importing_torch(folder, arguments):
+    command = [sys.executable, "-X", "importtime", "-m", "raddpo_ext", *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    assert done.stdout.startswith(("usage: ", "items           3\n"))
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "raddpo_ext" in imported
+    assert "torch" not in imported
+
+
+def test_info_where_torchs_libraries_do_not_load(folder):
+    """As of an unusual build of torch: then torch itself is imported."""
+    script = "import sys; sys.argv, sys.orig_argv = ['-m', 'index', 'info', {0!r}], ['python', '-m', 'raddpo_ext', "
+    script += "'index', 'info', {0!r}]; import raddpo_ext, raddpo_ext._libtorch as lib; lib.find_spec = lambda name: "
+    script += "None; from raddpo_ext.__main__ import main; main(); print('torch' in sys.modules)"
+    command = [sys.executable, "-c", script.format("fixed.index")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    assert done.stdout.startswith("items           3\n")
+    assert done.stdout.endswith("\nTrue\n")
 
 
 def test_lookup(folder, capsys):

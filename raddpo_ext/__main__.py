@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import re
 import sys
 import warnings
@@ -23,14 +25,14 @@ if TYPE_CHECKING:
     from raddpo_ext.index.vocab import SIDVocab
 
 _BAR = 40  # characters
-_CHUNK = 1 << 20  # nodes per call of item_ranges
 _LARGEST = 2**31 - 2  # the maximum token id and code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. Bad input prints one line to stderr and returns 2."""
     options = _parser().parse_args(arguments)
-    raddpo_ext._load()
+    if options.run is not _info:
+        raddpo_ext._load()
     try:
         code: int = options.run(options)
         return code
@@ -44,9 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _build(options: argparse.Namespace) -> int:
     """``index build``."""
-    from raddpo_ext.index.id_map import IdMap, map_path
+    from raddpo_ext.index.id_map import IdMap
     from raddpo_ext.index.readers import read_sids
     from raddpo_ext.index.trie import TrieIndex
+    from raddpo_ext.index.trie_file import map_path
 
     # Check the output path before reading the source.
     _check_output(options.output)
@@ -127,26 +130,35 @@ def _load(file: Path) -> tuple[TrieIndex, IdMap | None]:
 
 
 def _info(options: argparse.Namespace) -> int:
-    """``index info``."""
-    import torch
+    """``index info``. Without an id map, it does not import torch."""
+    from raddpo_ext._libtorch import load_extension
 
+    load_extension()
     from raddpo_ext import _C
     from raddpo_ext._files import mapped_by
+    from raddpo_ext.index.trie_file import items_that_share, map_path, mapped_block
 
-    index, names = _load(options.file)
-    first = _C.HEADER["first_node"]
-    starts = index.header[first + 1 : first + index.levels + 2]
-    # Count in chunks, which bounds the memory for large indexes.
-    sharing = 0
-    for begin in range(0, index.num_nodes, _CHUNK):
-        counts = index.item_ranges(torch.arange(begin, min(begin + _CHUNK, index.num_nodes)))[1]
-        sharing += int(counts[counts > 1].sum())
-    print(f"items           {index.num_items}" + ("" if names is None else f", {_described(names)}"))
-    print(f"SIDs            {index.num_sids}")
-    print(f"collisions      {sharing} items share their SID")
-    print(f"levels          {index.sid_levels}" + ("" if index.eos is None else f", then the end token {index.eos}"))
-    print(f"nodes per level {' '.join(str(count) for count in starts.diff().tolist())}")
-    print(f"bytes           {index.nbytes}, {index.nbytes / index.num_items:.1f} per item")
+    # Read the header of the checked index, and the id map if there is one.
+    block = mapped_block(options.file, len(os.sched_getaffinity(0)))
+    header = memoryview(block).cast("q")
+    items, sids, levels, sid_levels, eos = (
+        header[_C.HEADER[name]] for name in ("num_items", "num_sids", "levels", "sid_levels", "eos")
+    )
+    first_node = _C.HEADER["first_node"]
+    starts = header[first_node + 1 : first_node + levels + 2]
+    names = None
+    if os.path.lexists(map_path(options.file)):
+        raddpo_ext._load()
+        from raddpo_ext.index.id_map import IdMap
+
+        names = IdMap.load(options.file)
+    # Print what they say.
+    print(f"items           {items}" + ("" if names is None else f", {_described(names)}"))
+    print(f"SIDs            {sids}")
+    print(f"collisions      {items_that_share(block)} items share their SID")
+    print(f"levels          {sid_levels}" + ("" if eos < 0 else f", then the end token {eos}"))
+    print("nodes per level", *(last - first for first, last in itertools.pairwise(starts)))
+    print(f"bytes           {len(block)}, {len(block) / items:.1f} per item")
     # Overwriting a mapped file would change, or end, the processes that use it.
     if processes := mapped_by(options.file):
         readers = ", ".join(map(str, processes[:5]))
@@ -273,7 +285,7 @@ def _add_serve_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_bench_options(parser: argparse.ArgumentParser) -> None:
-    from raddpo_ext.bench.command import add_options
+    from raddpo_ext.bench.options import add_options
 
     add_options(parser)
 

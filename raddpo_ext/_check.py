@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NORMALIZE = ("vocab", "level", "trie")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

@@ -1,4 +1,4 @@
-"""The command ``python -m raddpo_ext bench``: its options, its runs and its output."""
+"""The command ``python -m raddpo_ext bench``: its runs and its output."""
 
 from __future__ import annotations
 
@@ -20,22 +20,10 @@ from raddpo_ext._check import integer
 from raddpo_ext._files import replacing
 from raddpo_ext.bench import report
 from raddpo_ext.bench.compare import Mismatch, Missing, measure
+from raddpo_ext.bench.options import PROCESSES
 from raddpo_ext.bench.suite import CORE, TINY, Prepare
 
-PROCESSES = 5  # without --quick
 ROUNDS, BURST = 5, 0.05  # of a process; seconds
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--quick", action="store_true", help=f"run one process, about a minute (default: {PROCESSES} processes)"
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="device of the operators (default cpu)"
-    )
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="CPU threads (default 1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
-    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # tiny sizes, for tests
 
 
 def bench(options: argparse.Namespace) -> int:

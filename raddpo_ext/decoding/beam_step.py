@@ -10,6 +10,7 @@ from torch import Tensor
 
 from raddpo_ext import _check
 from raddpo_ext._autograd import refuse_transforms
+from raddpo_ext._choices import NORMALIZE
 from raddpo_ext.index.trie import TrieIndex
 
 LOGIT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -140,7 +141,7 @@ def check_state(
     _check.number(length_penalty, "length_penalty")
     if abs(length_penalty) * math.log(index.levels) > 80:  # the factor would leave float32
         raise ValueError(f"length_penalty = {length_penalty} is too large for SIDs of {index.levels} tokens")
-    support = _check.choice(normalize, "normalize", _check.NORMALIZE)
+    support = _check.choice(normalize, "normalize", NORMALIZE)
     if normalize == "level" and index.vocab is None:
         raise ValueError("normalize = 'level' needs an index built with a vocab")
     return support

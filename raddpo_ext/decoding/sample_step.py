@@ -11,6 +11,7 @@ from torch import Tensor
 
 from raddpo_ext import _check
 from raddpo_ext._autograd import refuse_transforms
+from raddpo_ext._choices import NORMALIZE
 from raddpo_ext.decoding.beam_step import LOGIT_TYPES, BeamState, check_state, checked_logits
 from raddpo_ext.decoding.linear_beam_step import check_hidden, checked_level, level_logits
 from raddpo_ext.decoding.split_draws import split_draws
@@ -184,7 +185,7 @@ def checked_noise(seed: int | Tensor, keys: Tensor | None, batch: int, index: Tr
 
 
 def check_support(normalize: str) -> None:
-    if _check.choice(normalize, "normalize", _check.NORMALIZE) != _check.NORMALIZE.index("trie"):
+    if _check.choice(normalize, "normalize", NORMALIZE) != NORMALIZE.index("trie"):
         raise ValueError(
             f"normalize must be 'trie' for sampling, got {normalize!r}: only the log-probs over the children add up to "
             "their parent's"

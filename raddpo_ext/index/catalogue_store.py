@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raddpo_ext import _check
-from raddpo_ext.index.id_map import IdMap, map_path, move_map
+from raddpo_ext.index.id_map import IdMap, move_map
 from raddpo_ext.index.store_service import is_running, last_served
 from raddpo_ext.index.trie import TrieIndex
+from raddpo_ext.index.trie_file import map_path
 
 _NAME = re.compile(r"((?!000000)[0-9]{6}|[1-9][0-9]{6,17})\.trie")
 _LAST = 10**18 - 1  # the maximum version

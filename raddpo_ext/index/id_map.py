@@ -17,6 +17,7 @@ from raddpo_ext._files import replacing
 from raddpo_ext.index.readers import SIDTable
 from raddpo_ext.index.sid_text import shown
 from raddpo_ext.index.trie import TrieIndex
+from raddpo_ext.index.trie_file import map_path
 from raddpo_ext.index.trie_input import item_ids_of
 from raddpo_ext.index.trie_items import UnknownItem
 
@@ -173,11 +174,6 @@ class IdMap:
                 f"{path}: the id map belongs to another index than {os.fspath(index)}: build both together or remove it"
             )
         return found
-
-
-def map_path(index: str | os.PathLike[str]) -> Path:
-    """The path of an index's id map. The file need not exist."""
-    return Path(f"{os.fspath(index)}.idmap")
 
 
 def move_map(staged: Path, index: Path) -> None:

@@ -299,7 +299,7 @@ class TrieIndex:
             OSError: the file cannot be opened or mapped.
             MemoryError: there is too little memory to check the file.
         """
-        data = mapped_block(path)
+        data = torch.frombuffer(mapped_block(path, torch.get_num_threads()), dtype=torch.uint8)
         return cls(data, _header_of(data))
 
     def contains(self, sids: Any, lengths: Any = None) -> Tensor:

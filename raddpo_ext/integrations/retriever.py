@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from raddpo_ext import _check
+from raddpo_ext._choices import NORMALIZE
 from raddpo_ext.decoding.beam_search import BeamResult, check_skip_forced, check_top_k, head_beam_search
 from raddpo_ext.decoding.beam_step import BeamState
 from raddpo_ext.decoding.sample_search import SampleResult, head_sample_search, sample_width
@@ -96,7 +97,7 @@ class SIDRetriever:
     ) -> None:
         if not hasattr(model, "config"):
             raise TypeError(f"model must be a transformers model, got {type(model).__name__}")
-        _check.choice(normalize, "normalize", _check.NORMALIZE)
+        _check.choice(normalize, "normalize", NORMALIZE)
         if cuda_graph and shared_prefix is False:
             raise ValueError("cuda_graph = True needs beams that share their prompt, got shared_prefix = False")
         self.model = model

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from raddpo_ext import _check
+from raddpo_ext._choices import NORMALIZE
 from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.index.vocab import SIDVocab
 
@@ -62,7 +63,7 @@ def support_of(
     check: bool,
 ) -> SoftmaxSupport | None:
     """The support of each target, None for the whole vocabulary; arguments are those of :func:`token_logps`."""
-    _check.choice(normalize, "normalize", _check.NORMALIZE)
+    _check.choice(normalize, "normalize", NORMALIZE)
     if normalize == "vocab":
         return None
     check = _check.reads_values(targets, check)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from raddpo_ext import _check
+from raddpo_ext._choices import NORMALIZE
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _MINIMUM = {"port": 0, "max_wait_ms": 0}  # of all other integers: 1
@@ -62,6 +62,8 @@ class ServeConfig:
     token: str | None = None
 
     def __post_init__(self) -> None:
+        from raddpo_ext import _check  # imports torch, which --help does not need
+
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "int":
@@ -75,7 +77,7 @@ class ServeConfig:
                 f"model must be the folder of a transformers model, got {self.model}, which has no config.json"
             )
         _check.choice(self.dtype, "dtype", DTYPES)
-        _check.choice(self.normalize, "normalize", _check.NORMALIZE)
+        _check.choice(self.normalize, "normalize", NORMALIZE)
         _check.number(self.length_penalty, "length_penalty")
         if self.token is not None and (not self.token or not self.token.isascii() or not self.token.isprintable()):
             raise ValueError("token must be one or more printable ASCII characters")  # a secret: not shown

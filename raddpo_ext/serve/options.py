@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from raddpo_ext._check import NORMALIZE
+from raddpo_ext._choices import NORMALIZE
 from raddpo_ext.serve.config import DTYPES, ServeConfig
 
 
