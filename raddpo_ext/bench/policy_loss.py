@@ -13,7 +13,7 @@ def comparison(device: torch.device, *, case: Case) -> Comparison:
     batch = Batch(case, device)
     sizes = f"{batch.sessions.num_sessions} groups of {batch.sessions.num_candidates} rows"
     return Comparison(
-        f"policy_loss ({case.preset}) and gradient, {sizes}",
+        f"policy_loss ({case.preset}{' with KL' * case.ref}) and gradient, {sizes}",
         {"ours": ours(batch), "elementwise torch": vectorised(batch)},
         {"its bytes, copied": bare_bytes(batch)},
     )
