@@ -26,8 +26,8 @@ from raddpo_ext.integrations.base_model import (
 )
 from raddpo_ext.integrations.decoders import Decoder, SharedPrefixDecoder, pad_left, pad_right
 from raddpo_ext.integrations.lengths import ProvenLengths, holds_at
+from raddpo_ext.integrations.merger_checks import merger_of, verify_merger
 from raddpo_ext.integrations.probes import PROBE_BEAMS, Ways, verify
-from raddpo_ext.integrations.token_merger import merger_of, verify_merger
 from raddpo_ext.logps.head import Head
 
 

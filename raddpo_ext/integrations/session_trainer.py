@@ -17,13 +17,13 @@ from raddpo_ext.index.vocab import SIDVocab
 from raddpo_ext.integrations.adapters import StartValues, add_adapters, has_adapters, refuse_adapters, verify_adapters
 from raddpo_ext.integrations.base_model import base_model, context
 from raddpo_ext.integrations.data_checks import check_rows, check_vocabulary
+from raddpo_ext.integrations.merger_checks import merger_of, shared_vocab, verify_merger
 from raddpo_ext.integrations.retriever import SIDRetriever
 from raddpo_ext.integrations.session_collator import SessionCollator
 from raddpo_ext.integrations.session_config import SessionConfig
 from raddpo_ext.integrations.session_data import SessionDataTrainer
 from raddpo_ext.integrations.session_retrieval import retrieval_names, retrieval_rows
 from raddpo_ext.integrations.session_states import accept_sessions, check_lengths, verify_packing
-from raddpo_ext.integrations.token_merger import merger_of, shared_vocab, verify_merger
 
 
 class SessionTrainer(SessionDataTrainer):
