@@ -21,6 +21,8 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     Gemma3ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     LogitsProcessorList,
 )
@@ -312,6 +314,18 @@ def test_a_model_that_looks_ids_up_elsewhere() -> None:
         verify_merger(model)
     with pytest.raises(ValueError, match="Qwen3ForCausalLM cannot read merged ids"):
         rx.SIDRetriever(model, INDEX, beam_width=3).retrieve(torch.tensor([[1, 71]]))
+
+
+def test_a_second_table_is_seen_before_it_adds_anything() -> None:
+    options = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2, "intermediate_size": [24, 24]}
+    layers = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 40, "num_kv_shared_layers": 0}
+    config = Gemma3nTextConfig(
+        **{**SHAPE, "head_dim": 4, **options, **layers, "laurel_rank": 4, "activation_sparsity_pattern": [0.0, 0.0]}
+    )
+    model = Gemma3nForCausalLM(config).eval()
+    install(model)
+    with pytest.raises(ValueError, match="Gemma3nForCausalLM cannot read merged ids: it reads input_ids by more than"):
+        verify_merger(model)
 
 
 # Checkpoints

@@ -161,6 +161,14 @@ def training_pages(page: Page) -> None:
     close(page.page_loss.detach(), -(weights * logps).sum() / weights.sum())
 
 
+def training_merged(page: Page) -> None:
+    assert [page.merger.split(ids) for ids in page.ids] == page.prompts
+    with torch.no_grad():
+        expected = page.merged.lm_head(page.merged.model(page.packed.input_ids[:1, :5]).last_hidden_state[:, -1])
+        close(page.states.hidden[:1] @ page.states.weight.T, expected)  # the first code's logits
+    model_scores(page.found, page.index, page.merged, page.ids)
+
+
 def training_negatives(page: Page) -> None:
     assert page.found.dtype == torch.int64
     assert page.found.shape == (1, 4)
@@ -402,6 +410,7 @@ CHECKS: dict[str, list[Callable[[Page], None] | None]] = {
         training_trainer,
         training_packing,
         training_pages,
+        training_merged,
         training_negatives,
         training_log,
         training_metrics,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from raddpo_ext.index.vocab import SIDVocab
 from raddpo_ext.integrations.base_model import base_model
@@ -20,14 +21,16 @@ def merger_of(model: Any) -> TokenMerger | None:
             has the merger, too.
     """
     base = base_model(model)
-    embeddings = base.get_input_embeddings()
+    embeddings = _embeddings(base)
     if base.config.is_encoder_decoder:  # the encoder reads the prompts
         if isinstance(embeddings, TokenMerger):
             raise ValueError(
                 "model is an encoder-decoder, whose TokenMerger must be the encoder's alone, or it cannot be saved: "
                 "call model.get_encoder().set_input_embeddings(merger), not model.set_input_embeddings(merger)"
             )
-        embeddings = base.get_encoder().get_input_embeddings()
+        embeddings = _embeddings(base.get_encoder())
+    if embeddings is None:
+        return None
     active = getattr(embeddings, "modules_to_save", None)  # of PEFT's ModulesToSaveWrapper: whole copies
     if active is not None and embeddings.active_adapters:
         embeddings = active[embeddings.active_adapters[0]]
@@ -40,6 +43,14 @@ def merger_of(model: Any) -> TokenMerger | None:
             "out of target_modules and of trainable_token_indices, or train them whole with modules_to_save"
         )
     return None
+
+
+def _embeddings(model: Any) -> Any:
+    """The input embeddings of a model, or None if transformers does not know them."""
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def shared_vocab(model: Any, ref_model: Any, vocab: SIDVocab | None) -> SIDVocab | None:
@@ -80,15 +91,31 @@ def verify_merger(model: Any) -> None:
     was_training = base.training
     base.eval()
     try:
-        found = base(input_ids=ids, use_cache=False, **decoder).logits.float()
-        expected = base(inputs_embeds=merger(ids), use_cache=False, **decoder).logits.float()
+        found, reads = _run(base, merger, input_ids=ids, **decoder)
+        expected, others = _run(base, merger, inputs_embeds=merger(ids), **decoder)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise ValueError(f"{type(base).__name__} cannot read merged ids: {type(error).__name__}: {error}") from error
     finally:
         base.train(was_training)
-    if not ratio(size(found - expected), size(expected)) <= tolerance(base).rounding:
+    # A table may add nothing yet at a model's initialization, so the look-ups themselves are compared, too.
+    if reads != others or not ratio(size(found - expected), size(expected)) <= tolerance(base).rounding:
         raise ValueError(
             f"{type(base).__name__} cannot read merged ids: it reads input_ids by more than its input embeddings"
         )
+
+
+def _run(base: Any, merger: TokenMerger, **inputs: Tensor) -> tuple[Tensor, list[tuple[int, list[int]]]]:
+    """The logits of some inputs, and what the model looked up in embeddings other than the merger."""
+    reads: list[tuple[int, list[int]]] = []
+    modules = [module for module in base.modules() if isinstance(module, nn.Embedding) and module is not merger]
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args: reads.append((id(module), args[0].flatten().tolist())))
+        for module in modules
+    ]
+    try:
+        return base(**inputs, use_cache=False).logits.float(), reads
+    finally:
+        for hook in hooks:
+            hook.remove()
