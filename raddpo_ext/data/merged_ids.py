@@ -13,6 +13,7 @@ from raddpo_ext import _check
 from raddpo_ext.index.vocab import SIDVocab
 
 _MAX_MERGED = 2**62  # merged ids and tokens together fit into int64
+_NO_TOKEN = 2**31 - 1  # beyond any table, so that a look-up fails
 
 
 class MergedIds:
@@ -49,8 +50,8 @@ class MergedIds:
         self.counts = tuple(int((ids >= 0).sum()) for ids in vocab.token_ids)
         #: The tokens of all codes that have one, int64 ``[U + 1]``, level by level, after a placeholder.
         self.tokens = torch.cat([torch.zeros(1, dtype=torch.int64), *(ids[ids >= 0] for ids in vocab.token_ids)])
-        #: For each digit of each level, in one row, its place in ``tokens``: 0 for no code, ``U + 1`` for no token.
-        self.places = torch.full((sum(self.radices),), len(self.tokens))
+        #: For each digit of each level, in one row, its place in ``tokens``: 0 for no code, 2**31 - 1 for no token.
+        self.places = torch.full((sum(self.radices),), _NO_TOKEN)
         first = 1
         self._digits: list[dict[int, int]] = []  # per level: token -> digit
         for begin, ids, count in zip(self.begins, vocab.token_ids, self.counts, strict=True):
@@ -66,7 +67,7 @@ class MergedIds:
         return tuple(accumulate(self.radices[:-1], initial=0))
 
     def places_of(self, ids: Tensor, places: Tensor) -> Tensor:
-        """The places of each id's codes in :attr:`tokens`, int64 ``[..., L]``; ``U + 1`` for what is no merged id.
+        """The places of each id's codes in :attr:`tokens`, int64 ``[..., L]``; 2**31 - 1 for what no SID has.
 
         Args:
             ids: int64, any shape. Those of tokens have no codes: 0.
@@ -78,11 +79,11 @@ class MergedIds:
         # The codes are those of the first levels, at least one.
         gap = (found[..., 1:] > 0) & (found[..., :-1] == 0)
         wrong = (ids >= self.end) | gap.any(-1) | ((ids >= self.vocab_size) & (found[..., 0] == 0))
-        return found.masked_fill(wrong[..., None], len(self.tokens))
+        return found.masked_fill(wrong[..., None], _NO_TOKEN)
 
     def wrong(self, ids: Tensor) -> Tensor:
         """Whether an id is neither a token nor that of a SID: bool, the shape of ``ids``, on the CPU."""
-        return (ids < 0) | (self.places_of(ids, self.places) == len(self.tokens)).any(-1)
+        return (ids < 0) | (self.places_of(ids, self.places) == _NO_TOKEN).any(-1)
 
     def why_not(self, number: int) -> str:
         """The end of a sentence that says what is wrong with an id."""

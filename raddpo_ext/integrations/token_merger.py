@@ -108,16 +108,42 @@ class TokenMerger(nn.Embedding):
                 f"the embeddings must have {self.ids.vocab_size} rows, as when the TokenMerger was made, got "
                 f"{self.weight.shape[0]}: merged ids begin there. Resize them before, and shard them only by FSDP2"
             )
-        merged = input >= self.ids.vocab_size
-        if torch.compiler.is_compiling() or input.device.type != "cpu":
-            # No choice here may depend on values: reading them synchronises, and a graph cannot hold them.
-            tokens = self._scaled(super().forward(input.masked_fill(merged, 0)))
-            return torch.where(merged[..., None], self._merged(input), tokens)
-        if not bool(merged.any()):
+        ids = input.flatten().long()
+        merged = ids >= self.ids.vocab_size
+        # Beside a GPU and in a graph no choice may depend on values: reading them synchronises.
+        reads = input.device.type == "cpu" and not torch.compiler.is_compiling()
+        if reads and not bool(merged.any()):
             return self._scaled(super().forward(input))
-        self._check_ids(input)
-        output = self._scaled(super().forward(input.masked_fill(merged, 0)))
-        return output.index_put((merged,), self._merged(input[merged]))
+        if reads:
+            self._check_ids(input)
+        # The tokens and the SIDs, and the rank of each id among them.
+        places = self.ids.places_of(ids, self.slots)
+        if reads:
+            tokens, sids = ids[~merged], places[merged]
+            token_rank, sid_rank = (~merged).cumsum(0) - 1, merged.cumsum(0) - 1
+        else:
+            tokens, sids = ids.masked_fill(merged, 0), places
+            token_rank = sid_rank = torch.arange(len(ids), device=ids.device)
+        # PEFT and quantization replace the layer: only the layer itself can then tell its output.
+        is_linear = type(self.sid_projection) is nn.Linear
+        keeps = reads and not torch.is_grad_enabled()
+        by_table = is_linear and (keeps or sids.numel() >= len(self.code_tokens))
+        codes = self.code_tokens[1:] if by_table else self.code_tokens[sids].flatten()
+        # One look-up for all, as each has a gradient as large as the weight.
+        rows = self._scaled(super().forward(torch.cat((tokens, codes))))
+        token_rows, code_rows = rows.split((len(tokens), len(codes)))
+        with torch.autocast(input.device.type, enabled=False):
+            if by_table:
+                # A token is the sum of one row, behind those of the codes.
+                table = self._kept_table(code_rows) if keeps else self._table(code_rows)
+                first = torch.where(merged, places[:, 0], len(table) + token_rank)
+                places = torch.cat((first[:, None], places[:, 1:]), 1)
+                output = F.embedding_bag(places, torch.cat((table, token_rows)), mode="sum", padding_idx=0)
+            else:
+                sid_rows = self._concatenated(code_rows, sids)
+                order = torch.where(merged, len(tokens) + sid_rank, token_rank)
+                output = torch.cat((token_rows, sid_rows)).index_select(0, order)
+        return output.view(*input.shape, -1)
 
     def merge(self, prompt_ids: Any) -> list[int]:
         """Replace each SID of a prompt by its merged id.
@@ -177,44 +203,32 @@ class TokenMerger(nn.Embedding):
             return rows * self.embed_scale.to(rows.dtype)
         return rows if self.embed_scale == 1.0 else rows * self.embed_scale
 
-    def _merged(self, ids: Tensor) -> Tensor:
-        """The embeddings ``[..., H]`` of merged ids; those of other ids mean nothing."""
-        places = self.ids.places_of(ids, self.slots)
-        with torch.autocast(ids.device.type, enabled=False):
-            # PEFT and quantization replace the layer: only the layer itself can then tell its output.
-            is_plain = type(self.sid_projection) is nn.Linear
-            keeps = ids.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            if not is_plain or (places.numel() < len(self.code_tokens) and not keeps):
-                return self._concatenated(places)
-            table = self._kept_table() if keeps else self._table()
-            output = F.embedding_bag(places.flatten(0, -2), table, mode="sum", padding_idx=0)
-            return (output + self.sid_projection.bias).view(*ids.shape, -1)
+    def _concatenated(self, rows: Tensor, sids: Tensor) -> Tensor:
+        """The projection ``[M, H]`` of SIDs, from the rows of their codes ``[M * L, H]``; ``sids`` are their places."""
+        parts = rows.view(*sids.shape, -1).masked_fill(sids[..., None] == 0, 0).flatten(1)
+        output: Tensor = self.sid_projection(parts.to(self.sid_projection.weight.dtype))
+        return output.to(rows.dtype)
 
-    def _concatenated(self, places: Tensor) -> Tensor:
-        """The projection of the codes' embeddings, ``[..., H]``; ``places`` are ``[..., L]``."""
-        rows = self._scaled(F.embedding(self.code_tokens[places], self.weight))
-        rows = rows.masked_fill(places[..., None] == 0, 0).flatten(-2)
-        output: Tensor = self.sid_projection(rows.to(self.sid_projection.weight.dtype))
-        return output.to(self.weight.dtype)
+    def _table(self, rows: Tensor) -> Tensor:
+        """Zeros, then each code's row times its level's block of the projection, ``[U + 1, H]``.
 
-    def _table(self) -> Tensor:
-        """Zeros, then each code's embedding times its level's block of the projection, ``[U + 1, H]``."""
-        rows = self._scaled(F.embedding(self.code_tokens[1:], self.weight))
-        blocks = self.sid_projection.weight.split(self.embedding_dim, 1)
-        tables = [F.linear(part, block) for part, block in zip(rows.split(self.ids.counts), blocks, strict=True)]
+        The first level's have the bias: each SID has one of them.
+        """
+        layer = self.sid_projection
+        blocks = zip(rows.split(self.ids.counts), layer.weight.split(self.embedding_dim, 1), strict=True)
+        tables = [F.linear(part, block, None if level else layer.bias) for level, (part, block) in enumerate(blocks)]
         return torch.cat([rows.new_zeros(1, self.embedding_dim), *tables])
 
-    def _kept_table(self) -> Tensor:
+    def _kept_table(self, rows: Tensor) -> Tensor:
         """:meth:`_table`, kept while what it is made of stays the same.
 
         The values themselves are compared: optimizers that write through ``.data`` or pointers, and sharding that
-        gathers weights anew, change neither a tensor's version nor its address.
+        gathers weights anew, change neither a tensor's version nor, always, its address.
         """
-        rows = self._scaled(F.embedding(self.code_tokens[1:], self.weight))
-        kept, weight = self._kept, self.sid_projection.weight
-        if kept is None or not (_same(kept.rows, rows) and _same(kept.weight, weight)):
-            self._kept = kept = _Kept(rows, weight.clone(), self._table())
-        return kept.table
+        sources = (rows, self.sid_projection.weight, self.sid_projection.bias)
+        if self._kept is None or not all(map(_same, self._kept.sources, sources)):
+            self._kept = _Kept(tuple(source.clone() for source in sources), self._table(rows))
+        return self._kept.table
 
     def _check_ids(self, ids: Tensor) -> None:
         """Raise ValueError for an id that is neither a token nor the merged id of a SID."""
@@ -236,15 +250,19 @@ class TokenMerger(nn.Embedding):
 
 
 class _Kept(NamedTuple):
-    """The projected tables, and the codes' embeddings and the weight that they are made of."""
+    """The projected tables, and copies of the codes' rows and of the layer that they are made of."""
 
-    rows: Tensor
-    weight: Tensor
+    sources: tuple[Tensor, ...]
     table: Tensor
 
 
 def _same(kept: Tensor, found: Tensor) -> bool:
-    return kept.dtype == found.dtype and kept.device == found.device and torch.equal(kept, found)
+    """Whether two tensors are equal, bit for bit where 8 bytes can be compared at once."""
+    if kept.dtype != found.dtype or kept.device != found.device or kept.shape != found.shape:
+        return False
+    if found.shape[-1] * found.itemsize % 8 == 0 and found.is_contiguous():
+        kept, found = kept.view(torch.int64), found.view(torch.int64)
+    return torch.equal(kept, found)
 
 
 def _check_embeddings(embeddings: Any) -> None:
