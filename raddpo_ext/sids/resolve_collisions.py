@@ -11,7 +11,7 @@ from torch import Tensor
 from raddpo_ext import _check
 from raddpo_ext.sids.codebooks import Codebooks, check_codes
 from raddpo_ext.sids.embeddings import CHUNK, check_embeddings, rows_of
-from raddpo_ext.sids.prefixes import numbered
+from raddpo_ext.sids.prefixes import ranks
 from raddpo_ext.sids.residual_kmeans import distances_to
 
 MODES = ("nearest_free", "extra_level", "keep")
@@ -100,12 +100,13 @@ def _by_distance(sids: Tensor, x: Tensor | np.ndarray, codebooks: Codebooks) -> 
 def _shared(sids: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of ``order`` whose SID another one has, SIDs in their order and otherwise in that of ``order``; and the
     place of each among those of its SID."""
-    numbers = numbered(sids[order])[:, -1]
+    numbers = ranks(sids[order])
     counts = torch.bincount(numbers)
+    several = counts[numbers] > 1
+    order, numbers = order[several], numbers[several]
+    counts = torch.where(counts > 1, counts, 0)
     by_sid = numbers.argsort(stable=True)
-    places = torch.arange(len(order)) - (counts.cumsum(0) - counts)[numbers[by_sid]]
-    several = counts[numbers[by_sid]] > 1
-    return order[by_sid[several]], places[several]
+    return order[by_sid], torch.arange(len(order)) - (counts.cumsum(0) - counts)[numbers[by_sid]]
 
 
 def _nearest_free(sids: Tensor, movers: Tensor, x: Tensor | np.ndarray, codebooks: Codebooks) -> Tensor:
@@ -114,7 +115,7 @@ def _nearest_free(sids: Tensor, movers: Tensor, x: Tensor | np.ndarray, codebook
     moved = torch.empty_like(movers)
     if not len(movers):
         return moved
-    prefixes = numbered(sids)[:, -2] if before else torch.zeros(len(sids), dtype=torch.int64)
+    prefixes = ranks(sids[:, :-1])
     full, groups = prefixes[movers].unique(return_inverse=True)  # prefixes with movers
     group_of_prefix = torch.full((int(prefixes.max()) + 1,), -1)
     group_of_prefix[full] = torch.arange(len(full))

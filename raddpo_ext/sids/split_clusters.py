@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from raddpo_ext import _check
-from raddpo_ext.sids.prefixes import numbered
+from raddpo_ext.sids.prefixes import ranks
 
 
 def split_clusters(sids: Tensor, max_items: int = 50, max_groups: int = 100, *, seed: int) -> Tensor:
@@ -37,7 +37,7 @@ def split_clusters(sids: Tensor, max_items: int = 50, max_groups: int = 100, *, 
     _check.integer(max_items, "max_items", 1)
     _check.integer(max_groups, "max_groups", 1)
     _check.integer(seed, "seed", 0)
-    clusters = numbered(tensor)[:, -1]
+    clusters = ranks(tensor)
     # The place of each item in a random order of its cluster: groups take them in turn.
     order = torch.randperm(len(tensor), generator=torch.Generator().manual_seed(seed))
     order = order[clusters[order].argsort(stable=True)]
