@@ -154,23 +154,25 @@ class _Probe:
         head: Head | None,
         prompts: Tensor | None = None,
         steps: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """The states or logits of a decoder: of the prompts, then of each step's beams, ``[2, 7, H or V]``.
 
         Args:
             kind: makes the decoder.
             head: see :class:`Decoder`.
-            prompts, steps: tokens to use instead of the probe's.
+            prompts, steps, mask: to use instead of the probe's.
         """
-        prompts = self.prompts.masked_fill(~self.mask, 0) if prompts is None else prompts
+        mask = self.mask if mask is None else mask
+        prompts = self.prompts.masked_fill(~mask, 0) if prompts is None else prompts
         steps = self.steps if steps is None else steps
         parents = self.parents.to(prompts.device)
-        decoder = kind(self.model, head, prompts, self.mask)
+        decoder = kind(self.model, head, prompts, mask)
         rows = [decoder(torch.full_like(steps[0, :, :1], -1), parents[0, :, :1], 0)]
         rows += [decoder(steps[level - 1], parents[level - 1], level) for level in (1, 2)]
         return torch.cat(rows, 1).float()
 
-    def paths(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def paths(self, mask: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Changed prompts and steps, each with one unchanged path, and the outputs of that path: bool ``[2, 7]``.
 
         A path is a prompt, a beam of the last step and this beam's parent. All other tokens are changed: those of its
@@ -178,7 +180,7 @@ class _Probe:
         """
         for query, last in ((0, 0), (0, 1), (0, 2), (1, 1)):
             prompts, steps = self.other_prompts.clone(), self.other_steps.clone()
-            prompts[query] = torch.where(self.mask[query], self.prompts[query], prompts[query])
+            prompts[query] = torch.where(mask[query], self.prompts[query], prompts[query])
             first = int(self.parents[1, query, last])
             for level, beam in ((0, first), (1, last)):
                 steps[level, query, beam] = self.steps[level, query, beam]
@@ -187,9 +189,8 @@ class _Probe:
                 kept[query, output] = True
             yield prompts, steps, kept
 
-    def error(self, kind: Callable[..., Decoder], head: Head | None) -> float:
-        """The difference of a way's logits from the plain ones, relative to their spread; infinite if it fails."""
-        outputs = attempt(lambda: self.outputs(kind, head))
+    def error(self, outputs: Tensor | None, head: Head | None) -> float:
+        """The difference of a way's logits from the plain ones, relative to their spread; infinite if it failed."""
         if outputs is None:
             return float("inf")
         logits = outputs if head is None else head.logits(outputs.to(head.weight.dtype))
@@ -199,25 +200,30 @@ class _Probe:
         difference = logits - self.expected
         return ratio(size(difference - difference.mean(-1, keepdim=True)), self.spread)
 
-    def leaks(self, kind: Callable[..., Decoder], head: Head | None, least: float = 0.0) -> bool:
-        """Whether outputs depend on another beam, the other query or the padding by more than ``least``, or it fails.
+    def allows(self, kind: Callable[..., Decoder], head: Head | None, limit: float) -> bool:
+        """Whether a way gives the plain logits up to ``limit``, and lets nothing leak."""
+        outputs = attempt(lambda: self.outputs(kind, head))
+        if outputs is None or self.error(outputs, head) > limit:
+            return False
+        return attempt(lambda: self.mixes(kind, head, outputs, self.mask)) is False
 
-        See :func:`leaked`.
+    def mixes(
+        self, kind: Callable[..., Decoder], head: Head | None, before: Tensor, mask: Tensor, least: float = 0.0
+    ) -> bool:
+        """Whether outputs depend on another beam, the other query or the padding by more than ``least``.
+
+        See :func:`leaked`. ``before``: the outputs with this ``mask``.
         """
-        found = attempt(lambda: self.mixes(kind, head, least))
-        return found is None or found
-
-    def mixes(self, kind: Callable[..., Decoder], head: Head | None, least: float) -> bool:
-        """As :meth:`leaks`, but raises the exception of a model that fails."""
-        before = self.outputs(kind, head)
         # Some kernels sum in any order, so repeating the same computation shows the differences that are not leaks.
-        noise = size(self.outputs(kind, head) - before)
+        noise = size(self.outputs(kind, head, mask=mask) - before)
         if has_experts(self.base):
             # Experts round by how many tokens they get: change the other query only.
             prompts, steps = self.prompts.clone(), self.steps.clone()
             prompts[1], steps[:, 1] = self.other_prompts[1], self.other_steps[:, 1]
-            noise = max(noise, size((self.outputs(kind, head, prompts, steps) - before)[0]))
-        changes = [(self.outputs(kind, head, *tokens) - before, kept) for *tokens, kept in self.paths()]
+            noise = max(noise, size((self.outputs(kind, head, prompts, steps, mask) - before)[0]))
+        changes = [
+            (self.outputs(kind, head, prompts, steps, mask) - before, kept) for prompts, steps, kept in self.paths(mask)
+        ]
         return any(leaked(self.base, change[kept], change[~kept], noise, least) for change, kept in changes)
 
 
@@ -303,7 +309,7 @@ def verify(model: Any, head: Head | None, shared: Callable[..., Decoder] = Share
     limits = tolerance(base)
     for positions in (True, False) if takes_positions else (True,):
         ways = Ways(False, False, False, positions)
-        alone = probe.error(ways.kind(model), None)
+        alone = probe.error(attempt(partial(probe.outputs, ways.kind(model), None)), None)
         if alone <= limits.wrong:
             break
     else:
@@ -318,19 +324,21 @@ def verify(model: Any, head: Head | None, shared: Callable[..., Decoder] = Share
         except Exception as error:
             raise TypeError(f"{what}: {name} fails: {error}") from error
         raise TypeError(f"{what}: {name} does not")
-    # There is no slower way, so only dependence on other rows beyond rounding is refused.
-    if probe.mixes(ways.kind(model), None, limits.rounding):
+    # There is no slower way, so only dependence on other rows beyond rounding is refused. Two prompts of one length
+    # are one group: their rows are in one batch.
+    whole = torch.ones_like(probe.mask)
+    if probe.mixes(ways.kind(model), None, probe.outputs(ways.kind(model), None, mask=whole), whole, limits.rounding):
         raise TypeError(f"model must compute each row of a batch independently: logits of {name} depend on other rows")
     # The faster ways, each on top of those before: padding, a separate head, a shared prompt.
     limit = max(limits.rounding, 4 * alone)
     padded = ways._replace(padded=True)
-    if probe.error(padded.kind(model), None) <= limit and not probe.leaks(padded.kind(model), None):
+    if probe.allows(padded.kind(model), None, limit):
         ways = padded
-    if head is not None and probe.error(ways.kind(model), head) <= limit:
+    if head is not None and probe.error(attempt(lambda: probe.outputs(ways.kind(model), head)), head) <= limit:
         ways = ways._replace(head=True)
     head = head if ways.head else None
     if base.config.is_encoder_decoder or base.config._attn_implementation not in _MASKED_ATTENTIONS:
         return ways
     if "position_ids" not in (attempt(lambda: forward_parameters(Decoder(model, head).inner)) or ()):
         return ways
-    return ways._replace(shared=probe.error(shared, head) <= limit and not probe.leaks(shared, head))
+    return ways._replace(shared=probe.allows(shared, head, limit))
