@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -84,6 +85,26 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+_WAYS: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
+
+
+@pytest.fixture
+def probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes a model once, however many retrievers are made for it: for tests that leave their models as they are."""
+    from raddpo_ext.integrations import retriever
+
+    verify = retriever.verify
+
+    def remembered(model: Any, head: Any, shared: Any) -> Any:
+        key = (model.device, model.config._attn_implementation, head is None, getattr(shared, "func", shared))
+        found = _WAYS.setdefault(model, {})
+        if key not in found:
+            found[key] = verify(model, head, shared)
+        return found[key]
+
+    monkeypatch.setattr(retriever, "verify", remembered)
 
 
 @pytest.fixture(scope="session")

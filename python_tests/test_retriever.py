@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import cache
 
 import numpy as np
 import pytest
@@ -50,6 +51,18 @@ def make_model(name: str, dtype: torch.dtype = torch.float32, layers: int = 2):
     return make().to(dtype).eval()
 
 
+@cache
+def shared_model(name: str, dtype: torch.dtype = torch.float32, attention: str | None = None):
+    """One for all tests that leave it as it is."""
+    model = make_model(name, dtype)
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    return model
+
+
+PROBED_ONCE = pytest.mark.usefixtures("probed_once")
+
+
 def make_index(rows: int, eos: int | None = None, lengths: bool = False, size: int = 12) -> rx.TrieIndex:
     rng = np.random.default_rng(0)
     vocab = rx.SIDVocab([size] * 3, offset=FIRST, eos=eos)
@@ -86,8 +99,7 @@ def generate(model, index: rx.TrieIndex, ids, mask, width: int, new: int):
     for tokens in tokens_of(index):
         for end, token in enumerate(tokens):
             children.setdefault(tuple(tokens[:end]), set()).add(token)
-    if index.vocab.eos is None:
-        model.generation_config.eos_token_id = None
+    model.generation_config.eos_token_id = index.vocab.eos
     out = model.generate(
         input_ids=ids, attention_mask=mask, num_beams=width, num_return_sequences=width, max_new_tokens=new,
         do_sample=False, length_penalty=0.0, early_stopping=False, return_dict_in_generate=True, output_scores=True,
@@ -125,10 +137,11 @@ def codes_of(sequences: torch.Tensor, index: rx.TrieIndex) -> torch.Tensor:
     return torch.where(sequences[..., :3] < FIRST, -1, codes)
 
 
+@PROBED_ONCE
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_generate(name, side):
-    model, index, width = make_model(name), make_index(300), 12
+    model, index, width = shared_model(name), make_index(300), 12
     got = rx.SIDRetriever(model, index, beam_width=width).retrieve(*prompts(side))
     # generate() itself needs decoder-only prompts padded on the left.
     sequences, scores = generate(model, index, *prompts("left"), width, new=3)
@@ -138,19 +151,21 @@ def test_equals_generate(name, side):
     assert torch.equal(got.items.view(-1), items[offsets[:-1]])
 
 
+@PROBED_ONCE
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", "t5"])
 def test_equals_generate_with_eos(name):
-    model, index, width = make_model(name), make_index(300, eos=EOS), 12
+    model, index, width = shared_model(name), make_index(300, eos=EOS), 12
     got = rx.SIDRetriever(model, index, beam_width=width).retrieve(*prompts())
     sequences, scores = generate(model, index, *prompts(), width, new=4)
     torch.testing.assert_close(got.scores, scores, **close("model"))
     assert torch.equal(got.sids, codes_of(sequences, index))
 
 
+@PROBED_ONCE
 @pytest.mark.parametrize("name", ["qwen3", "t5"])
 def test_equals_generate_with_lengths(name):
     # generate() holds finished SIDs outside its beam, so that the two are equal where both are exact.
-    model, index = make_model(name), make_index(25, eos=EOS, lengths=True)
+    model, index = shared_model(name), make_index(25, eos=EOS, lengths=True)
     width = index.num_nodes
     got = rx.SIDRetriever(model, index, beam_width=width).retrieve(*prompts())
     sequences, scores = generate(model, index, *prompts(), width, new=4)
@@ -162,10 +177,11 @@ def test_equals_generate_with_lengths(name):
     assert (scores[:, found:] < -1e8).all()
 
 
+@PROBED_ONCE
 @pytest.mark.parametrize("eos", [None, EOS])
 @pytest.mark.parametrize("name", ["qwen3", "llama", "gpt2", "t5"])
 def test_equals_brute_force(name, eos):
-    model, index = make_model(name), make_index(40, eos=eos, lengths=eos is not None)
+    model, index = shared_model(name), make_index(40, eos=eos, lengths=eos is not None)
     got = rx.SIDRetriever(model, index, beam_width=60).retrieve(*prompts("right"))
     end = [] if eos is None else [eos]
     for row, expected in enumerate(brute_force(model, index, *prompts("right"))):
@@ -178,10 +194,11 @@ def test_equals_brute_force(name, eos):
         assert list(found.values()) == sorted(found.values(), reverse=True)
 
 
+@PROBED_ONCE
 @pytest.mark.parametrize("widths", [[3, 20, 7], [12, 5, 12]])
 @pytest.mark.parametrize("name", ["qwen3", "t5"])
 def test_width_of_each_step(name, widths):
-    model, index = make_model(name), make_index(300)
+    model, index = shared_model(name), make_index(300)
     got = rx.SIDRetriever(model, index, beam_width=widths).retrieve(*prompts())
 
     def from_scratch(tokens, parents, level):
@@ -209,10 +226,11 @@ def test_width_of_each_step(name, widths):
     torch.testing.assert_close(got.scores, expected.scores, **close("model"))
 
 
+@PROBED_ONCE
 @pytest.mark.parametrize("name", ["qwen3", "t5"])
 def test_empty_beams(name):
     """More beams than SIDs: the empty slots change nothing."""
-    model, index = make_model(name), make_index(5)
+    model, index = shared_model(name), make_index(5)
     wide = rx.SIDRetriever(model, index, beam_width=50).retrieve(*prompts())
     narrow = rx.SIDRetriever(model, index, beam_width=5).retrieve(*prompts())
     assert torch.equal(wide.sids[:, :5], narrow.sids)
@@ -220,9 +238,10 @@ def test_empty_beams(name):
     assert (wide.items[:, 5:] == -1).all()
 
 
+@PROBED_ONCE
 def test_finished_beams():
     """SIDs of one to three tokens without an end token: the short ones wait."""
-    model, vocab = make_model("qwen3"), rx.SIDVocab([12] * 3, offset=FIRST)
+    model, vocab = shared_model("qwen3"), rx.SIDVocab([12] * 3, offset=FIRST)
     sids = np.array([[0, 0, 0], [1, 5, 0], [2, 5, 1], [2, 5, 2], [3, 1, 1]])
     index = rx.TrieIndex.build(sids, lengths=[1, 2, 3, 3, 3], vocab=vocab)
     got = rx.SIDRetriever(model, index, beam_width=6).retrieve(*prompts())
@@ -230,9 +249,10 @@ def test_finished_beams():
         assert got.scores[row, :5].tolist() == pytest.approx(sorted(expected.values(), reverse=True), abs=2e-4)
 
 
+@PROBED_ONCE
 def test_padding_anywhere():
     """Holes in the prompts, and ids under the mask that are no tokens at all."""
-    retriever = rx.SIDRetriever(make_model("qwen3"), make_index(300), beam_width=8)
+    retriever = rx.SIDRetriever(shared_model("qwen3"), make_index(300), beam_width=8)
     ids = torch.tensor([[5, 6, 7, 8, 9, 10], [-100, 11, 12, 999, 13, -1]], dtype=torch.int32)
     mask = torch.tensor([[True] * 6, [False, True, True, False, True, False]])
     got = retriever.retrieve(ids, mask)
@@ -242,9 +262,10 @@ def test_padding_anywhere():
         torch.testing.assert_close(got.scores[row], alone.scores[0], **close("model"))
 
 
+@PROBED_ONCE
 @pytest.mark.parametrize("normalize", ["vocab", "level", "trie"])
 def test_normalize_length_penalty_and_top_k(normalize):
-    model, index = make_model("llama"), make_index(60, eos=EOS, lengths=True)
+    model, index = shared_model("llama"), make_index(60, eos=EOS, lengths=True)
     ids = prompts()[0][:1]
 
     def logits(tokens, parents, level):
@@ -263,12 +284,13 @@ def test_normalize_length_penalty_and_top_k(normalize):
     torch.testing.assert_close(got.scores, expected.scores, **close("model"))
 
 
+@PROBED_ONCE
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["qwen3", "t5"])
 def test_half_precision(name, dtype):
     index = make_index(300)
-    got = rx.SIDRetriever(make_model(name, dtype), index, beam_width=12).retrieve(*prompts())
-    full = rx.SIDRetriever(make_model(name), index, beam_width=12).retrieve(*prompts())
+    got = rx.SIDRetriever(shared_model(name, dtype), index, beam_width=12).retrieve(*prompts())
+    full = rx.SIDRetriever(shared_model(name), index, beam_width=12).retrieve(*prompts())
     assert index.contains(got.sids.view(-1, 3)).all()
     torch.testing.assert_close(got.scores[:, 0], full.scores[:, 0], **close("model", torch.bfloat16))
 
@@ -305,12 +327,12 @@ def test_computes_no_more_than_it_must():
         model.model.embed_tokens._forward_hooks.clear()
 
 
+@PROBED_ONCE
 @pytest.mark.parametrize("normalize", ["vocab", "level", "trie"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", ["qwen3", "llama", "gpt2", "opt"])
 def test_a_shared_prefix_changes_nothing(name, attention, normalize):
-    model, index = make_model(name), make_index(300)
-    model.set_attn_implementation(attention)
+    model, index = shared_model(name, attention=attention), make_index(300)
     shared, alone = (
         rx.SIDRetriever(model, index, beam_width=[5, 20, 12], normalize=normalize, shared_prefix=way).retrieve(
             *prompts()
@@ -321,6 +343,7 @@ def test_a_shared_prefix_changes_nothing(name, attention, normalize):
     torch.testing.assert_close(shared.scores, alone.scores, rtol=0, atol=1e-5)
 
 
+@PROBED_ONCE
 def test_the_cache_holds_the_prompt_once(monkeypatch):
     """Prompt + W (L - 1) tokens a query, where a row of the cache a beam holds W (prompt + L - 1)."""
     kept, build = [], decoders.SharedPrefixDecoder.__init__
@@ -329,7 +352,7 @@ def test_the_cache_holds_the_prompt_once(monkeypatch):
         build(self, *args)
         kept.append(self)
 
-    retriever = rx.SIDRetriever(make_model("qwen3"), make_index(300), beam_width=6)
+    retriever = rx.SIDRetriever(shared_model("qwen3"), make_index(300), beam_width=6)
     retriever.retrieve(*prompts())
     monkeypatch.setattr(decoders.SharedPrefixDecoder, "__init__", keep)
     retriever.retrieve(*prompts())
@@ -402,8 +425,9 @@ def test_a_window_is_no_window_for_short_prompts():
     assert torch.equal(shared.items, alone.items)
 
 
+@PROBED_ONCE
 def test_the_catalogue_may_be_replaced():
-    model, first, second = make_model("qwen3"), make_index(300), make_index(40)
+    model, first, second = shared_model("qwen3"), make_index(300), make_index(40)
     retriever = rx.SIDRetriever(model, first, beam_width=6)
     before = retriever.retrieve(*prompts())
     retriever.index = second
@@ -415,8 +439,9 @@ def test_the_catalogue_may_be_replaced():
     assert retriever.index is second
 
 
+@PROBED_ONCE
 def test_one_call_may_have_another_catalogue():
-    model, first = make_model("qwen3"), make_index(300)
+    model, first = shared_model("qwen3"), make_index(300)
     retriever = rx.SIDRetriever(model, first, beam_width=[4, 5, 6])
     before = retriever.retrieve(*prompts())
     for other in (make_index(40), first.restrict(torch.arange(60)), first.restrict([])):
@@ -432,9 +457,10 @@ def test_one_call_may_have_another_catalogue():
         retriever.retrieve(*prompts(), index=torch.arange(3))
 
 
+@PROBED_ONCE
 def test_on_step_shows_the_beams():
     index, states = make_index(300), []
-    got = rx.SIDRetriever(make_model("qwen3"), index, beam_width=[4, 6, 8]).retrieve(
+    got = rx.SIDRetriever(shared_model("qwen3"), index, beam_width=[4, 6, 8]).retrieve(
         *prompts(), on_step=lambda level, state: states.append(state)
     )
     assert [tuple(state.nodes.shape) for state in states] == [(3, 4), (3, 6), (3, 8)]
@@ -459,12 +485,13 @@ def test_forced_tails_do_not_run_the_model(name):
     torch.testing.assert_close(got.token_logps.sum(2), got.scores, **close("beam_search"))
 
 
+@PROBED_ONCE
 def test_skip_forced_says_what_it_needs():
-    retriever = rx.SIDRetriever(make_model("qwen3"), make_index(300), beam_width=4, cuda_graph=True, normalize="trie")
+    retriever = rx.SIDRetriever(shared_model("qwen3"), make_index(300), beam_width=4, cuda_graph=True, normalize="trie")
     with pytest.raises(ValueError, match="skip_forced = True needs cuda_graph = False"):
         retriever.retrieve(*prompts(), skip_forced=True)
     with pytest.raises(ValueError, match="skip_forced = True needs normalize = 'trie', got 'vocab'"):
-        rx.SIDRetriever(make_model("qwen3"), make_index(300), beam_width=4).retrieve(*prompts(), skip_forced=True)
+        rx.SIDRetriever(shared_model("qwen3"), make_index(300), beam_width=4).retrieve(*prompts(), skip_forced=True)
 
 
 def test_the_prompt_is_encoded_once():
@@ -514,24 +541,27 @@ def _bad_inputs():
     }  # fmt: skip
 
 
+@PROBED_ONCE
 @pytest.mark.parametrize("case", _bad_inputs())
 def test_bad_input(case):
     error, message, ids, mask = _bad_inputs()[case]
     with pytest.raises(error, match=message):
-        rx.SIDRetriever(make_model("qwen3"), make_index(20), beam_width=4).retrieve(ids, mask)
+        rx.SIDRetriever(shared_model("qwen3"), make_index(20), beam_width=4).retrieve(ids, mask)
 
 
+@PROBED_ONCE
 def test_the_window_counts_real_tokens():
     ids = torch.ones(1, 90, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     mask[0, :62] = 1
-    retriever = rx.SIDRetriever(make_model("gpt2"), make_index(20), beam_width=4)
+    retriever = rx.SIDRetriever(shared_model("gpt2"), make_index(20), beam_width=4)
     padded, plain = retriever.retrieve(ids, mask), retriever.retrieve(ids[:, :62])
     assert torch.equal(padded.sids, plain.sids)
 
 
+@PROBED_ONCE
 def test_bad_construction():
-    model, index = make_model("qwen3"), make_index(20)
+    model, index = shared_model("qwen3"), make_index(20)
     with pytest.raises(ValueError, match="index must hold token ids below the model's vocab_size 120, got 127"):
         rx.SIDRetriever(model, make_index(200, size=26), beam_width=4)
     with pytest.raises(ValueError, match="beam_width must be at least 1, got 0"):

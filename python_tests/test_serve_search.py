@@ -25,7 +25,7 @@ from raddpo_ext.serve.config import ServeConfig
 from raddpo_ext.serve.protocol import Answer, Query
 from raddpo_ext.serve.search import Search
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("probed_once")]
 
 WIDTH = 12
 

@@ -13,12 +13,12 @@ from support.tolerances import close
 pytest.importorskip("transformers")
 
 from test_graphed import WIDTHS, calls
-from test_retriever import make_index, make_model, prompts
+from test_retriever import make_index, make_model, prompts, shared_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import raddpo_ext as rx
 
-pytestmark = NEEDS_GPU
+pytestmark = [*NEEDS_GPU, pytest.mark.usefixtures("probed_once")]
 
 
 def assert_close(got: rx.BeamResult, expected: rx.BeamResult) -> None:
@@ -29,7 +29,7 @@ def assert_close(got: rx.BeamResult, expected: rx.BeamResult) -> None:
 
 
 def on_cpu(name: str, **options: Any) -> list[rx.BeamResult]:
-    retriever = rx.SIDRetriever(make_model(name), make_index(300), beam_width=WIDTHS, **options)
+    retriever = rx.SIDRetriever(shared_model(name), make_index(300), beam_width=WIDTHS, **options)
     return [retriever.retrieve(*call) for call in calls()]
 
 
