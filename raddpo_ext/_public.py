@@ -10,6 +10,7 @@ from raddpo_ext.decoding import row_lse as _row_lse  # noqa: F401  its fake kern
 from raddpo_ext.decoding.beam_search import BeamResult, beam_search
 from raddpo_ext.decoding.beam_step import BeamState, beam_step
 from raddpo_ext.decoding.linear_beam_step import linear_beam_step
+from raddpo_ext.decoding.merge_beams import merge_beams
 from raddpo_ext.decoding.sample_search import SampleResult, sample_search
 from raddpo_ext.decoding.sample_step import SampleState, sample_step
 from raddpo_ext.index.catalogue_store import CatalogueStore, CatalogueVersion
@@ -66,6 +67,7 @@ __all__ = [
     "legal_mass",
     "linear_beam_step",
     "linear_token_logps",
+    "merge_beams",
     "metrics",
     "multilabel_contrastive_loss",
     "negatives",
