@@ -83,20 +83,24 @@ class TrieLogitsProcessor:
         level = self._check_call(input_ids, scores)
         # Add a column, as nodes() returns the node before each token.
         prefix = torch.nn.functional.pad(input_ids[:, self.prompt_length :], (0, 1), value=-1)
-        # Rows at the same node share their mask.
-        nodes, row_of = torch.unique(self.index.nodes(prefix)[:, -1], return_inverse=True)
-        row, token, ends = self._allowed(nodes, level)
-        forbidden = torch.ones((len(nodes), scores.shape[1]), dtype=torch.bool, device=scores.device)
-        forbidden[row, token] = False
-        scores = scores.masked_fill(forbidden[row_of], -math.inf)
-        # Rows without any finite score that are not at the end of a SID.
-        stuck = ~(scores.amax(1) > -math.inf) & ~ends[row_of]
+        # Rows at the same node share their tokens. Read and write the columns of these tokens only.
+        nodes, node_of = torch.unique(self.index.nodes(prefix)[:, -1], return_inverse=True)
+        tokens, count = self._allowed(nodes, level)
+        row, place = _ranges((count.cumsum(0) - count)[node_of], count[node_of])
+        token = tokens[place]
+        values = scores[row, token]
+        masked = torch.full_like(scores, -math.inf)
+        masked[row, token] = values
+        # Rows without any finite score, or with a NaN, that are not at the end of a SID.
+        ends = (count == 0)[node_of]
+        some, wrong = (_count(row, which, len(scores)) for which in (values > -math.inf, values.isnan()))
+        stuck = ((some == 0) | (wrong > 0)) & ~ends
         if bool(stuck.any()):
-            self._check_queries(input_ids, stuck, stuck | (nodes[row_of] < 0))
-            scores.masked_fill_(stuck[:, None], -math.inf)  # generate would take a NaN as the best score
+            self._check_queries(input_ids, stuck, stuck | (nodes[node_of] < 0))
+            masked.masked_fill_(stuck[:, None], -math.inf)  # generate would take a NaN as the best score
         if self.eos_token_id is not None:
-            scores[:, self.eos_token_id].masked_fill_(ends[row_of], 0.0)
-        return scores
+            masked[:, self.eos_token_id].masked_fill_(ends, 0.0)
+        return masked
 
     def _check_queries(self, input_ids: Tensor, stuck: Tensor, dead: Tensor) -> None:
         """Raise ValueError for a query with a stuck beam and no live one. Beams outside the catalogue are not live."""
@@ -110,13 +114,11 @@ class TrieLogitsProcessor:
                 + (", or set num_beams so that single beams may end" if self.num_beams == 1 else "")
             )
 
-    def _allowed(self, nodes: Tensor, level: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The tokens that may follow each node, as pairs (row, token); and a mask of the nodes without any."""
+    def _allowed(self, nodes: Tensor, level: int) -> tuple[Tensor, Tensor]:
+        """The tokens that may follow the nodes, one node after the other, and their number per node."""
         first, count = torch.ops.raddpo.trie_children(nodes, *self.index.block)
-        row = torch.repeat_interleave(count)
-        before = first - (count.cumsum(0) - count)
-        children = self.index.nodes_at(torch.arange(len(row), device=row.device) + before[row])
-        return row, self._tokens(children, level), count == 0
+        children = self.index.nodes_at(_ranges(first, count)[1])
+        return self._tokens(children, level), count
 
     def _tokens(self, children: Tensor, level: int) -> Tensor:
         """Token ids on the edges into nodes of depth ``level + 1``."""
@@ -157,3 +159,15 @@ class TrieLogitsProcessor:
                 f"{self.index.device}"
             )
         return level
+
+
+def _ranges(first: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows, and the numbers ``first`` to ``first + count - 1``, of all ranges one after the other."""
+    row = torch.repeat_interleave(count)
+    before = first - (count.cumsum(0) - count)
+    return row, torch.arange(len(row), device=row.device) + before[row]
+
+
+def _count(row: Tensor, which: Tensor, rows: int) -> Tensor:
+    """How many entries of ``which`` are true, per row."""
+    return torch.zeros(rows, dtype=torch.int64, device=row.device).index_add_(0, row, which.long())
