@@ -15,7 +15,7 @@ from benchmarks.harness.catalogues import ROOT
 SUFFIXES = {".cpp", ".h", ".inl", ".cu", ".cuh", ".py"}
 _BODIES = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)  # have docstrings
 
-COMMON = ("csrc/common", "raddpo_ext/_check.py", "raddpo_ext/_autograd.py")
+COMMON = ("csrc/common", "raddpo_ext/_check.py", "raddpo_ext/_choices.py", "raddpo_ext/_autograd.py")
 INDEX = (*COMMON, "csrc/trie", "csrc/trie_index", "raddpo_ext/index")
 STEPS = ("csrc/beam_search", "csrc/child_logits", "csrc/row_lse", "raddpo_ext/decoding", "raddpo_ext/logps/head.py")
 DECODING = (*INDEX, *STEPS)
