@@ -16,8 +16,7 @@ from python_tests.gpu.gpu_sanitize import DRIVEN, exit_code, verdict
 
 TESTS = Path(__file__).parents[1]
 RUNS = {
-    "device": ["support/fake_cuda/check_device.py"],
-    "scripts": ["support/fake_cuda/check_scripts.py"],
+    "checks": ["support/fake_cuda/check_device.py", "support/fake_cuda/check_scripts.py"],
     "tests": sorted(f"gpu/{path.name}" for path in (TESTS / "gpu").glob("test_gpu*.py")),
 }
 ALLOWED = "not on the fake device: |could not import"  # a library that is not installed
