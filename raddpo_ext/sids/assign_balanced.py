@@ -9,7 +9,7 @@ from torch import Tensor
 from raddpo_ext import _check
 from raddpo_ext.sids.codebooks import Codebooks
 from raddpo_ext.sids.embeddings import check_embeddings, chunks
-from raddpo_ext.sids.residual_kmeans import distances_to
+from raddpo_ext.sids.residual_kmeans import Level
 
 
 def assign_balanced(x: Tensor | np.ndarray, codebook: Tensor, capacity: int) -> Tensor:
@@ -42,9 +42,9 @@ def assign_balanced(x: Tensor | np.ndarray, codebook: Tensor, capacity: int) -> 
     if capacity * len(book) < len(x):
         raise ValueError(f"capacity must be at least {-(-len(x) // len(book))} for {len(x)} rows, got {capacity}")
     room = torch.full((1, len(book)), capacity, dtype=torch.int32)
-    codes = torch.empty(len(x), dtype=torch.int64)
+    codes, level = torch.empty(len(x), dtype=torch.int64), Level.of(book)
     for rows, part in chunks(x):
-        codes[rows] = torch.ops.raddpo.assign_balanced(distances_to(part, book), room, None)
+        codes[rows] = torch.ops.raddpo.assign_balanced(level.distances(part), room, None)
     return codes
 
 

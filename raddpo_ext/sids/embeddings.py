@@ -35,9 +35,9 @@ def rows_of(x: Tensor | np.ndarray, rows: slice | Tensor) -> Tensor:
     else:
         with np.errstate(over="ignore"):  # told of below
             part = torch.from_numpy(np.array(x[rows if isinstance(rows, slice) else rows.numpy()], np.float32))
-    squares = part.square().sum(1)  # vector_norm would not square a single number
-    if not bool(torch.isfinite(squares).all()):
-        bad = ~torch.isfinite(squares)
+    numbers = part.flatten()
+    if not bool(torch.isfinite(numbers.dot(numbers))):  # the squares of all rows together, in one pass
+        bad = ~torch.isfinite(part.square().sum(1))  # vector_norm would not square a single number
         first = rows.start or 0 if isinstance(rows, slice) else 0
         number = (lambda row: first + row) if isinstance(rows, slice) else (lambda row: int(rows[row]))
         _check.none(bad, lambda row: f"x[{number(row)}] must be finite in float32, squared too, got {x[number(row)]}")

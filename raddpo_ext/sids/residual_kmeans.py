@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -67,7 +68,8 @@ def fit_residual_kmeans(
             books.append(_means(x, books, forced, level, size))
         else:
             books.append(_kmeans(residual, size, seed + level))
-        _encode(residual, books[-1:], None if forced is None else forced[rows, level : level + 1])
+        given_codes = None if forced is None else forced[rows, level : level + 1]
+        _encode(residual, [Level.of(books[-1])], given_codes, subtract_last=True)
         if progress is not None:
             progress((level + 1) / len(counts))
     return Codebooks(tuple(books))
@@ -103,40 +105,52 @@ def encode(x: Tensor | np.ndarray, codebooks: Codebooks, forced: Tensor | None =
     if forced is not None:
         _check_forced(forced, len(x), codebooks.sizes)
     sids = torch.empty(len(x), len(codebooks.sizes), dtype=torch.int64)
+    levels = [*map(Level.of, codebooks.levels)]
     for rows, residual in chunks(x):
-        sids[rows] = _encode(residual, codebooks.levels, None if forced is None else forced[rows])
+        sids[rows] = _encode(residual, levels, None if forced is None else forced[rows], subtract_last=False)
     return sids
 
 
-def distances_to(residual: Tensor, book: Tensor) -> Tensor:
-    """Squared distances ``[n, K]`` less each row's own square, which changes no comparison."""
-    return torch.addmm(book.square().sum(1), residual, book.T, alpha=-2)
+class Level(NamedTuple):
+    """A level's vectors and their squares: ``[K, D]`` and ``[K]``."""
+
+    book: Tensor
+    squares: Tensor
+
+    @classmethod
+    def of(cls, book: Tensor) -> Level:
+        return cls(book, book.square().sum(1))
+
+    def distances(self, residual: Tensor) -> Tensor:
+        """Squared distances ``[n, K]`` less each row's own square, which changes no comparison."""
+        return torch.addmm(self.squares, residual, self.book.T, alpha=-2)
+
+    def nearest(self, residual: Tensor) -> Tensor:
+        return self.distances(residual).argmin(1)  # the first of equal ones
 
 
-def _nearest(residual: Tensor, book: Tensor) -> Tensor:
-    return distances_to(residual, book).argmin(1)  # the first of equal ones
-
-
-def _encode(residual: Tensor, levels: Sequence[Tensor], forced: Tensor | None) -> Tensor:
-    """The codes ``[n, L]``; what the levels leave stays in ``residual``."""
+def _encode(residual: Tensor, levels: Sequence[Level], forced: Tensor | None, subtract_last: bool) -> Tensor:
+    """The codes ``[n, L]``. What the levels leave stays in ``residual``; the last one's part only if asked for."""
     sids = torch.empty(len(residual), len(levels), dtype=torch.int64)
-    for level, book in enumerate(levels):
+    for number, level in enumerate(levels):
         if forced is None:
-            codes = _nearest(residual, book)
+            codes = level.nearest(residual)
         else:
-            codes = forced[:, level].clone()
+            codes = forced[:, number].clone()
             free = (codes < 0).nonzero()[:, 0]
-            codes[free] = _nearest(residual[free], book)
-        sids[:, level] = codes
-        residual -= book[codes]
+            codes[free] = level.nearest(residual[free])
+        sids[:, number] = codes
+        if subtract_last or number + 1 < len(levels):
+            residual -= level.book[codes]
     return sids
 
 
 def _means(x: Tensor | np.ndarray, books: list[Tensor], forced: Tensor, level: int, size: int) -> Tensor:
     """The mean, per given code of a level, of what the levels before it leave of all rows."""
     sums, counts = torch.zeros(size, x.shape[1], dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+    levels = [*map(Level.of, books)]
     for rows, residual in chunks(x):
-        _encode(residual, books, forced[rows])
+        _encode(residual, levels, forced[rows], subtract_last=True)
         sums.index_add_(0, forced[rows, level], residual.double())
         counts += torch.bincount(forced[rows, level], minlength=size)
     return (sums / counts.clamp(min=1)[:, None]).float()
@@ -181,7 +195,7 @@ def _lloyd(x: Tensor, size: int, seed: int) -> Tensor:
     """Lloyd's algorithm from rows drawn at random. An empty cluster gets the row farthest from its mean."""
     book = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:size]].clone()
     for _ in range(_ITERATIONS):
-        distances, codes = distances_to(x, book).min(1)
+        distances, codes = Level.of(book).distances(x).min(1)
         counts = torch.bincount(codes, minlength=size)
         sums = torch.zeros_like(book).index_add_(0, codes, x)
         book = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], book)

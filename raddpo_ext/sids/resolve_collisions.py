@@ -12,7 +12,7 @@ from raddpo_ext import _check
 from raddpo_ext.sids.codebooks import Codebooks, check_codes
 from raddpo_ext.sids.embeddings import CHUNK, check_embeddings, rows_of
 from raddpo_ext.sids.prefixes import ranks
-from raddpo_ext.sids.residual_kmeans import distances_to
+from raddpo_ext.sids.residual_kmeans import Level
 
 MODES = ("nearest_free", "extra_level", "keep")
 _ROOM = 1 << 24  # entries of the table of free codes
@@ -111,7 +111,8 @@ def _shared(sids: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
 
 def _nearest_free(sids: Tensor, movers: Tensor, x: Tensor | np.ndarray, codebooks: Codebooks) -> Tensor:
     """The last codes that ``movers`` take, which are in the order of their SIDs; -1 where none is free."""
-    *before, last = codebooks.levels
+    *before, book = codebooks.levels
+    last = Level.of(book)
     moved = torch.empty_like(movers)
     if not len(movers):
         return moved
@@ -120,19 +121,19 @@ def _nearest_free(sids: Tensor, movers: Tensor, x: Tensor | np.ndarray, codebook
     group_of_prefix = torch.full((int(prefixes.max()) + 1,), -1)
     group_of_prefix[full] = torch.arange(len(full))
     groups_of_items = group_of_prefix[prefixes]
-    at_once = max(1, _ROOM // len(last))
+    at_once = max(1, _ROOM // len(book))
     for first in range(0, len(full), at_once):
         # Which codes are free under each of some prefixes.
         inside = (groups_of_items >= first) & (groups_of_items < first + at_once)
-        room = torch.ones(min(at_once, len(full) - first), len(last), dtype=torch.int32)
+        room = torch.ones(min(at_once, len(full) - first), len(book), dtype=torch.int32)
         room[groups_of_items[inside] - first, sids[inside, -1]] = 0
         begin, end = torch.searchsorted(groups, torch.tensor([first, first + at_once])).tolist()
         for at in range(begin, end, CHUNK):
             rows = movers[at : min(at + CHUNK, end)]
             residual = rows_of(x, rows)
-            for level, book in enumerate(before):
-                residual -= book[sids[rows, level]]
-            distances = distances_to(residual, last)
+            for level, vectors in enumerate(before):
+                residual -= vectors[sids[rows, level]]
+            distances = last.distances(residual)
             moved[at : at + len(rows)] = torch.ops.raddpo.assign_balanced(
                 distances, room, groups[at : at + len(rows)] - first
             )
