@@ -13,7 +13,7 @@ from torch import Tensor
 import raddpo_ext as rx
 from raddpo_ext.data.catalogue import Catalogue, load_catalogue
 
-SIZES = (256, 256, 256, 256)  # as the given SIDs of Instruments
+CODES = 256  # of a level, of as many levels as the given SIDs have
 DIMENSIONS = 64
 REACH = 5  # purchases that count as together with one, on each side
 ROOM = 1.25  # codes of a level that balanced ones may have, over an even share
@@ -27,16 +27,17 @@ def catalogue(folder: Path, kind: str) -> Catalogue:
     if kind == "given":
         return given
     x = embeddings(given.train, len(given.sids))
-    books = rx.sids.fit_residual_kmeans(x, SIZES, seed=SEED)
+    sizes = (min(CODES, len(x)),) * given.sids.shape[1]
+    books = rx.sids.fit_residual_kmeans(x, sizes, seed=SEED)
     sids = rx.sids.encode(x, books) if kind == "own" else _balanced(x, books)
     resolved = rx.sids.resolve_collisions(sids, x, books)
     if resolved.lengths is not None:
         raise ValueError(f"{folder}: SIDs of {kind} codes need a further level, which the experiment's model lacks")
-    return replace(given, sids=resolved.sids.numpy(), sizes=SIZES)
+    return replace(given, sids=resolved.sids.numpy(), sizes=sizes)
 
 
 def embeddings(sequences: list[list[int]], items: int) -> Tensor:
-    """Factors of the items' positive pointwise mutual information within ``REACH`` purchases: float32 ``[N, 64]``."""
+    """Factors of the items' positive pointwise mutual information within ``REACH`` purchases: float32 ``[N, D]``."""
     from scipy.sparse import coo_matrix
     from sklearn.decomposition import TruncatedSVD
 
@@ -52,7 +53,9 @@ def embeddings(sequences: list[list[int]], items: int) -> Tensor:
     totals = np.asarray(counts.sum(1))[:, 0]
     information = np.log(counts.data * totals.sum() / (totals[counts.row] * totals[counts.col]))
     table = coo_matrix((np.maximum(information, 0), (counts.row, counts.col)), counts.shape)
-    return torch.from_numpy(TruncatedSVD(DIMENSIONS, random_state=SEED).fit_transform(table.tocsr())).float()
+    return torch.from_numpy(
+        TruncatedSVD(min(DIMENSIONS, items - 1), random_state=SEED).fit_transform(table.tocsr())
+    ).float()
 
 
 def _balanced(x: Tensor, books: rx.sids.Codebooks) -> Tensor:
