@@ -394,6 +394,8 @@ def test_adapters(tmp_path: Any) -> None:
     assert merger is not None
     rows_of = merger.weight[torch.tensor(merger.split([71]))].flatten()
     torch.testing.assert_close(merger(ids)[0, 1], merger.sid_projection(rows_of))
+    with torch.no_grad():
+        torch.testing.assert_close(merger(ids)[0, 1], merger.sid_projection(rows_of))
     assert not torch.allclose(merger(ids)[0, 1], merger.sid_projection.base_layer(rows_of))
     whole = adapted(target_modules=["q_proj"], modules_to_save=["sid_projection"])
     before = {name: value.detach().clone() for name, value in whole.named_parameters() if value.requires_grad}
