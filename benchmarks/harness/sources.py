@@ -22,8 +22,9 @@ DECODING = (*INDEX, *STEPS)
 SIDS = (*COMMON, "csrc/assign_balanced", "raddpo_ext/sids", "raddpo_ext/index/writers.py")
 LOGPS = (*COMMON, "csrc/token_logps", "csrc/row_lse", "raddpo_ext/logps", "raddpo_ext/index/vocab.py")
 LOSSES = (*LOGPS, "csrc/session_loss", "raddpo_ext/losses")
-PACKING = (*LOSSES, "csrc/pack_sessions", "raddpo_ext/data/pack_sessions.py", "raddpo_ext/integrations")
-RETRIEVAL = (*DECODING, "raddpo_ext/integrations")
+PROMPTS = ("raddpo_ext/data/merged_ids.py", "raddpo_ext/integrations")
+PACKING = (*LOSSES, "csrc/pack_sessions", "raddpo_ext/data/pack_sessions.py", "raddpo_ext/data/pack_pages.py", *PROMPTS)
+RETRIEVAL = (*DECODING, *PROMPTS)
 POLICY = (
     *dict.fromkeys((*PACKING, *DECODING)),
     *("csrc/sample_step", "csrc/group_advantages", "csrc/policy_loss", "raddpo_ext/policy"),

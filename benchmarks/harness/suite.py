@@ -62,7 +62,7 @@ MEMBERS = [
         "packing", ("benchmarks.peers.compare_packing",), 15, sources.PACKING, ("--cases", "prompt=32 candidates=4 ")
     ),
     Member("retriever", ("benchmarks.peers.compare_retriever",), 20, sources.RETRIEVAL, data=("industrial",)),
-    Member("policy-ops", ("benchmarks.peers.compare_policy_ops",), 5, sources.POLICY, ("--cases", "512 rows")),
+    Member("training-ops", ("benchmarks.peers.compare_training_ops",), 5, sources.POLICY, ("--cases", "512 rows")),
     Member("policy-steps", ("benchmarks.peers.compare_policy_steps",), 15, sources.POLICY, data=("instruments",)),
     Member("engines", ("benchmarks.peers.compare_engines",), 15, sources.RETRIEVAL, data=("instruments",)),
     Member("scaling", ("benchmarks.scaling",), 20, sources.OPERATORS),

@@ -15,7 +15,7 @@ from benchmarks.harness.results import Results, milliseconds
 from benchmarks.load import tables as load_tables
 from benchmarks.pages.figures import CHARTS, cases, dots, rates, save
 from benchmarks.pages.page import fill
-from benchmarks.peers import compare_policy_ops, compare_policy_steps
+from benchmarks.peers import compare_policy_steps, compare_training_ops
 from raddpo_ext._files import replacing
 
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -23,7 +23,7 @@ DATA = "../benchmarks/results"  # from the page
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {  # of members without a figure or a page of their own
     "sids": lambda run: bench_sids.tables(run["results"]),
     "trie-live": lambda run: bench_trie_live.tables(run["results"]),
-    "policy-ops": lambda run: compare_policy_ops.markdown(run["results"]),
+    "training-ops": lambda run: compare_training_ops.markdown(run["results"]),
     "policy-steps": lambda run: compare_policy_steps.markdown(run["results"]),
     "load": lambda run: load_tables.summary(run["results"], run["floors_ms"]),
     "load-soak": lambda run: load_tables.soak(run["results"][0]),

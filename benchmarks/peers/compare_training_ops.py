@@ -1,12 +1,13 @@
-"""Policy training's operators beside plain torch and their floors, on one CPU thread::
+"""Training's smaller operators beside plain torch and their floors, on one CPU thread::
 
-    python -m benchmarks.peers.compare_policy_ops
-    python -m benchmarks.peers.compare_policy_ops --quick --cases "512 rows"
+    python -m benchmarks.peers.compare_training_ops
+    python -m benchmarks.peers.compare_training_ops --quick --cases "512 rows"
 
 ``group_advantages`` and ``policy_loss`` with its gradient are of groups of 16 SIDs of 4 codes; their floor copies the
 bytes that any method must move. ``legal_mass`` with its gradient stands beside ``token_logps`` with its gradient, and a
-step of ``sample_step`` beside ``beam_step`` of the same width over the same beams. Each method is first checked to give
-our result, ``beam_step`` apart.
+step of ``sample_step`` beside ``beam_step`` of the same width over the same beams. ``TokenMerger`` stands beside a
+linear layer of the concatenated codes; its floor is the bare products of its tables, or without gradients a sum of
+their rows. Each method is first checked to give our result, ``token_logps`` and ``beam_step`` apart.
 
 All cases run in each of several fresh processes, their methods in turns.
 """
@@ -21,15 +22,16 @@ from typing import Any
 import torch
 
 from benchmarks.harness import report, results
-from raddpo_ext.bench import group_advantages, legal_mass, policy_loss, sample_step
+from raddpo_ext.bench import group_advantages, legal_mass, policy_loss, sample_step, token_merger
 from raddpo_ext.bench.command import BURST, ROUNDS, compare
 from raddpo_ext.bench.group_advantages_cases import CASES as ADVANTAGES
 from raddpo_ext.bench.policy_loss_cases import CASES as LOSSES
 from raddpo_ext.bench.report import merged, table
 from raddpo_ext.bench.sample_step import CASES as SEARCHES
 from raddpo_ext.bench.suite import Prepare
+from raddpo_ext.bench.token_merger import CASES as MERGED
 
-MODULE = "benchmarks.peers.compare_policy_ops"
+MODULE = "benchmarks.peers.compare_training_ops"
 ROWS, VOCABULARY, CODES = 64, 152_064, 256  # of legal_mass
 
 
@@ -40,6 +42,7 @@ def suite(wanted: str) -> dict[str, Prepare]:
         **{f"policy_loss {c.name}": partial(policy_loss.comparison, case=c) for c in LOSSES},
         "legal_mass": partial(legal_mass.comparison, rows=ROWS, vocab_size=VOCABULARY, codes=CODES),
         **{f"sample_step {c.name}": partial(sample_step.comparison, case=c) for c in SEARCHES},
+        **{f"TokenMerger {c.name}": partial(token_merger.comparison, case=c) for c in MERGED},
     }
     return {name: prepare for name, prepare in every.items() if wanted in name}
 
