@@ -126,7 +126,7 @@ def test_many_rows(shim: Shim, dtype: torch.dtype, support: str) -> None:
         count=None if few.count is None else few.count.repeat(times),
     )
     shim.set_order(2, 3)
-    lse = torch.zeros(10 * times)
+    lse = torch.zeros(10 * times, dtype=torch.float64)
     lse[-10:] = shim.token_logps(*few)[1]
     shim.token_logps_backward(*call.backward(grad, lse), out=call.logits)
     assert (call.logits[:-10] == 0).all()
@@ -219,7 +219,7 @@ def test_rows_without_gradient_are_not_read(shim: Shim, support: str) -> None:
     call.targets[:] = torch.tensor([3, -100, 100, 4 if support == "lists" else -100])
     if support == "vocab":
         call = call._replace(columns=None, begin=None, count=None)
-    logps, lse = (torch.full((4,), 777.0) for _ in range(2))
+    logps, lse = (torch.full((4,), 777.0, dtype=dtype) for dtype in (torch.float32, torch.float64))
     sizes = token_logps_sizes(call.logits, call.logits, call[-3:])
     sizes[5] = 1 << 40  # from row to row of the logits
     supports = call[1:7]

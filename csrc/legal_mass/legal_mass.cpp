@@ -62,9 +62,9 @@ std::tuple<Tensor, Tensor> legal_mass(const Tensor& logits, const Tensor& column
                                       const Tensor& count) {
   LegalMassArgs a = prepare(logits, columns, begin, count);
   Tensor mass = new_empty(logits, {a.rows}, result_type(logits));
-  Tensor lse = new_empty(logits, {2, a.rows}, result_type(logits));
+  Tensor lse = new_empty(logits, {2, a.rows}, ScalarType::Double);
   a.mass = mass.mutable_data_ptr();
-  a.lse = lse.mutable_data_ptr();
+  a.lse = lse.mutable_data_ptr<double>();
   run(a, logits);
   return {mass, lse};
 }
@@ -74,11 +74,11 @@ Tensor legal_mass_backward(const Tensor& grad, const Tensor& logits, const Tenso
   check_device("legal_mass_backward", {{"logits", logits}, {"grad", grad}, {"lse", lse}});
   LegalMassArgs a = prepare(logits, columns, begin, count);
   check_tensor("legal_mass", "grad", grad, result_type(logits), a.rows);
-  check_tensor("legal_mass", "lse", lse, result_type(logits), 2 * a.rows);
+  check_tensor("legal_mass", "lse", lse, ScalarType::Double, 2 * a.rows);
   Tensor out = new_empty(logits, {a.rows, a.cols}, logits.scalar_type());
   if (!a.rows) return out;  // without rows there is no address of `grad`
   a.grad = grad.const_data_ptr();
-  a.lse = const_cast<void*>(lse.const_data_ptr());
+  a.lse = const_cast<double*>(lse.const_data_ptr<double>());
   a.grad_logits = out.mutable_data_ptr();
   if (logits.is_cpu()) advise_huge_pages(a.grad_logits, out.numel() * out.element_size());
   run(a, logits);

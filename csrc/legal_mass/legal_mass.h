@@ -16,8 +16,8 @@ struct LegalMassArgs {
   const std::int32_t* columns;        // row r lists columns[begin[r] .. begin[r] + count[r]), ascending
   const std::int64_t *begin, *count;  // [rows]
   void* mass;                         // [rows] float, or double for double logits
-  void* lse;                          // [2, rows] of that type: of whole rows, of their lists; read backward
-  const void* grad;                   // [rows] of that type
+  double* lse;                        // [2, rows]: of whole rows, of their lists; read backward
+  const void* grad;                   // [rows] of the type of mass
   void* grad_logits;                  // [rows, cols]
 };
 

@@ -41,8 +41,8 @@ RADDPO_HD void forward(const LegalMassArgs& a, std::int64_t begin, std::int64_t 
     const double all = lse_of_row<D>(x, a.cols), listed = lse_of_list<D>(x, a.columns + a.begin[row], a.count[row]);
     const double mass = listed == -INFINITY && all == all ? listed : listed - all;
     static_cast<A*>(a.mass)[row] = static_cast<A>(mass > 0 ? 0 : mass);
-    static_cast<A*>(a.lse)[row] = static_cast<A>(all);
-    static_cast<A*>(a.lse)[a.rows + row] = static_cast<A>(listed);
+    a.lse[row] = all;
+    a.lse[a.rows + row] = listed;
   }
 }
 
@@ -53,15 +53,16 @@ RADDPO_HD void backward(const LegalMassArgs& a, std::int64_t begin, std::int64_t
     const auto* x = static_cast<const typename D::T*>(a.logits) + row * a.cols;
     auto* y = static_cast<typename D::T*>(a.grad_logits) + row * a.cols;
     const A g = static_cast<const A*>(a.grad)[row];
-    const A all = static_cast<const A*>(a.lse)[row], listed = static_cast<const A*>(a.lse)[a.rows + row];
-    if (g == 0 || listed == -INFINITY) {
+    const RoundedLse<A> all(a.lse[row]), listed(a.lse[a.rows + row]);
+    if (g == 0 || listed.value == -INFINITY) {
       for (std::int64_t j = 0; j < a.cols; ++j) y[j] = 0;
       continue;
     }
     write_softmax<D>(x, a.cols, g, all, y);
     for (std::int64_t i = a.begin[row]; i < a.begin[row] + a.count[row]; ++i) {
       const A z = D::load(x + a.columns[i]);
-      D::store(y + a.columns[i], g * (exp_or_zero(z - listed) - exp_or_zero(z - all)));
+      D::store(y + a.columns[i],
+               g * (listed.factor * exp_or_zero(z - listed.value) - all.factor * exp_or_zero(z - all.value)));
     }
   }
 }

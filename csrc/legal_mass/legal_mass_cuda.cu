@@ -1,6 +1,7 @@
 // One block per row, forward and backward. Forward reads the row once and its list again, backward reads and writes the
 // row once and corrects the list.
 #include "../common/log_sum_exp.cuh"
+#include "../common/rounded_lse.h"
 #include "legal_mass.h"
 
 namespace raddpo::cuda {
@@ -8,14 +9,14 @@ namespace {
 
 constexpr int kMassThreads = 256, kMassWarps = kMassThreads / 32;
 
-__device__ __forceinline__ float block_value(LogSumExp mine, LogSumExp* scratch) {
+__device__ __forceinline__ double block_value(LogSumExp mine, LogSumExp* scratch) {
   mine = warp_merge(mine);
   __syncthreads();  // earlier uses of the scratch memory are complete
   if (lane_id() == 0) scratch[warp_id()] = mine;
   __syncthreads();
   LogSumExp all = scratch[0];
   for (int w = 1; w < kMassWarps; ++w) all = merge(all, scratch[w]);
-  return value_of(all);
+  return static_cast<double>(all.max) + logf(all.sum);
 }
 
 template <typename D>
@@ -25,15 +26,15 @@ __global__ void __launch_bounds__(kMassThreads) legal_mass_kernel(const LegalMas
   const auto* x = static_cast<const typename D::T*>(a.logits) + row * a.cols;
   const int thread = static_cast<int>(threadIdx.x);
   const std::int32_t* columns = a.columns + a.begin[row];
-  const float all = block_value(share_of_range<D>(x, a.cols, thread, kMassThreads), scratch);
-  const float listed = block_value(share_of_tokens<D>(x, 0, static_cast<unsigned>(a.count[row]), thread, kMassThreads,
-                                                      [&](unsigned i) { return columns[i]; }),
-                                   scratch);
+  const double all = block_value(share_of_range<D>(x, a.cols, thread, kMassThreads), scratch);
+  const double listed = block_value(share_of_tokens<D>(x, 0, static_cast<unsigned>(a.count[row]), thread, kMassThreads,
+                                                       [&](unsigned i) { return columns[i]; }),
+                                    scratch);
   if (thread > 0) return;
-  const float mass = listed == -INFINITY && all == all ? listed : listed - all;
-  static_cast<float*>(a.mass)[row] = mass > 0 ? 0.f : mass;
-  static_cast<float*>(a.lse)[row] = all;
-  static_cast<float*>(a.lse)[a.rows + row] = listed;
+  const double mass = listed == -INFINITY && all == all ? listed : listed - all;
+  static_cast<float*>(a.mass)[row] = mass > 0 ? 0.f : static_cast<float>(mass);
+  a.lse[row] = all;
+  a.lse[a.rows + row] = listed;
 }
 
 template <typename D>
@@ -42,16 +43,16 @@ __global__ void __launch_bounds__(kMassThreads) legal_mass_backward_kernel(const
   const auto* x = static_cast<const typename D::T*>(a.logits) + row * a.cols;
   auto* y = static_cast<typename D::T*>(a.grad_logits) + row * a.cols;
   const float g = static_cast<const float*>(a.grad)[row];
-  const float all = static_cast<const float*>(a.lse)[row], listed = static_cast<const float*>(a.lse)[a.rows + row];
-  const bool none = g == 0 || listed == -INFINITY;
+  const RoundedLse<float> all(a.lse[row]), listed(a.lse[a.rows + row]);
+  const bool none = g == 0 || listed.value == -INFINITY;
   for (std::int64_t j = threadIdx.x; j < a.cols; j += kMassThreads)
-    D::store(y + j, none ? 0.f : -g * expf(load_logit<D>(x + j) - all));
+    D::store(y + j, none ? 0.f : -g * all.factor * expf(load_logit<D>(x + j) - all.value));
   if (none) return;
   __syncthreads();  // the whole row is written
   for (std::int64_t i = threadIdx.x; i < a.count[row]; i += kMassThreads) {
     const std::int32_t column = a.columns[a.begin[row] + i];
     const float z = load_logit<D>(x + column);
-    D::store(y + column, g * (expf(z - listed) - expf(z - all)));
+    D::store(y + column, g * (listed.factor * expf(z - listed.value) - all.factor * expf(z - all.value)));
   }
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 // The transform of a row's logits, and the support of its softmax.
 #include "../common/log_sum_exp.cuh"
+#include "../common/rounded_lse.h"
 #include "token_logps_math.h"
 
 namespace raddpo::cuda {

@@ -86,9 +86,9 @@ TokenLogpsArgs prepare(const Call& c) {
 void set_grad(TokenLogpsArgs& a, const Call& c, const Tensor& grad, const Tensor& lse) {
   check_device("token_logps_backward", {{"logits", c.logits}, {"grad", grad}, {"lse", lse}});
   check_vector(grad, result_type(c.logits), a.rows, "grad");
-  check_vector(lse, result_type(c.logits), a.rows, "lse");
+  check_vector(lse, ScalarType::Double, a.rows, "lse");
   a.grad = grad.const_data_ptr();
-  a.lse = const_cast<void*>(lse.const_data_ptr());
+  a.lse = const_cast<double*>(lse.const_data_ptr<double>());
 }
 
 std::int64_t rows_per_piece(const TokenLogpsArgs& a) { return 1 + 32768 / (a.cols + 1); }
@@ -133,9 +133,9 @@ std::tuple<Tensor, Tensor> token_logps_op(const Tensor& logits, const Tensor& ta
                                           std::int64_t vocab_size) {
   TokenLogpsArgs a =
       prepare({logits, targets, columns, begin, count, scale, softcap, ignore_index, first_column, vocab_size});
-  Tensor logps = new_rows(logits, result_type(logits)), lse = new_rows(logits, result_type(logits));
+  Tensor logps = new_rows(logits, result_type(logits)), lse = new_rows(logits, ScalarType::Double);
   a.logps = logps.mutable_data_ptr();
-  a.lse = lse.mutable_data_ptr();
+  a.lse = lse.mutable_data_ptr<double>();
   run(a, logits);
   return {logps, lse};
 }

@@ -28,7 +28,8 @@ struct TokenLogpsArgs {
   const std::int32_t* columns;        // null: every column
   const std::int64_t *begin, *count;  // [rows]
   double scale, softcap;              // a logit x becomes softcap * tanh(x / softcap) * scale; softcap 0: x * scale
-  void *logps, *lse;                  // [rows] float, or double for double logits; written forward, lse read backward
+  void* logps;                        // [rows] float, or double for double logits; written forward
+  double* lse;                        // [rows]; written forward, read backward
   const void* grad;                   // [rows] of that type
   void* grad_logits;                  // may be the logits themselves
   RowStrides grad_strides;

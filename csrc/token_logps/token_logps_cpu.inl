@@ -83,18 +83,20 @@ RADDPO_HD double log_sum_exp(const Row<D, Transform::none> row, const Run run) {
 
 // Writes y[column] = -g * softmax for a run of columns.
 template <typename D, Transform transform>
-RADDPO_HD void write_softmax(const Row<D, transform> row, const Run run, typename D::A g, typename D::A lse,
+RADDPO_HD void write_softmax(const Row<D, transform> row, const Run run, typename D::A g, RoundedLse<typename D::A> lse,
                              typename D::T* y) {
   using A = typename D::A;
   const typename D::T* x = row.x;
   if (transform == Transform::none) return write_softmax<D>(x + run.first, run.count, g, lse, y + run.first);
+  g *= lse.factor;
   for (std::int64_t begin = run.first; begin < run.first + run.count; begin += kLseBlock) {
     const std::int64_t rest = run.first + run.count - begin, n = rest < kLseBlock ? rest : kLseBlock;
     A z[kLseBlock];
 #pragma omp simd
     for (std::int64_t i = 0; i < n; ++i) z[i] = row.transformed(D::load(x + begin + i));
 #pragma omp simd
-    for (std::int64_t i = 0; i < n; ++i) D::store(y + begin + i, -g * exp_or_zero(z[i] - lse) * row.derivative(z[i]));
+    for (std::int64_t i = 0; i < n; ++i)
+      D::store(y + begin + i, -g * exp_or_zero(z[i] - lse.value) * row.derivative(z[i]));
   }
 }
 
@@ -106,24 +108,24 @@ RADDPO_HD void fill_zero(T* y, std::int64_t begin, std::int64_t end) {
 // Writes the gradient of columns [begin, end) of a row whose softmax runs over all columns.
 template <typename D, Transform transform>
 RADDPO_HD void write_gradient(const Row<D, transform>& row, std::int64_t begin, std::int64_t end, std::int64_t target,
-                              typename D::A g, typename D::A lse, typename D::T* y) {
+                              typename D::A g, RoundedLse<typename D::A> lse, typename D::T* y) {
   using A = typename D::A;
   const bool here = target >= begin && target < end;
   const A z = here ? row.at(target) : A(0);  // read before it is overwritten in place
   write_softmax<D, transform>(row, {begin, end - begin}, g, lse, y);
-  if (here) D::store(y + target, g * (A(1) - exp_or_zero(z - lse)) * row.derivative(z));
+  if (here) D::store(y + target, g * (A(1) - lse.factor * exp_or_zero(z - lse.value)) * row.derivative(z));
 }
 
 // Writes the gradient of a row whose softmax runs over a list of columns. The list is ascending, so that in place too a
 // logit is read before it is overwritten.
 template <typename D, Transform transform>
 RADDPO_HD void write_gradient(const Row<D, transform>& row, const List& list, std::int64_t cols, std::int64_t target,
-                              typename D::A g, typename D::A lse, typename D::T* y) {
+                              typename D::A g, RoundedLse<typename D::A> lse, typename D::T* y) {
   using A = typename D::A;
   std::int64_t done = 0;
   for (std::int64_t i = 0; i < list.count; ++i) {
     const std::int64_t column = list.columns[i];
-    const A z = row.at(column), p = exp_or_zero(z - lse);
+    const A z = row.at(column), p = lse.factor * exp_or_zero(z - lse.value);
     fill_zero(y, done, column);
     D::store(y + column, g * ((column == target ? A(1) : A(0)) - p) * row.derivative(z));
     done = column + 1;
@@ -148,7 +150,6 @@ struct Kernel {
     return list.count > 0 && list.columns[list.count - 1] - list.columns[0] == list.count - 1;
   }
   RADDPO_HD A grad_of(std::int64_t row) const { return static_cast<const A*>(a.grad)[row]; }
-  RADDPO_HD A lse_of(std::int64_t row) const { return static_cast<const A*>(a.lse)[row]; }
 
   RADDPO_HD void forward(std::int64_t row) const {
     const std::int64_t target = target_column(a, row);
@@ -167,14 +168,16 @@ struct Kernel {
       }
     }
     static_cast<A*>(a.logps)[row] = static_cast<A>(logp);
-    static_cast<A*>(a.lse)[row] = static_cast<A>(lse);
+    a.lse[row] = lse;
   }
 
   RADDPO_HD void backward(std::int64_t row, std::int64_t begin, std::int64_t end, T* y) const {
-    const A g = grad_of(row), lse = lse_of(row);
+    const A g = grad_of(row);
     const std::int64_t target = target_column(a, row);
-    if (g == A(0) || target == kIgnored || target == kOutside || lse == -INFINITY) return fill_zero(y, begin, end);
+    if (g == A(0) || target == kIgnored || target == kOutside || a.lse[row] == -INFINITY)
+      return fill_zero(y, begin, end);
     const Row<D, transform> logits = row_at(row);
+    const RoundedLse<A> lse(a.lse[row]);
     if (!a.columns) return write_gradient<D, transform>(logits, begin, end, target, g, lse, y);
     const List list = list_at(row);
     if (!is_run(list)) return write_gradient<D, transform>(logits, list, a.cols, target, g, lse, y);

@@ -22,9 +22,9 @@ constexpr int kPieceBlocks = sizeof(A) == 8                                   ? 
                                                                               : 5;
 
 template <typename A>
-__device__ __forceinline__ void write_row(const TokenLogpsArgs& a, unsigned row, A logp, A lse) {
+__device__ __forceinline__ void write_row(const TokenLogpsArgs& a, unsigned row, A logp, double lse) {
   static_cast<A*>(a.logps)[row] = logp > A(0) ? A(0) : logp;
-  static_cast<A*>(a.lse)[row] = lse;
+  a.lse[row] = lse;
 }
 
 // The threads of a cluster read consecutive 16 bytes in turn. A row whose target is ignored or outside its support is
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kRowThreads, kResident)
   const Support s = support_of(a, row);
   const bool writes = rank == 0 && threadIdx.x == 0;
   if (!s.counts()) {
-    if (writes) write_row(a, row, s.target == kIgnored ? 0.f : -INFINITY, 0.f);
+    if (writes) write_row(a, row, s.target == kIgnored ? 0.f : -INFINITY, 0.);
     return;
   }
   if (cluster > 1) cluster_arrive_relaxed();  // all blocks must have started before shared memory of another is written
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kRowThreads, kResident)
   LogSumExp all{-INFINITY, 0.f};
   for (int i = lane_id(); i < cluster * warps; i += 32) all = merge(all, parts[i]);
   all = warp_merge(all);
-  const float lse = value_of(all);
+  const double lse = static_cast<double>(all.max) + logf(all.sum);
   if (writes) write_row(a, row, s.target >= 0 && lse != -INFINITY ? target - all.max - logf(all.sum) : -INFINITY, lse);
 }
 
@@ -112,9 +112,10 @@ __global__ void __launch_bounds__(kRowThreads, kPieceBlocks<typename D::A, Trans
   using A = typename D::A;
   constexpr int n = kPack<D>;
   const unsigned row = blockIdx.x / pieces, piece = blockIdx.x % pieces;
-  const A g = static_cast<const A*>(a.grad)[row], lse = static_cast<const A*>(a.lse)[row];
+  const A g = static_cast<const A*>(a.grad)[row];
+  const RoundedLse<A> lse(a.lse[row]);
   const Support s = support_of(a, row);
-  const bool needs_grad = g != A(0) && lse != -INFINITY && s.counts();
+  const bool needs_grad = g != A(0) && lse.value != -INFINITY && s.counts();
 
   // This block's piece of the row: packs of 16 bytes. The first piece also has the row's head, the last piece its tail.
   // Elements [from, to) belong to the piece, numbered from its first pack.
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(kRowThreads, kPieceBlocks<typename D::A, Trans
 
   const int target = limit(s.target - begin, from - 1, to);
   const auto gradient = [&](int e, A z) {
-    const A p = exp_or_zero(z - lse);
+    const A p = lse.factor * exp_or_zero(z - lse.value);
     return g * (e == target ? A(1) - p : -p) * transform.derivative(z);
   };
 
@@ -199,7 +200,7 @@ __global__ void __launch_bounds__(kRowThreads, kPieceBlocks<typename D::A, Trans
 #pragma unroll
         for (int i = 0; i < n; ++i) {
           const A z = transform(unpack(D{}, v[k], i));
-          d[i] = -g * exp_or_zero(z - lse) * transform.derivative(z);
+          d[i] = -g * lse.factor * exp_or_zero(z - lse.value) * transform.derivative(z);
         }
         if (p * n < low || p * n + n > high) {
 #pragma unroll

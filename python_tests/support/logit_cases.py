@@ -125,8 +125,9 @@ def random_grad(call: Call, seed: int) -> Tensor:
 def assert_forward_close(got: tuple[Tensor, Tensor], call: Call) -> None:
     """Against the CPU's op in float64; where its results are infinite or NaN, so are these."""
     expected = torch.ops.raddpo.token_logps(*call.exact())
+    assert got[0].dtype == (torch.float64 if call.logits.dtype == torch.float64 else torch.float32)
+    assert got[1].dtype == torch.float64
     for name, one, other in zip(("token_logps", "token_logps.lse"), got, expected, strict=True):
-        assert one.dtype == (torch.float64 if call.logits.dtype == torch.float64 else torch.float32)
         torch.testing.assert_close(one.cpu().double(), other, **close(name), equal_nan=True)
     assert not (got[0] > 0).any()
 

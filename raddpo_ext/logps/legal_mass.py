@@ -95,7 +95,7 @@ def _differentiable(logits: Tensor, *lists: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake("raddpo::legal_mass")
 def _(logits: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
     dtype, rows = torch.float64 if logits.dtype == torch.float64 else torch.float32, logits.shape[0]
-    return logits.new_empty(rows, dtype=dtype), logits.new_empty((2, rows), dtype=dtype)
+    return logits.new_empty(rows, dtype=dtype), logits.new_empty((2, rows), dtype=torch.float64)
 
 
 @torch.library.register_fake("raddpo::legal_mass_backward")

@@ -60,7 +60,7 @@ class Product:
         self._tile_size = rows * columns
 
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probs, log-sum-exps, and the last tile's logits."""
+        """Log-probs, log-sum-exps in float64, and the last tile's logits."""
         buffer = self._buffer()
         logps: list[Tensor] = []
         lses: list[Tensor] = []
@@ -75,7 +75,8 @@ class Product:
                 else:  # a target's log-prob is -inf in all tiles but one
                     both = torch.logaddexp(lse, tile_lse)
                     shift = both.masked_fill(both == -torch.inf, 0.0)  # -inf: every logit so far is -inf
-                    logp = torch.maximum(logp + (lse - shift), tile_logp + (tile_lse - shift))
+                    merged = torch.maximum(logp + (lse - shift), tile_logp + (tile_lse - shift))
+                    logp = merged.to(tile_logp.dtype)
                     lse = both
             logps.append(logp)
             lses.append(lse)

@@ -37,7 +37,7 @@ class SharedTokenLogps(torch.autograd.Function):
         known = counted & (targets >= 0) & (targets < weight.shape[0])
         part = _softmax_part(hidden, weight.shape[0], rows, plan.skip_ignored)
         dtype = torch.float64 if plan.dtype == torch.float64 else torch.float32
-        lse, kept = torch.full(hidden.shape[:1], -torch.inf, dtype=dtype, device=hidden.device), None
+        lse, kept = torch.full(hidden.shape[:1], -torch.inf, dtype=torch.float64, device=hidden.device), None
         safe = torch.where(known, targets, 0)
         own: Tensor | None = None
         # The log-sum-exp of each row of the hidden states, and the targets' logits if all logits are kept.
@@ -52,7 +52,7 @@ class SharedTokenLogps(torch.autograd.Function):
         if own is None:
             own = _own_logits(*factors, safe, rows, dtype)
         logit, derivative = transform_and_derivative(own, plan.scale, plan.softcap)
-        logps = (logit - lse[rows]).clamp(max=0)
+        logps = (logit - lse[rows]).clamp(max=0).to(dtype)
         logps = torch.where(known & (logit > -torch.inf), logps, -torch.inf).masked_fill(~counted, 0.0)
         if plan.needs_grad:
             ctx.save_for_backward(
@@ -71,7 +71,7 @@ class SharedTokenLogps(torch.autograd.Function):
         part, plan = ctx.part, ctx.plan
         grad = grad.masked_fill(~live, 0.0)
         # The softmax of a row gets the sum of its targets' gradients.
-        totals = lse.new_zeros(lse.shape).index_put_((rows,), grad, accumulate=True)
+        totals = grad.new_zeros(lse.shape).index_put_((rows,), grad, accumulate=True)
         budget = plan.budget if kept is None else kept.numel() * kept.element_size()
         products = [] if part is None else [Product(part, plan, hidden_factor, weight_factor, bias_factor, budget)]
         owner = weight if ctx.leaf is None else ctx.leaf

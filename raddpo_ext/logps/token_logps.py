@@ -212,7 +212,7 @@ def overwrite_by_gradient(
 @torch.library.register_fake("raddpo::token_logps")
 def _(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return logits.new_empty(logits.shape[:-1], dtype=dtype), logits.new_empty(logits.shape[:-1], dtype=dtype)
+    return logits.new_empty(logits.shape[:-1], dtype=dtype), logits.new_empty(logits.shape[:-1], dtype=torch.float64)
 
 
 @torch.library.register_fake("raddpo::token_logps_backward")

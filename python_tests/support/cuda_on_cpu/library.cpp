@@ -192,7 +192,7 @@ EXPORT int session_loss_backward(bool is_double, const void* memory, std::int64_
 
 // `sizes`: type, rows, cols. Forward without `grad`.
 EXPORT int legal_mass(const std::int64_t* sizes, const void* logits, const std::int32_t* columns,
-                      const std::int64_t* begin, const std::int64_t* count, void* mass, void* lse, const void* grad,
+                      const std::int64_t* begin, const std::int64_t* count, void* mass, double* lse, const void* grad,
                       void* grad_logits) {
   const LegalMassArgs a{
       logits,     static_cast<LogitType>(sizes[0]), sizes[1], sizes[2], columns, begin, count, mass, lse, grad,
@@ -250,7 +250,7 @@ EXPORT void set_clusters(int has) { cuda_on_cpu::has_clusters = has; }
 // ignore_index. Forward without `grad`.
 EXPORT int token_logps(const std::int64_t* sizes, const void* logits, const std::int64_t* targets,
                        const std::int32_t* columns, const std::int64_t* begin, const std::int64_t* count, double scale,
-                       double softcap, void* logps, void* lse, const void* grad, void* grad_logits) {
+                       double softcap, void* logps, double* lse, const void* grad, void* grad_logits) {
   TokenLogpsArgs a{};
   a.type = static_cast<LogitType>(sizes[0]);
   a.rows = sizes[1];

@@ -288,7 +288,7 @@ class Shim:
 
     def legal_mass(self, grad: Tensor, logits: Tensor, *lists: Tensor) -> tuple[Tensor, Tensor]:
         """The mass, and the gradient of the logits."""
-        mass, lse = torch.full((len(logits),), 777.0), torch.full((2, len(logits)), 777.0)
+        mass, lse = torch.full((len(logits),), 777.0), torch.full((2, len(logits)), 777.0, dtype=torch.float64)
         out, sizes = torch.full_like(logits, 777), torch.tensor([_TYPES.index(logits.dtype), *logits.shape])
         self.call("legal_mass", sizes, logits, *lists, mass, lse, None, None)
         self.call("legal_mass", sizes, logits, *lists, None, lse, grad, out)
@@ -354,7 +354,7 @@ class Shim:
     ) -> tuple[Tensor, Tensor]:
         """The registered op of that name; ``numbers`` are ignore_index, first_column and vocab_size."""
         type_ = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        logps, lse = (torch.full(targets.shape, 777.0, dtype=type_) for _ in range(2))
+        logps, lse = (torch.full(targets.shape, 777.0, dtype=dtype) for dtype in (type_, torch.float64))
         supports = (targets, columns, begin, count, float(scale), float(softcap))
         self.call("token_logps", token_logps_sizes(logits, logits, numbers), logits, *supports, logps, lse, None, None)
         return logps, lse
