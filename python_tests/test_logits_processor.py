@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tolerances import close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import raddpo_ext as rx
 
@@ -344,3 +347,28 @@ def test_generate_beyond_a_whole_sid():
     processors = [rx.TrieLogitsProcessor(index, 6)]
     with pytest.raises(ValueError, match="max_new_tokens must be 2"):
         model.generate(**prompts(), max_new_tokens=3, do_sample=False, logits_processor=processors)
+
+
+class _Sizes(TorchDispatchMode):
+    """The number of elements that each operator's result has, without views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result._base is None:
+            self.sizes[func.name()] = max(self.sizes.get(func.name(), 0), result.numel())
+        return result
+
+
+def test_only_the_result_has_a_column_per_token() -> None:
+    """Nothing else is as large as the scores, at the root and below it."""
+    index = rx.TrieIndex.build([[4, 8], [4, 9], [5, 10]])
+    processor, scores = rx.TrieLogitsProcessor(index, 1), torch.zeros(6, 5000)
+    for ids in (torch.ones(6, 1, dtype=torch.int64), torch.tensor([[1, 4], [1, 5]] * 3)):
+        with _Sizes() as recorder:
+            processor(ids, scores)
+        large = [name for name, size in recorder.sizes.items() if size >= scores.shape[1]]
+        assert large == ["aten::full_like", "aten::index_put_"]
