@@ -131,10 +131,12 @@ __global__ void __launch_bounds__(kRowThreads, kPieceBlocks<typename D::A, Trans
   y += begin;
   const int edge = thread < -from ? from + thread : packs * n + thread + from;  // in head or tail, if below `to`
 
+  // Rounded alike wherever an element is written, so that alignment changes no bit.
   const int target = limit(s.target - begin, from - 1, to);
+  const A scale = g * lse.factor;
   const auto gradient = [&](int e, A z) {
-    const A p = lse.factor * exp_or_zero(z - lse.value);
-    return g * (e == target ? A(1) - p : -p) * transform.derivative(z);
+    const A p = exp_or_zero(z - lse.value);
+    return (e == target ? g * (A(1) - lse.factor * p) : -scale * p) * transform.derivative(z);
   };
 
   if constexpr (listed) {
@@ -200,7 +202,7 @@ __global__ void __launch_bounds__(kRowThreads, kPieceBlocks<typename D::A, Trans
 #pragma unroll
         for (int i = 0; i < n; ++i) {
           const A z = transform(unpack(D{}, v[k], i));
-          d[i] = -g * lse.factor * exp_or_zero(z - lse.value) * transform.derivative(z);
+          d[i] = -scale * exp_or_zero(z - lse.value) * transform.derivative(z);
         }
         if (p * n < low || p * n + n > high) {
 #pragma unroll
