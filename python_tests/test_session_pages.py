@@ -233,6 +233,9 @@ def test_evaluation(tmp_path: Any) -> None:
     options = {"page": "sequence", "separator": SEPARATOR, "sft_weight": 2.0, "eval_beam_width": 9}
     trainer = trainer_for(seeded(qwen3), rows, output_dir=str(tmp_path), **options, extra={"index": index})
     found = trainer.evaluate(rows)
+    # A mean does not depend on the scale of its weights, also where they add up to less than 1.
+    faint = trainer.evaluate([row | {"tiers": [2**-7 * tier for tier in row["tiers"]]} for row in rows])
+    assert faint["eval_loss"] == pytest.approx(found["eval_loss"], rel=1e-5)
     total, divisor = loss_by_hand(seeded(qwen3), rows, "sequence", SEPARATOR, True, [1.0, 1.0])
     assert found["eval_sft"] == pytest.approx(float(total / divisor), rel=1e-5)
     assert found["eval_loss"] == pytest.approx(2 * float(total / divisor), rel=1e-5)

@@ -213,7 +213,7 @@ class SessionTrainer(SessionDataTrainer):
         if len(totals) > len(names):
             every += retrieval_names(self.args.eval_ks)
         return {
-            name: float(total / max(weight, 1))
+            name: float(total / weight) if weight > 0 else 0.0
             for name, (total, weight) in zip(every, totals, strict=True)
             if weight > 0 or not name.startswith(("sid_", "item_"))
         }
