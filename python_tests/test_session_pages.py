@@ -183,6 +183,17 @@ def test_other_supports(normalize: str) -> None:
     assert found.history[0]["sft"] == pytest.approx(total / 8, rel=1e-5)
 
 
+def test_a_level_without_weight() -> None:
+    """It is left out of the loss, but the tokens after it still follow it in the catalogue."""
+    rows = [{"prompt_ids": [1, 2], "positives": [[3, 7], [4, 8]]}]
+    index = rx.TrieIndex.build(torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]), vocab=rx.SIDVocab([4, 4], offset=3))
+    options: dict[str, Any] = {"page": "sequence", "normalize": "trie", "level_weights": [0.0, 1.0]}
+    found = run(seeded(qwen3), rows, max_steps=1, extra={"index": index}, **options)
+    logits = seeded(qwen3)(torch.tensor([[1, 2, 3, 7, 4, 8]])).logits[0].detach()
+    expected = sum(float(logits[i - 1, 7:9].logsumexp(0) - logits[i - 1, token]) for i, token in ((3, 7), (5, 8)))
+    assert found.history[0]["sft"] == pytest.approx(expected / 2, rel=1e-5)
+
+
 def test_the_trainer_is_a_plain_loop() -> None:
     rows = page_rows(11)
     options = {"page": "sequence", "separator": SEPARATOR, "level_weights": WEIGHTS}

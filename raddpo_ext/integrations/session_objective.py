@@ -63,7 +63,7 @@ class SessionObjective(nn.Module):
         counts = (packed.num_truncated, packed.sessions.num_sessions)
         truncated = torch.stack([states.hidden.new_full((), n, dtype=torch.float64) for n in counts])
         if page is not None:
-            sft = self._page_losses(states, page).sum() / normalizer[1]
+            sft = self._page_losses(states, packed, page).sum() / normalizer[1]
             sums = truncated.new_zeros((len(METRICS), 2))
             sums[:2, 1], sums[1, 0], sums[-1] = 1, sft.detach(), truncated
             return self.loss.options.get("sft_weight", 1.0) * sft, sums
@@ -94,7 +94,7 @@ class SessionObjective(nn.Module):
     ) -> Tensor:
         """The sum and the divisor of each metric of :data:`ROWS`, per session: float64 ``[S, 2 * len(ROWS)]``."""
         if page is not None:
-            terms = torch.stack((self._page_losses(states, page), page["weights"].sum(1)), 1).double()
+            terms = torch.stack((self._page_losses(states, packed, page), page["weights"].sum(1)), 1).double()
             sums = terms.new_zeros((packed.sessions.num_sessions, len(ROWS), 2))
             sums[:, 1] = sums[:, 1].index_add(0, packed.sessions.owners(), terms)
             return sums.flatten(1)
@@ -111,7 +111,7 @@ class SessionObjective(nn.Module):
         )
         return result.totals[:, : len(ROWS)].flatten(1)
 
-    def _page_losses(self, states: SessionStates, page: dict[str, Tensor]) -> Tensor:
+    def _page_losses(self, states: SessionStates, packed: PackedSessions, page: dict[str, Tensor]) -> Tensor:
         """The weighted negative log-probs of each item of the pages, with the separator behind it: ``[C]``."""
         index = self.loss.index
         logps = linear_token_logps(
@@ -121,7 +121,8 @@ class SessionObjective(nn.Module):
             bias=states.bias,
             rows=None if states.rows is None else page["rows"],
             index=index,
-            nodes=None if index is None else index.nodes(page["tokens"]),
+            # Of whole items: a token that has no weight is left out of the page, and the walk would end there.
+            nodes=None if index is None else index.nodes(packed.sessions.tokens),
             **self.loss.head_options,
         )
         return -(page["weights"] * logps).sum(1)
