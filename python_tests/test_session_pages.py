@@ -125,6 +125,8 @@ def test_max_items_and_negatives() -> None:
         assert found["packed"].sessions.num_candidates == 2
     page = collator(separator=SEPARATOR, max_items=2)
     assert page.num_tokens(row) == 2 + 4 + 1
+    weights = page([row | {"tiers": torch.tensor([1.0, 0.5, 2.0])}])["page"]["weights"]
+    assert weights.tolist() == [[1, 1, 1], [0.5, 0.5, 0]]  # the tiers of the first items
     assert collator("set", max_items=2).num_tokens(row) == 2 + 4
 
 
@@ -279,6 +281,8 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], message: s
 
 BAD_ROWS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"tiers": [1.0]}, ValueError, r"rows\[0\]\['tiers'\] must have one number per positive \(2\), got \[1.0\]"),
+    ({"tiers": [1.0] * 3}, ValueError, r"rows\[0\]\['tiers'\] must have one number per positive \(2\), got \[1.0, 1.0"),
+    ({"tiers": {0: 1.0, 1: 1.0}}, ValueError, r"rows\[0\]\['tiers'\] must have one number per positive \(2\), got {"),
     ({"tiers": [1.0, -2.0]}, ValueError, r"rows\[0\]\['tiers'\]\[1\] must be .*-2"),
     ({"tiers": [1.0, float("inf")]}, ValueError, r"rows\[0\]\['tiers'\]\[1\] must be .*inf"),
     ({"tiers": [1.0, "high"]}, TypeError, r"rows\[0\]\['tiers'\]\[1\] must be .*high"),
@@ -312,3 +316,8 @@ def test_bad_trainers(tmp_path: Any) -> None:
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
             trainer_for(seeded(qwen3), rows, output_dir=str(tmp_path), extra={"vocab": vocab}, **options)
+    # Another collator would decide what is learned.
+    rows = [row | {"negatives": []} for row in rows]
+    for other, kind in ((SessionCollator(), "None"), (collator("set"), "'set'")):
+        with pytest.raises(ValueError, match=f"args.page must be None or the page of data_collator, {kind}, got 'seq"):
+            trainer_for(seeded(qwen3), rows, output_dir=str(tmp_path), page="sequence", extra={"data_collator": other})

@@ -191,9 +191,7 @@ class SessionCollator:
             raise TypeError(f"{name} must be a dict, got {type(row).__name__}")
         if self.pages is None:
             return self._token_ids(row, name)
-        row = self._token_ids(row | {TOKENS[2] if TOKENS[0] in row else TEXT[2]: []}, name)
-        positives = row["positives"]
-        return row | {"positives": positives[: self.pages.max_items] if hasattr(positives, "__len__") else positives}
+        return self.pages.cut(self._token_ids(row | {TOKENS[2] if TOKENS[0] in row else TEXT[2]: []}, name), name)
 
     def _token_ids(self, row: dict[str, Any], name: str) -> dict[str, Any]:
         missing = [column for column in TOKENS if column not in row]

@@ -32,7 +32,7 @@ class SessionPages:
         max_items: int | None,
         level_weights: Sequence[float] | None,
     ) -> None:
-        self.is_sequence = KINDS[_check.choice(kind, "page", KINDS)] == "sequence"
+        self.kind = KINDS[_check.choice(kind, "page", KINDS)]
         if separator is not None and not self.is_sequence:
             raise ValueError(f"separator must be None with page = 'set', got {separator!r}")
         self.separator = None if separator is None else _check.integer(separator, "separator", 0)
@@ -41,9 +41,27 @@ class SessionPages:
         given = () if level_weights is None else level_weights
         self.level_weights = [_check.not_negative(w, f"level_weights[{i}]") for i, w in enumerate(given)]
 
+    @property
+    def is_sequence(self) -> bool:
+        return self.kind == "sequence"
+
     def num_separators(self, items: int) -> int:
         """The number of separators on a page."""
         return 0 if self.separator is None else max(0, items - 1)
+
+    def cut(self, row: dict[str, Any], name: str) -> dict[str, Any]:
+        """A row with its first ``max_items`` positives, and the tier of each; ``name`` is for errors."""
+        positives = row["positives"]
+        if not hasattr(positives, "__len__") or isinstance(positives, (str, dict)):
+            return row  # refused with other bad candidates
+        tiers, name = row.get(TIERS), f"{name}[{TIERS!r}]"
+        if tiers is None:
+            tiers = [1.0] * len(positives)
+        tiers = tiers.tolist() if hasattr(tiers, "tolist") else tiers
+        if not isinstance(tiers, (list, tuple)) or len(tiers) != len(positives):
+            raise ValueError(f"{name} must have one number per positive ({len(positives)}), got {tiers!r}")
+        tiers = [_check.not_negative(tier, f"{name}[{i}]") for i, tier in enumerate(tiers)]
+        return row | {"positives": positives[: self.max_items], TIERS: tiers[: self.max_items]}
 
     def pack(
         self, rows: list[dict[str, Any]], sessions: SessionBatch, options: dict[str, Any]
@@ -64,19 +82,9 @@ class SessionPages:
         of_levels = torch.tensor(self.level_weights[:levels] or [1.0] * levels)
         weights = torch.full(tokens.shape, float(self.has_targets))
         weights[:, :levels] = torch.where(sessions.mask(), of_levels, weights[:, :levels])
-        weights *= torch.tensor([tier for i, row in enumerate(rows) for tier in self._tiers(row, i)])[:, None]
+        weights *= torch.tensor([tier for row in rows for tier in row[TIERS]])[:, None]
         weights[tokens == IGNORED] = 0
         tokens = tokens.masked_fill(weights == 0, IGNORED)
         width = tokens.shape[1] if self.has_targets else levels
         page = {"tokens": tokens, "rows": states, "weights": weights}
         return packed, {name: table[:, :width].contiguous() for name, table in page.items()}
-
-    def _tiers(self, row: dict[str, Any], number: int) -> list[float]:
-        """The tiers of a row's items, 1 each if there are none."""
-        items = len(row["positives"])
-        if row.get(TIERS) is None:
-            return [1.0] * items
-        tiers, name = row[TIERS], f"rows[{number}][{TIERS!r}]"
-        if not hasattr(tiers, "__len__") or len(tiers) < items:
-            raise ValueError(f"{name} must have one number per positive ({items}), got {tiers!r}")
-        return [_check.not_negative(tier, f"{name}[{i}]") for i, tier in enumerate(tiers[:items])]

@@ -119,6 +119,9 @@ class RADDPOTrainer(SessionTrainer):
             optimizers=optimizers,
         )
         pages = getattr(self.data_collator, "pages", None)
+        kind = None if pages is None else pages.kind
+        if args.page not in (None, kind):
+            raise ValueError(f"args.page must be None or the page of data_collator, {kind!r}, got {args.page!r}")
         if pages is not None:
             self._check_pages(pages)
         weighting = SimilarityWeighting(args.similarity_window) if args.similarity_weighting and not pages else None
