@@ -12,6 +12,7 @@ from support.tolerances import close
 
 import raddpo_ext as rx
 from raddpo_ext.integrations import decoders
+from raddpo_ext.integrations import retriever as retrievers
 
 pytestmark = pytest.mark.slow
 
@@ -372,6 +373,28 @@ def test_a_window_shorter_than_the_prompt_is_not_shared(window):
     got = rx.SIDRetriever(model, index, beam_width=400).retrieve(ids, mask)
     best = [max(scores.values()) for scores in brute_force(model, index, ids, mask)]
     assert got.scores[:, 0].tolist() == pytest.approx(best, abs=2e-4)
+
+
+@PROBED_ONCE
+def test_beams_that_are_too_many_are_not_shared(monkeypatch):
+    """The last mask has a row per beam fed, and a column for the prompt and each beam fed so far."""
+    need = 4 * 3 * 20 * (7 + 5 + 20)
+    model, index, built = shared_model("qwen3"), make_index(300), []
+    build = decoders.SharedPrefixDecoder.__init__
+    monkeypatch.setattr(
+        decoders.SharedPrefixDecoder, "__init__", lambda self, *args: built.append(len(args[2])) or build(self, *args)
+    )
+    found = []
+    for most, shared in ((need, True), (need - 1, False)):
+        monkeypatch.setattr(retrievers, "MOST_MASK_BYTES", most)
+        retriever = rx.SIDRetriever(model, index, beam_width=[5, 20, 12])
+        retriever.retrieve(*prompts())
+        built.clear()
+        found.append(retriever.retrieve(*prompts()))
+        assert bool(built) == shared
+    assert torch.equal(found[0].items, found[1].items)
+    with pytest.raises(ValueError, match=rf"beam_width = \[5, 20, 12\] need an attention mask of {need:,} bytes"):
+        rx.SIDRetriever(model, index, beam_width=[5, 20, 12], shared_prefix=True).retrieve(*prompts())
 
 
 @pytest.mark.parametrize("name", MODELS)

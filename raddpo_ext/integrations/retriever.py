@@ -30,6 +30,8 @@ from raddpo_ext.integrations.merger_checks import merger_of, verify_merger
 from raddpo_ext.integrations.probes import PROBE_BEAMS, Ways, verify
 from raddpo_ext.logps.head import Head
 
+MOST_MASK_BYTES = 1 << 30  # of the mask of beams that share a prompt, at four bytes per entry
+
 
 class SIDRetriever:
     """Retrieves items with a causal or encoder-decoder language model of ``transformers``.
@@ -54,7 +56,8 @@ class SIDRetriever:
         beam_width: beams per query: one width, or one for each of the ``index.levels`` steps. A list may be as long
             as the vocabulary has levels (one more with an end token), beyond the longest SID of this index.
         normalize, length_penalty: see :func:`raddpo_ext.beam_step`.
-        shared_prefix: whether beams share their prompt's keys and values. Default: if the model allows it.
+        shared_prefix: whether beams share their prompt's keys and values. Default: if the model allows it, and the
+            mask that this needs takes at most 1 GiB: it grows with the square of the beam width.
         cuda_graph: capture the whole search, prompt and all, in a CUDA graph and replay it. The first call with a batch
             size, prompt length (rounded up to a multiple of 64) and ``top_k`` captures, which takes the time of a few
             searches; the last 16 graphs are kept. All filters of one catalogue (``restrict``, ``discard``) share one
@@ -331,10 +334,17 @@ class SIDRetriever:
                 (ways, *fed), tokens, limit, lambda n: holds_at(self.model, ways, shared, head, n, fed, -n % unit)
             )
 
-        shares = ways.shared and self.shared_prefix is not False and not outgrown
+        # The mask of the last step, whose beams all have a column for each beam so far.
+        mask_bytes = 4 * len(mask) * fed[-1] * (tokens + sum(fed)) if fed else 0
+        shares = ways.shared and self.shared_prefix is not False and not outgrown and mask_bytes <= MOST_MASK_BYTES
         shares = shares and all(tokens <= window for window in slots.values()) and holds(ways)
         if not shares and (self.shared_prefix or self._graphs is not None):
             name = "shared_prefix" if self.shared_prefix else "cuda_graph"
+            if mask_bytes > MOST_MASK_BYTES:
+                raise ValueError(
+                    f"{name} = True, but {len(mask)} prompts of {tokens} tokens with beam_width = {widths} need an "
+                    f"attention mask of {mask_bytes:,} bytes, more than {MOST_MASK_BYTES:,}"
+                )
             raise ValueError(
                 f"{name} = True, but {type(self.model).__name__} cannot share a prompt of {tokens} tokens: it "
                 "ignores the attention mask, or attends to a window of the last tokens"
