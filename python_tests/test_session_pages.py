@@ -316,8 +316,15 @@ def test_bad_trainers(tmp_path: Any) -> None:
     for options, message in cases:
         with pytest.raises(ValueError, match=message):
             trainer_for(seeded(qwen3), rows, output_dir=str(tmp_path), extra={"vocab": vocab}, **options)
-    # Another collator would decide what is learned.
+    # A given collator decides what is learned.
     rows = [row | {"negatives": []} for row in rows]
-    for other, kind in ((SessionCollator(), "None"), (collator("set"), "'set'")):
-        with pytest.raises(ValueError, match=f"args.page must be None or the page of data_collator, {kind}, got 'seq"):
-            trainer_for(seeded(qwen3), rows, output_dir=str(tmp_path), page="sequence", extra={"data_collator": other})
+    for options, other in (
+        ({"page": "sequence"}, SessionCollator()),
+        ({"page": "sequence"}, collator("set")),
+        ({"separator": SEPARATOR}, collator()),
+        ({"supervise_separator": False}, collator(separator=SEPARATOR)),
+        ({"max_items": 2}, collator()),
+        ({"level_weights": WEIGHTS}, collator()),
+    ):
+        with pytest.raises(ValueError, match=f"args.{next(iter(options))} must be .* with a data_collator, which has"):
+            trainer_for(seeded(qwen3), rows, output_dir=str(tmp_path), extra={"data_collator": other}, **options)

@@ -32,7 +32,7 @@ class SessionPages:
         max_items: int | None,
         level_weights: Sequence[float] | None,
     ) -> None:
-        self.kind = KINDS[_check.choice(kind, "page", KINDS)]
+        self.is_sequence = KINDS[_check.choice(kind, "page", KINDS)] == "sequence"
         if separator is not None and not self.is_sequence:
             raise ValueError(f"separator must be None with page = 'set', got {separator!r}")
         self.separator = None if separator is None else _check.integer(separator, "separator", 0)
@@ -40,10 +40,6 @@ class SessionPages:
         self.max_items = None if max_items is None else _check.integer(max_items, "max_items", 1)
         given = () if level_weights is None else level_weights
         self.level_weights = [_check.not_negative(w, f"level_weights[{i}]") for i, w in enumerate(given)]
-
-    @property
-    def is_sequence(self) -> bool:
-        return self.kind == "sequence"
 
     def num_separators(self, items: int) -> int:
         """The number of separators on a page."""

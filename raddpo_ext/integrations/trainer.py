@@ -53,7 +53,7 @@ class RADDPOTrainer(SessionTrainer):
         args: the options.
         ref_model: the reference. Default with ``args.use_reference``: the model as it is now. Without adapters this is
             a frozen copy. With adapters only the trainable values are copied, and used for the reference's forward.
-        data_collator: a :class:`SessionCollator`; default: one made from ``args``.
+        data_collator: a :class:`SessionCollator`, which also decides about pages; default: one made from ``args``.
         train_dataset, eval_dataset: rows in the form that :class:`SessionCollator` takes.
         processing_class: a tokenizer, for rows of text.
         peft_config: PEFT adapters to add to the model, or None.
@@ -119,9 +119,8 @@ class RADDPOTrainer(SessionTrainer):
             optimizers=optimizers,
         )
         pages = getattr(self.data_collator, "pages", None)
-        kind = None if pages is None else pages.kind
-        if args.page not in (None, kind):
-            raise ValueError(f"args.page must be None or the page of data_collator, {kind!r}, got {args.page!r}")
+        if data_collator is not None:
+            self._check_unused(PAGE_OPTIONS if pages is None else (*PAGE_OPTIONS, "level_weights"))
         if pages is not None:
             self._check_pages(pages)
         weighting = SimilarityWeighting(args.similarity_window) if args.similarity_weighting and not pages else None
@@ -141,6 +140,15 @@ class RADDPOTrainer(SessionTrainer):
         if args.page is not None:
             pages["level_weights"] = args.level_weights
         return SessionCollator(layout=args.layout, embeddings=args.similarity_weighting, **options, **pages)
+
+    def _check_unused(self, names: tuple[str, ...]) -> None:
+        """Raise ValueError for an option of pages that a given collator does not read."""
+        for name in names:
+            value, default = getattr(self.args, name), getattr(RADDPOConfig, name)
+            if value != default:
+                raise ValueError(
+                    f"args.{name} must be {default} with a data_collator, which has its own, got {value!r}"
+                )
 
     def _check_pages(self, pages: SessionPages) -> None:
         """Raise ValueError for options that pages cannot have."""
