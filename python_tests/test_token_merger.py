@@ -154,6 +154,19 @@ def test_precision(dtype: torch.dtype, count: int) -> None:
         torch.testing.assert_close(merger(ids).double(), expected, **close("token_merger", dtype))
 
 
+@pytest.mark.parametrize("count", [2, 40])
+def test_a_projection_of_another_precision(count: int) -> None:
+    merger = merger_for(dtype=torch.bfloat16)
+    merger.sid_projection.float()
+    exact = copy.deepcopy(merger).float()
+    ids = batch(merger, VOCAB, count)
+    for context in (torch.enable_grad, torch.no_grad):
+        with context():
+            found = merger(ids)
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), exact(ids), rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("count", [1, 12])
 def test_gradcheck(count: int) -> None:
     merger = merger_for(rx.SIDVocab([2, 2], offset=3))

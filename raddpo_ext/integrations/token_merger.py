@@ -215,9 +215,10 @@ class TokenMerger(nn.Embedding):
         The first level's have the bias: each SID has one of them.
         """
         layer = self.sid_projection
-        blocks = zip(rows.split(self.ids.counts), layer.weight.split(self.embedding_dim, 1), strict=True)
+        parts = rows.to(layer.weight.dtype).split(self.ids.counts)
+        blocks = zip(parts, layer.weight.split(self.embedding_dim, 1), strict=True)
         tables = [F.linear(part, block, None if level else layer.bias) for level, (part, block) in enumerate(blocks)]
-        return torch.cat([rows.new_zeros(1, self.embedding_dim), *tables])
+        return torch.cat([tables[0].new_zeros(1, self.embedding_dim), *tables]).to(rows.dtype)
 
     def _kept_table(self, rows: Tensor) -> Tensor:
         """:meth:`_table`, kept while what it is made of stays the same.
