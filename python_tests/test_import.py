@@ -49,6 +49,8 @@ def test_the_command_line_starts_without_torch() -> None:
     done = run(start.format("raddpo_ext") + later, ROOT)
     assert done.stdout == f"False {rx.__version__}\nbeam_search True\n"
     assert run(start.format("raddpo_ext.bench"), ROOT).stdout == f"True {rx.__version__}\n"
+    longer = "import sys; sys.argv = ['-m'] + ['x'] * 9; "  # set by a program, such as one that runs others
+    assert run(longer + "import raddpo_ext; print('torch' in sys.modules)", ROOT).stdout == "True\n"
 
 
 def test_sources_that_are_not_compiled(tmp_path: Path) -> None:

@@ -34,5 +34,5 @@ def __dir__() -> list[str]:
 
 
 # While Python looks for the module that its option -m names, "-m" stands for it in sys.argv.
-if not (_sys.argv[:1] == ["-m"] and _sys.orig_argv[-len(_sys.argv)] == __name__):
+if not (_sys.argv[:1] == ["-m"] and _sys.orig_argv[-len(_sys.argv) :][:1] == [__name__]):
     _load()
