@@ -100,7 +100,7 @@ def test_the_items_are_the_sessions() -> None:
 
 
 def test_a_page_of_one_item_is_a_set() -> None:
-    rows = [row | {"positives": row["positives"][:1]} for row in page_rows(8)]
+    rows = [row | {name: row[name][:1] for name in ("positives", "tiers")} for row in page_rows(8)]
     one, other = collator()(rows), collator("set")(rows)
     for name in ("input_ids", "position_ids", "ends", "distinct", "rows"):
         assert torch.equal(getattr(one["packed"], name), getattr(other["packed"], name)), name
