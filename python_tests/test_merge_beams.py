@@ -73,6 +73,9 @@ BAD: list[tuple[Any, Any, type[Exception], str]] = [
         r"parts\[1\] .* 1 queries .* got 2",
     ),
     ([result([[1]], [[0.0]], logps=True), result([[1]], [[0.0]])], None, ValueError, r"parts\[1\].token_logps must be"),
+    ([result([[1, 2]], [[0.0]])], None, ValueError, r"parts\[0\].scores must have the \(1, 2\) queries and rows"),
+    ([result([[1]], [[0.0]])._replace(sids=torch.zeros(1, 1))], None, ValueError, r"parts\[0\].sids must have"),
+    ([result([[1]], [[torch.nan]])], None, ValueError, r"parts\[0\].scores must not hold NaN"),
     ([result([[1]], [[0.0]])], 0, ValueError, "top_k must be"),
     ([result([[1]], [[0.0]])], 1.5, TypeError, "top_k must be"),
 ]

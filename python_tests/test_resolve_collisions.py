@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import raddpo_ext as rx
+from raddpo_ext.sids.prefixes import numbered, ranks
 
 module = importlib.import_module("raddpo_ext.sids.resolve_collisions")  # its name is the function's, too
 
@@ -184,3 +185,15 @@ def test_bad_arguments_of_lengths(arguments: dict[str, Any], error: type[Excepti
     usual: dict[str, Any] = dict(sids=torch.zeros(2, 2).long(), budget=1)
     with pytest.raises(error, match=re.escape(message)):
         rx.sids.adaptive_lengths(**usual | arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64])
+def test_ranks_of_codes_far_apart(dtype: torch.dtype) -> None:
+    """Against sorted tuples, also where keys of the whole range would overflow."""
+    low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    codes = torch.randint(low, high, (200, 5), generator=torch.Generator().manual_seed(0)).to(dtype)
+    codes = codes[torch.randint(40, (300,), generator=torch.Generator().manual_seed(1))]
+    rows = [tuple(row) for row in codes.tolist()]
+    order = {row: place for place, row in enumerate(sorted(set(rows)))}
+    assert ranks(codes).tolist() == [order[row] for row in rows]
+    assert numbered(codes)[:, -1].tolist() == ranks(codes).tolist()

@@ -301,6 +301,13 @@ def test_bad_rows(change: dict[str, Any], error: type[Exception], message: str) 
         collator(separator=SEPARATOR, vocab_size=VOCAB, level_weights=[1.0, 1.0])([row])
 
 
+def test_a_separator_that_is_a_codes_token() -> None:
+    vocab = rx.SIDVocab([4, 4], offset=3, eos=1)
+    with pytest.raises(ValueError, match="separator = 8 is also the token of a code of level 1"):
+        collator(separator=8, vocab=vocab)
+    collator(separator=1, vocab=vocab)  # the end token may be
+
+
 def test_a_separator_outside_the_vocabulary() -> None:
     with pytest.raises(ValueError, match=f"separator must be below vocab_size = {VOCAB}, got {VOCAB}"):
         collator(separator=VOCAB, vocab_size=VOCAB)

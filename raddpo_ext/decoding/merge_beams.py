@@ -78,13 +78,21 @@ def _check_parts(parts: list[BeamResult]) -> None:
     first = parts[0]
     for i, part in enumerate(parts):
         _check.instance(part, f"parts[{i}]", BeamResult)
-        if part.items.shape[0] != first.items.shape[0]:
-            raise ValueError(
-                f"parts[{i}] must have the {first.items.shape[0]} queries of parts[0], got {part.items.shape[0]}"
-            )
-        if part.items.device != first.items.device:
-            raise ValueError(
-                f"parts[{i}] must be on the device of parts[0], {first.items.device}, got {part.items.device}"
-            )
         if (part.token_logps is None) != (first.token_logps is None):
             raise ValueError(f"parts[{i}].token_logps must be given in all parts or in none")
+        # Rows of one shape and place within a part, and the same queries in all.
+        shape, device = part.items.shape, first.items.device
+        for name, tensor in part._asdict().items():
+            if tensor is None:
+                continue
+            if tensor.shape[:2] != shape or tensor.dim() != 2 + (name in ("sids", "token_logps")):
+                raise ValueError(
+                    f"parts[{i}].{name} must have the {tuple(shape)} queries and rows of its items, got shape "
+                    f"{tuple(tensor.shape)}"
+                )
+            if tensor.device != device:
+                raise ValueError(f"parts[{i}].{name} must be on the device of parts[0], {device}, got {tensor.device}")
+        if len(part.items) != len(first.items):
+            raise ValueError(f"parts[{i}] must have the {len(first.items)} queries of parts[0], got {len(part.items)}")
+        if bool(part.scores.isnan().any()):
+            raise ValueError(f"parts[{i}].scores must not hold NaN")

@@ -115,8 +115,7 @@ class SessionCollator:
         self.pages = None
         if page is not None:
             self.pages = SessionPages(page, separator, supervise_separator, max_items, level_weights)
-            if separator is not None and self.vocab_size is not None and separator >= self.vocab_size:
-                raise ValueError(f"separator must be below vocab_size = {self.vocab_size}, got {separator}")
+            self._check_separator(self.pages.separator, vocab)
             del self.options["embeddings"]  # of last tokens, which only comparisons need
         elif (separator, max_items, level_weights) != (None, None, None):
             raise ValueError("separator, max_items and level_weights need page, got None")
@@ -225,6 +224,16 @@ class SessionCollator:
             torch.tensor(sizes).cumsum(0),
             torch.tensor(positives, dtype=torch.int64),
         )
+
+    def _check_separator(self, separator: int | None, vocab: SIDVocab | None) -> None:
+        """Raise ValueError for a separator that the model lacks, or that is a code's token."""
+        if separator is None:
+            return
+        if self.vocab_size is not None and separator >= self.vocab_size:
+            raise ValueError(f"separator must be below vocab_size = {self.vocab_size}, got {separator}")
+        for level, tokens in enumerate(() if vocab is None else vocab.token_ids):
+            if bool((tokens == separator).any()):
+                raise ValueError(f"separator = {separator} is also the token of a code of level {level}")
 
     def _check_vocabulary(self, packed: PackedSessions, vocab_size: int) -> None:
         """Raise ValueError for a token id that the model lacks."""

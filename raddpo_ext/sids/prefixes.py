@@ -19,7 +19,7 @@ def numbered(sids: Tensor) -> Tensor:
 def ranks(codes: Tensor) -> Tensor:
     """For each row of codes, its place among the different rows in their order: int64 ``[N]``."""
     keys, count = torch.zeros(len(codes), dtype=torch.int64), 1
-    for column in codes.T if len(codes) else ():
+    for column in codes.long().T if len(codes) else ():
         low = int(column.min())
         width = int(column.max()) - low + 1
         if count * width > _LARGEST:
