@@ -24,15 +24,12 @@ Prepared = tuple[Search, list[Level]]
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name.replace(" ", "-"))
 def case(request: pytest.FixtureRequest) -> Iterator[Prepared]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with torch.inference_mode():
         try:
             search = Search(request.param)
         except Missing as missing:
             pytest.skip(str(missing))
         yield search, list(search.levels())
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -7,7 +7,6 @@ Ours should take at most 50 us for 512 rows and 1 ms for 16,384.
 """
 
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,14 +16,6 @@ from raddpo_ext.bench.group_advantages_cases import CASES, Batch
 from raddpo_ext.bench.group_advantages_peers import METHODS, bare_bytes
 
 SECONDS = 0.5  # a method and case, at least 1 round
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name.replace(" ", "-"))

@@ -6,22 +6,12 @@ Plain torch is first checked to give our values and gradients; ``floor`` reads t
 thread. Ours should take at most 1.1 times as long as ``token_logps``.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from raddpo_ext.bench.legal_mass import Problem
 
 ROWS, VOCABULARY, CODES = 64, 152_064, 256
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)

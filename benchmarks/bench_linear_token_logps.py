@@ -8,7 +8,6 @@ Every method is first checked to give our values and gradients. One thread.
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from benchmarks.peers.token_logps import methods
 from benchmarks.peers.token_logps_timing import check
@@ -20,13 +19,10 @@ NAMES = list(dict.fromkeys(name for case in CHOSEN for name in methods(case)))
 
 @pytest.fixture(scope="module", params=CHOSEN, ids=lambda case: case.name.replace(" ", "-"))
 def problem(request: pytest.FixtureRequest) -> Iterator[Problem]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     problem = Problem(request.param)
     yield problem
     for leaf in problem.leaves.values():  # the weight lives on
         leaf.grad = None
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("method", NAMES)

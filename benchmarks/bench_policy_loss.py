@@ -7,7 +7,6 @@ thread. Ours should take at most 100 us for 512 rows and 2 ms for 16,384.
 """
 
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,14 +15,6 @@ from raddpo_ext.bench.policy_loss_cases import CASES, Batch
 from raddpo_ext.bench.policy_loss_peers import METHODS, bare_bytes
 
 SECONDS = 0.5  # a method and case, at least 3 rounds
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name.replace(" ", "-"))

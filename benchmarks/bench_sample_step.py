@@ -8,10 +8,8 @@ times as long as ``beam_step``.
 """
 
 import time
-from collections.abc import Iterator
 
 import pytest
-import torch
 
 from raddpo_ext.bench.sample_step import CASES, Steps
 
@@ -19,11 +17,8 @@ SECONDS = 0.5  # a method and case, at least 3 rounds
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name.replace(" ", "-"))
-def steps(request: pytest.FixtureRequest) -> Iterator[Steps]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield Steps(request.param)
-    torch.set_num_threads(threads)
+def steps(request: pytest.FixtureRequest) -> Steps:
+    return Steps(request.param)
 
 
 @pytest.mark.parametrize("method", ["sample_step", "beam_step trie", "beam_step vocab"])

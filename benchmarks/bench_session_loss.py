@@ -7,7 +7,7 @@ that is without its linear part; compared with the operator alone it should take
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,14 +19,6 @@ from raddpo_ext.bench.session_loss_peers import METHODS
 
 MODULE_CASE = Case("winner", 64, (3, 3), (13, 13))
 SECONDS = 0.5  # a method and case, at least 3 rounds
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name.replace(" ", "-"))

@@ -5,10 +5,7 @@
 Every method is first checked to give our values and gradients. One thread.
 """
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 from benchmarks.peers.token_logps import methods
 from benchmarks.peers.token_logps_timing import check
@@ -19,11 +16,8 @@ NAMES = list(dict.fromkeys(name for case in CHOSEN for name in methods(case)))
 
 
 @pytest.fixture(scope="module", params=CHOSEN, ids=lambda case: case.name.replace(" ", "-"))
-def problem(request: pytest.FixtureRequest) -> Iterator[Problem]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield Problem(request.param)
-    torch.set_num_threads(threads)
+def problem(request: pytest.FixtureRequest) -> Problem:
+    return Problem(request.param)
 
 
 @pytest.mark.parametrize("method", NAMES)

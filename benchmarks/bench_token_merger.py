@@ -8,21 +8,11 @@ training step is the products of the tables, which need no more arithmetic for m
 That of a forward is the sum of rows of a table that is there. One thread. With few items ours takes the plain form.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from raddpo_ext.bench.compare import Comparison, agree
 from raddpo_ext.bench.token_merger import CASES, comparison
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name.replace(" ", "-"))
