@@ -354,14 +354,14 @@ MUTANTS = [
     Mutant(
         fault="a code takes one row more than it has room for",
         op="assign_balanced",
-        file="csrc/assign_balanced/assign_balanced.h",
+        file="csrc/assign_balanced/assign_balanced_cpu.inl",
         old="const float distance = room[code] > 0 ? distances[code] : kNone;",
         new="const float distance = room[code] >= 0 ? distances[code] : kNone;",
     ),
     Mutant(
         fault="the codes under all prefixes share one table of what is free",
         op="assign_balanced",
-        file="csrc/assign_balanced/assign_balanced.h",
+        file="csrc/assign_balanced/assign_balanced_cpu.inl",
         old="(a.groups ? a.groups[row] : 0) * a.codes",
         new="0 * a.codes",
     ),

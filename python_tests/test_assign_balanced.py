@@ -26,8 +26,13 @@ def slow(x: Tensor, codebook: Tensor, capacity: int) -> list[int]:
     return codes
 
 
-@given(rows=st.integers(0, 60), codes=st.integers(1, 19), spare=st.integers(0, 3), chunk=st.sampled_from([5, 100]))
-def test_equals_a_loop(rows: int, codes: int, spare: int, chunk: int) -> None:
+@given(
+    rows=st.integers(0, 60),
+    codes=st.integers(1, 19) | st.sampled_from([32, 33, 70]),
+    spare=st.integers(0, 3),
+    chunk=st.sampled_from([5, 100]),
+)
+def test_equals_a_loop(isa: str, rows: int, codes: int, spare: int, chunk: int) -> None:
     generator = torch.Generator().manual_seed(1000 * rows + codes)
     x, book = torch.randint(-3, 4, (2, max(rows, codes), 3), generator=generator).float()  # with ties, exactly
     x, book = x[:rows], book[:codes]
@@ -37,6 +42,15 @@ def test_equals_a_loop(rows: int, codes: int, spare: int, chunk: int) -> None:
         found = rx.sids.assign_balanced(x, book, capacity)
     assert found.tolist() == slow(x, book, capacity)
     assert torch.bincount(found, minlength=codes).max() <= capacity
+
+
+def test_infinite_distances_are_distances_too(isa: str) -> None:
+    distances = torch.full((3, 40), torch.inf)
+    distances[1, 35] = 1
+    room = torch.ones(1, 40, dtype=torch.int32)
+    room[0, 0] = 0
+    assert torch.ops.raddpo.assign_balanced(distances, room, None).tolist() == [1, 35, 2]
+    assert torch.ops.raddpo.assign_balanced(distances, torch.zeros_like(room), None).tolist() == [-1, -1, -1]
 
 
 def test_without_need_it_is_encode() -> None:

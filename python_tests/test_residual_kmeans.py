@@ -53,6 +53,23 @@ def test_codes_are_the_nearest_level_by_level(chunk: int, forced: bool, monkeypa
     assert rx.sids.encode(x[:0], books).shape == (0, 3)
 
 
+@pytest.mark.parametrize("kind", ["tensor", "array", "read-only"])
+def test_embeddings_are_not_written_to(kind: str) -> None:
+    x = blobs(60, 3, 0)
+    x[30:] = x[:30]  # so that items collide
+    kept: Any = x.clone() if kind == "tensor" else x.numpy().copy()
+    if kind == "read-only":
+        kept.setflags(write=False)
+    forced = torch.full((60, 2), -1)
+    forced[:, 1] = torch.arange(60) % 3
+    books = rx.sids.fit_residual_kmeans(kept, [4, 3], seed=0, forced=forced)
+    sids = rx.sids.encode(kept, books)
+    for mode in ("nearest_free", "extra_level"):
+        rx.sids.resolve_collisions(sids, kept, books, mode)
+    rx.sids.assign_balanced(kept, books.levels[0], 15)
+    assert np.array_equal(np.asarray(kept), x.numpy())
+
+
 def test_ties_go_to_the_lower_code() -> None:
     books = rx.sids.Codebooks((torch.tensor([[1.0], [-1.0], [1.0]]),))
     assert rx.sids.encode(torch.tensor([[0.0], [1.0], [-2.0]]), books).tolist() == [[0], [0], [1]]

@@ -1,6 +1,7 @@
 // assign_balanced for torch. Catalogues are encoded on the CPU, so it runs there only.
 #include "assign_balanced.h"
 
+#include "../common/isa.h"
 #include "../common/tensor.h"
 
 namespace raddpo {
@@ -27,7 +28,7 @@ Tensor assign_balanced_cpu(const Tensor& distances, Tensor room, const OptionalT
   }
   Tensor assigned = new_empty(distances, {a.rows}, ScalarType::Long);
   a.assigned = assigned.mutable_data_ptr<std::int64_t>();
-  assign_balanced(a);
+  RADDPO_CALL_ISA(assign_balanced, a);
   return assigned;
 }
 

@@ -29,12 +29,13 @@ def check_embeddings(x: Any) -> None:
 
 
 def rows_of(x: Tensor | np.ndarray, rows: slice | Tensor) -> Tensor:
-    """A float32 copy of some rows. Raises ValueError if their squares, which distances are made of, are not finite."""
+    """Some rows in float32, not to be written to: a slice may share its memory with ``x``. Raises ValueError if their
+    squares, which distances are made of, are not finite."""
     if isinstance(x, Tensor):
-        part = x.detach()[rows].to(torch.float32, copy=True)
+        part = x.detach()[rows].to(torch.float32)
     else:
         with np.errstate(over="ignore"):  # told of below
-            part = torch.from_numpy(np.array(x[rows if isinstance(rows, slice) else rows.numpy()], np.float32))
+            part = torch.from_numpy(np.require(x[rows if isinstance(rows, slice) else rows.numpy()], np.float32, "W"))
     numbers = part.flatten()
     if not bool(torch.isfinite(numbers.dot(numbers))):  # the squares of all rows together, in one pass
         bad = ~torch.isfinite(part.square().sum(1))  # vector_norm would not square a single number
@@ -45,7 +46,7 @@ def rows_of(x: Tensor | np.ndarray, rows: slice | Tensor) -> Tensor:
 
 
 def chunks(x: Tensor | np.ndarray) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of at most ``CHUNK`` rows, and float32 copies of these rows."""
+    """Slices of at most ``CHUNK`` rows, and these rows as :func:`rows_of` gives them."""
     for begin in range(0, len(x), CHUNK):
         rows = slice(begin, min(begin + CHUNK, len(x)))
         yield rows, rows_of(x, rows)

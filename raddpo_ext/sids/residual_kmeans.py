@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from raddpo_ext import _check
+from raddpo_ext.sids import embeddings
 from raddpo_ext.sids.codebooks import Codebooks, check_codes
-from raddpo_ext.sids.embeddings import check_embeddings, chunks, rows_of
 
 _ITERATIONS = 25
 _ROWS_PER_CODE = 256  # more do not move the means by much
@@ -50,7 +50,7 @@ def fit_residual_kmeans(
         >>> len(sids[:, 0].unique()), torch.allclose(books.decode(sids), x)
         (4, True)
     """
-    check_embeddings(x)
+    embeddings.check_embeddings(x)
     counts = [_check.integer(size, f"sizes[{level}]", 1) for level, size in enumerate(sizes)]
     if not counts:
         raise ValueError("sizes must have at least one level")
@@ -60,7 +60,7 @@ def fit_residual_kmeans(
     given = _given_levels(forced, len(x), counts)
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(x), generator=generator)[: _ROWS_PER_CODE * max(counts)].sort().values
-    residual = rows_of(x, rows)
+    residual = embeddings.rows_of(x, rows)
     books: list[Tensor] = []
     for level, size in enumerate(counts):
         if given[level]:
@@ -68,8 +68,7 @@ def fit_residual_kmeans(
             books.append(_means(x, books, forced, level, size))
         else:
             books.append(_kmeans(residual, size, seed + level))
-        given_codes = None if forced is None else forced[rows, level : level + 1]
-        _encode(residual, [Level.of(books[-1])], given_codes, subtract_last=True)
+        residual -= books[-1][Level.of(books[-1]).codes(residual, None if forced is None else forced[rows, level])]
         if progress is not None:
             progress((level + 1) / len(counts))
     return Codebooks(tuple(books))
@@ -98,7 +97,7 @@ def encode(x: Tensor | np.ndarray, codebooks: Codebooks, forced: Tensor | None =
         tensor([[1, 0],
                 [0, 1]])
     """
-    check_embeddings(x)
+    embeddings.check_embeddings(x)
     _check.instance(codebooks, "codebooks", Codebooks)
     if x.shape[1] != codebooks.dim:
         raise ValueError(f"x must have the codebooks' {codebooks.dim} columns, got {x.shape[1]}")
@@ -106,8 +105,16 @@ def encode(x: Tensor | np.ndarray, codebooks: Codebooks, forced: Tensor | None =
         _check_forced(forced, len(x), codebooks.sizes)
     sids = torch.empty(len(x), len(codebooks.sizes), dtype=torch.int64)
     levels = [*map(Level.of, codebooks.levels)]
-    for rows, residual in chunks(x):
-        sids[rows] = _encode(residual, levels, None if forced is None else forced[rows], subtract_last=False)
+    # The residuals of every chunk use the same memory: fresh memory would cost more than the subtraction.
+    left, vectors = torch.empty(2, min(embeddings.CHUNK, len(x)), codebooks.dim)
+    for rows, residual in embeddings.chunks(x):
+        count = len(residual)
+        for number, level in enumerate(levels):
+            codes = level.codes(residual, None if forced is None else forced[rows, number])
+            sids[rows, number] = codes
+            if number + 1 < len(levels):
+                torch.index_select(level.book, 0, codes, out=vectors[:count])
+                residual = torch.sub(residual, vectors[:count], out=left[:count])
     return sids
 
 
@@ -125,32 +132,24 @@ class Level(NamedTuple):
         """Squared distances ``[n, K]`` less each row's own square, which changes no comparison."""
         return torch.addmm(self.squares, residual, self.book.T, alpha=-2)
 
-    def nearest(self, residual: Tensor) -> Tensor:
-        return self.distances(residual).argmin(1)  # the first of equal ones
-
-
-def _encode(residual: Tensor, levels: Sequence[Level], forced: Tensor | None, subtract_last: bool) -> Tensor:
-    """The codes ``[n, L]``. What the levels leave stays in ``residual``; the last one's part only if asked for."""
-    sids = torch.empty(len(residual), len(levels), dtype=torch.int64)
-    for number, level in enumerate(levels):
+    def codes(self, residual: Tensor, forced: Tensor | None = None) -> Tensor:
+        """The nearest code of each row, the first of equal ones, or the one of ``forced``, int64 ``[n]``, if it is not
+        -1."""
         if forced is None:
-            codes = level.nearest(residual)
-        else:
-            codes = forced[:, number].clone()
-            free = (codes < 0).nonzero()[:, 0]
-            codes[free] = level.nearest(residual[free])
-        sids[:, number] = codes
-        if subtract_last or number + 1 < len(levels):
-            residual -= level.book[codes]
-    return sids
+            return self.distances(residual).argmin(1)
+        codes = forced.clone()
+        free = (codes < 0).nonzero()[:, 0]
+        codes[free] = self.codes(residual[free])
+        return codes
 
 
 def _means(x: Tensor | np.ndarray, books: list[Tensor], forced: Tensor, level: int, size: int) -> Tensor:
     """The mean, per given code of a level, of what the levels before it leave of all rows."""
     sums, counts = torch.zeros(size, x.shape[1], dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
     levels = [*map(Level.of, books)]
-    for rows, residual in chunks(x):
-        _encode(residual, levels, forced[rows], subtract_last=True)
+    for rows, residual in embeddings.chunks(x):
+        for number, before in enumerate(levels):
+            residual = residual - before.book[before.codes(residual, forced[rows, number])]
         sums.index_add_(0, forced[rows, level], residual.double())
         counts += torch.bincount(forced[rows, level], minlength=size)
     return (sums / counts.clamp(min=1)[:, None]).float()

@@ -132,7 +132,7 @@ def _nearest_free(sids: Tensor, movers: Tensor, x: Tensor | np.ndarray, codebook
             rows = movers[at : min(at + CHUNK, end)]
             residual = rows_of(x, rows)
             for level, vectors in enumerate(before):
-                residual -= vectors[sids[rows, level]]
+                residual = residual - vectors[sids[rows, level]]
             distances = last.distances(residual)
             moved[at : at + len(rows)] = torch.ops.raddpo.assign_balanced(
                 distances, room, groups[at : at + len(rows)] - first
