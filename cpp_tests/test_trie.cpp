@@ -73,7 +73,7 @@ void check_lookups(const Catalogue& c, const TrieBytes& trie, const std::uint8_t
     for (std::int64_t token : tokens) {  // ascending
       const std::int64_t child = node_at(view, place++);
       CHECK_EQUAL(token_of(view, static_cast<int>(prefix.size()), symbol_of(view, child)), token);
-      CHECK_EQUAL(parent_of(view, child), node);
+      CHECK_EQUAL(parent_of(view, child, depth_of(view, child)), node);
     }
     Sid wrong = prefix;
     for (std::int64_t token = -1; token < num_tokens + 2; ++token) {

@@ -52,11 +52,12 @@ Contents walk(const std::uint8_t* block) {
     next_child += children.count;
     next_item += items.count;
     expect(!children.count == (items.count > 0), "leaves have the items");
-    expect(node == 0 || node == children_of(t, parent_of(t, node)).first || symbol_of(t, node - 1) < symbol_of(t, node),
+    expect(node == 0 || node == children_of(t, parent_of(t, node, depth)).first ||
+               symbol_of(t, node - 1) < symbol_of(t, node),
            "siblings ascend");
     for (std::int64_t child = children.first; child < children.first + children.count; ++child) {
       const std::int32_t token = token_of(t, static_cast<int>(depth), symbol_of(t, child));
-      expect(parent_of(t, child) == node && depth_of(t, child) == depth + 1, "a child's parent is its own");
+      expect(parent_of(t, child, depth + 1) == node && depth_of(t, child) == depth + 1, "a child's parent is its own");
       expect(find_child(t, node, static_cast<int>(depth), token) == child, "a child is found");
       expect(token <= h[kMaxToken + depth] && token >= 0, "tokens are at most max_token");
     }

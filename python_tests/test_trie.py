@@ -30,7 +30,7 @@ def assert_same_index(got: rx.TrieIndex, expected: reference.TrieIndex) -> None:
 
 
 @given(catalogues(), st.data())
-def test_equals_reference(threads: int, catalogue: Catalogue, data: st.DataObject) -> None:
+def test_equals_reference(isa: str, catalogue: Catalogue, data: st.DataObject) -> None:
     index = rx.TrieIndex.build(**catalogue.arguments())
     expected = reference.TrieIndex.build(**catalogue.arguments())
     assert_same_index(index, expected)
@@ -101,7 +101,7 @@ def test_most_levels(levels: int) -> None:
 
 
 @pytest.mark.parametrize("codes", [65536, 65537, 2**31 - 1])
-def test_wide_symbols(codes: int) -> None:
+def test_wide_symbols(isa: str, codes: int) -> None:
     """Codes of more than 16 bits need wide symbols."""
     rng = np.random.default_rng(0)
     sids = rng.integers(0, codes, (300, 3))
@@ -127,7 +127,7 @@ def test_blocks_and_hints(threads: int, rows: int) -> None:
 
 @settings(max_examples=10)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 20000), st.integers(1, 8))
-def test_larger_catalogues(threads: int, seed: int, rows: int, levels: int) -> None:
+def test_larger_catalogues(isa: str, threads: int, seed: int, rows: int, levels: int) -> None:
     """More rows than one thread's share, packed into one word or several."""
     rng = np.random.default_rng(seed)
     sids = rng.integers(0, rng.integers(2, 5000, levels), (rows, levels))
@@ -137,6 +137,9 @@ def test_larger_catalogues(threads: int, seed: int, rows: int, levels: int) -> N
     assert index.num_nodes == 1 + sum(len(np.unique(sids[:, : d + 1], axis=0)) for d in range(levels))
     items, offsets = index.lookup(distinct)
     assert items[offsets[:-1]].tolist() == first.tolist()
+    others = sids[rng.integers(rows, size=1000)] + rng.integers(-1, 2, (1000, levels))
+    known = set(map(tuple, distinct.tolist()))
+    assert index.contains(others).tolist() == [tuple(sid) in known for sid in others.tolist()]
     leaves = torch.arange(index.num_nodes - index.num_sids, index.num_nodes)
     assert index.paths(leaves)[0].tolist() == distinct.tolist()
 

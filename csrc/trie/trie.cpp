@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "../common/isa.h"
 #include "../trie_index/trie_check.h"
 #include "trie_ops.h"
 #include "trie_tensor.h"
@@ -122,18 +123,16 @@ Tensor trie_check_cpu(const Tensor& trie, std::int64_t threads) {
 
 Tensor trie_walk_cpu(const Tensor& tokens, const Tensor& trie, const Tensor& header, const OptionalTensor& live) {
   const Walk c = prepare_walk(tokens, trie, header, live);
-  parallel_for(c.args.rows, kGrain, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t row = begin; row < end; ++row) trie_walk_row(c.args, row);
-  });
+  parallel_for(c.args.rows, kGrain,
+               [&](std::int64_t begin, std::int64_t end) { RADDPO_CALL_ISA(trie_walk, c.args, begin, end); });
   return c.nodes;
 }
 
 std::tuple<Tensor, Tensor> trie_paths_cpu(const Tensor& nodes, const Tensor& trie, const Tensor& header,
                                           const OptionalTensor& live, std::int64_t sid_levels) {
   const Paths c = prepare_paths(nodes, trie, header, live, sid_levels);
-  parallel_for(c.args.count, kGrain, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin; i < end; ++i) trie_path(c.args, i);
-  });
+  parallel_for(c.args.count, kGrain,
+               [&](std::int64_t begin, std::int64_t end) { RADDPO_CALL_ISA(trie_paths, c.args, begin, end); });
   return {c.codes, c.depths};
 }
 
@@ -141,18 +140,16 @@ template <bool items>
 std::tuple<Tensor, Tensor> trie_ranges_cpu(const Tensor& nodes, const Tensor& trie, const Tensor& header,
                                            const OptionalTensor& live) {
   const Ranges c = prepare_ranges(nodes, trie, header, live, items);
-  parallel_for(c.args.count, kGrain, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin; i < end; ++i) trie_range(c.args, i);
-  });
+  parallel_for(c.args.count, kGrain,
+               [&](std::int64_t begin, std::int64_t end) { RADDPO_CALL_ISA(trie_ranges, c.args, begin, end); });
   return {c.first, c.count};
 }
 
 Tensor trie_select_cpu(const Tensor& places, const Tensor& trie, const Tensor& header, const OptionalTensor& live,
                        bool items) {
   const Select c = prepare_select(places, trie, header, live, items);
-  parallel_for(c.args.count, kGrain, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin; i < end; ++i) trie_select(c.args, i);
-  });
+  parallel_for(c.args.count, kGrain,
+               [&](std::int64_t begin, std::int64_t end) { RADDPO_CALL_ISA(trie_select, c.args, begin, end); });
   return c.numbers;
 }
 

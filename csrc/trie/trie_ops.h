@@ -40,7 +40,7 @@ RADDPO_HD void trie_path(const TriePathsArgs& a, std::int64_t i) {
   for (int level = depth < 0 ? 0 : depth; level < t.sid_levels; ++level) codes[level] = -1;
   for (int level = depth - 1; level >= 0; --level) {
     if (level < t.sid_levels) codes[level] = code_of(t, level, symbol_of(t, node));
-    node = parent_of(t, node);
+    node = parent_of(t, node, level + 1);
   }
 }
 
@@ -78,6 +78,22 @@ RADDPO_HD void trie_select(const TrieSelectArgs& a, std::int64_t i) {
   const bool found = place >= 0 && place < live_before(a.live, a.size);
   a.numbers[i] = found ? nth_live(a.live, a.size, place) : -1;
 }
+
+#define RADDPO_DECLARE                                                                    \
+  void trie_walk(const TrieWalkArgs& a, std::int64_t begin, std::int64_t end); /* rows */ \
+  void trie_paths(const TriePathsArgs& a, std::int64_t begin, std::int64_t end);          \
+  void trie_ranges(const TrieRangesArgs& a, std::int64_t begin, std::int64_t end);        \
+  void trie_select(const TrieSelectArgs& a, std::int64_t begin, std::int64_t end);
+namespace scalar {
+RADDPO_DECLARE
+}
+namespace avx2 {
+RADDPO_DECLARE
+}
+namespace avx512 {
+RADDPO_DECLARE
+}
+#undef RADDPO_DECLARE
 
 namespace cuda {  // each returns cudaError_t
 int trie_walk(const TrieWalkArgs& a, CUstream_st* stream);

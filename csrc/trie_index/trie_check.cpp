@@ -196,8 +196,8 @@ class Check {
     return marks([&](std::int64_t begin, std::int64_t end, std::uint64_t* out) {
       const DegreeSequence& s = view_.children;
       const std::int64_t last_block = (2 * nodes() - 2) / kBlockBits;
-      const std::int64_t from = begin ? select_one(s, last_block, begin - 1) : 0;
-      RADDPO_CALL_ISA(mark_ones, s.bits, from, select_one(s, last_block, end - 2) + 1, !begin, out);
+      const std::int64_t from = begin ? select_one(s, 0, last_block, begin - 1) : 0;
+      RADDPO_CALL_ISA(mark_ones, s.bits, from, select_one(s, 0, last_block, end - 2) + 1, !begin, out);
     });
   }
 

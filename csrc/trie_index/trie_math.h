@@ -9,8 +9,8 @@ struct Range {
   std::int64_t first, count;
 };
 
-// Position of zero number i.
-RADDPO_HD std::int64_t select_zero(const DegreeSequence& s, std::int64_t i) {
+// The block that holds zero number i.
+RADDPO_HD std::int64_t block_of_zero(const DegreeSequence& s, std::int64_t i) {
   std::int64_t low = s.hints[i / kHintZeros], high = s.hints[i / kHintZeros + 1];
   while (low < high) {  // the last block with at most i zeros before it
     const std::int64_t middle = (low + high + 1) / 2;
@@ -19,16 +19,24 @@ RADDPO_HD std::int64_t select_zero(const DegreeSequence& s, std::int64_t i) {
     else
       high = middle - 1;
   }
-  int rest = static_cast<int>(i - s.ranks[low]);
-  std::int64_t word = low * (kBlockBits / 64);
+  return low;
+}
+
+// Position of zero number i, which `block` holds.
+RADDPO_HD std::int64_t zero_in_block(const DegreeSequence& s, std::int64_t block, std::int64_t i) {
+  int rest = static_cast<int>(i - s.ranks[block]);
+  std::int64_t word = block * (kBlockBits / 64);
   for (int zeros; rest >= (zeros = popcount(~s.bits[word])); ++word) rest -= zeros;
   return word * 64 + select_bit(~s.bits[word], rest);
 }
 
-// Position of one number i; `blocks` is the number of the sequence's last block.
+RADDPO_HD std::int64_t select_zero(const DegreeSequence& s, std::int64_t i) {
+  return zero_in_block(s, block_of_zero(s, i), i);
+}
+
+// Position of one number i, which is in a block from `low` to `high`.
 template <typename Sequence>
-RADDPO_HD std::int64_t select_one(const Sequence& s, std::int64_t blocks, std::int64_t i) {
-  std::int64_t low = 0, high = blocks;
+RADDPO_HD std::int64_t select_one(const Sequence& s, std::int64_t low, std::int64_t high, std::int64_t i) {
   while (low < high) {
     const std::int64_t middle = (low + high + 1) / 2;
     if (middle * kBlockBits - s.ranks[middle] <= i)
@@ -42,12 +50,16 @@ RADDPO_HD std::int64_t select_one(const Sequence& s, std::int64_t blocks, std::i
   return word * 64 + select_bit(s.bits[word], rest);
 }
 
-// The ones of node i: their numbers, counted from 0.
-RADDPO_HD Range ones_of(const DegreeSequence& s, std::int64_t i) {
-  const std::int64_t begin = i ? select_zero(s, i - 1) + 1 : 0;
+// The ones between a position and the next zero, which is zero number i: their numbers, counted from 0.
+RADDPO_HD Range ones_from(const DegreeSequence& s, std::int64_t begin, std::int64_t i) {
   const std::uint64_t rest = ~s.bits[begin / 64] >> (begin % 64);
   const std::int64_t end = rest ? begin + count_trailing_zeros(rest) : select_zero(s, i);
   return {begin - i, end - begin};
+}
+
+// The ones of node i.
+RADDPO_HD Range ones_of(const DegreeSequence& s, std::int64_t i) {
+  return ones_from(s, i ? select_zero(s, i - 1) + 1 : 0, i);
 }
 
 // All children of a node, left or not.
@@ -81,7 +93,7 @@ RADDPO_HD Range live_of(const LiveBits& s, Range all) {
 
 // The number of the i-th that is left, out of `count` in all. The inverse of live_before.
 RADDPO_HD std::int64_t nth_live(const LiveBits& s, std::int64_t count, std::int64_t i) {
-  return s.bits ? select_one(s, count / kBlockBits, i) : i;
+  return s.bits ? select_one(s, 0, count / kBlockBits, i) : i;
 }
 
 // The node at a place among those that are left.
@@ -93,15 +105,19 @@ RADDPO_HD bool is_node(const TrieView& t, std::int64_t node) {
   return node >= 0 && node < num_nodes_of(t) && is_live(t.live_nodes, node);
 }
 
-RADDPO_HD std::int64_t parent_of(const TrieView& t, std::int64_t node) {   // node > 0
-  const std::int64_t last_block = (2 * num_nodes_of(t) - 2) / kBlockBits;  // the sequence has 2 nodes - 1 bits
-  return select_one(t.children, last_block, node - 1) - (node - 1);
-}
-
 RADDPO_HD int depth_of(const TrieView& t, std::int64_t node) {
   int depth = 0;
   while (node >= t.first_node[depth + 1]) ++depth;
   return depth;
+}
+
+// The parent of a node other than the root, at its depth.
+RADDPO_HD std::int64_t parent_of(const TrieView& t, std::int64_t node, int depth) {
+  // The one of the edge to `node` is number node - 1, and before it are as many zeros as nodes before the parent.
+  const std::int64_t one = node - 1;
+  const std::int64_t low = (one + t.first_node[depth - 1]) / kBlockBits,
+                     high = (one + t.first_node[depth]) / kBlockBits;
+  return select_one(t.children, low, high, one) - one;
 }
 
 RADDPO_HD std::int64_t symbol_of(const TrieView& t, std::int64_t node) {
@@ -123,8 +139,8 @@ RADDPO_HD std::int32_t code_of(const TrieView& t, int level, std::int64_t symbol
   return t.table[level] < 0 ? static_cast<std::int32_t>(symbol) : t.codes[t.table[level] + symbol];
 }
 
-// The child of `node` (at depth `level`) along token id `token`, or -1.
-RADDPO_HD std::int64_t find_child(const TrieView& t, std::int64_t node, int level, std::int64_t token) {
+// A token id's rank among those of its level, or -1.
+RADDPO_HD std::int64_t symbol_of_token(const TrieView& t, int level, std::int64_t token) {
   std::int64_t symbol = token - t.first_token[level];
   if (t.table[level] >= 0) {
     const std::int32_t* tokens = t.tokens + t.table[level];
@@ -138,9 +154,25 @@ RADDPO_HD std::int64_t find_child(const TrieView& t, std::int64_t node, int leve
     }
     symbol = low < t.num_symbols[level] && tokens[low] == token ? low : -1;
   }
-  if (symbol < 0 || symbol >= t.num_symbols[level]) return -1;
+  return symbol < 0 || symbol >= t.num_symbols[level] ? -1 : symbol;
+}
+
+// Where among a node's children, whose symbols ascend, a symbol's first place is: as many of the level's symbols as the
+// node lacks may be missing before it.
+RADDPO_HD Range places_of_symbol(const TrieView& t, int level, Range children, std::int64_t symbol) {
+  const std::int64_t missing = t.num_symbols[level] - children.count;
+  const std::int64_t low = symbol < missing ? 0 : symbol - missing,
+                     high = symbol < children.count ? symbol : children.count;
+  return {children.first + low, high - low};
+}
+
+// The child of `node` (at depth `level`) along token id `token`, or -1.
+RADDPO_HD std::int64_t find_child(const TrieView& t, std::int64_t node, int level, std::int64_t token) {
+  const std::int64_t symbol = symbol_of_token(t, level, token);
+  if (symbol < 0) return -1;
   const Range children = children_of(t, node);
-  std::int64_t low = children.first, high = children.first + children.count;
+  const Range inside = places_of_symbol(t, level, children, symbol);
+  std::int64_t low = inside.first, high = inside.first + inside.count;
   while (low < high) {
     const std::int64_t middle = (low + high) / 2;
     if (symbol_of(t, middle) < symbol)

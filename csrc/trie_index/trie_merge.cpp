@@ -59,8 +59,10 @@ struct Reader {
     for (Range children; (children = children_of(view, node)).count;) node = children.first;
     std::string codes;
     const std::int64_t item_id = item(items_of(view, node).first);
-    for (int level = depth_of(view, node) - 1; level >= 0; --level, node = parent_of(view, node))
+    for (int depth = depth_of(view, node); depth > 0; node = parent_of(view, node, depth--)) {
+      const int level = depth - 1;
       codes = (level ? ", " : "") + std::to_string(code_of(view, level, symbol_of(view, node))) + codes;
+    }
     return "the SID of item " + std::to_string(item_id) + ", (" + codes + "),";
   }
 };

@@ -321,8 +321,9 @@ class TrieIndex:
         first, count = self._items(self._leaves(sids, lengths))
         offsets = torch.zeros(len(count) + 1, dtype=torch.int64, device=self.device)
         torch.cumsum(count, 0, out=offsets[1:])
-        rows = torch.repeat_interleave(count)
-        return Lookup(self.items_at(first[rows] + torch.arange(len(rows), device=self.device) - offsets[rows]), offsets)
+        places = torch.repeat_interleave(first - offsets[:-1], count)
+        places += torch.arange(len(places), device=self.device)
+        return Lookup(self.items_at(places), offsets)
 
     def sids_of(self, item_ids: Any) -> Tensor:
         """The SID of each item, the inverse of :meth:`lookup`. Every call passes once over all items of the index.
