@@ -14,10 +14,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks.harness.results import Results, milliseconds
+from benchmarks.peers import compare_whole_steps
 from raddpo_ext._files import replacing
 
 Rows = list[tuple[str, dict[str, float], float]]  # a case's label, each method's value, the floor
 Panels = dict[str, tuple[str, str, Rows]]  # by title: the unit, what the floor is
+Bars = dict[str, dict[str, tuple[dict[str, float], float]]]  # by case and way: the parts, the floor
 MARKERS = "oDs^vPX<>*dhp8"
 STYLE = {
     "axes.axisbelow": True,
@@ -94,6 +96,33 @@ def rates(results: Results) -> tuple[float, float]:
     return reads[max(reads)] if reads else nan, max(products, default=nan)
 
 
+def bars(rows: Bars) -> plt.Figure:
+    """A bar for each way of each case, cut into its parts, with a mark at the floor."""
+    parts = list(dict.fromkeys(part for ways in rows.values() for values, _ in ways.values() for part in values))
+    labels, y = [], 0.0
+    count = sum(len(ways) + 0.8 for ways in rows.values())
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(9, 0.2 * count + 1.2), layout="constrained")
+        for case, ways in rows.items():
+            axes.text(0, y, case, va="center", fontsize=9)
+            for way, (values, floor) in ways.items():
+                y += 1
+                left = 0.0
+                for i, part in enumerate(parts):
+                    width = max(values.get(part, 0.0), 0.0)
+                    axes.barh(y, width, 0.8, left, color=f"C{i}", label=part if not labels else None)
+                    left += width
+                axes.plot(floor, y, "|", color="black", markersize=9, markeredgewidth=2)
+                labels.append((y, way))
+            y += 1.3
+        axes.set_yticks(*zip(*labels, strict=True))
+        axes.set_ylim(y - 0.3, -0.8)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("CPU ms of a step, forward and backward; black mark: its matrix products at the best rate")
+        figure.legend(loc="outside lower center", ncols=len(parts))
+    return figure
+
+
 # Charts.
 
 
@@ -166,6 +195,15 @@ def packing_chart(results: Results) -> Panels:
     return {title: ("ms", "the trie's matrix products at the best rate", rows)} if rows else {}
 
 
+def whole_steps_bars(results: Results) -> Bars:
+    found = cases(results, "whole-steps").items()
+    return {
+        case: {way: (row["parts"][way], compare_whole_steps.floor_ms(row, way)) for way in row["parts"]}
+        for case, row in found
+        if not compare_whole_steps.is_trainer(row)
+    }
+
+
 def trie_chart(results: Results) -> Panels:
     bytes_a_second, _ = rates(results)
     builds, sizes = [], []
@@ -194,3 +232,13 @@ CHARTS: dict[str, Callable[[Results], Panels]] = {
     "packing": packing_chart,
     "trie": trie_chart,
 }
+BARS: dict[str, Callable[[Results], Bars]] = {"whole-steps": whole_steps_bars}
+
+
+def has_figure(results: Results, name: str) -> bool:
+    """Whether there is something to draw of a member."""
+    return bool((CHARTS | BARS)[name](results)) if name in CHARTS | BARS else False
+
+
+def figure(results: Results, name: str) -> plt.Figure:
+    return dots(CHARTS[name](results)) if name in CHARTS else bars(BARS[name](results))

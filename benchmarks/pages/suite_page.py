@@ -13,14 +13,16 @@ from benchmarks.harness.catalogues import ROOT
 from benchmarks.harness.report import markdown
 from benchmarks.harness.results import Results, milliseconds
 from benchmarks.load import tables as load_tables
-from benchmarks.pages.figures import CHARTS, cases, dots, rates, save
+from benchmarks.pages.figures import cases, figure, has_figure, rates, save
 from benchmarks.pages.page import fill
-from benchmarks.peers import compare_policy_steps, compare_training_ops
+from benchmarks.peers import compare_policy_steps, compare_retriever, compare_training_ops, compare_whole_steps
 from raddpo_ext._files import replacing
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 DATA = "../benchmarks/results"  # from the page
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {  # of members without a figure or a page of their own
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {  # of members whose figure, if any, does not say all
+    "retriever": lambda run: compare_retriever.ways_markdown(run["results"]),
+    "whole-steps": lambda run: compare_whole_steps.markdown(run["results"]),
     "sids": lambda run: bench_sids.tables(run["results"]),
     "trie-live": lambda run: bench_trie_live.tables(run["results"]),
     "training-ops": lambda run: compare_training_ops.markdown(run["results"]),
@@ -44,10 +46,9 @@ def render(page: str, results: Results, path: Path, members: Sequence[str]) -> s
 def write(results: Results, path: Path, members: Sequence[str]) -> None:
     """The page and its figures."""
     text = render(PAGE.read_text(), results, path, members)
-    for name, chart in CHARTS.items():
-        panels = chart(results)
-        if panels:
-            save(dots(panels), PAGE.parent / "figures" / f"bench-{name}.png")
+    for name in members:
+        if has_figure(results, name):
+            save(figure(results, name), PAGE.parent / "figures" / f"bench-{name}.png")
     with replacing(PAGE) as file:
         file.write(text.encode())
 
@@ -79,10 +80,14 @@ def lines(results: Results) -> list[tuple[str, str, Ratios]]:
     def loss(ratio: str, start: str, without: str = "\n") -> Ratios:
         return ratios(results, "losses", ratio, start, without)
 
+    def step_of(ratio: str) -> Ratios:
+        return ratios(results, "whole-steps", ratio)
+
     step, retrieval = "decoding step", "whole retrieval"
     tokens, head, session = "log-probs from logits", "loss with the head fused in", "session loss"
     packing, index, pages = "packed training step", "index", "huge pages"
-    policy = "policy training step, rollouts and update"
+    whole, policy = "whole training step", "policy training step, rollouts and update"
+    trainer = ratios(results, "whole-steps", "trainer / ten lines beside trainer")
     best = loss("best torch / ours", "logits")
     size, lookups = of_peers(results, "marisa", "index_bytes_per_item"), of_peers(results, "marisa", "lookups_per_s")
     return [
@@ -108,6 +113,12 @@ def lines(results: Results) -> list[tuple[str, str, Ratios]]:
         (packing, "a row a candidate", packed(results, "candidates", "seconds")),
         (packing, "the same, ours as a trie", packed(results, "trie", "seconds")),
         (f"{packing}, peak memory", "a row a candidate", packed(results, "trie", "peak_bytes")),
+        (whole, "plain torch, a row per candidate, all logits", step_of("replicated, all logits / ours")),
+        (whole, "plain torch, a row per candidate", step_of("replicated / ours")),
+        (whole, "plain torch, the same packed rows", step_of("packed / ours")),
+        (whole, "the same, ours over a level", step_of("packed / ours, level")),
+        (whole, "the same, both over a level", step_of("packed, level / ours, level")),
+        ("`RADDPOTrainer`", "ten lines of a loop", {case: 1 / value for case, value in trainer.items()}),
         (policy, "HF `generate`, a row a rollout", ratios(results, "policy-steps", "peer / sample")),
         (policy, "the same, ours over the same beams", ratios(results, "policy-steps", "peer / beams")),
         (f"{index}, build", "STATIC", of_peers(results, "static", "build_s")),
@@ -116,6 +127,12 @@ def lines(results: Results) -> list[tuple[str, str, Ratios]]:
         (f"{index}, bytes", "marisa-trie", size),
         (f"{index}, time of a lookup", "marisa-trie", {case: 1 / value for case, value in lookups.items()}),
     ]
+
+
+def step_floors(results: Results, way: str) -> Ratios:
+    """Whole steps over their matrix products at the best rate."""
+    rows = {case: row for case, row in cases(results, "whole-steps").items() if "parts" in row}
+    return {case: row["costs"][way]["ms"] / compare_whole_steps.floor_ms(row, way) for case, row in rows.items()}
 
 
 # Blocks.
@@ -179,6 +196,8 @@ def floors(results: Results) -> str:
         ],
         ["session loss", "its bytes", ratios(results, "losses", "ours / bytes", "session")],
         ["packed training step, as a trie", "its matrix products at the best rate", packing],
+        ["whole training step", "its matrix products at the best rate", step_floors(results, "ours")],
+        ["the same, over a level", "its matrix products at the best rate", step_floors(results, "ours, level")],
     ]
     rows = [[*names, *_spread(values)] for *names, values in rows if values and not isnan(sum(values.values()))]
     return markdown(["", "floor", "ours / floor", "from case to case"], rows)
@@ -190,7 +209,7 @@ def member(results: Results, name: str) -> str:
     if not parts:
         return f"Not measured yet: `python -m benchmarks --only {name}`."
     text = []
-    if name in CHARTS and CHARTS[name](results):
+    if has_figure(results, name):
         text.append(f"![{name}](figures/bench-{name}.png)")
     for key in parts:
         result = results[key]
@@ -200,7 +219,7 @@ def member(results: Results, name: str) -> str:
         if name in TABLES:
             text.append(TABLES[name](result))
         text.append(_origin(key, result))
-    return "\n\n".join(text)
+    return "\n\n".join(filter(None, text))
 
 
 def _origin(name: str, result: dict[str, Any]) -> str:

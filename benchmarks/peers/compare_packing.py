@@ -25,7 +25,6 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from statistics import median
@@ -35,39 +34,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import raddpo_ext as rx
 from benchmarks.harness import catalogues, report, results
 from benchmarks.harness.report import MIB
 from benchmarks.harness.timing import measured, middle, take_turns, timed
+from benchmarks.peers.packing_cases import CODES, LAYOUTS, LEVELS, Case, Problem
 from raddpo_ext.integrations.transformers import SessionCollator
 
 MODULE = "benchmarks.peers.compare_packing"
-LEVELS, CODES = 4, 256
-HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 512, 1536, 4, 8, 2, 64
-LAYOUTS = ("replicated", "candidates", "trie")
 TOLERANCE = 1e-5  # of the loss, and of all gradients together, in the Euclidean norm
-
-
-@dataclass(frozen=True)
-class Case:
-    """One session of ``candidates`` SIDs behind a prompt of ``prompt`` tokens.
-
-    Of the ``made`` ones a quarter of the negatives share the winner's first two codes and a quarter its first; the
-    others are random. Those of ``instruments`` are items of the real catalogue: half of the negatives share the
-    winner's first code, as far as there are so many, the others do not.
-    """
-
-    vocab_size: int
-    prompt: int
-    candidates: int
-    source: str = "made"
-
-    @property
-    def name(self) -> str:
-        return f"V={self.vocab_size // 1000}k prompt={self.prompt} candidates={self.candidates} {self.source}"
-
 
 CASES = [Case(32_000, 128, 16), Case(152_000, 128, 16)]
 CASES += [Case(32_000, prompt, count) for prompt in (32, 128, 512) for count in (4, 16, 64)]
@@ -75,93 +51,37 @@ CASES += [Case(32_000, 128, count, "instruments") for count in (16, 64)]
 CASES = list(dict.fromkeys(CASES))
 
 
-class Problem:
-    """The model, one session, and a step by layout."""
+class Steps(Problem):
+    """A step by layout."""
 
     def __init__(self, case: Case) -> None:
-        torch.manual_seed(0)
-        self.case = case
-        self.model = Qwen3ForCausalLM(
-            Qwen3Config(
-                vocab_size=case.vocab_size,
-                hidden_size=HIDDEN,
-                intermediate_size=INTERMEDIATE,
-                num_hidden_layers=LAYERS,
-                num_attention_heads=HEADS,
-                num_key_value_heads=KV_HEADS,
-                head_dim=HEAD_DIM,
-                max_position_embeddings=4096,
-                tie_word_embeddings=False,
-            )
-        )
-        rng = np.random.default_rng(0)
-        self.prompt = torch.from_numpy(rng.integers(case.vocab_size, size=case.prompt))
-        vocab = rx.SIDVocab([CODES] * LEVELS, offset=1000)
-        self.sessions = rx.SessionBatch(
-            vocab.encode(_sids(case, rng)),
-            torch.full((case.candidates,), LEVELS),
-            torch.tensor([0, case.candidates]),
-            torch.tensor([2]),
-        )
+        super().__init__(case)
         self.loss = rx.RADDPOLoss(accumulate_grad=True)
-        packed = {layout: self._pack(layout) for layout in LAYOUTS[1:]}
+        packed = {layout: self.rows(layout, embeddings=True)[1] for layout in LAYOUTS[1:]}
         replicated = case.candidates * (case.prompt + LEVELS)
         self.tokens = {"replicated": replicated} | {k: v.input_ids.numel() for k, v in packed.items()}
         self.head_rows = {"replicated": case.candidates * LEVELS} | {k: len(v.distinct) for k, v in packed.items()}
 
     def step(self, layout: str) -> Tensor:
         """The loss, its gradients in the parameters. A packed row is built anew in each step, as a collator does."""
-        if layout == "replicated":
-            ids = torch.cat([self.prompt.expand(self.case.candidates, -1), self.sessions.tokens], 1)
-            states = self.model.model(ids, use_cache=False).last_hidden_state
-            hidden, rows = states[:, self.case.prompt - 1 : -1], None
-        else:
-            packed = self._pack(layout)
-            inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
-            states = self.model.model(**inputs, attention_mask=packed.mask(), use_cache=False).last_hidden_state
-            hidden, rows = packed.distinct_hidden(states), packed.rows
+        inputs, packed = self.rows(layout, embeddings=True)
+        hidden, rows = self.predictors(self.states(inputs), packed)
         loss = self.loss(hidden, self.model.lm_head.weight, self.sessions, rows=rows).loss
         loss.backward()
         return loss.detach()
 
-    def _pack(self, layout: str) -> rx.PackedSessions:
-        return rx.pack_sessions([self.prompt], self.sessions, layout=layout)
-
     def clear(self) -> None:
         self.model.zero_grad(set_to_none=False)
 
-    def gradient(self) -> Tensor:
-        return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
-
-    def operations(self, layout: str) -> float:
-        """Of the products, forward and backward, by length of the rows; every position meets every other."""
-        tokens = self.tokens[layout]
+    def flop(self, layout: str) -> float:
         rows = self.case.candidates if layout == "replicated" else 1
-        width = HEADS * HEAD_DIM
-        layer = HIDDEN * (2 * width + 2 * KV_HEADS * HEAD_DIM) + 3 * HIDDEN * INTERMEDIATE
-        attention = 2 * width * tokens / rows
-        head = self.head_rows[layout] * HIDDEN * self.case.vocab_size
-        return 6 * (LAYERS * tokens * (layer + attention) + head)
-
-
-def _sids(case: Case, rng: np.random.Generator) -> np.ndarray:
-    """Codes ``[C, L]``, the winner's first."""
-    if case.source == "instruments":
-        sids = np.unique(catalogues.real("instruments"), axis=0)
-        winner = int(rng.integers(len(sids)))
-        siblings = rng.permutation(np.flatnonzero((sids[:, 0] == sids[winner, 0]) & (np.arange(len(sids)) != winner)))
-        others = rng.permutation(np.flatnonzero(sids[:, 0] != sids[winner, 0]))
-        half = siblings[: (case.candidates - 1) // 2]
-        return sids[np.concatenate([[winner], half, others])[: case.candidates]]
-    sids = rng.integers(CODES, size=(case.candidates, LEVELS))
-    sids[2::4, :2] = sids[0, :2]
-    sids[3::4, :1] = sids[0, :1]
-    return sids
+        logits = self.head_rows[layout] * self.case.vocab_size
+        return sum(self.operations(self.tokens[layout], rows, logits).values())
 
 
 def work(case: Case, rounds: int) -> dict[str, Any]:
     """One process's measurements."""
-    problem = Problem(case)
+    problem = Steps(case)
     loss = problem.step("candidates")  # makes the gradients, and warms up
     problem.clear()
     expected: Tensor | None = None
@@ -175,7 +95,7 @@ def work(case: Case, rounds: int) -> dict[str, Any]:
         assert error < TOLERANCE, f"{layout} differs by {error:.2g} in {case.name}"
         result[layout] = {"activation_bytes": saved, "peak_bytes": peak, "error": error}
         result[layout] |= {"tokens": problem.tokens[layout], "head_rows": problem.head_rows[layout]}
-        result[layout]["operations"] = problem.operations(layout)
+        result[layout]["operations"] = problem.flop(layout)
     del gradient, expected
     steps = {layout: partial(problem.step, layout) for layout in LAYOUTS}
     for layout, costs in take_turns(steps, rounds, problem.clear).items():
@@ -184,7 +104,7 @@ def work(case: Case, rounds: int) -> dict[str, Any]:
     return result
 
 
-def _memory(problem: Problem, step: Callable[[], Tensor]) -> tuple[int, int, Tensor]:
+def _memory(problem: Steps, step: Callable[[], Tensor]) -> tuple[int, int, Tensor]:
     """Bytes saved for the backward pass, peak bytes of the process over what it held, and the loss."""
     ours = {p.untyped_storage().data_ptr() for p in problem.model.parameters()}
     saved: dict[int, int] = {}

@@ -6,7 +6,9 @@
 The model is a stock Qwen3 of transformers with random weights (hidden size 512, 4 layers, 8 heads of 64, as many for
 keys and values, intermediate size 1536, V = 152k, float32), the catalogue the real ``industrial`` one. ``generate``
 has the constraint in Python as its users write it (``prefix_allowed_tokens_fn`` over a dictionary of prefixes).
-``reordered`` is SIDRetriever with a row of the KV cache a beam: ``shared_prefix=False``.
+``reordered`` is SIDRetriever with a row of the KV cache a beam: ``shared_prefix=False``. ``GQA`` cases have 2 heads for
+keys and values, and ``generate`` in all its ways: also without a constraint, with that of MiniOneRec (a dictionary by
+string, after another log-softmax), and with ``TrieLogitsProcessor``.
 
 Cases run in fresh processes, methods take turns in them. Before, all are checked to give the same scores to 1e-5
 relative and, but for items whose scores are that close, the same items. Times are medians over rounds, ratios medians
@@ -16,6 +18,9 @@ call over what it held before. The floor is arithmetic: operations of the matrix
 ``head`` cases time one step alone, from hidden states: the product with the whole head and ``beam_step``, against
 ``linear_beam_step``. Their floor is the bare product with the rows that the softmax's support needs (with
 ``normalize="trie"`` the level's rows, of which only the children's are).
+
+``constraint`` cases time what these constraints do to the scores of all steps of a search, without a model. They are
+checked to give the same scores.
 """
 
 from __future__ import annotations
@@ -24,7 +29,6 @@ import argparse
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -32,90 +36,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from torch import Tensor
 
-import raddpo_ext as rx
 from benchmarks.harness import catalogues, report, results
 from benchmarks.harness.report import MIB
 from benchmarks.harness.timing import methods_costs
-from raddpo_ext.bench.retriever import agree, children_of, generate, random_model
+from benchmarks.peers.constraints import KINDS
+from benchmarks.peers.retriever_cases import CASES, NORMALIZE, Case, Search, constraint_methods, head_methods
+from raddpo_ext.bench.retriever import agree
 from raddpo_ext.integrations import decoders
 
 MODULE = "benchmarks.peers.compare_retriever"
-VOCAB, HIDDEN, INTERMEDIATE, LAYERS, HEADS, HEAD_DIM = 151_936, 512, 1536, 4, 8, 64
-CODES, FIRST = 256, 151_000  # of a level; token id of the first code
-NORMALIZE = ("vocab", "level", "trie")
 TOLERANCE = 1e-5  # relative
-
-
-@dataclass(frozen=True)
-class Case:
-    """``batch`` prompts of ``prompt`` tokens and ``width`` beams; a case without a prompt is a step alone."""
-
-    prompt: int
-    width: int
-    batch: int
-    generate: bool = False
-    dtype: str = "float32"
-
-    @property
-    def name(self) -> str:
-        kind = f"prompt={self.prompt}" if self.prompt else f"head {self.dtype}"
-        return f"{kind} W={self.width} batch={self.batch}"
-
-
-CASES = [Case(256, 50, 4, generate=True)]
-CASES += [Case(prompt, width, 1) for prompt in (64, 256, 1024) for width in (10, 50, 200)]
-CASES += [Case(0, 50, 4, dtype=dtype) for dtype in ("float32", "bfloat16")]
-
-
-def catalogue() -> rx.TrieIndex:
-    sids = catalogues.real("industrial")
-    return rx.TrieIndex.build(sids, vocab=rx.SIDVocab([CODES] * sids.shape[1], offset=FIRST))
-
-
-class Search:
-    """The model, the catalogue and prompts, and a retrieval by method: ``(scores [B, W], tokens or SIDs)``."""
-
-    def __init__(self, case: Case) -> None:
-        self.case, self.model, self.index = case, random_model(VOCAB, HIDDEN, LAYERS), catalogue()
-        generator = torch.Generator().manual_seed(1)
-        self.prompts = torch.randint(FIRST, (case.batch, case.prompt), generator=generator)
-        assert self.index.vocab is not None
-        self.children = children_of(self.index.vocab.encode(catalogues.real("industrial")).tolist())
-
-    def retriever(self, normalize: str, shared: bool) -> rx.SIDRetriever:
-        return rx.SIDRetriever(
-            self.model, self.index, beam_width=self.case.width, normalize=normalize, shared_prefix=shared
-        )
-
-    def generate(self) -> tuple[Tensor, Tensor]:
-        length = self.prompts.shape[1]
-        found = generate(
-            self.model,
-            self.prompts,
-            width=self.case.width,
-            levels=self.index.levels,
-            prefix_allowed_tokens_fn=lambda _, row: self.children[tuple(row[length:].tolist())],
-            return_dict_in_generate=True,
-            output_scores=True,
-        )
-        levels = torch.arange(self.index.levels)
-        sids = found.sequences[:, length:] - FIRST - CODES * levels
-        return found.sequences_scores.view(self.case.batch, -1), sids.view(self.case.batch, -1, len(levels))
-
-    def operations(self, normalize: str) -> float:
-        """Of the products that shared beams need; a position meets every key before it."""
-        case, steps = self.case, self.index.levels - 1
-        width = HEADS * HEAD_DIM
-        layer = 4 * HIDDEN * width + 3 * HIDDEN * INTERMEDIATE
-        tokens = case.prompt + steps * case.width
-        keys = case.prompt * case.prompt / 2 + case.width * steps * (case.prompt + (steps + 1) / 2)
-        rows = {"vocab": VOCAB, "level": CODES, "trie": 0}[normalize] * (1 + steps * case.width)
-        return 2.0 * case.batch * (LAYERS * (tokens * layer + 2 * width * keys) + rows * HIDDEN)
 
 
 def work(case: Case, rounds: int) -> dict[str, Any]:
     """One process's measurements: seconds by method, one a round."""
-    return retrieval(case, rounds) if case.prompt else step(case, rounds)
+    if case.kind == "retrieval":
+        return retrieval(case, rounds)
+    methods = head_methods(case) if case.kind == "head" else constraint_methods(case)
+    return methods_costs(methods, 5 * rounds)
 
 
 @torch.no_grad()
@@ -123,7 +61,7 @@ def retrieval(case: Case, rounds: int) -> dict[str, Any]:
     search = Search(case)
     methods: dict[str, Callable[[], Any]] = {}
     held: dict[str, int] = {}
-    for normalize in ("vocab", "level"):
+    for normalize in case.supports:
         for shared in (True, False):
             retriever = search.retriever(normalize, shared)
             name = f"{'shared' if shared else 'reordered'} {normalize}"
@@ -132,12 +70,13 @@ def retrieval(case: Case, rounds: int) -> dict[str, Any]:
                 held[name.split()[0]] = cache_bytes(methods[name])
         ours, theirs = (methods[f"{kind} {normalize}"]() for kind in ("shared", "reordered"))
         agree((theirs.scores, theirs.sids), (ours.scores, ours.sids), TOLERANCE)
-    if case.generate:
-        methods["generate"] = search.generate
-        found = methods["shared vocab"]()
-        agree(search.generate(), (found.scores, found.sids), TOLERANCE)
+    for name, kind in case.peers.items():
+        methods[name] = lambda kind=kind: search.generate(kind)
+        if kind:
+            found = methods["shared vocab"]()
+            agree(search.generate(kind), (found.scores, found.sids), TOLERANCE)
     costs = methods_costs(methods, rounds)
-    gflop = {normalize: search.operations(normalize) / 1e9 for normalize in ("vocab", "level")}
+    gflop = {normalize: search.operations(normalize) / 1e9 for normalize in case.supports}
     return {**costs, "cache_bytes": held, "gflop": gflop}
 
 
@@ -159,34 +98,6 @@ def cache_bytes(retrieve: Callable[[], Any]) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in kept)
 
 
-@torch.no_grad()
-def step(case: Case, rounds: int) -> dict[str, Any]:
-    """Of the last level, whose beams are the best of the level before by random scores."""
-    index, dtype = catalogue(), getattr(torch, case.dtype)
-    generator = torch.Generator().manual_seed(0)
-    weight = (torch.randn(VOCAB, HIDDEN, generator=generator) / HIDDEN**0.5).to(dtype)
-    hidden = torch.randn(case.batch, case.width, HIDDEN, generator=generator).to(dtype)
-    state = rx.BeamState.start(index, case.batch)
-    for _ in range(index.levels - 1):
-        logits = torch.randn(*state.nodes.shape, VOCAB, generator=generator)
-        state = rx.beam_step(logits, state, index, case.width)
-    rows = hidden.view(-1, HIDDEN)
-    methods: dict[str, Callable[[], Any]] = {}
-    for normalize in NORMALIZE:
-        options = {"normalize": normalize}
-        dense = lambda options=options: rx.beam_step(hidden @ weight.T, state, index, case.width, **options)  # noqa: E731
-        fused = lambda options=options: rx.linear_beam_step(  # noqa: E731
-            hidden, weight, state, index, case.width, level=index.levels - 1, **options
-        )
-        atol = 1e-4 if dtype == torch.float32 else 0.1
-        torch.testing.assert_close(fused().scores, dense().scores, rtol=0, atol=atol)
-        needed = weight if normalize == "vocab" else weight[index.level_tokens(index.levels - 1)]
-        out = torch.empty(len(rows), len(needed), dtype=dtype)
-        methods[f"dense {normalize}"], methods[f"fused {normalize}"] = dense, fused
-        methods[f"floor {normalize}"] = lambda needed=needed, out=out: torch.mm(rows, needed.T, out=out)
-    return methods_costs(methods, 5 * rounds)
-
-
 def summary(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over the rounds of all processes, ratios within each round first."""
     seconds = {name: [x for run in runs for x in run["seconds"][name]] for name in runs[0]["seconds"]}
@@ -204,26 +115,76 @@ def summary(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
         }
         for name, times in seconds.items()
     }
-    pairs = []
-    for normalize in ("vocab", "level") if case.prompt else NORMALIZE:
-        if case.prompt:
-            slower = ["generate"] * case.generate + [f"reordered {normalize}"]
-            pairs += [(slow, f"shared {normalize}") for slow in slower]
-        else:
-            pairs += [(f"dense {normalize}", f"fused {normalize}"), (f"fused {normalize}", f"floor {normalize}")]
-    if case.prompt:
+    if case.kind == "retrieval":
         found |= {name: runs[0][name] for name in ("cache_bytes", "gflop")}
+    pairs = _pairs(case)
     found["ratios"] = {f"{slow} / {fast}": ratio(slow, fast) for slow, fast in pairs}
     return found
 
 
+def _pairs(case: Case) -> list[tuple[str, str]]:
+    """What is divided by what."""
+    if case.kind == "constraint":
+        return [(kind, KINDS[0]) for kind in KINDS[1:]]
+    pairs = []
+    for normalize in case.supports:
+        if case.kind == "retrieval":
+            pairs += [(slow, f"shared {normalize}") for slow in (*case.peers, f"reordered {normalize}")]
+        else:
+            pairs += [(f"dense {normalize}", f"fused {normalize}"), (f"fused {normalize}", f"floor {normalize}")]
+    return pairs + [(name, "generate") for name in case.peers if name != "generate"]
+
+
 def is_retrieval(cell: dict[str, Any]) -> bool:
-    """Else it is a step alone."""
+    """Else it is a part of one."""
     return "cache_bytes" in cell
 
 
+def is_constraint(cell: dict[str, Any]) -> bool:
+    return KINDS[0] in cell["costs"]
+
+
+def ways_markdown(cells: list[dict[str, Any]]) -> str:
+    """What ``generate`` takes in each of its ways, and the constraints alone; empty if no cell has them."""
+    ways = [cell for cell in cells if "generate, no constraint" in cell["costs"]]
+    constraints = [cell for cell in cells if is_constraint(cell)]
+    tables = []
+    if ways:
+        peers = [name for name in ways[0]["costs"] if name.startswith("generate")]
+        head = ["time of `generate` over ours", *(name.removeprefix("generate, ") for name in peers)]
+        rows = [
+            [
+                f"{cell['case']}, ours over `{normalize}`",
+                *(times(cell, f"{name} / shared {normalize}") for name in peers),
+            ]
+            for cell in ways
+            for normalize in NORMALIZE
+        ]
+        rows += [
+            [
+                f"{cell['case']}, over `generate` with a dictionary",
+                *(times(cell, f"{name} / generate") for name in peers),
+            ]
+            for cell in ways
+        ]
+        head[1] = "a dictionary"
+        tables.append(report.markdown(head, rows))
+    if constraints:
+        rows = [
+            [
+                cell["case"],
+                *(f"{cell['costs'][kind]['ms']:.1f}" for kind in KINDS),
+                times(cell, f"{KINDS[2]} / {KINDS[0]}"),
+            ]
+            for cell in constraints
+        ]
+        head = ["the constraint alone, ms", "a dictionary", *KINDS[1:], f"{KINDS[2]} / a dictionary"]
+        tables.append(report.markdown(head, rows))
+    return "\n\n".join(tables)
+
+
 def markdown(cells: list[dict[str, Any]]) -> str:
-    """Tables of whole retrievals, and of steps."""
+    """Tables of whole retrievals, of the ways of ``generate``, and of parts."""
     tables = []
     searches = [cell for cell in cells if is_retrieval(cell)]
     if searches:
@@ -231,7 +192,7 @@ def markdown(cells: list[dict[str, Any]]) -> str:
         head += ["cache MiB", "reordered", "GFLOP", "GFLOP/s"]
         rows = []
         for result in searches:
-            for normalize in ("vocab", "level"):
+            for normalize in result["gflop"]:
                 ours = f"shared {normalize}"
                 ms = result["costs"][ours]["ms"]
                 rows.append(
@@ -248,7 +209,8 @@ def markdown(cells: list[dict[str, Any]]) -> str:
                     ]
                 )
         tables += [report.markdown(head, rows), report.costs_markdown(searches)]
-    steps = [cell for cell in cells if not is_retrieval(cell)]
+    tables += [ways_markdown(cells)] if ways_markdown(cells) else []
+    steps = [cell for cell in cells if not is_retrieval(cell) and not is_constraint(cell)]
     if steps:
         rows = [
             [

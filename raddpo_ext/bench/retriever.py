@@ -57,8 +57,11 @@ def comparison(
     )
 
 
-def random_model(vocab_size: int, hidden_size: int, layers: int) -> Any:
+def random_model(vocab_size: int, hidden_size: int, layers: int, kv_heads: int | None = None) -> Any:
     """A Qwen3 with random weights and heads of 64, in evaluation mode.
+
+    Args:
+        kv_heads: heads of keys and values; default: as many as heads.
 
     Raises:
         Missing: transformers cannot be imported.
@@ -75,7 +78,7 @@ def random_model(vocab_size: int, hidden_size: int, layers: int) -> Any:
         intermediate_size=3 * hidden_size,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads,
+        num_key_value_heads=kv_heads or heads,
         head_dim=HEAD_DIM,
         max_position_embeddings=4096,
         tie_word_embeddings=True,

@@ -1,0 +1,248 @@
+"""Whole training steps: ours, plain torch over the same packed rows, and a row per candidate, on one CPU thread::
+
+    python -m benchmarks.peers.compare_whole_steps
+    python -m benchmarks.peers.compare_whole_steps --quick --cases V=8k
+
+The model is a stock Qwen3 of transformers (hidden size 512, 4 layers, 8 heads of 64, 2 of them for keys and values,
+intermediate size 1536), a batch has two sessions. A step is the forward and the backward pass with fresh gradients; the
+optimizer is left out. The ways differ in one thing from one to the next (:mod:`benchmarks.peers.whole_steps`):
+
+- ``replicated, all logits``: a row per candidate, with its own copy of the prompt; the head on every position.
+- ``replicated``: the head on the positions that predict a code.
+- ``packed, a row per token``: a row per session, as ``pack_sessions(layout="trie")`` makes it.
+- ``packed``: the head on the distinct states. The plain torch loop to beat.
+- ``ours``: log-probs and loss by our operators, in the loop of the README.
+- ``packed, level``, ``ours, level``: log-probs over the level, another loss.
+
+Case by case in fresh processes. All ways are first checked to give the same loss and gradients, those over the level
+among themselves. Then they take turns; each timed call follows one that is not counted, because fresh memory is the
+slower the longer it was not used; only a row per candidate has a single call per turn. A part is the CPU time of a step
+that is cut between its stages, ``rest`` what the whole step takes over their sum. The floor is the operations of the
+matrix products over the rate of the faster of two bare products, the head's and a layer's.
+
+``trainer`` cases time ``RADDPOTrainer``, all of a step with AdamW, against the ten lines of docs/training.md on another
+copy of the model, in turns from step to step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import torch
+
+from benchmarks.harness import report, results
+from benchmarks.harness.timing import middle, timed
+from benchmarks.peers import packing_cases, trainer_steps
+from benchmarks.peers.packing_cases import HIDDEN, INTERMEDIATE, LEVELS
+from benchmarks.peers.whole_steps import STAGES, WAYS, Steps, Way
+from raddpo_ext.bench.compare import burst_of
+
+MODULE = "benchmarks.peers.compare_whole_steps"
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}  # of the loss and, in the Euclidean norm, of all gradients together
+MOST_LOGITS = 1 << 30  # bytes, of all positions; beyond it the way with all logits is left out
+PARTS = ("ours", "packed", "ours, level", "packed, level")
+LEVEL_PEERS = ("packed", "packed, level")  # with log-probs over the level
+CALLS = 3  # of a packed way per turn, the first of them not counted
+
+
+@dataclass(frozen=True)
+class Case(packing_cases.Case):
+    """A batch of two sessions."""
+
+    sessions: int = 2
+    trainer: bool = False
+
+    @property
+    def name(self) -> str:
+        parts = ["trainer"] if self.trainer else []
+        parts += [f"V={self.vocab_size // 1000}k prompt={self.prompt} candidates={self.candidates} {self.dtype}"]
+        parts += ["as many KV heads"] if self.kv_heads == packing_cases.HEADS else []
+        parts += ["tied"] if self.tied else []
+        return " ".join(parts)
+
+    @property
+    def all_logits(self) -> int:
+        """Bytes of the logits of every position of a row per candidate."""
+        positions = self.sessions * self.candidates * (self.prompt + LEVELS)
+        return positions * self.vocab_size * getattr(torch, self.dtype).itemsize
+
+
+_BASE = Case(32_000, 128, 16)
+CASES = [_BASE]
+CASES += [replace(_BASE, vocab_size=size) for size in (8_000, 152_000)]
+CASES += [replace(_BASE, prompt=prompt) for prompt in (32, 512)]
+CASES += [replace(_BASE, candidates=count) for count in (4, 64)]
+CASES += [replace(_BASE, kv_heads=packing_cases.HEADS), replace(_BASE, dtype="bfloat16")]
+CASES += [replace(_BASE, vocab_size=152_000, dtype="bfloat16"), replace(_BASE, vocab_size=152_000, tied=True)]
+CASES += [replace(_BASE, vocab_size=size, trainer=True) for size in (32_000, 152_000)]
+
+
+def work(case: Case, rounds: int) -> dict[str, Any]:
+    """One process's measurements."""
+    if case.trainer:
+        return {"seconds": trainer_steps.seconds(case, 2 * rounds)}
+    steps = Steps(case)
+    ways = {
+        name: way for name, way in WAYS.items() if name != "replicated, all logits" or case.all_logits <= MOST_LOGITS
+    }
+    _check(steps, ways)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    cpu: dict[str, list[float]] = {name: [] for name in ways}
+    stages: dict[str, list[dict[str, float]]] = {name: [] for name in PARTS}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            calls = 1 if way.layout == "replicated" else CALLS
+            found = middle(burst_of(partial(steps.step, way), 0, steps.clear, calls=calls))
+            seconds[name].append(found.wall)
+            cpu[name].append(found.cpu)
+            if name in PARTS:
+                steps.clear()
+                stages[name].append(steps.stages(way))
+    return {
+        "seconds": seconds,
+        "cpu_seconds": {name: median(costs) for name, costs in cpu.items()},
+        "stages": {
+            name: {stage: median(one[stage] for one in found) for stage in STAGES} for name, found in stages.items()
+        },
+        "gflop": {name: {part: x / 1e9 for part, x in steps.flop(WAYS[name]).items()} for name in PARTS},
+        "gflop_per_s": max(map(rate, products(steps))) / 1e9,
+    }
+
+
+def _check(steps: Steps, ways: dict[str, Way]) -> None:
+    """All ways give the same loss and gradients, those over the level among themselves."""
+    expected: dict[bool, Any] = {}
+    for name, way in ways.items():
+        steps.clear()
+        loss, gradient = steps.step(way), steps.gradient()
+        first, base = expected.setdefault(way.level, (loss, gradient))
+        error = max(float((loss - first).abs() / first.abs()), float((gradient - base).norm() / base.norm()))
+        assert error < TOLERANCE[steps.case.dtype], f"{name} differs by {error:.2g} in {steps.case.name}"
+
+
+def products(steps: Steps) -> list[tuple[int, Callable[[], Any]]]:
+    """The bare products of a layer and of the head: their operations, and a call into memory that is there."""
+    inputs, packed = steps.rows("trie")
+    assert packed is not None
+    found = []
+    for rows, columns in ((inputs["input_ids"].numel(), INTERMEDIATE), (len(packed.distinct), steps.case.vocab_size)):
+        dtype = steps.model.dtype
+        left, right = torch.randn(rows, HIDDEN).to(dtype), torch.randn(columns, HIDDEN).to(dtype)
+        out = torch.empty(rows, columns, dtype=dtype)
+        found.append((2 * rows * columns * HIDDEN, partial(torch.mm, left, right.T, out=out)))
+    return found
+
+
+def rate(product: tuple[int, Callable[[], Any]]) -> float:
+    """Operations a second, the best of several calls."""
+    operations, call = product
+    return operations / min(timed(call).cpu for _ in range(7))
+
+
+# Results.
+
+
+def ratio(times: list[float], base: list[float]) -> dict[str, float]:
+    """Of two methods' times, round by round."""
+    by_round = [a / b for a, b in zip(times, base, strict=True)]
+    return {"median": median(by_round), "least": min(by_round), "most": max(by_round)}
+
+
+def summary(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the rounds of all processes, ratios within each round first."""
+    seconds = {name: [x for run in runs for x in run["seconds"][name]] for name in runs[0]["seconds"]}
+    found: dict[str, Any] = {"case": case.name}
+    found["costs"] = {name: {"ms": 1e3 * median(times)} for name, times in seconds.items()}
+    over = [("ours", name) for name in seconds if not name.endswith("level")]
+    over += [("ours, level", name) for name in LEVEL_PEERS]
+    if case.trainer:
+        over = [(trainer_steps.beside(name), name) for name in trainer_steps.VARIANTS]
+    found["ratios"] = {f"{name} / {base}": ratio(seconds[name], seconds[base]) for base, name in over if name != base}
+    if case.trainer:
+        return found
+    for name, cost in found["costs"].items():
+        cost["cpu_ms"] = 1e3 * median(run["cpu_seconds"][name] for run in runs)
+    found["parts"] = {name: _parts(name, found, runs) for name in PARTS}
+    return found | {"gflop": runs[0]["gflop"], "gflop_per_s": max(run["gflop_per_s"] for run in runs)}
+
+
+def _parts(name: str, found: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, float]:
+    """CPU ms by stage, and what the whole step takes beyond them."""
+    parts = {stage: 1e3 * median(run["stages"][name][stage] for run in runs) for stage in STAGES}
+    return parts | {"rest": found["costs"][name]["cpu_ms"] - sum(parts.values())}
+
+
+def is_trainer(cell: dict[str, Any]) -> bool:
+    return "parts" not in cell
+
+
+def floor_ms(cell: dict[str, Any], way: str) -> float:
+    """The way's matrix products at the best rate."""
+    return 1e3 * sum(cell["gflop"][way].values()) / float(cell["gflop_per_s"])
+
+
+def markdown(cells: list[dict[str, Any]]) -> str:
+    """Times over ours, where a step's time goes, and the trainer."""
+    steps, trainers = ([cell for cell in cells if is_trainer(cell) == which] for which in (False, True))
+    tables = []
+    if steps:
+        others = [name for name in WAYS if name != "ours" and not name.endswith("level")]
+        level = [f"{name} / ours, level" for name in LEVEL_PEERS]
+        head = ["time over ours", "ours, ms", *others, "ours, level, ms", *level, "ours / its products", "level"]
+        rows = [
+            [
+                cell["case"],
+                f"{cell['costs']['ours']['ms']:.0f}",
+                *(times(cell, f"{name} / ours") for name in others),
+                f"{cell['costs']['ours, level']['ms']:.0f}",
+                *(times(cell, name) for name in level),
+                *(f"{cell['costs'][way]['ms'] / floor_ms(cell, way):.2f}x" for way in ("ours", "ours, level")),
+            ]
+            for cell in steps
+        ]
+        tables.append(report.markdown(head, rows))
+    if trainers:
+        rows = [[cell["case"], name, times(cell, name)] for cell in trainers for name in cell["ratios"]]
+        tables.append(report.markdown(["a step with AdamW", "time of", "median (spread)"], rows))
+    return "\n\n".join(tables)
+
+
+def times(cell: dict[str, Any], name: str) -> str:
+    if name not in cell["ratios"]:
+        return "-"
+    ratio = cell["ratios"][name]
+    return f"{ratio['median']:.2f}x ({ratio['least']:.2f}-{ratio['most']:.2f})"
+
+
+def main() -> None:
+    parser = report.parser(MODULE, __doc__, processes=1)
+    parser.add_argument("--rounds", type=int, default=3, help="rounds a process (3)")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # a case; JSON
+    args = parser.parse_args()
+    if args.worker is not None:
+        torch.set_num_threads(1)
+        print(json.dumps(work(CASES[args.worker], args.rounds)))
+        return
+    chosen = report.choose(parser, CASES, args.cases)
+    processes, rounds = (1, 1) if args.quick else (args.processes, args.rounds)
+    environment = {**report.environment(MODULE), "threads": 1, "processes": processes, "rounds": rounds}
+    cells: list[dict[str, Any]] = []
+    for i in chosen:
+        runs = [report.run_fresh(MODULE, "--worker", str(i), "--rounds", str(rounds)) for _ in range(processes)]
+        cells.append(summary(CASES[i], runs))
+        print(markdown(cells[-1:]), flush=True)
+        if args.out:
+            results.write(args.out, {MODULE: environment | {"results": cells}})
+    print(markdown(cells))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Steps of RADDPOTrainer and of the ten lines of docs/training.md, in turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from itertools import cycle
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+import raddpo_ext as rx
+from benchmarks.harness.timing import timed
+from benchmarks.peers.packing_cases import Case, Problem
+from raddpo_ext.integrations.transformers import RADDPOConfig, RADDPOTrainer, SessionCollator, session_states
+
+LEARNING_RATE, UNCOUNTED = 1e-6, 2
+VARIANTS = {"trainer": {}, "trainer, no clipping": {"max_grad_norm": 0.0}}
+
+
+def beside(variant: str) -> str:
+    """The name of the ten lines that took turns with this variant of the trainer."""
+    return f"ten lines beside {variant}"
+
+
+class Turns(TrainerCallback):
+    """After each of the trainer's steps, a step of the other. What the trainer does between two steps is its time."""
+
+    def __init__(self, other: Callable[[], Any]) -> None:
+        self.other, self.begin = other, 0.0
+        self.seconds: list[tuple[float, float]] = []  # the trainer's and the other's
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.begin = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        own = time.perf_counter() - self.begin
+        self.seconds.append((own, timed(self.other).wall))
+        self.begin = time.perf_counter()
+
+
+def seconds(case: Case, steps: int) -> dict[str, list[float]]:
+    """Of each step: of every variant of the trainer, and of the ten lines beside it."""
+    problem = Problem(case)
+    rows = _rows(problem)
+    found: dict[str, list[float]] = {}
+    for name, options in VARIANTS.items():
+        turns = Turns(_ten_lines(problem, rows))
+        with TemporaryDirectory() as folder:
+            args = RADDPOConfig(
+                output_dir=folder,
+                max_steps=UNCOUNTED + steps,
+                learning_rate=LEARNING_RATE,
+                per_device_train_batch_size=case.sessions,
+                save_strategy="no",
+                use_cpu=True,
+                disable_tqdm=True,
+                **options,  # type: ignore[arg-type]
+            )
+            model = Problem(case).model
+            trainer = RADDPOTrainer(
+                model,
+                args,
+                train_dataset=rows,
+                callbacks=[turns],
+                optimizers=(_adamw(model), None),
+                vocab=problem.vocab,
+            )
+            trainer.train()
+        found[name], found[beside(name)] = map(list, zip(*turns.seconds[UNCOUNTED:], strict=True))
+    return found
+
+
+def _rows(problem: Problem) -> list[dict[str, Any]]:
+    """The sessions as a data set has them."""
+    sessions, found = problem.sessions, []
+    for i, prompt in enumerate(problem.prompts.tolist()):
+        tokens = sessions.tokens[sessions.offsets[i] : sessions.offsets[i + 1]].tolist()
+        count = int(sessions.num_positives[i])
+        found.append({"prompt_ids": prompt, "positives": tokens[:count], "negatives": tokens[count:]})
+    return found
+
+
+def _adamw(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+
+
+def _ten_lines(problem: Problem, rows: list[dict[str, Any]]) -> Callable[[], None]:
+    """One step of the loop, on the problem's model."""
+    model = problem.model.train()
+    loss_fn = rx.RADDPOLoss(rx.SimilarityWeighting(), **rx.PRESETS["rad_dpo"])
+    optimizer = _adamw(model)
+    collate = SessionCollator(vocab=problem.vocab)
+    loader = cycle(torch.utils.data.DataLoader(rows, batch_size=len(rows), collate_fn=collate))
+
+    def step() -> None:
+        packed = next(loader)["packed"].to(model.device)
+        result = loss_fn(sessions=packed.sessions, **session_states(model, packed)._asdict())
+        result.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss_fn.similarity_weighting.commit()
+
+    return step
