@@ -10,6 +10,7 @@ namespace {
 constexpr int kFew = 16;     // children whose keys cost less than to tell which matter
 constexpr int kBatch = 512;  // children whose keys are computed at once
 constexpr int kTile = 32;    // children passed over at once
+constexpr int kLanes = 16;   // of the widest vectors
 
 // The children of one beam, whatever the type of its logits. Functions of a class are inline, but not visible outside.
 struct Children {
@@ -91,19 +92,22 @@ struct Children {
     return words;
   }
 
+  // Whole vectors of hits: a rest that is computed one by one, or in narrower vectors, is rounded otherwise.
+  static int padded(int count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
   // The own perturbed scores of the hits; returns the best. Never inlined: every call gives a child the same bits.
   __attribute__((noinline)) float perturb(const std::uint32_t* bits, int count) {
     if (!count) return -INFINITY;
-    const int padded = (count + 7) / 8 * 8;  // no rest to loop over one by one
-    for (int k = count; k < padded; ++k) hits[k] = hits[0];
-    std::uint32_t drawn[kBatch + 8];
-    for (int k = 0; k < padded; ++k) {
+    const int whole = padded(count);
+    for (int k = count; k < whole; ++k) hits[k] = hits[0];
+    std::uint32_t drawn[kBatch + kLanes];
+    for (int k = 0; k < whole; ++k) {
       drawn[k] = bits[hits[k]];
       own[k] = logps[hits[k]];
     }
     float most = -INFINITY;
 #pragma omp simd reduction(max : most)
-    for (int k = 0; k < padded; ++k) {
+    for (int k = 0; k < whole; ++k) {
       own[k] = beam.score + own[k] + gumbel(drawn[k]);
       most = own[k] > most ? own[k] : most;
     }
@@ -113,8 +117,9 @@ struct Children {
   // Puts the hits among the best.
   void offer_hits(int count, float parent, float most) {
     if (parent < INFINITY) {
+      const int whole = padded(count);
 #pragma omp simd
-      for (int k = 0; k < (count + 7) / 8 * 8; ++k) own[k] = conditioned(parent, own[k], most);
+      for (int k = 0; k < whole; ++k) own[k] = conditioned(parent, own[k], most);
     }
     for (int k = 0; k < count; ++k) offer(hits[k], own[k]);
   }
