@@ -26,6 +26,9 @@ STABLE_TORCH_LIBRARY(raddpo, m) {
       "depths)");
   m.def("trie_items(Tensor nodes, Tensor trie, Tensor header, Tensor? live) -> (Tensor first, Tensor count)");
   m.def("trie_children(Tensor nodes, Tensor trie, Tensor header, Tensor? live) -> (Tensor first, Tensor count)");
+  m.def(
+      "trie_top_items(Tensor nodes, Tensor trie, Tensor header, Tensor? live, int top_k) -> (Tensor items, Tensor "
+      "owners)");
   m.def("trie_select(Tensor places, Tensor trie, Tensor header, Tensor? live, bool items) -> Tensor numbers");
   // Rows of prompt and candidates; csrc/pack_sessions/pack_sessions.h. On the CPU only.
   m.def(

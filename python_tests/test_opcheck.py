@@ -24,6 +24,7 @@ def search(index: rx.TrieIndex) -> None:
     index.paths(nodes)
     index.child_ranges(nodes)
     index.item_ranges(nodes)
+    index.top_items(nodes, 3)
     index.nodes_at(torch.arange(2))
     index.items_at(torch.arange(2))
 

@@ -27,6 +27,20 @@ def assert_same_index(got: rx.TrieIndex, expected: reference.TrieIndex) -> None:
         count = expected.item_ranges(nodes)[1]
         assert torch.where(count > 0, mine, 0).tolist() == torch.where(count > 0, theirs, 0).tolist()
     assert got.items.tolist() == expected.items.tolist()
+    assert_top_items(got, nodes)
+
+
+def assert_top_items(index: rx.TrieIndex, nodes: torch.Tensor) -> None:
+    """``top_items`` of one row, and of two rows at once, against :meth:`item_ranges`."""
+    rows = torch.stack([nodes, nodes.flip(0)])
+    owned = []
+    for first, count in zip(*index.item_ranges(rows), strict=True):
+        ranges = zip(first.tolist(), (first + count).tolist(), strict=True)
+        owned.append([(item, k) for k, (begin, end) in enumerate(ranges) for item in index.items[begin:end].tolist()])
+    for top_k in (0, 1, 7, max(map(len, owned)) + 2):
+        for items, owners, expected in zip(*index.top_items(rows, top_k), owned, strict=True):
+            got = [*zip(items.tolist(), owners.tolist(), strict=True)]
+            assert got == (expected + top_k * [(-1, -1)])[:top_k]
 
 
 @given(catalogues(), st.data())
@@ -123,6 +137,18 @@ def test_blocks_and_hints(threads: int, rows: int) -> None:
     assert collided.lookup([[0, 0]]).items.tolist() == collided.items.tolist()
     chains = np.tile(rng.permutation(rows)[:, None], (1, 3))
     assert_same_index(rx.TrieIndex.build(chains), reference.TrieIndex.build(chains))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_uneven_parents(isa: str, first: bool) -> None:
+    """One code has as many children as all others together, so that a parent is far from where its child's place among
+    its siblings would put it."""
+    many, half = torch.arange(40_000), torch.arange(1, 20_001)
+    wide = torch.stack([torch.full_like(many, 0 if first else 20_001), many], 1)
+    sids = torch.cat([wide, torch.stack([half, half], 1)])
+    index = rx.TrieIndex.build(sids)
+    leaves = torch.arange(index.num_nodes - len(sids), index.num_nodes)
+    assert torch.equal(index.paths(leaves)[0], sids[(sids[:, 0] * 40_000 + sids[:, 1]).argsort()])
 
 
 @settings(max_examples=10)

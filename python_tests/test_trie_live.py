@@ -295,6 +295,7 @@ def test_cuda_lookups(shim: Shim, catalogue: Catalogue, seed: int) -> None:
         (shim.trie_paths(nodes, index), index.paths(nodes)),
         (shim.trie_ranges(nodes, index, items=True), index.item_ranges(nodes)),
         (shim.trie_ranges(nodes, index, items=False), index.child_ranges(nodes)),
+        (shim.trie_top_items(nodes.view(3, 100), index, 40), index.top_items(nodes.view(3, 100), 40)),
         ([shim.trie_select(places, index, items=False)], [index.nodes_at(places)]),
         ([shim.trie_walk(tokens_of(catalogue), index)], [index._walk(tokens_of(catalogue))]),
     ]:

@@ -91,6 +91,29 @@ Ranges prepare_ranges(const Tensor& nodes, const Tensor& trie, const Tensor& hea
            first.mutable_data_ptr<std::int64_t>(), count.mutable_data_ptr<std::int64_t>()}};
 }
 
+struct TopItems {
+  Tensor items, owners;
+  TrieTopItemsArgs args;
+};
+
+TopItems prepare_top_items(const Tensor& nodes, const Tensor& trie, const Tensor& header, const OptionalTensor& live,
+                           std::int64_t top_k) {
+  constexpr const char* op = "trie_top_items";
+  check_device(op, {{"nodes", nodes}, {"trie", trie}, {"live", live}});
+  check_nodes(nodes, op, "nodes");
+  STD_TORCH_CHECK(nodes.dim() == 2 && top_k >= 0, op,
+                  ": nodes must have shape (rows, columns) and top_k be at least 0");
+  const TrieView view = trie_view(trie, header, live, op);
+  const auto* h = header.const_data_ptr<std::int64_t>();
+  Tensor items = new_empty(nodes, {nodes.size(0), top_k}, ScalarType::Long),
+         owners = new_empty(nodes, {nodes.size(0), top_k}, ScalarType::Long);
+  return {items,
+          owners,
+          {view, nodes.const_data_ptr<std::int64_t>(), nodes.size(0), nodes.size(1), top_k,
+           static_cast<const std::uint8_t*>(trie.const_data_ptr()) + h[kItems], h[kItemBytes] == 8, h[kNumItems],
+           items.mutable_data_ptr<std::int64_t>(), owners.mutable_data_ptr<std::int64_t>()}};
+}
+
 struct Select {
   Tensor numbers;
   TrieSelectArgs args;
@@ -145,6 +168,15 @@ std::tuple<Tensor, Tensor> trie_ranges_cpu(const Tensor& nodes, const Tensor& tr
   return {c.first, c.count};
 }
 
+std::tuple<Tensor, Tensor> trie_top_items_cpu(const Tensor& nodes, const Tensor& trie, const Tensor& header,
+                                              const OptionalTensor& live, std::int64_t top_k) {
+  const TopItems c = prepare_top_items(nodes, trie, header, live, top_k);
+  const std::int64_t grain = std::max<std::int64_t>(1, kGrain / std::max<std::int64_t>(1, c.args.columns));
+  parallel_for(c.args.rows, grain,
+               [&](std::int64_t begin, std::int64_t end) { RADDPO_CALL_ISA(trie_top_items, c.args, begin, end); });
+  return {c.items, c.owners};
+}
+
 Tensor trie_select_cpu(const Tensor& places, const Tensor& trie, const Tensor& header, const OptionalTensor& live,
                        bool items) {
   const Select c = prepare_select(places, trie, header, live, items);
@@ -178,6 +210,14 @@ std::tuple<Tensor, Tensor> trie_ranges_cuda(const Tensor& nodes, const Tensor& t
   return {c.first, c.count};
 }
 
+std::tuple<Tensor, Tensor> trie_top_items_cuda(const Tensor& nodes, const Tensor& trie, const Tensor& header,
+                                               const OptionalTensor& live, std::int64_t top_k) {
+  const TopItems c = prepare_top_items(nodes, trie, header, live, top_k);
+  const torch::stable::accelerator::DeviceGuard guard(nodes.get_device_index());
+  check_launch(cuda::trie_top_items(c.args, current_cuda_stream(nodes.get_device_index())), "trie_top_items");
+  return {c.items, c.owners};
+}
+
 Tensor trie_select_cuda(const Tensor& places, const Tensor& trie, const Tensor& header, const OptionalTensor& live,
                         bool items) {
   const Select c = prepare_select(places, trie, header, live, items);
@@ -195,6 +235,7 @@ STABLE_TORCH_LIBRARY_IMPL(raddpo, CPU, m) {
   m.impl("trie_paths", TORCH_BOX(&trie_paths_cpu));
   m.impl("trie_items", TORCH_BOX(&trie_ranges_cpu<true>));
   m.impl("trie_children", TORCH_BOX(&trie_ranges_cpu<false>));
+  m.impl("trie_top_items", TORCH_BOX(&trie_top_items_cpu));
   m.impl("trie_select", TORCH_BOX(&trie_select_cpu));
 }
 
@@ -204,6 +245,7 @@ STABLE_TORCH_LIBRARY_IMPL(raddpo, CUDA, m) {
   m.impl("trie_paths", TORCH_BOX(&trie_paths_cuda));
   m.impl("trie_items", TORCH_BOX(&trie_ranges_cuda<true>));
   m.impl("trie_children", TORCH_BOX(&trie_ranges_cuda<false>));
+  m.impl("trie_top_items", TORCH_BOX(&trie_top_items_cuda));
   m.impl("trie_select", TORCH_BOX(&trie_select_cuda));
 }
 #endif

@@ -88,6 +88,18 @@ void trie_ranges(const TrieRangesArgs& a, std::int64_t begin, std::int64_t end) 
   for (std::int64_t i = begin; i < end; ++i) trie_range(a, i);
 }
 
+void trie_top_items(const TrieTopItemsArgs& a, std::int64_t begin, std::int64_t end) {
+  for (std::int64_t row = begin; row < end; ++row) {
+    std::int64_t place = 0;
+    for (std::int64_t column = 0; column < a.columns && place < a.top_k; ++column) {
+      const Range range = live_range(a.trie, a.nodes[row * a.columns + column], true);
+      put_items(a, row, column, range, place);
+      place += range.count;
+    }
+    for (; place < a.top_k; ++place) put_nothing(a, row, place);
+  }
+}
+
 void trie_select(const TrieSelectArgs& a, std::int64_t begin, std::int64_t end) {
   for (std::int64_t i = begin; i < end; ++i) raddpo::trie_select(a, i);
 }

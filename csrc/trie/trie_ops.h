@@ -54,14 +54,43 @@ struct TrieRangesArgs {
   std::int64_t *first, *number;
 };
 
+RADDPO_HD Range live_range(const TrieView& t, std::int64_t node, bool items) {
+  if (!is_node(t, node)) return {0, 0};
+  return items ? live_of(t.live_items, items_of(t, node)) : live_of(t.live_nodes, children_of(t, node));
+}
+
 RADDPO_HD void trie_range(const TrieRangesArgs& a, std::int64_t i) {
-  const std::int64_t node = a.nodes[i];
-  Range range{0, 0};
-  if (is_node(a.trie, node))
-    range = a.items ? live_of(a.trie.live_items, items_of(a.trie, node))
-                    : live_of(a.trie.live_nodes, children_of(a.trie, node));
+  const Range range = live_range(a.trie, a.nodes[i], a.items);
   a.first[i] = range.first;
   a.number[i] = range.count;
+}
+
+// The first top_k items of each row of nodes [rows, columns], node after node: their ids, and the columns of the nodes
+// that have them; both -1 where a row has no more.
+struct TrieTopItemsArgs {
+  TrieView trie;
+  const std::int64_t* nodes;
+  std::int64_t rows, columns, top_k;
+  const void* ids;  // int32 [num_items], or int64 where wide_ids
+  bool wide_ids;
+  std::int64_t num_items;  // left or not
+  std::int64_t *items, *owners;
+};
+
+// Puts the items of row number `row` that are in `range` at `place` and after it, as far as there is room.
+RADDPO_HD void put_items(const TrieTopItemsArgs& a, std::int64_t row, std::int64_t column, Range range,
+                         std::int64_t place) {
+  const std::int64_t end = place + range.count < a.top_k ? place + range.count : a.top_k;
+  for (std::int64_t at = place; at < end; ++at) {
+    const std::int64_t number = nth_live(a.trie.live_items, a.num_items, range.first + at - place);
+    a.items[row * a.top_k + at] =
+        a.wide_ids ? static_cast<const std::int64_t*>(a.ids)[number] : static_cast<const std::int32_t*>(a.ids)[number];
+    a.owners[row * a.top_k + at] = column;
+  }
+}
+
+RADDPO_HD void put_nothing(const TrieTopItemsArgs& a, std::int64_t row, std::int64_t place) {
+  a.items[row * a.top_k + place] = a.owners[row * a.top_k + place] = -1;
 }
 
 // From places [count] among the nodes or items that are left to their numbers; -1 for no such place.
@@ -79,10 +108,11 @@ RADDPO_HD void trie_select(const TrieSelectArgs& a, std::int64_t i) {
   a.numbers[i] = found ? nth_live(a.live, a.size, place) : -1;
 }
 
-#define RADDPO_DECLARE                                                                    \
-  void trie_walk(const TrieWalkArgs& a, std::int64_t begin, std::int64_t end); /* rows */ \
-  void trie_paths(const TriePathsArgs& a, std::int64_t begin, std::int64_t end);          \
-  void trie_ranges(const TrieRangesArgs& a, std::int64_t begin, std::int64_t end);        \
+#define RADDPO_DECLARE                                                                             \
+  void trie_walk(const TrieWalkArgs& a, std::int64_t begin, std::int64_t end); /* rows */          \
+  void trie_paths(const TriePathsArgs& a, std::int64_t begin, std::int64_t end);                   \
+  void trie_ranges(const TrieRangesArgs& a, std::int64_t begin, std::int64_t end);                 \
+  void trie_top_items(const TrieTopItemsArgs& a, std::int64_t begin, std::int64_t end); /* rows */ \
   void trie_select(const TrieSelectArgs& a, std::int64_t begin, std::int64_t end);
 namespace scalar {
 RADDPO_DECLARE
@@ -99,6 +129,7 @@ namespace cuda {  // each returns cudaError_t
 int trie_walk(const TrieWalkArgs& a, CUstream_st* stream);
 int trie_paths(const TriePathsArgs& a, CUstream_st* stream);
 int trie_ranges(const TrieRangesArgs& a, CUstream_st* stream);
+int trie_top_items(const TrieTopItemsArgs& a, CUstream_st* stream);
 int trie_select(const TrieSelectArgs& a, CUstream_st* stream);
 }  // namespace cuda
 

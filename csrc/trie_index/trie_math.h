@@ -34,20 +34,51 @@ RADDPO_HD std::int64_t select_zero(const DegreeSequence& s, std::int64_t i) {
   return zero_in_block(s, block_of_zero(s, i), i);
 }
 
+template <typename Sequence>
+RADDPO_HD std::int64_t ones_before(const Sequence& s, std::int64_t block) {
+  return block * kBlockBits - s.ranks[block];
+}
+
 // Position of one number i, which is in a block from `low` to `high`.
 template <typename Sequence>
 RADDPO_HD std::int64_t select_one(const Sequence& s, std::int64_t low, std::int64_t high, std::int64_t i) {
   while (low < high) {
     const std::int64_t middle = (low + high + 1) / 2;
-    if (middle * kBlockBits - s.ranks[middle] <= i)
+    if (ones_before(s, middle) <= i)
       low = middle;
     else
       high = middle - 1;
   }
-  int rest = static_cast<int>(i - (low * kBlockBits - s.ranks[low]));
+  int rest = static_cast<int>(i - ones_before(s, low));
   std::int64_t word = low * (kBlockBits / 64);
   for (int ones; rest >= (ones = popcount(s.bits[word])); ++word) rest -= ones;
   return word * 64 + select_bit(s.bits[word], rest);
+}
+
+// The same from a guess of the block outwards, in steps that double: quick where the guess is good.
+template <typename Sequence>
+RADDPO_HD std::int64_t select_one_near(const Sequence& s, std::int64_t low, std::int64_t high, std::int64_t guess,
+                                       std::int64_t i) {
+  if (ones_before(s, guess) <= i) {
+    low = guess;
+    for (std::int64_t step = 1; low + step <= high; step *= 2) {
+      if (ones_before(s, low + step) > i) {
+        high = low + step - 1;
+        break;
+      }
+      low += step;
+    }
+  } else {
+    high = guess - 1;
+    for (std::int64_t step = 1; high - step >= low; step *= 2) {
+      if (ones_before(s, high - step) <= i) {
+        low = high - step;
+        break;
+      }
+      high -= step + 1;
+    }
+  }
+  return select_one(s, low, high, i);
 }
 
 // The ones between a position and the next zero, which is zero number i: their numbers, counted from 0.
@@ -113,11 +144,12 @@ RADDPO_HD int depth_of(const TrieView& t, std::int64_t node) {
 
 // The parent of a node other than the root, at its depth.
 RADDPO_HD std::int64_t parent_of(const TrieView& t, std::int64_t node, int depth) {
-  // The one of the edge to `node` is number node - 1, and before it are as many zeros as nodes before the parent.
-  const std::int64_t one = node - 1;
-  const std::int64_t low = (one + t.first_node[depth - 1]) / kBlockBits,
-                     high = (one + t.first_node[depth]) / kBlockBits;
-  return select_one(t.children, low, high, one) - one;
+  // The one of the edge to `node` is number node - 1, and before it are as many zeros as nodes before the parent. The
+  // guess: as far along the parents' level as the node is along its own.
+  const std::int64_t one = node - 1, *first = t.first_node + depth;
+  const std::int64_t low = (one + first[-1]) / kBlockBits, high = (one + first[0]) / kBlockBits;
+  const std::int64_t guess = low + (high - low) * (node - first[0]) / (first[1] - first[0]);
+  return select_one_near(t.children, low, high, guess, one) - one;
 }
 
 RADDPO_HD std::int64_t symbol_of(const TrieView& t, std::int64_t node) {

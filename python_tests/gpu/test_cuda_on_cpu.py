@@ -229,6 +229,7 @@ def test_trie_lookups(shim: Shim, catalogue: Catalogue, seed: int) -> None:
     for got, expected in [
         (shim.trie_paths(nodes, index), index.paths(nodes)),
         (shim.trie_ranges(nodes, index, items=True), index.item_ranges(nodes)),
+        (shim.trie_top_items(nodes[None], index, 40), index.top_items(nodes[None], 40)),
         (shim.trie_ranges(nodes, index, items=False), torch.ops.raddpo.trie_children(nodes, *trie)),
     ]:
         assert got[0].tolist() == expected[0].tolist()

@@ -188,6 +188,10 @@ def test_trie_lookups(indexed: tuple[Catalogue, rx.TrieIndex], seed: int) -> Non
     for method in (rx.TrieIndex.paths, rx.TrieIndex.item_ranges, children_of):
         for got, expected in zip(method(on_device, nodes.cuda()), method(index, nodes), strict=True):
             assert got.tolist() == expected.tolist()
+    for got, expected in zip(
+        on_device.top_items(nodes.view(2, 150).cuda(), 40), index.top_items(nodes.view(2, 150), 40), strict=True
+    ):
+        assert got.tolist() == expected.tolist()
     tokens = torch.randint(-1, catalogue.columns, (200, index.levels + 1), generator=generator_of(seed))
     tokens[:100, : len(catalogue.tokens()[0])] = torch.tensor(catalogue.tokens()[0])
     assert on_device.nodes(tokens).tolist() == index.nodes(tokens).tolist()

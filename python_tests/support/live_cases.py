@@ -41,11 +41,14 @@ def assert_holds(index: rx.TrieIndex, catalogue: Catalogue, rows: list[int], see
     for method in ("paths", "item_ranges", "child_ranges"):
         for mine, theirs in zip(getattr(index, method)(numbers), getattr(built, method)(nodes), strict=True):
             assert mine.tolist() == theirs.tolist(), method
+    for mine, theirs in zip(index.top_items(numbers[None], 9), built.top_items(nodes[None], 9), strict=True):
+        assert mine.tolist() == theirs.tolist()
     assert index.depths(numbers).tolist() == built.depths(nodes).tolist()
     gone = torch.tensor(sorted(set(range(-2, index.node_bound + 2)) - set(numbers.tolist())))
     assert set(index.paths(gone)[1].tolist()) <= {-1}
     for method in ("item_ranges", "child_ranges"):
         assert all(set(part.tolist()) <= {0} for part in getattr(index, method)(gone))
+    assert all(set(part.flatten().tolist()) <= {-1} for part in index.top_items(gone[None], 2))
 
     sids, ends = catalogue.sids.astype(np.int64), catalogue.ends()
     for mine, theirs in zip(index.lookup(sids, ends), built.lookup(sids, ends), strict=True):

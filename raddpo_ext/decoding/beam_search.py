@@ -212,27 +212,22 @@ def _result(
     state: BeamState, index: TrieIndex, length_penalty: float, top_k: int | None, token_logps: Tensor | None
 ) -> BeamResult:
     """Turn the beams after the last step into rows of SIDs, or of ``top_k`` items."""
-    # Scores, divided by the lengths.
-    sids, depths = index.paths(state.nodes)
-    scores = state.scores
-    if length_penalty:
-        scores = scores / depths.clamp(min=1).to(torch.float64).pow(length_penalty).to(torch.float32)
-    first, count = index.item_ranges(state.nodes)
+    nodes, scores = state.nodes, state.scores
     # One row per SID, with its first item.
     if top_k is None:
+        first, count = index.item_ranges(nodes)
         items = torch.where(count > 0, index.items_at(first), -1)
-        return BeamResult(items, scores, sids, token_logps)
-    # One row per item. Item k of a query is in the first beam at which the running sum of items exceeds k.
-    ends = count.cumsum(1)
-    rank = torch.arange(top_k, device=scores.device).expand(len(scores), top_k).contiguous()
-    beam = torch.searchsorted(ends, rank, right=True)
-    found = beam < scores.shape[1]
-    beam = beam.clamp(max=scores.shape[1] - 1)
-    position = first.gather(1, beam) + rank - (ends - count).gather(1, beam)
-    items = torch.where(found, index.items_at(torch.where(found, position, 0)), -1)
-    sids = sids.gather(1, beam[..., None].expand(-1, -1, sids.shape[2])).masked_fill(~found[..., None], -1)
-    if token_logps is not None:
-        token_logps = token_logps.gather(1, beam[..., None].expand(-1, -1, token_logps.shape[2]))
-        token_logps = token_logps.masked_fill(~found[..., None], 0.0)
-    scores = torch.where(found, scores.gather(1, beam), -math.inf)
+    # One row per item, those of a beam one after another.
+    else:
+        items, beams = index.top_items(nodes, top_k)
+        missing, beams = beams < 0, beams.clamp(min=0)
+        nodes = nodes.gather(1, beams).masked_fill_(missing, -1)
+        scores = scores.gather(1, beams).masked_fill_(missing, -math.inf)
+        if token_logps is not None:
+            token_logps = token_logps.gather(1, beams[..., None].expand(-1, -1, token_logps.shape[2]))
+            token_logps = token_logps.masked_fill(missing[..., None], 0.0)
+    sids, depths = index.paths(nodes)
+    # Scores, divided by the lengths.
+    if length_penalty:
+        scores = scores / depths.clamp(min=1).to(torch.float64).pow(length_penalty).to(torch.float32)
     return BeamResult(items, scores, sids, token_logps)

@@ -391,6 +391,12 @@ class TrieIndex:
         first, count = self._items(nodes)
         return first.view(nodes.shape), count.view(nodes.shape)
 
+    def top_items(self, nodes: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """The first ``top_k`` items of each row of ``nodes`` ``[B, W]``, node after node, and the column of the node
+        that has each: int64 ``[B, top_k]``, both -1 where a row has no more."""
+        self._check_nodes(nodes)
+        return torch.ops.raddpo.trie_top_items(nodes.contiguous(), *self.block, top_k)
+
     def child_ranges(self, nodes: Tensor) -> tuple[Tensor, Tensor]:
         """Where each node's children begin among all nodes that are left, and their number: int64, shaped as ``nodes``.
 

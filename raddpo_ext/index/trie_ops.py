@@ -33,6 +33,11 @@ def _(nodes: Tensor, trie: Tensor, header: Tensor, live: Tensor | None) -> tuple
     return nodes.new_empty(nodes.numel()), nodes.new_empty(nodes.numel())
 
 
+@torch.library.register_fake("raddpo::trie_top_items")
+def _(nodes: Tensor, trie: Tensor, header: Tensor, live: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:
+    return nodes.new_empty((len(nodes), top_k)), nodes.new_empty((len(nodes), top_k))
+
+
 @torch.library.register_fake("raddpo::trie_select")
 def _(places: Tensor, trie: Tensor, header: Tensor, live: Tensor | None, items: bool) -> Tensor:
     return places.new_empty(places.numel())

@@ -229,6 +229,14 @@ EXPORT int trie_select(const std::uint8_t* trie, const std::int64_t* header, con
       {items ? t.live_items : t.live_nodes, header[items ? kNumItems : kNumNodes], places, count, numbers}, nullptr);
 }
 
+EXPORT int trie_top_items(const std::uint8_t* trie, const std::int64_t* header, const std::uint8_t* live,
+                          const std::int64_t* nodes, std::int64_t rows, std::int64_t columns, std::int64_t top_k,
+                          std::int64_t* items, std::int64_t* owners) {
+  return cuda::trie_top_items({view_of(trie, header, live), nodes, rows, columns, top_k, trie + header[kItems],
+                               header[kItemBytes] == 8, header[kNumItems], items, owners},
+                              nullptr);
+}
+
 EXPORT int trie_ranges(const std::uint8_t* trie, const std::int64_t* header, const std::uint8_t* live,
                        const std::int64_t* nodes, std::int64_t count, bool items, std::int64_t* first,
                        std::int64_t* number) {

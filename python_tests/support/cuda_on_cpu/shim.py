@@ -262,6 +262,11 @@ class Shim:
         self.call("trie_ranges", *index.block, nodes, len(nodes), int(items), first, number)
         return first, number
 
+    def trie_top_items(self, nodes: Tensor, index: rx.TrieIndex, top_k: int) -> tuple[Tensor, Tensor]:
+        items, owners = torch.full((2, len(nodes), top_k), 777)
+        self.call("trie_top_items", *index.block, nodes, *nodes.shape, top_k, items, owners)
+        return items, owners
+
     def trie_select(self, places: Tensor, index: rx.TrieIndex, items: bool) -> Tensor:
         numbers = torch.full((len(places),), 777)
         self.call("trie_select", *index.block, places, len(places), int(items), numbers)
