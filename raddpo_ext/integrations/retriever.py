@@ -19,15 +19,15 @@ from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.integrations.base_model import (
     base_model,
     changing_rope,
-    context,
     model_head,
     slot_windows,
     windows,
 )
 from raddpo_ext.integrations.decoders import Decoder, SharedPrefixDecoder, pad_left, pad_right
 from raddpo_ext.integrations.lengths import ProvenLengths, holds_at
-from raddpo_ext.integrations.merger_checks import merger_of, verify_merger
+from raddpo_ext.integrations.merger_checks import verify_merger
 from raddpo_ext.integrations.probes import PROBE_BEAMS, Ways, verify
+from raddpo_ext.integrations.prompt_checks import checked_prompts
 from raddpo_ext.logps.head import Head
 
 MOST_MASK_BYTES = 1 << 30  # of the mask of beams that share a prompt, at four bytes per entry
@@ -108,9 +108,6 @@ class SIDRetriever:
         self.normalize = normalize
         self.length_penalty = length_penalty
         self.shared_prefix = shared_prefix
-        config = model.config.get_text_config()
-        self._vocab_size: int = config.vocab_size
-        self._window = context(config)
         self._ways: Ways | None = None
         self._lengths = ProvenLengths()
         self._graphs: Any = None
@@ -134,11 +131,9 @@ class SIDRetriever:
     def _check_index(self, index: TrieIndex) -> None:
         _check.instance(index, "index", TrieIndex)
         self._widths(index)
-        largest = max(index.max_tokens)
-        if largest >= self._vocab_size:
-            raise ValueError(
-                f"index must hold token ids below the model's vocab_size {self._vocab_size}, got {largest}"
-            )
+        largest, vocab_size = max(index.max_tokens), self.model.config.get_text_config().vocab_size
+        if largest >= vocab_size:
+            raise ValueError(f"index must hold token ids below the model's vocab_size {vocab_size}, got {largest}")
 
     def _widths(self, index: TrieIndex) -> list[int]:
         return _check.widths(self.beam_width, index.levels, index.most_levels)
@@ -270,7 +265,7 @@ class SIDRetriever:
             index = self.index
         else:
             self._check_index(index)
-        return *self._check_prompts(input_ids, attention_mask, index), index
+        return *checked_prompts(self.model, input_ids, attention_mask, index), index
 
     def _decoder(self, prompts: Tensor, mask: Tensor, index: TrieIndex, widths: list[int]) -> Decoder:
         """The model with these prompts, in the fastest way that gives its own logits. ``widths``: of each step."""
@@ -386,69 +381,3 @@ class SIDRetriever:
         from raddpo_ext.integrations.graphed import CapturedDecoder
 
         return partial(CapturedDecoder, fed=fed)
-
-    def _check_prompts(
-        self, input_ids: Tensor, attention_mask: Tensor | None, index: TrieIndex
-    ) -> tuple[Tensor, Tensor]:
-        """Check the prompts.
-
-        Returns:
-            The prompts, 0 on padding, and the mask of real tokens, bool ``[B, T]``: both on the CPU, because their
-            values are read several times.
-        """
-        # Types, shapes and devices.
-        if not isinstance(input_ids, Tensor):
-            raise TypeError(f"input_ids must be an integer tensor, got {type(input_ids).__name__}")
-        _check.integer_tensor(input_ids, "input_ids", 2)
-        if input_ids.numel() == 0:
-            raise ValueError(
-                f"input_ids must hold at least one prompt of one token, got shape {tuple(input_ids.shape)}"
-            )
-        if not input_ids.device == index.device == self.model.device:
-            raise ValueError(
-                f"input_ids, index and model must be on one device, got {input_ids.device}, {index.device}, "
-                f"{self.model.device}"
-            )
-        if attention_mask is None:
-            mask = torch.ones_like(input_ids, dtype=torch.bool)
-        else:
-            mask = _as_mask(attention_mask, input_ids)
-        # Values, after one copy to the CPU.
-        input_ids, mask = input_ids.long().cpu(), mask.cpu()
-        lengths = mask.sum(1)
-        _check.none(lengths == 0, lambda row: f"attention_mask[{row}] must keep at least one token, got none")
-        outside = mask & ((input_ids < 0) | (input_ids >= self._vocab_size))
-        why = f"is outside [0, {self._vocab_size}), the model's vocabulary"
-        merger = merger_of(self.model)
-        if merger is not None:
-            outside &= (input_ids < merger.ids.vocab_size) | merger.ids.wrong(input_ids)
-        if bool(outside.any()):
-            row, column = outside.nonzero()[0].tolist()
-            token = int(input_ids[row, column])
-            if merger is not None and token >= merger.ids.vocab_size:
-                why = merger.ids.why_not(token)
-            raise ValueError(f"input_ids[{row}, {column}] = {token} {why}")
-        if self._window is not None:
-            # The last token of a SID is never fed; an encoder reads only the prompt.
-            steps = 0 if self.model.config.is_encoder_decoder else index.levels - 1
-            _check.none(
-                lengths + steps > self._window,
-                lambda row: (
-                    f"input_ids[{row}] has {int(lengths[row])} tokens, and with {steps} more of the SID exceeds "
-                    f"the model's window of {self._window} (max_position_embeddings)"
-                ),
-            )
-        return input_ids.masked_fill(~mask, 0), mask
-
-
-def _as_mask(attention_mask: Tensor, input_ids: Tensor) -> Tensor:
-    """Check ``attention_mask``, and return it as bool."""
-    if not isinstance(attention_mask, Tensor) or attention_mask.is_floating_point():
-        got = attention_mask.dtype if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
-        raise TypeError(f"attention_mask must be a bool or integer tensor, got {got}")
-    if attention_mask.shape != input_ids.shape or attention_mask.device != input_ids.device:
-        raise ValueError(
-            f"attention_mask must have the shape and device of input_ids, {tuple(input_ids.shape)} on "
-            f"{input_ids.device}, got {tuple(attention_mask.shape)} on {attention_mask.device}"
-        )
-    return attention_mask != 0
