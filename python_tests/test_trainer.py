@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -19,6 +20,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("peft")
+import datasets
 import transformers
 from support.tiny_models import gpt2, llama, qwen3, seeded, session_rows, t5
 from support.trainer_runs import assert_same, assert_same_history, run, trainer_for
@@ -101,6 +103,36 @@ def test_a_resumed_run_is_an_unbroken_one(dropout: float, stop: int, tmp_path: A
     assert (unbroken.history[0]["rewards/chosen"] == 0) == (dropout == 0)
     mine, right = (r.trainer.objective.similarity_weighting.state_dict() for r in (again, unbroken))
     torch.testing.assert_close(mine, right, rtol=0, atol=0, equal_nan=True)
+
+
+def streamed(folder: Path, passes: int) -> Any:
+    """Shards of JSON lines, shuffled as they are read."""
+    for shard in range(4):
+        lines = [json.dumps(row) for row in ROWS[6 * shard : 6 * shard + 6]]
+        (folder / f"{shard}.jsonl").write_text("\n".join(lines))
+    files = [str(path) for path in sorted(folder.glob("*.jsonl"))]
+    read = datasets.load_dataset("json", data_files=files, split="train", streaming=True)
+    return read.shuffle(seed=0, buffer_size=5).repeat(passes)
+
+
+@pytest.mark.parametrize(("stop", "passes"), [(2, 1), (3, 1), (5, 3)])  # a pass is of three steps
+def test_a_resumed_run_over_streamed_files_is_an_unbroken_one(stop: int, passes: int, tmp_path: Path) -> None:
+    options = {"batch": 8, "max_steps": 7}
+    saving = {"save_strategy": "steps", "save_steps": stop, "output_dir": str(tmp_path / "run")}
+    unbroken = run(seeded(qwen3), streamed(tmp_path, passes), **saving, **options)
+    again = run(seeded(qwen3), streamed(tmp_path, passes), resume=f"{tmp_path}/run/checkpoint-{stop}", **options)
+    assert_same(again.parameters, unbroken.parameters, 0)
+    assert_same_history(again.history[:-1], unbroken.history[:-1], 0)
+
+
+def test_the_order_of_a_later_pass_over_a_stream_is_not_resumed(tmp_path: Path) -> None:
+    options = {"batch": 8, "max_steps": 6, "output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 5}
+    run(seeded(qwen3), streamed(tmp_path, 1), **options)
+    checkpoint = f"{tmp_path}/checkpoint-5"
+    with pytest.raises(ValueError, match="checkpoint-5' was saved in pass 2 over a stream"):
+        run(seeded(qwen3), streamed(tmp_path, 1), resume=checkpoint, **options)
+    begun = run(seeded(qwen3), streamed(tmp_path, 1), resume=checkpoint, ignore_data_skip=True, **options)
+    assert begun.trainer.state.global_step == 6
 
 
 KILLED = """

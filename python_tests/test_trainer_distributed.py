@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -64,7 +65,17 @@ def ways() -> dict[str, dict[str, Any]]:
         "accumulated": {"batch": 2, "accumulate": 2},
         "reference": {"batch": 4, "use_reference": True, "gradient_checkpointing": True},
         "adapters": {"batch": 4, "use_reference": True, "extra": adapters},
+        "streamed": {"batch": 4},
     }
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(rows_in_pattern())
+
+
+def rows_of(way: str) -> Any:
+    return Stream() if way == "streamed" else rows_in_pattern()
 
 
 def evaluated(made: Any) -> dict[str, float]:
@@ -85,7 +96,7 @@ def rank(folder: str) -> dict[str, Any]:
     for kind, wrapper in KINDS.items():
         options = {**SHARED, **join(kind == "FSDP2")}
         for way, more in ways().items():
-            made = run(seeded(qwen3), rows, **more, **options)
+            made = run(seeded(qwen3), rows_of(way), **more, **options)
             assert isinstance(made.trainer.model_wrapped, wrapper)
             found[f"{kind}, {way}"] = made.parameters, made.history
         made = run(seeded(qwen3), rows, batch=4, extra=catalogue(), **options)
@@ -104,7 +115,7 @@ def test_equals_one_process(tmp_path: Any) -> None:
     rows = rows_in_pattern()
     every = on_ranks(rank, str(tmp_path))
     for way, more in ways().items():
-        one = run(seeded(qwen3), rows, **{**more, "batch": 8, "accumulate": 1}, **SHARED)
+        one = run(seeded(qwen3), rows_of(way), **{**more, "batch": 8, "accumulate": 1}, **SHARED)
         assert one.history[-2]["pair_weights"] < 0.95
         for found in every:
             for kind in KINDS:

@@ -147,6 +147,10 @@ def training_trainer(page: Page) -> None:
     evaluated(page, 10)
 
 
+def training_streamed(page: Page) -> None:
+    assert len(page.losses[0]) == 4
+
+
 def training_packing(page: Page) -> None:
     assert page.packed.input_ids.tolist() == [[1, 5, 7, 1003, 1260, 1261, 1009, 1262]]
     assert page.packed.position_ids.tolist() == [[0, 1, 2, 3, 4, 4, 3, 4]]
@@ -408,6 +412,7 @@ CHECKS: dict[str, list[Callable[[Page], None] | None]] = {
         training_rows,
         training_loop,
         training_trainer,
+        training_streamed,
         training_packing,
         training_pages,
         training_merged,

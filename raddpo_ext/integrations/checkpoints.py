@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 _logger = logging.get_logger(__name__)
@@ -29,7 +30,22 @@ class CheckpointedTrainer(Trainer):
                 raise ValueError(
                     f"resume_from_checkpoint = True, but {self.args.output_dir} holds no complete checkpoint"
                 )
+        if resume_from_checkpoint:
+            self._check_stream(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_stream(self, checkpoint: Path) -> None:
+        """Raise ValueError for a stream whose order ``Trainer`` would lose: it takes all steps for ones of the first
+        pass."""
+        if self.args.ignore_data_skip or has_length(self.train_dataset) or _unreadable(checkpoint) is not None:
+            return
+        epoch = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["epoch"]
+        if epoch >= 1:
+            raise ValueError(
+                f"resume_from_checkpoint = {str(checkpoint)!r} was saved in pass {int(epoch) + 1} over a stream, whose "
+                "order is resumed in its first pass only: make one long pass (dataset.repeat(n) of datasets), or begin "
+                "a pass anew with args.ignore_data_skip = True"
+            )
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Overridden so that every rank's file exists before rank 0 writes ``trainer_state.json``."""
