@@ -110,6 +110,17 @@ def test_answers_without_importing_torch(folder, arguments):
     assert "torch" not in imported
 
 
+def test_public_names_are_there_before_a_command_runs(tmp_path):
+    """As a ``sitecustomize`` module sees them, which Python imports first."""
+    lines = ["import raddpo_ext", "from raddpo_ext import *"]
+    lines.append("print(hasattr(raddpo_ext, 'none'), raddpo_ext.TrieIndex is TrieIndex)")
+    (tmp_path / "sitecustomize.py").write_text("\n".join(lines))
+    environment = ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ENVIRONMENT.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-m", "raddpo_ext", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == f"False True\nraddpo_ext {rx.__version__}\n"
+
+
 def test_info_where_torchs_libraries_do_not_load(folder):
     """As of an unusual build of torch: then torch itself is imported."""
     script = "import sys; sys.argv, sys.orig_argv = ['-m', 'index', 'info', {0!r}], ['python', '-m', 'raddpo_ext', "

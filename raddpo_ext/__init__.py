@@ -1,13 +1,14 @@
 """Fused PyTorch operators for generative retrieval with semantic IDs (SIDs).
 
 Importing the package registers ``torch.ops.raddpo`` and shows the names of ``raddpo_ext._public``. Only
-``python -m raddpo_ext`` starts without them, and so without torch, and loads them when a command runs.
+``python -m raddpo_ext`` starts without them, and so without torch, and loads them when a command runs or asks for one.
 """
 
 import sys as _sys
 from importlib import import_module as _import_module
 from importlib.util import find_spec as _find_spec
 from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 if _TYPE_CHECKING:
     from raddpo_ext._public import *  # noqa: F403
@@ -27,6 +28,14 @@ def _load() -> None:
     """Loads torch, the operators and every public name."""
     public = _import_module("raddpo_ext._public")
     globals().update({name: getattr(public, name) for name in ("__all__", *public.__all__)})
+
+
+def __getattr__(name: str) -> _Any:
+    """Loads the public names where something asks for one before a command does."""
+    if f"{__name__}._public" in _sys.modules or (name.startswith("_") and name != "__all__"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _load()
+    return getattr(_sys.modules[__name__], name)
 
 
 def __dir__() -> list[str]:
