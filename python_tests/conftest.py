@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import re
 import shutil
@@ -53,6 +54,17 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         return None
     slow = collection_path.suffix == ".py" and SLOW_FILE.search(collection_path.read_text())
     return True if slow or collection_path.name in SLOW_FOLDERS else None
+
+
+# The modules and tests that are loaded live to the end: to go through them again and again, as they come and at each of
+# a Trainer's `gc.collect()`, takes a tenth of the time.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import tempfile
 from typing import Any, NamedTuple
 
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from raddpo_ext.integrations.transformers import RADDPOConfig, RADDPOTrainer
 
-gc.freeze()  # each run collects garbage at its start: most of its time, were it to go through the loaded modules too
 OPTIONS: dict[str, Any] = {
     "use_cpu": True,
     "optim": "sgd",  # Adam divides by tiny gradients and blows rounding up
