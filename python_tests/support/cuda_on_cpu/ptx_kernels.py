@@ -14,8 +14,9 @@ from .shim import FOLDER, compiler
 CSRC = FOLDER.parents[2] / "csrc"
 #: As setup.py compiles them, but for the PTX of sm_90.
 _NVCC_FLAGS = ["-ptx", "-arch=compute_90", "-O3", "-std=c++17", "--expt-relaxed-constexpr"]
-#: ``-w``: registers that are only written, labels that nothing jumps to.
-_FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-w", "-ffp-contract=off", f"-I{FOLDER}"]
+#: ``-Og`` compiles in 60 % of the time of ``-O1``, and what it makes is as fast here. ``-w``: registers that are only
+#: written, labels that nothing jumps to.
+_FLAGS = ["-std=c++17", "-Og", "-fPIC", "-fvisibility=hidden", "-w", "-ffp-contract=off", f"-I{FOLDER}"]
 _PARTS = 8  # files of about equal length, which compile at the same time
 
 
