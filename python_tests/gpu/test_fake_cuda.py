@@ -15,22 +15,20 @@ from benchmarks.gpu.report import kernel_name
 from python_tests.gpu.gpu_sanitize import DRIVEN, exit_code, verdict
 
 TESTS = Path(__file__).parents[1]
-RUNS = {
-    "checks": ["support/fake_cuda/check_device.py", "support/fake_cuda/check_scripts.py"],
-    "tests": sorted(f"gpu/{path.name}" for path in (TESTS / "gpu").glob("test_gpu*.py")),
-}
+CHECKS = ["support/fake_cuda/check_device.py", "support/fake_cuda/check_scripts.py"]
+FILES = [*CHECKS, *sorted(f"gpu/{path.name}" for path in (TESTS / "gpu").glob("test_gpu*.py"))]
 ALLOWED = "not on the fake device: |could not import"  # a library that is not installed
 SKIPPED = re.compile(r"^SKIPPED \[\d+\] [^ ]+ (.*)$", re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_on_the_fake_device(name: str) -> None:
+def test_on_the_fake_device() -> None:
+    """In one process, as to make the device takes longer than most of the files."""
     if compiler() is None:
         pytest.skip("needs a C++ compiler (g++, or the one named by CXX)")
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "support.fake_cuda.plugin", "-p", "no:cacheprovider"]
     path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [*command, *(str(TESTS / file) for file in RUNS[name])],
+        [*command, *(str(TESTS / file) for file in FILES)],
         cwd=TESTS.parent,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
