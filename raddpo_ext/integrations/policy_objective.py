@@ -49,6 +49,10 @@ class PolicyObjective(nn.Module):
         empty = torch.zeros(0, levels)
         policy_loss(empty, none, empty[:, 0], ref_logps=empty, **options)
 
+    def accumulate_grad(self, on: bool) -> None:
+        """Set whether the gradient of the head's weight is added to ``weight.grad`` directly."""
+        self.head.head_options["accumulate_grad"] = on
+
     def forward(
         self,
         states: SessionStates,

@@ -295,6 +295,7 @@ class PolicyTrainer(SessionTrainer):
         loss, sums, logps = model(
             packed=inputs["packed"],
             compute=self.objective,
+            accumulate_grad=self._accumulate_grad(),
             normalizer=num_items_in_batch,
             probe=self._is_logged(),
             **given,

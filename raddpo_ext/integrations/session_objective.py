@@ -40,6 +40,10 @@ class SessionObjective(nn.Module):
     def positives(self) -> str:
         return str(self.loss.options.get("positives", "winner"))
 
+    def accumulate_grad(self, on: bool) -> None:
+        """Set whether the gradient of the head's weight is added to ``weight.grad`` directly."""
+        self.loss.head_options["accumulate_grad"] = on
+
     def forward(
         self,
         states: SessionStates,

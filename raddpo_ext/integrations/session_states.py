@@ -24,6 +24,7 @@ from raddpo_ext.integrations.base_model import (
     logits_map,
     slot_windows,
 )
+from raddpo_ext.integrations.embedding_gradient import adding_rows
 from raddpo_ext.integrations.packed_lengths import prove_lengths
 from raddpo_ext.integrations.probes import (
     has_experts,
@@ -66,7 +67,7 @@ class SessionStates(NamedTuple):
     bias: Tensor | None
 
 
-def session_states(model: Any, packed: PackedSessions) -> SessionStates:
+def session_states(model: Any, packed: PackedSessions, *, accumulate_grad: bool = False) -> SessionStates:
     """Run a language model over packed sessions, up to the states that its head reads, without computing logits.
 
     A decoder-only model runs once over the packed rows. An encoder-decoder encodes each prompt once and decodes one row
@@ -77,6 +78,10 @@ def session_states(model: Any, packed: PackedSessions) -> SessionStates:
             ``torch.compile``. Its attention must be ``"eager"``, ``"sdpa"`` or, on CUDA, ``"flex_attention"``; that of
             an encoder-decoder may be any.
         packed: the result of :func:`raddpo_ext.pack_sessions`, on the model's device.
+        accumulate_grad: add the gradient of the input embeddings directly to their ``weight.grad``, row by row, without
+            a dense gradient of the vocabulary. Hooks on the weight get None, so leave it off under
+            ``DistributedDataParallel``. Embeddings that are not a plain ``torch.nn.Embedding``, and encoder-decoders,
+            keep autograd's gradient. With a tied head set it in :class:`raddpo_ext.RADDPOLoss` too.
 
     Returns:
         :class:`SessionStates`. Some models cap or scale the head's output: see :func:`logits_map`.
@@ -105,7 +110,10 @@ def session_states(model: Any, packed: PackedSessions) -> SessionStates:
     _check.instance(packed, "packed", PackedSessions)
     model = base_model(model)
     check_lengths(model, packed)
-    return _states(model, packed)
+    if not accumulate_grad or model.config.is_encoder_decoder:
+        return _states(model, packed)
+    with adding_rows(model):
+        return _states(model, packed)
 
 
 def _states(model: Any, packed: PackedSessions) -> SessionStates:
@@ -160,7 +168,7 @@ def check_lengths(model: Any, packed: PackedSessions) -> None:
 
 
 def accept_sessions(model: Any) -> Any:
-    """Give a model's ``forward`` the keywords ``packed`` and ``compute``, in place, and returns the model.
+    """Give a model's ``forward`` the keywords ``packed``, ``compute`` and ``accumulate_grad``, and return the model.
 
     ``model(packed=packed)`` is :func:`session_states`; ``model(packed=packed, compute=f, **more)`` is
     ``f(states, packed, **more)``. Whatever wraps the model afterwards (DDP, FSDP, autocast) then sees an ordinary
@@ -188,11 +196,16 @@ def accept_sessions(model: Any) -> Any:
 
     @functools.wraps(forward)
     def with_sessions(
-        self: Any, *args: Any, packed: PackedSessions | None = None, compute: Callable | None = None, **kwargs: Any
+        self: Any,
+        *args: Any,
+        packed: PackedSessions | None = None,
+        compute: Callable | None = None,
+        accumulate_grad: bool = False,
+        **kwargs: Any,
     ) -> Any:
         if packed is None:
             return forward(*args, **kwargs) if own is None else own(self, *args, **kwargs)
-        states = session_states(self, packed)
+        states = session_states(self, packed, accumulate_grad=accumulate_grad)
         return states if compute is None else compute(states, packed, **_not_of_a_wrapper(kwargs, compute))
 
     with_sessions.accepts_sessions = True  # type: ignore[attr-defined]

@@ -17,6 +17,7 @@ from raddpo_ext.index.vocab import SIDVocab
 from raddpo_ext.integrations.adapters import StartValues, add_adapters, has_adapters, refuse_adapters, verify_adapters
 from raddpo_ext.integrations.base_model import base_model, context
 from raddpo_ext.integrations.data_checks import check_rows, check_vocabulary
+from raddpo_ext.integrations.embedding_gradient import is_unwatched
 from raddpo_ext.integrations.merger_checks import merger_of, shared_vocab, verify_merger
 from raddpo_ext.integrations.retriever import SIDRetriever
 from raddpo_ext.integrations.session_collator import SessionCollator
@@ -152,6 +153,20 @@ class SessionTrainer(SessionDataTrainer):
         raise NotImplementedError
 
     # The loss
+
+    def _accumulate_grad(self) -> bool:
+        """Whether head and embeddings add their gradients to ``weight.grad`` directly; tells the objective.
+
+        Not where something else must see them: wrappers for several processes, adapters, and hooks on the weights,
+        which some optimizers have.
+        """
+        model: Any = self.model
+        inner = base_model(model)
+        weights = [layer.weight for layer in (inner.get_input_embeddings(), inner.get_output_embeddings())]
+        alone = self.accelerator.distributed_type.value == "NO" and not self.args.torch_compile
+        on = alone and not has_adapters(model) and all(map(is_unwatched, weights))
+        self.objective.accumulate_grad(on)
+        return on
 
     @torch.no_grad()
     def _ref_logps(self, model: nn.Module, packed: PackedSessions) -> Tensor | None:

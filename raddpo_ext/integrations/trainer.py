@@ -175,6 +175,7 @@ class RADDPOTrainer(SessionTrainer):
         loss, sums = model(
             packed=packed,
             compute=self.objective,
+            accumulate_grad=self._accumulate_grad(),
             ref_logps=self._ref_logps(model, packed),
             normalizer=num_items_in_batch,
             page=inputs.get("page"),

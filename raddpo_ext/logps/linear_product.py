@@ -233,11 +233,11 @@ class Gradients:
         if self.needs_hidden:
             if self._hidden_grad is None:
                 self._hidden_grad = self._hidden.new_zeros(self._hidden.shape, dtype=self._hidden_dtype)
-            _add_rows(self._hidden_grad, rows, factors[:, None] * weight.index_select(0, columns))
+            add_rows(self._hidden_grad, rows, factors[:, None] * weight.index_select(0, columns))
         if self.bias is not None:
-            _add_rows(self.bias, columns, factors)
+            add_rows(self.bias, columns, factors)
         if self.weight is not None:
-            _add_rows(self.weight, columns, factors[:, None] * hidden.index_select(0, rows))
+            add_rows(self.weight, columns, factors[:, None] * hidden.index_select(0, rows))
 
     def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients in the form that autograd expects."""
@@ -271,7 +271,7 @@ def _cut_out(x: Tensor, place: slice) -> Tensor:
     return x if place.stop - place.start == x.shape[0] else x[place]
 
 
-def _add_rows(to: Tensor, places: Tensor, values: Tensor) -> None:
+def add_rows(to: Tensor, places: Tensor, values: Tensor) -> None:
     """Add each row of ``values`` at its place. Places may repeat; the result on CUDA is deterministic."""
     to.index_put_((places,), values.to(to.dtype), accumulate=True)
 
