@@ -63,6 +63,7 @@ MEMBERS = [
     ),
     Member("whole-steps", ("benchmarks.peers.compare_whole_steps",), 15, sources.PACKING, ("--cases", "V=8k")),
     Member("retriever", ("benchmarks.peers.compare_retriever",), 20, sources.RETRIEVAL, data=("industrial",)),
+    Member("generate", ("benchmarks.peers.compare_generate",), 5, sources.RETRIEVAL, data=("industrial",)),
     Member("training-ops", ("benchmarks.peers.compare_training_ops",), 5, sources.POLICY, ("--cases", "512 rows")),
     Member("policy-steps", ("benchmarks.peers.compare_policy_steps",), 15, sources.POLICY, data=("instruments",)),
     Member("engines", ("benchmarks.peers.compare_engines",), 15, sources.RETRIEVAL, data=("instruments",)),

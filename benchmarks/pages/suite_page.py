@@ -15,13 +15,13 @@ from benchmarks.harness.results import Results, milliseconds
 from benchmarks.load import tables as load_tables
 from benchmarks.pages.figures import cases, figure, has_figure, rates, save
 from benchmarks.pages.page import fill
-from benchmarks.peers import compare_policy_steps, compare_retriever, compare_training_ops, compare_whole_steps
+from benchmarks.peers import compare_generate, compare_policy_steps, compare_training_ops, compare_whole_steps
 from raddpo_ext._files import replacing
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 DATA = "../benchmarks/results"  # from the page
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {  # of members whose figure, if any, does not say all
-    "retriever": lambda run: compare_retriever.ways_markdown(run["results"]),
+    "generate": lambda run: compare_generate.markdown(run["results"]),
     "whole-steps": lambda run: compare_whole_steps.markdown(run["results"]),
     "sids": lambda run: bench_sids.tables(run["results"]),
     "trie-live": lambda run: bench_trie_live.tables(run["results"]),
@@ -84,6 +84,10 @@ def lines(results: Results) -> list[tuple[str, str, Ratios]]:
     def step_of(ratio: str) -> Ratios:
         return ratios(results, "whole-steps", ratio)
 
+    def generate_over(support: str) -> Ratios:
+        members = (ratios(results, name, f"generate / shared {support}") for name in ("retriever", "generate"))
+        return {case: value for found in members for case, value in found.items()}
+
     step, retrieval = "decoding step", "whole retrieval"
     tokens, head, session = "log-probs from logits", "loss with the head fused in", "session loss"
     packing, index, pages = "packed training step", "index", "huge pages"
@@ -98,8 +102,8 @@ def lines(results: Results) -> list[tuple[str, str, Ratios]]:
         (step, "a Python dict trie", ratios(results, "beam-search", "dict_trie")),
         (step, "the same, batched in numpy", ratios(results, "beam-search", "dict_trie_batched")),
         (step, "what HF `generate` does", ratios(results, "beam-search", "hf_style")),
-        (retrieval, "HF `generate`", ratios(results, "retriever", "generate / shared vocab")),
-        (retrieval, "HF `generate`, ours over a level", ratios(results, "retriever", "generate / shared level")),
+        (retrieval, "HF `generate`", generate_over("vocab")),
+        (retrieval, "HF `generate`, ours over a level", generate_over("level")),
         (retrieval, "ours, a row of the cache a beam", ratios(results, "retriever", "reordered vocab / shared vocab")),
         (tokens, "torch, `log_softmax`", loss("log_softmax / ours", "logits", pages)),
         (tokens, "torch, its best expression", loss("best torch / ours", "logits", pages)),

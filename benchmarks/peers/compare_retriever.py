@@ -6,9 +6,7 @@
 The model is a stock Qwen3 of transformers with random weights (hidden size 512, 4 layers, 8 heads of 64, as many for
 keys and values, intermediate size 1536, V = 152k, float32), the catalogue the real ``industrial`` one. ``generate``
 has the constraint in Python as its users write it (``prefix_allowed_tokens_fn`` over a dictionary of prefixes).
-``reordered`` is SIDRetriever with a row of the KV cache a beam: ``shared_prefix=False``. ``GQA`` cases have 2 heads for
-keys and values, and ``generate`` in all its ways: also without a constraint, with that of MiniOneRec (a dictionary by
-string, after another log-softmax), and with ``TrieLogitsProcessor``.
+``reordered`` is SIDRetriever with a row of the KV cache a beam: ``shared_prefix=False``.
 
 Cases run in fresh processes, methods take turns in them. Before, all are checked to give the same scores to 1e-5
 relative and, but for items whose scores are that close, the same items. Times are medians over rounds, ratios medians
@@ -18,9 +16,6 @@ call over what it held before. The floor is arithmetic: operations of the matrix
 ``head`` cases time one step alone, from hidden states: the product with the whole head and ``beam_step``, against
 ``linear_beam_step``. Their floor is the bare product with the rows that the softmax's support needs (with
 ``normalize="trie"`` the level's rows, of which only the children's are).
-
-``constraint`` cases time what these constraints do to the scores of all steps of a search, without a model. They are
-checked to give the same scores.
 """
 
 from __future__ import annotations
@@ -136,55 +131,12 @@ def _pairs(case: Case) -> list[tuple[str, str]]:
 
 
 def is_retrieval(cell: dict[str, Any]) -> bool:
-    """Else it is a part of one."""
+    """Else it is a step alone."""
     return "cache_bytes" in cell
 
 
-def is_constraint(cell: dict[str, Any]) -> bool:
-    return KINDS[0] in cell["costs"]
-
-
-def ways_markdown(cells: list[dict[str, Any]]) -> str:
-    """What ``generate`` takes in each of its ways, and the constraints alone; empty if no cell has them."""
-    ways = [cell for cell in cells if "generate, no constraint" in cell["costs"]]
-    constraints = [cell for cell in cells if is_constraint(cell)]
-    tables = []
-    if ways:
-        peers = [name for name in ways[0]["costs"] if name.startswith("generate")]
-        head = ["time of `generate` over ours", *(name.removeprefix("generate, ") for name in peers)]
-        rows = [
-            [
-                f"{cell['case']}, ours over `{normalize}`",
-                *(times(cell, f"{name} / shared {normalize}") for name in peers),
-            ]
-            for cell in ways
-            for normalize in NORMALIZE
-        ]
-        rows += [
-            [
-                f"{cell['case']}, over `generate` with a dictionary",
-                *(times(cell, f"{name} / generate") for name in peers),
-            ]
-            for cell in ways
-        ]
-        head[1] = "a dictionary"
-        tables.append(report.markdown(head, rows))
-    if constraints:
-        rows = [
-            [
-                cell["case"],
-                *(f"{cell['costs'][kind]['ms']:.1f}" for kind in KINDS),
-                times(cell, f"{KINDS[2]} / {KINDS[0]}"),
-            ]
-            for cell in constraints
-        ]
-        head = ["the constraint alone, ms", "a dictionary", *KINDS[1:], f"{KINDS[2]} / a dictionary"]
-        tables.append(report.markdown(head, rows))
-    return "\n\n".join(tables)
-
-
 def markdown(cells: list[dict[str, Any]]) -> str:
-    """Tables of whole retrievals, of the ways of ``generate``, and of parts."""
+    """Tables of whole retrievals, and of steps."""
     tables = []
     searches = [cell for cell in cells if is_retrieval(cell)]
     if searches:
@@ -209,8 +161,7 @@ def markdown(cells: list[dict[str, Any]]) -> str:
                     ]
                 )
         tables += [report.markdown(head, rows), report.costs_markdown(searches)]
-    tables += [ways_markdown(cells)] if ways_markdown(cells) else []
-    steps = [cell for cell in cells if not is_retrieval(cell) and not is_constraint(cell)]
+    steps = [cell for cell in cells if not is_retrieval(cell)]
     if steps:
         rows = [
             [
@@ -235,29 +186,30 @@ def times(result: dict[str, Any], name: str) -> str:
     return f"{ratio['median']:.2f}x ({ratio['least']:.2f}-{ratio['most']:.2f})"
 
 
-def main() -> None:
-    parser = report.parser(MODULE, __doc__, processes=2)
+def run(module: str, text: str, cases: list[Case], tables: Callable[[list[dict[str, Any]]], str]) -> None:
+    """The program of ``python -m <module>``, whose documentation is ``text``."""
+    parser = report.parser(module, text, processes=2)
     parser.add_argument("--rounds", type=int, default=3, help="rounds a process (3)")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # a case; JSON
     args = parser.parse_args()
     if args.worker is not None:
         torch.set_num_threads(1)
-        print(json.dumps(work(CASES[args.worker], args.rounds)))
+        print(json.dumps(work(cases[args.worker], args.rounds)))
         return
     if not catalogues.present("industrial"):
         raise SystemExit(f"no industrial catalogue under {catalogues.DATA}; RADDPO_DATA names the folder")
-    chosen = report.choose(parser, CASES, args.cases)[slice(1, 2) if args.quick else slice(None)]
+    chosen = report.choose(parser, cases, args.cases)[slice(1, 2) if args.quick else slice(None)]
     processes, rounds = (1, 1) if args.quick else (args.processes, args.rounds)
-    environment = {**report.environment(MODULE), "threads": 1, "processes": processes, "rounds": rounds}
+    environment = {**report.environment(module), "threads": 1, "processes": processes, "rounds": rounds}
     cells: list[dict[str, Any]] = []
     for i in chosen:
-        runs = [report.run_fresh(MODULE, "--worker", str(i), "--rounds", str(rounds)) for _ in range(processes)]
-        cells.append(summary(CASES[i], runs))
-        print(markdown(cells[-1:]), flush=True)
+        runs = [report.run_fresh(module, "--worker", str(i), "--rounds", str(rounds)) for _ in range(processes)]
+        cells.append(summary(cases[i], runs))
+        print(tables(cells[-1:]), flush=True)
         if args.out:
-            results.write(args.out, {MODULE: environment | {"results": cells}})
-    print(markdown(cells))
+            results.write(args.out, {module: environment | {"results": cells}})
+    print(tables(cells))
 
 
 if __name__ == "__main__":
-    main()
+    run(MODULE, __doc__, CASES, markdown)

@@ -11,7 +11,8 @@ optimizer is left out. The ways differ in one thing from one to the next (:mod:`
 - ``replicated``: the head on the positions that predict a code.
 - ``packed, a row per token``: a row per session, as ``pack_sessions(layout="trie")`` makes it.
 - ``packed``: the head on the distinct states. The plain torch loop to beat.
-- ``ours``: log-probs and loss by our operators, in the loop of the README.
+- ``ours, fresh``: log-probs and loss by our operators, in the loop of the README.
+- ``ours``: the same with ``accumulate_grad=True`` in ``session_states`` and ``RADDPOLoss``, as the trainer has it.
 - ``packed, level``, ``ours, level``: log-probs over the level, another loss.
 
 Case by case in fresh processes. All ways are first checked to give the same loss and gradients, those over the level
@@ -20,6 +21,9 @@ slower the longer it was not used; only a row per candidate has a single call pe
 that is cut between its stages, ``rest`` what the whole step takes over their sum. The floor is the operations of the
 matrix products over the rate of the faster of two bare products, the head's and a layer's.
 
+In cases with ``memory kept`` glibc keeps what is freed; otherwise it gives large buffers back to the kernel, and each
+step touches them anew.
+
 ``trainer`` cases time ``RADDPOTrainer``, all of a step with AdamW, against the ten lines of docs/training.md on another
 copy of the model, in turns from step to step.
 """
@@ -27,6 +31,7 @@ copy of the model, in turns from step to step.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 from collections.abc import Callable
@@ -59,6 +64,7 @@ class Case(packing_cases.Case):
 
     sessions: int = 2
     trainer: bool = False
+    keeps: bool = False  # whether the process keeps freed memory
 
     @property
     def name(self) -> str:
@@ -66,6 +72,7 @@ class Case(packing_cases.Case):
         parts += [f"V={self.vocab_size // 1000}k prompt={self.prompt} candidates={self.candidates} {self.dtype}"]
         parts += ["as many KV heads"] if self.kv_heads == packing_cases.HEADS else []
         parts += ["tied"] if self.tied else []
+        parts += ["memory kept"] if self.keeps else []
         return " ".join(parts)
 
     @property
@@ -82,11 +89,15 @@ CASES += [replace(_BASE, prompt=prompt) for prompt in (32, 512)]
 CASES += [replace(_BASE, candidates=count) for count in (4, 64)]
 CASES += [replace(_BASE, kv_heads=packing_cases.HEADS), replace(_BASE, dtype="bfloat16")]
 CASES += [replace(_BASE, vocab_size=152_000, dtype="bfloat16"), replace(_BASE, vocab_size=152_000, tied=True)]
+CASES += [replace(_BASE, vocab_size=152_000, dtype=dtype, keeps=True) for dtype in ("float32", "bfloat16")]
 CASES += [replace(_BASE, vocab_size=size, trainer=True) for size in (32_000, 152_000)]
+CASES += [replace(_BASE, trainer=True, keeps=True)]
 
 
 def work(case: Case, rounds: int) -> dict[str, Any]:
     """One process's measurements."""
+    if case.keeps:
+        keep_freed_memory()
     if case.trainer:
         return {"seconds": trainer_steps.seconds(case, 2 * rounds)}
     steps = Steps(case)
@@ -115,6 +126,13 @@ def work(case: Case, rounds: int) -> dict[str, Any]:
         "gflop": {name: {part: x / 1e9 for part, x in steps.flop(WAYS[name]).items()} for name in PARTS},
         "gflop_per_s": max(map(rate, products(steps))) / 1e9,
     }
+
+
+def keep_freed_memory() -> None:
+    """As ``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184`` in the environment does with glibc."""
+    libc, trim_threshold, mmap_max = ctypes.CDLL(None), -1, -4
+    if not libc.mallopt(mmap_max, 0) or not libc.mallopt(trim_threshold, -1):
+        raise OSError("this C library has no mallopt that keeps freed memory")
 
 
 def _check(steps: Steps, ways: dict[str, Way]) -> None:

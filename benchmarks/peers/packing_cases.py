@@ -78,9 +78,12 @@ class Problem:
         if layout == "replicated":
             prompts = self.prompts.repeat_interleave(self.case.candidates, 0)
             return {"input_ids": torch.cat([prompts, self.sessions.tokens], 1)}, None
-        packed = rx.pack_sessions(list(self.prompts), self.sessions, layout=layout, embeddings=embeddings)
+        packed = self.pack(layout, embeddings)
         inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "attention_mask": packed.mask()}
         return inputs, packed
+
+    def pack(self, layout: str, embeddings: bool = False) -> rx.PackedSessions:
+        return rx.pack_sessions(list(self.prompts), self.sessions, layout=layout, embeddings=embeddings)
 
     def predictors(self, states: Tensor, packed: rx.PackedSessions | None) -> tuple[Tensor, Tensor | None]:
         """The states that predict the candidates' tokens, and ``rows`` of :func:`raddpo_ext.linear_token_logps`."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from types import SimpleNamespace
 
 import torch
@@ -19,6 +21,7 @@ import raddpo_ext as rx
 from benchmarks.peers.packing_cases import CODES, FIRST, LEVELS, Case, Problem
 from raddpo_ext.bench.session_loss_peers import Layout, shared_with_winner, winner_loss
 from raddpo_ext.bench.token_logps_peers import gather_lse_fp32
+from raddpo_ext.integrations.embedding_gradient import adding_rows
 from raddpo_ext.integrations.transformers import session_states
 
 Packed = rx.PackedSessions | None
@@ -34,12 +37,14 @@ class Way:
         logps: log-probs ``[C, L]`` from the model's states and how the rows are packed.
         level: whether they are normalized over the level.
         ours: whether our operators compute it.
+        into: whether they add the gradients of head and embeddings to ``weight.grad`` directly.
     """
 
     layout: str
     logps: Callable[[Steps, Tensor, Packed], Tensor]
     level: bool = False
     ours: bool = False
+    into: bool = False
 
 
 class Steps(Problem):
@@ -48,7 +53,10 @@ class Steps(Problem):
     def __init__(self, case: Case) -> None:
         super().__init__(case)
         self.losses = {
-            level: rx.RADDPOLoss(normalize="level" if level else "vocab", vocab=self.vocab) for level in (False, True)
+            (level, into): rx.RADDPOLoss(
+                normalize="level" if level else "vocab", vocab=self.vocab, accumulate_grad=into
+            )
+            for level, into in product((False, True), repeat=2)
         }
         batch = SimpleNamespace(sessions=self.sessions, case=SimpleNamespace(levels=LEVELS))
         self.at = Layout(batch)  # type: ignore[arg-type]
@@ -59,20 +67,20 @@ class Steps(Problem):
 
     def loss_of(self, logps: Tensor, way: Way) -> Tensor:
         if way.ours:
-            loss: Tensor = self.losses[way.level].of_logps(logps, self.sessions).loss
+            loss: Tensor = self.losses[way.level, way.into].of_logps(logps, self.sessions).loss
             return loss
         tokens = self.sessions.tokens
         return winner_loss(logps, shared_with_winner(tokens, self.at), self.weights, self.at)
 
     def step(self, way: Way) -> Tensor:
         """The loss, with its gradients in the parameters."""
-        inputs, packed = self.rows(way.layout)
         if way.ours:  # the loop of the README
-            assert packed is not None
-            states = session_states(self.model, packed)
-            loss = self.losses[way.level](sessions=packed.sessions, **states._asdict()).loss
+            packed = self.pack(way.layout)
+            states = session_states(self.model, packed, accumulate_grad=way.into)
+            loss = self.losses[way.level, way.into](sessions=packed.sessions, **states._asdict()).loss
         else:
-            loss = self.loss_of(way.logps(self, self.states(inputs), packed), way)
+            inputs, rows = self.rows(way.layout)
+            loss = self.loss_of(way.logps(self, self.states(inputs), rows), way)
         loss.backward()
         return loss.detach()
 
@@ -88,7 +96,8 @@ class Steps(Problem):
 
         inputs, packed = self.rows(way.layout)
         ended("rows")
-        embeddings = self.model.model.embed_tokens(inputs.pop("input_ids"))
+        with adding_rows(self.model) if way.into else nullcontext():
+            embeddings = self.model.model.embed_tokens(inputs.pop("input_ids"))
         embedded = embeddings.detach().requires_grad_()
         ended("embeddings")
         states = self.states({"inputs_embeds": embedded, **inputs})
@@ -118,9 +127,9 @@ class Steps(Problem):
 # Log-probs.
 
 
-def ours(steps: Steps, states: Tensor, packed: Packed, level: bool = False) -> Tensor:
+def ours(steps: Steps, states: Tensor, packed: Packed, level: bool = False, into: bool = False) -> Tensor:
     hidden, rows = steps.predictors(states, packed)
-    return steps.losses[level].logps(hidden, steps.model.lm_head.weight, steps.sessions, rows=rows)
+    return steps.losses[level, into].logps(hidden, steps.model.lm_head.weight, steps.sessions, rows=rows)
 
 
 def distinct(steps: Steps, states: Tensor, packed: Packed) -> Tensor:
@@ -161,10 +170,11 @@ def level_slices(steps: Steps, states: Tensor, packed: Packed) -> Tensor:
 
 
 WAYS: dict[str, Way] = {
-    "ours": Way("trie", ours, ours=True),
+    "ours": Way("trie", partial(ours, into=True), ours=True, into=True),
+    "ours, fresh": Way("trie", ours, ours=True),
     "packed": Way("trie", distinct),
     "packed, a row per token": Way("trie", every),
-    "ours, level": Way("trie", partial(ours, level=True), level=True, ours=True),
+    "ours, level": Way("trie", partial(ours, level=True, into=True), level=True, ours=True, into=True),
     "packed, level": Way("trie", level_slices, level=True),
     "replicated": Way("replicated", every),
     "replicated, all logits": Way("replicated", full),

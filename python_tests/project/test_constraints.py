@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("transformers")
 import raddpo_ext as rx
-from benchmarks.peers import compare_retriever, retriever_cases
+from benchmarks.peers import compare_generate, retriever_cases
 from benchmarks.peers.constraints import KINDS, Constraints
 from raddpo_ext.bench.retriever import children_of, generate, random_model
 
@@ -29,12 +29,12 @@ def test_generate_finds_what_the_retriever_finds(kind: str) -> None:
 
 
 def test_cases_and_table() -> None:
-    cases = retriever_cases.CASES
+    cases = [*retriever_cases.CASES, *retriever_cases.GENERATE]
     assert len({case.name for case in cases}) == len(cases)
     ways = [case for case in cases if case.generate == "all"]
     assert [case.batch for case in ways] == [1, 4]
     assert set(ways[0].peers.values()) == {"", *KINDS}
     cell = {"case": "constraint W=2", "costs": {kind: {"ms": 2.0} for kind in KINDS}}
     cell["ratios"] = {f"{KINDS[2]} / dict": {"median": 0.5, "least": 0.4, "most": 0.6}}
-    assert "| constraint W=2 | 2.0 | 2.0 | 2.0 | 0.50x (0.40-0.60) |" in compare_retriever.ways_markdown([cell])
-    assert compare_retriever.ways_markdown([{"case": "a", "costs": {"shared vocab": {"ms": 1.0}}}]) == ""
+    assert "| constraint W=2 | 2.0 | 2.0 | 2.0 | 0.50x (0.40-0.60) |" in compare_generate.markdown([cell])
+    assert compare_generate.markdown([{"case": "a", "costs": {"shared vocab": {"ms": 1.0}}}]) == ""
