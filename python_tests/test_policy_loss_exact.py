@@ -60,6 +60,25 @@ def test_dead_groups_add_exactly_nothing(core: dict[str, Any], data: st.DataObje
 
 
 @CORE
+@pytest.mark.parametrize("levels", [1, 3, 4, 5])
+def test_groups_are_taken_together(isa: str, core: dict[str, Any], levels: int) -> None:
+    """A group's results are, bit for bit, what they are without its neighbours, and however many it has."""
+    counts = [(1, 7), (0, 3), (2, 0), (0, 0), (0, 16), (1, 15)] * 12 + [(1, 600), (0, 1)]
+    case = build_policy(counts, levels, seed=levels)
+    options = core | EVERYTHING | {"protect": "positives", "reduction": "none"}
+    got, gradient = run(rx.policy_loss, case, options)
+    for s in range(0, len(counts), 4):
+        keep = torch.arange(len(counts)) == s
+        sessions, rows = case.sessions.select(keep)
+        alone = Case(sessions, *(getattr(case, name)[rows] for name in list(vars(case))[1:-1]), case.level_weights)
+        expected, other = run(rx.policy_loss, alone, options)
+        for field in ("loss", "policy", "kl", "nll"):
+            assert torch.equal(getattr(got, field)[s], getattr(expected, field)[0]), (field, s)
+        assert torch.equal(got.ratios[rows], expected.ratios)
+        torch.testing.assert_close(gradient[rows], other * (1 + 0.5 * s), rtol=1e-15, atol=0)
+
+
+@CORE
 @pytest.mark.parametrize("count", ["active", "all"])
 def test_a_batch_of_dead_groups(core: dict[str, Any], count: str) -> None:
     """0, not NaN; under "all" the policy term is 0 too."""

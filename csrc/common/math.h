@@ -48,6 +48,20 @@ RADDPO_HD float fast_exp(float x) {
 
 RADDPO_HD double fast_exp(double x) { return exp(x); }
 
+// x, or 0 unless `keep`. On the CPU without a branch: the compiler would follow both of its ways through what comes
+// after, and a vectorised loop would compute both.
+RADDPO_HD double zero_unless(bool keep, double x) {
+#if defined(__CUDA_ARCH__)
+  return keep ? x : 0.;
+#else
+  std::uint64_t bits;
+  std::memcpy(&bits, &x, 8);
+  bits &= -static_cast<std::uint64_t>(keep);
+  std::memcpy(&x, &bits, 8);
+  return x;
+#endif
+}
+
 // e^x = scale * (1 + rest), for |x| <= 700.
 struct SplitExp {
   double scale, rest;

@@ -1,6 +1,7 @@
 // policy_loss for torch: checks, allocation, threads and streams.
 #include "policy_loss.h"
 
+#include <algorithm>
 #include <tuple>
 
 #include "../common/buffer.h"
@@ -107,13 +108,19 @@ void run_cpu(const PolicyLossArgs<T>& a) {
   const Buffer<PolicySums> sums(sessions);
   const std::int64_t grain = grain_of(a.batch, a.batch.candidates * a.levels, 1 << 12);
   parallel_for(sessions, grain, [&](std::int64_t begin, std::int64_t end) {
-    const std::int64_t rows = most_candidates(a.batch, begin, end), size = rows * a.levels;
+    const std::int64_t few = std::min(stretch_rows(a.levels), a.batch.candidates);
+    const std::int64_t rows = std::max(most_candidates(a.batch, begin, end), few), size = rows * a.levels;
     const Buffer<std::int32_t> integers(2 * rows);
-    const Buffer<double> values(7 * size);
+    const Buffer<double> values(6 * rows + 7 * size);
     std::int32_t* const i = integers.get();
-    double* const x = values.get();
-    const PolicyLossScratch m{
-        i, i + rows, x, x + size, x + 2 * size, x + 3 * size, x + 4 * size, x + 5 * size, x + 6 * size};
+    double* rest = values.get();
+    const auto take = [&](std::int64_t count) {
+      rest += count;
+      return rest - count;
+    };
+    const PolicyLossScratch m{i,          i + rows,   take(rows), take(rows), take(rows),
+                              take(rows), take(rows), take(rows), take(size), take(size),
+                              take(size), take(size), take(size), take(size), take(size)};
     RADDPO_CALL_ISA(policy_loss, a, m, begin, end, sums.get());
   });
   PolicySums total{};

@@ -4,10 +4,14 @@
 
 namespace raddpo {
 
-// A thread's scratch memory, reused from group to group.
+// Rows of small groups that are taken together: 512 tokens.
+RADDPO_HD std::int64_t stretch_rows(std::int64_t levels) { return 512 / (levels > 1 ? levels : 1); }
+
+// A thread's scratch memory: of as many rows as the largest group has, and at least of stretch_rows.
 struct PolicyLossScratch {
-  std::int32_t *lengths, *members;                                         // [rows of a group]
-  double *logps, *gaps, *ratios, *advantages, *weights, *values, *slopes;  // [rows of a group, levels]
+  std::int32_t *lengths, *members;                                                      // [rows]
+  double *row_weights, *row_advantages, *row_logps, *row_gaps, *row_ratios, *row_sums;  // [rows]
+  double *logps, *gaps, *ratios, *advantages, *weights, *values, *slopes;               // [rows, levels]
 };
 
 #define RADDPO_DECLARE(T)                                                                                        \

@@ -10,12 +10,12 @@ constexpr double kMaxGap = 20;  // of two log-probs in an exponential; no gradie
 constexpr double kMaxRatio = 485165195.40979027, kMinRatio = 1 / kMaxRatio;  // e^kMaxGap
 
 // x - y; 0 for equal infinities too.
-RADDPO_HD double gap_of(double x, double y) { return x == y ? 0 : x - y; }
+RADDPO_HD double gap_of(double x, double y) { return zero_unless(x != y, x - y); }
 // The least of two, or `gap` if it is NaN.
 RADDPO_HD double at_most(double gap, double most) { return most < gap ? most : gap; }
-RADDPO_HD bool is_within(double gap) { return !(gap < -kMaxGap) && !(gap > kMaxGap); }
+RADDPO_HD bool is_within(double gap) { return !(std::fabs(gap) > kMaxGap); }
 RADDPO_HD double within(double gap, double least, double most) { return at_most(gap < least ? least : gap, most); }
-RADDPO_HD double ratio_of(double gap) { return bounded_exp(within(gap, -kMaxGap, kMaxGap)); }
+RADDPO_HD double ratio_of(double gap) { return bounded_exp(std::copysign(at_most(std::fabs(gap), kMaxGap), gap)); }
 
 // How far a token or a row has moved from the old policy.
 struct Move {
@@ -88,7 +88,7 @@ struct PolicyTerm {
 
 // pi / (1 - pi); no bound without a probability below 1.
 RADDPO_HD double odds_of(double logp) {
-  const double held = within(logp, -700, 0);
+  const double held = -at_most(std::fabs(logp), 700);
   return logp < 0 ? bounded_exp(held) / -bounded_expm1(held) : INFINITY;
 }
 
@@ -96,22 +96,25 @@ RADDPO_HD double odds_of(double logp) {
 template <typename T>
 RADDPO_HD PolicyTerm term_of(const PolicyLossArgs<T>& a, Objective objective, const Move& m, double advantage) {
   const double high = 1 + a.high, low = 1 - a.low;
-  const bool none = advantage == 0;  // 0 * inf is NaN
+  const bool some = advantage != 0;  // 0 * inf is NaN
   const auto term = [=](double value, double slope, double below, double above) {
-    return PolicyTerm{none ? 0 : value, none ? 0 : slope, none ? 0 : below, none ? 0 : above};
+    return PolicyTerm{zero_unless(some, value), zero_unless(some, slope), zero_unless(some, below),
+                      zero_unless(some, above)};
   };
   if (objective == Objective::reinforce) return term(-advantage, -advantage, 0, 0);
   if (objective == Objective::cispo) {
     const double factor = at_most(m.ratio, high) * advantage;
-    return term(-factor * m.logp, -factor, 0, m.ratio > high ? 1 : 0);
+    return term(-factor * m.logp, -factor, 0, zero_unless(m.ratio > high, 1));
   }
-  double ratio = m.ratio, moves = is_within(m.gap) ? 1 : 0;
+  double ratio = m.ratio, slope = zero_unless(is_within(m.gap), 1);
   if (objective == Objective::ecpo || objective == Objective::gbpo) {  // which raise the old probability
-    const double bound = objective == Objective::ecpo ? high + a.delta : advantage < 0 ? odds_of(m.logp) : 1;
+    const double bound = objective == Objective::ecpo
+                             ? high + a.delta
+                             : zero_unless(advantage < 0, odds_of(m.logp)) + zero_unless(!(advantage < 0), 1);
     ratio = at_most(ratio, bound < kMinRatio ? kMinRatio : bound);
-    moves = m.gap < -kMaxGap || bound < kMinRatio || (m.gap > kMaxGap && bound > kMaxRatio) ? 0 : 1;
+    slope = m.gap < -kMaxGap || bound < kMinRatio || (m.gap > kMaxGap && bound > kMaxRatio) ? 0 : 1;
   }
-  const double slope = moves == 0 ? 0 : -ratio * advantage;
+  slope = zero_unless(slope != 0, -ratio * advantage);
   if (objective == Objective::gbpo) return term(-ratio * advantage, slope, 0, 0);
   if (objective == Objective::sapo) {
     const double t = advantage > 0 ? a.low : a.high;
@@ -121,8 +124,8 @@ RADDPO_HD PolicyTerm term_of(const PolicyLossArgs<T>& a, Objective objective, co
   // The bounds that hold for this sign of the advantage.
   const double least = advantage < 0 ? low : -INFINITY;
   const double most = advantage > 0 ? high : a.dual_clip > 0 ? a.dual_clip : INFINITY;
-  const double below = ratio < least ? 1 : 0, above = ratio > most ? 1 : 0;
-  return term(-within(ratio, least, most) * advantage, below + above == 0 ? slope : 0, below, above);
+  const double below = zero_unless(ratio < least, 1), above = zero_unless(ratio > most, 1);
+  return term(-within(ratio, least, most) * advantage, zero_unless(below + above == 0, slope), below, above);
 }
 
 struct KlTerm {
@@ -134,8 +137,10 @@ RADDPO_HD KlTerm kl_of(const PolicyLossArgs<T>& a, std::int64_t at) {
   const double x = gap_of(a.logps[at], a.ref_logps[at]);
   if (a.divergence == Divergence::k1) return {x, 1};
   if (a.divergence == Divergence::k2) return {x * x / 2, x};
-  const double held = x < -kMaxGap ? -kMaxGap : x, rest = bounded_expm1(-at_most(held, 700));
-  return {rest + held, x < -kMaxGap ? 0 : -rest};
+  const bool far = x < -kMaxGap;
+  const double held = zero_unless(!far, x) + zero_unless(far, -kMaxGap);
+  const double rest = bounded_expm1(-at_most(held, 700));
+  return {rest + held, zero_unless(!far, -rest)};
 }
 
 // The factor of a token's term in the sums.
