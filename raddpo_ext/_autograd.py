@@ -112,37 +112,36 @@ def loss_operator(
     forward_op, backward_op = getattr(torch.ops.raddpo, op).default, getattr(torch.ops.raddpo, f"{op}_backward").default
 
     class Loss(torch.autograd.Function):
-        """Takes the arguments as one tuple, because each argument of ``apply`` costs time."""
+        """Gives the losses their derivative. It takes tuples, because each argument of ``apply`` costs time."""
 
         @staticmethod
-        def forward(ctx: Any, logps: Tensor, given: Any) -> Any:
-            found = results(*below_autograd(forward_op, *given))
+        def forward(ctx: Any, logps: Tensor, given: Any, found: Any) -> Any:
             # The log-probs too: without them, differentiating the gradient would give 0 rather than an error.
             ctx.save_for_backward(logps, *saved(given, found))
             ctx.weight, ctx.overwritten, ctx.op = getattr(given, weight), False, called
-            ctx.mark_non_differentiable(*found[losses:])
             ctx.set_materialize_grads(False)
-            return found
+            return found[:losses]
 
         @staticmethod
         @differentiable_once
-        def backward(ctx: Any, kept: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
-            if all(grad is None for grad in grads[:losses]):
-                return None, None
-            return below_autograd(backward_op, *grads[:losses], *kept, ctx.weight), None
+        def backward(ctx: Any, kept: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+            if all(grad is None for grad in grads):
+                return None, None, None
+            return below_autograd(backward_op, *grads, *kept, ctx.weight), None, None
 
     def differentiable(given: Any) -> Any:
         """The autograd kernel. That of ``torch.library.register_autograd`` takes 150 us with this many arguments."""
         refuse_transforms_of_operator(called, given.logps)
+        found = results(*below_autograd(forward_op, *given))
         if given.need_gradient:
-            return Loss.apply(given.logps, given)
-        return below_autograd(forward_op, *given)
+            return results(*Loss.apply(given.logps, given, found), *found[losses:])
+        return found
 
     def no_second_derivative(ctx: Any, grad: Tensor) -> None:
         raise RuntimeError(f"{called} has no second derivative")
 
     def call(given: Any) -> Any:
-        return results(*(forward_op(*given) if torch.compiler.is_compiling() else differentiable(given)))
+        return results(*forward_op(*given)) if torch.compiler.is_compiling() else differentiable(given)
 
     _library.impl(op, lambda *values: differentiable(arguments(*values)), "Autograd")
     torch.library.register_autograd(f"raddpo::{op}_backward", no_second_derivative)

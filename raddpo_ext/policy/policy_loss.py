@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -181,44 +182,45 @@ def policy_loss(
         raise ValueError(
             f"logps must have the shape of tokens, {tuple(sessions.tokens.shape)}, got {tuple(logps.shape)}"
         )
-    low, high = _clip(clip, objective)
-    _check_unused(objective, ratio, clip, dual_clip, delta, aggregate, max_length)
+    options = _options(
+        objective,
+        ratio,
+        tuple(clip) if isinstance(clip, Sequence) else clip,
+        dual_clip,
+        delta,
+        kl,
+        kl_weight,
+        nll_weight,
+        experts,
+        protect,
+        aggregate,
+        max_length,
+        count,
+        reduction,
+        logps.shape[1],
+    )
     if kl_weight != 0 and ref_logps is None:
         raise ValueError(f"ref_logps must be given with kl_weight={kl_weight!r}, got None")
     shape = logps.shape if isinstance(advantages, Tensor) and advantages.dim() == 2 else logps.shape[:1]
     groups = sessions.layout()
     divisors = loss_arguments.divisors(normalizer, reduction, logps, check, "rows")
     arguments = op.Arguments(
-        logps=logps.contiguous(),
-        tokens=groups["tokens"],
-        lengths=groups["lengths"],
-        offsets=groups["offsets"],
-        num_positives=groups["num_positives"],
-        advantages=loss_arguments.floats(advantages, "advantages", logps, shape),
-        old_logps=_logps(old_logps, "old_logps", logps),
-        ref_logps=_logps(ref_logps, "ref_logps", logps),
-        weights=None if weights is None else loss_arguments.floats(weights, "weights", logps, logps.shape[:1]),
-        gates=None if gates is None else loss_arguments.floats(gates, "gates", logps, logps.shape),
-        level_weights=loss_arguments.level_weights(level_weights, logps, check),
-        divisors=divisors.get("divisors"),
-        row_divisor=divisors.get("session_divisor", 0.0),
-        token_divisor=divisors.get("token_divisor", 0.0),
-        low=low,
-        high=high,
-        dual_clip=0.0 if dual_clip is None else _above_one(dual_clip, "dual_clip"),
-        delta=_check.positive(delta, "delta"),
-        kl_weight=_check.not_negative(kl_weight, "kl_weight"),
-        nll_weight=_check.not_negative(nll_weight, "nll_weight"),
-        max_length=float(logps.shape[1]) if max_length is None else _check.positive(max_length, "max_length"),
-        objective=_check.choice(objective, "objective", op.OBJECTIVE),
-        ratio=_check.choice(ratio, "ratio", op.RATIO),
-        divergence=_check.choice(kl, "kl", op.KL),
-        aggregate=_check.choice(aggregate, "aggregate", op.AGGREGATE),
-        reduction=_check.choice(reduction, "reduction", op.REDUCTION),
-        use_experts=_check.choice(experts, "experts", EXPERTS) == EXPERTS.index("group"),
-        protect=_check.choice(protect, "protect", PROTECT) == PROTECT.index("positives"),
-        count_all=_check.choice(count, "count", op.COUNT) == op.COUNT.index("all"),
-        need_gradient=logps.requires_grad and torch.is_grad_enabled(),
+        logps.contiguous(),
+        groups["tokens"],
+        groups["lengths"],
+        groups["offsets"],
+        groups["num_positives"],
+        loss_arguments.floats(advantages, "advantages", logps, shape),
+        _logps(old_logps, "old_logps", logps),
+        _logps(ref_logps, "ref_logps", logps),
+        None if weights is None else loss_arguments.floats(weights, "weights", logps, logps.shape[:1]),
+        None if gates is None else loss_arguments.floats(gates, "gates", logps, logps.shape),
+        loss_arguments.level_weights(level_weights, logps, check),
+        divisors.get("divisors"),
+        divisors.get("session_divisor", 0.0),
+        divisors.get("token_divisor", 0.0),
+        *options,
+        logps.requires_grad and torch.is_grad_enabled(),
     )
     if check:
         for name in ("logps", "old_logps", "ref_logps"):
@@ -227,6 +229,57 @@ def policy_loss(
         op.check_values(arguments)
     results = op.policy_loss(arguments)
     return PolicyLossOutput._make(results[: len(PolicyLossOutput._fields)])
+
+
+def _options(*values: Any) -> op.Options:
+    """:func:`_checked_options`, which a training run calls with the same values at every step."""
+    if torch.compiler.is_compiling():
+        return _checked_options(*values)
+    try:
+        return _known_options(*values)
+    except TypeError:
+        return _checked_options(*values)  # a value that cannot be hashed: its error names the argument
+
+
+def _checked_options(
+    objective: str,
+    ratio: str,
+    clip: Any,
+    dual_clip: float | None,
+    delta: float,
+    kl: str,
+    kl_weight: float,
+    nll_weight: float,
+    experts: str,
+    protect: str,
+    aggregate: str,
+    max_length: float | None,
+    count: str,
+    reduction: str,
+    levels: int,
+) -> op.Options:
+    low, high = _clip(clip, objective)
+    _check_unused(objective, ratio, clip, dual_clip, delta, aggregate, max_length)
+    return op.Options(
+        low=low,
+        high=high,
+        dual_clip=0.0 if dual_clip is None else _above_one(dual_clip, "dual_clip"),
+        delta=_check.positive(delta, "delta"),
+        kl_weight=_check.not_negative(kl_weight, "kl_weight"),
+        nll_weight=_check.not_negative(nll_weight, "nll_weight"),
+        max_length=float(levels) if max_length is None else _check.positive(max_length, "max_length"),
+        objective=_check.choice(objective, "objective", op.OBJECTIVE),
+        ratio=_check.choice(ratio, "ratio", op.RATIO),
+        divergence=_check.choice(kl, "kl", op.KL),
+        aggregate=_check.choice(aggregate, "aggregate", op.AGGREGATE),
+        reduction=_check.choice(reduction, "reduction", op.REDUCTION),
+        use_experts=_check.choice(experts, "experts", EXPERTS) == EXPERTS.index("group"),
+        protect=_check.choice(protect, "protect", PROTECT) == PROTECT.index("positives"),
+        count_all=_check.choice(count, "count", op.COUNT) == op.COUNT.index("all"),
+    )
+
+
+_known_options = lru_cache(maxsize=64)(_checked_options)
 
 
 def _clip(clip: Any, objective: str) -> tuple[float, float]:

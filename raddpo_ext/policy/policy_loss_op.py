@@ -58,6 +58,26 @@ class Arguments(NamedTuple):
     need_gradient: bool = False
 
 
+class Options(NamedTuple):
+    """Those of the arguments that are options of the user, in their order there."""
+
+    low: float
+    high: float
+    dual_clip: float
+    delta: float
+    kl_weight: float
+    nll_weight: float
+    max_length: float
+    objective: int
+    ratio: int
+    divergence: int
+    aggregate: int
+    reduction: int
+    use_experts: bool
+    protect: bool
+    count_all: bool
+
+
 class Results(NamedTuple):
     """The operator's results. ``counts`` are the divisors of a mean; the last three are saved for the backward pass."""
 
