@@ -38,11 +38,13 @@ settings.load_profile("raddpo")
 
 # Files that take longest, longest first: pytest-xdist hands files out in this order, so that no core idles at the end.
 SLOWEST = (
-    *("test_packaging", "test_fake_cuda", "test_token_logps_cuda", "test_cuda_on_cpu", "test_model_families"),
-    *("test_cpp", "test_retriever", "test_graphed", "test_session_loss_cuda", "test_trainer_adapters", "test_probes"),
-    *("test_ray_serve", "test_trainer_habits", "test_trainer", "test_linear_beam_step", "test_demo"),
-    *("test_trainer_distributed", "test_serve", "test_alignment", "test_beam_step", "test_docs", "test_serve_search"),
-    *("test_examples", "test_trie_live", "test_catalogue_store", "test_leaks", "test_session_loss", "test_import"),
+    *("test_cuda_on_cpu", "test_cpp", "test_packaging", "test_fake_cuda", "test_ray_serve", "test_session_loss_cuda"),
+    *("test_beam_step", "test_linear_beam_step", "test_model_families", "test_docs", "test_sample_step", "test_serve"),
+    *("test_policy_trainer_distributed", "test_demo", "test_alignment", "test_demo_purchases"),
+    *("test_trainer_distributed", "test_page", "test_examples", "test_retriever", "test_policy_trainer"),
+    *("test_trie_live", "test_catalogue_store", "test_bench", "test_serve_names", "test_graphed", "test_import"),
+    *("test_trainer", "test_trainer_adapters", "test_token_logps_cuda", "test_serve_search", "test_faults_training"),
+    *("test_trainer_habits", "test_probes", "test_leaks", "test_session_loss"),
 )
 SLOW_FOLDERS = ("gpu", "project")
 SLOW_FILE = re.compile(r"^pytestmark = (\[[^]]*)?pytest\.mark\.slow\b", re.MULTILINE)
