@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from functools import cache
 
 import numpy as np
 import pytest
@@ -55,17 +56,22 @@ def test_equals_reference(
     assert_step_agrees(got, logits, state, plain, normalize, penalty)
 
 
+@cache
+def many_children() -> tuple[rx.TrieIndex, reference.TrieIndex]:
+    """The index, and the same in Python, which takes longer to make than the test."""
+    rng = np.random.default_rng(0)
+    sids = np.stack([rng.integers(0, 6, 4000), rng.integers(0, 1500, 4000)], 1)
+    tokens = [list(range(6)), (7 + rng.permutation(1500)).tolist()]
+    index = rx.TrieIndex.build(sids, vocab=rx.SIDVocab([6, 1500], token_ids=tokens, eos=6))
+    return index, reference.TrieIndex.of(index)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normalize", ["vocab", "level", "trie"])
 @pytest.mark.parametrize("beam_width", [1, 50, 300, 2000])
 def test_many_children(isa: str, threads: int, dtype: torch.dtype, normalize: str, beam_width: int) -> None:
     """Rows longer than a block, more candidates than are held at once, several looks at the threshold a beam."""
-    rng = np.random.default_rng(0)
-    sids = np.stack([rng.integers(0, 6, 4000), rng.integers(0, 1500, 4000)], 1)
-    tokens = [list(range(6)), (7 + rng.permutation(1500)).tolist()]
-    vocab = rx.SIDVocab([6, 1500], token_ids=tokens, eos=6)
-    index = rx.TrieIndex.build(sids, vocab=vocab)
-    plain = reference.TrieIndex.of(index)
+    index, plain = many_children()
     generator = torch.Generator().manual_seed(0)
     nodes = [[1, 2, 3, 4, 5, 6, 0]]
     state = state_of([(-2 * torch.rand(7, generator=generator)).tolist()], nodes)

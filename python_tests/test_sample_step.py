@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.agreement import assert_scores_close
-from support.beam_cases import DTYPES, generator_of, wide_index
+from support.beam_cases import DTYPES, generator_of, wide_index, wide_reference
 from support.sample_cases import (
     assert_sample_states_equal,
     assert_sample_step_agrees,
@@ -70,7 +70,7 @@ def test_many_children(isa: str, threads: int, dtype: torch.dtype, beam_width: i
     state = sample_state(scores, nodes, scores + 1)
     logits = (3 * torch.randn(1, 7, 1600, generator=generator_of(1))).to(dtype)
     got = step(logits, state, index, beam_width, False, **options_of(1, 3))
-    assert_sample_step_agrees(got, logits, state, reference.TrieIndex.of(index), **options_of(1, 3))
+    assert_sample_step_agrees(got, logits, state, wide_reference(), **options_of(1, 3))
 
 
 @pytest.mark.parametrize("codes", [65536, 70000])

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.agreement import assert_scores_close
-from support.beam_cases import DTYPES, generator_of, wide_index
+from support.beam_cases import DTYPES, generator_of, wide_index, wide_reference
 from support.cuda_on_cpu.shim import Shim
 from support.sample_cases import (
     assert_sample_states_equal,
@@ -60,7 +60,7 @@ def test_many_children(shim: Shim, dtype: torch.dtype, beam_width: int) -> None:
         shim.set_order(*order)
         found.append(shim.sample_step(logits, state, index, beam_width, **options))
         assert_sample_states_equal(found[-1], found[0])
-    assert_sample_step_agrees(found[0], logits, state, reference.TrieIndex.of(index), **options)
+    assert_sample_step_agrees(found[0], logits, state, wide_reference(), **options)
 
 
 def test_the_best_child_has_its_parents_perturbed_score(shim: Shim) -> None:

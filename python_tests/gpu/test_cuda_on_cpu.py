@@ -23,13 +23,13 @@ from support.beam_cases import (
     generator_of,
     state_of,
     wide_index,
+    wide_reference,
 )
 from support.cuda_on_cpu.shim import SANITIZE, Shim, compiler
 from support.strategies import Catalogue, catalogues
 from torch import Tensor
 
 import raddpo_ext as rx
-from raddpo_ext import reference
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler (g++, or the one named by CXX)")
 
@@ -67,7 +67,7 @@ def test_many_children(shim: Shim, dtype: torch.dtype, normalize: str, beam_widt
     logits = (3 * torch.randn(1, 7, 1603, generator=generator_of(1))).to(dtype)
     shim.set_order(2, 3)
     got = shim.beam_step(logits, state, index, beam_width, normalize=normalize)
-    assert_step_agrees(got, logits, state, reference.TrieIndex.of(index), normalize, 0.0)
+    assert_step_agrees(got, logits, state, wide_reference(), normalize, 0.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -24,6 +24,7 @@ from support.beam_cases import (
     six_beams,
     state_of,
     wide_index,
+    wide_reference,
 )
 from support.logit_cases import DTYPES as LOGIT_TYPES
 from support.logit_cases import (
@@ -42,7 +43,6 @@ from support.strategies import Catalogue, catalogues
 from torch import Tensor
 
 import raddpo_ext as rx
-from raddpo_ext import reference
 from raddpo_ext.decoding.row_lse import row_lse
 
 pytestmark = NEEDS_GPU
@@ -86,7 +86,7 @@ def test_many_children(dtype: torch.dtype, normalize: str, beam_width: int) -> N
     state = state_of(scores, torch.tensor([[1, 2, 3, 4, 5, 6, 0]]))
     logits = (3 * torch.randn(1, 7, 1603, generator=generator_of(1))).to(dtype)
     got = on_gpu(logits, state, index, beam_width, normalize=normalize)
-    assert_step_agrees(got, logits, state, reference.TrieIndex.of(index), normalize, 0.0)
+    assert_step_agrees(got, logits, state, wide_reference(), normalize, 0.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import raddpo_ext as rx
+from raddpo_ext import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NORMALIZE = ["vocab", "level", "trie"]
@@ -51,6 +53,12 @@ def wide_index() -> rx.TrieIndex:
     sids = np.stack([rng.integers(0, 6, 6000), rng.integers(0, 1500, 6000)], 1)
     tokens = [list(range(6)), (7 + rng.permutation(1500)).tolist()]
     return rx.TrieIndex.build(sids, vocab=rx.SIDVocab([6, 1500], token_ids=tokens, eos=6))
+
+
+@cache
+def wide_reference() -> reference.TrieIndex:
+    """The same in Python, made once."""
+    return reference.TrieIndex.of(wide_index())
 
 
 def six_beams(batch: int = 2) -> rx.BeamState:
