@@ -279,7 +279,7 @@ def _checked_options(
     )
 
 
-_known_options = lru_cache(maxsize=64)(_checked_options)
+_known_options = lru_cache(maxsize=64, typed=True)(_checked_options)
 
 
 def _clip(clip: Any, objective: str) -> tuple[float, float]:
