@@ -86,9 +86,9 @@ MUTANTS = [
     Mutant(
         fault="of several items of one SID the last is skipped",
         op="beam_search",
-        file="raddpo_ext/decoding/beam_search.py",
-        old="beam = torch.searchsorted(ends, rank, right=True)",
-        new="beam = torch.searchsorted(ends, rank + 1, right=True)",
+        file="csrc/trie/trie_ops.h",
+        old="range.first + at - place)",
+        new="range.first + at - place - (at > place && at + 1 == end))",
     ),
     Mutant(
         fault="no barrier before the warps' shares of a row are merged",

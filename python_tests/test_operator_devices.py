@@ -51,6 +51,7 @@ def calls() -> dict[str, Call]:
         rx.sample_step(torch.randn(1, 1, 12), rx.SampleState.start(index, 1), index, 2, seed=0)
         index.paths(state.nodes)
         index.item_ranges(state.nodes)
+        index.top_items(state.nodes, 2)
         index.items_at(torch.zeros(1, dtype=torch.int64))
         torch.ops.raddpo.trie_check(index.data, 1)
         arguments = {"ref_logps": True, "pair_weights": True, "level_weights": True, "detach": True}

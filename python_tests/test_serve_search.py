@@ -206,7 +206,6 @@ def test_versions_that_cannot_be_served(
     store.publish(bad.get(problem, make_index(2)), force=problem == "tokens")
     if problem == "window":  # SIDs that leave a prompt no room
         monkeypatch.setattr(search.model.config, "max_position_embeddings", 2)
-        monkeypatch.setattr(search.retriever, "_window", 2)
     if problem == "damage":
         (store.path / "000002.trie").write_bytes(b"RADTRIE\0")
     if problem == "unreadable":

@@ -16,7 +16,7 @@ SUFFIXES = {".cpp", ".h", ".inl", ".cu", ".cuh", ".py"}
 _BODIES = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)  # have docstrings
 
 COMMON = ("csrc/common", "raddpo_ext/_check.py", "raddpo_ext/_choices.py", "raddpo_ext/_autograd.py")
-INDEX = (*COMMON, "csrc/trie", "csrc/trie_index", "raddpo_ext/index")
+INDEX = (*COMMON, "csrc/trie", "csrc/trie_index", "raddpo_ext/index", "raddpo_ext/_command_line.py")
 STEPS = ("csrc/beam_search", "csrc/child_logits", "csrc/row_lse", "raddpo_ext/decoding", "raddpo_ext/logps/head.py")
 DECODING = (*INDEX, *STEPS)
 SIDS = (*COMMON, "csrc/assign_balanced", "raddpo_ext/sids", "raddpo_ext/index/writers.py")
