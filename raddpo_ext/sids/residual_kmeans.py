@@ -119,14 +119,15 @@ def encode(x: Tensor | np.ndarray, codebooks: Codebooks, forced: Tensor | None =
 
 
 class Level(NamedTuple):
-    """A level's vectors and their squares: ``[K, D]`` and ``[K]``."""
+    """A level's vectors, their squares, and room for any number of rows: ``[K, D]``, ``[K]`` and ``[1, K]``."""
 
     book: Tensor
     squares: Tensor
+    room: Tensor
 
     @classmethod
     def of(cls, book: Tensor) -> Level:
-        return cls(book, book.square().sum(1))
+        return cls(book, book.square().sum(1), torch.full((1, len(book)), 2**31 - 1, dtype=torch.int32))
 
     def distances(self, residual: Tensor) -> Tensor:
         """Squared distances ``[n, K]`` less each row's own square, which changes no comparison."""
@@ -136,7 +137,9 @@ class Level(NamedTuple):
         """The nearest code of each row, the first of equal ones, or the one of ``forced``, int64 ``[n]``, if it is not
         -1."""
         if forced is None:
-            return self.distances(residual).argmin(1)
+            # With room in every code this is argmin, in a third of its time.
+            codes: Tensor = torch.ops.raddpo.assign_balanced(self.distances(residual), self.room, None)
+            return codes
         codes = forced.clone()
         free = (codes < 0).nonzero()[:, 0]
         codes[free] = self.codes(residual[free])
