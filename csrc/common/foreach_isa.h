@@ -16,9 +16,11 @@
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt,bmi,bmi2,prefer-vector-width=512")
+#define RADDPO_AVX512
 #define RADDPO_ISA avx512
 #include RADDPO_KERNELS
 #undef RADDPO_ISA
+#undef RADDPO_AVX512
 #undef RADDPO_BMI2
 #pragma GCC pop_options
 #endif

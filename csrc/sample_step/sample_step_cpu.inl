@@ -3,12 +3,14 @@
 // children are passed over too: a product tells that their noise does not lift them above the threshold.
 #include "../beam_search/live_beams.inl"
 #include "../common/log_sum_exp.inl"
+#include "child_noise.inl"
 
 namespace raddpo::RADDPO_ISA {
 namespace {
 
 constexpr int kFew = 16;     // children whose keys cost less than to tell which matter
 constexpr int kBatch = 512;  // children whose keys are computed at once
+constexpr int kFirst = 128;  // of the root, whose first ones nothing is known of to pass them over
 constexpr int kTile = 32;    // children passed over at once
 constexpr int kLanes = 16;   // of the widest vectors
 
@@ -17,11 +19,11 @@ struct Children {
   const SampleStepArgs& a;
   const TrieView& t;
   Best& best;
-  std::uint64_t seed, query_key;
+  Noise noise;
   double* sums;          // [children] running sums of the probabilities, with replacement
   std::uint32_t* words;  // [children + 38] random bits of consecutive nodes, without; the memory of `sums`
   std::uint32_t* nodes;  // [children]
-  float *logps, *keys;   // [children], [children + kTile]
+  float *logps, *keys;   // [children + kLanes], [children + kTile]
   LiveBeam beam{};
   std::int32_t slot = 0;
   int hits[kBatch + kTile];   // children whose keys are computed,
@@ -31,74 +33,25 @@ struct Children {
       : a(args),
         t(args.trie),
         best(list),
-        seed(static_cast<std::uint64_t>(*args.seed)),
-        query_key(static_cast<std::uint64_t>(args.keys[query])),
+        noise(static_cast<std::uint64_t>(*args.seed), static_cast<std::uint64_t>(args.keys[query])),
         sums(scratch),
         words(reinterpret_cast<std::uint32_t*>(scratch)),
         nodes(words + 2 * (args.symbols + 19)),
         logps(reinterpret_cast<float*>(nodes + args.symbols)),
-        keys(logps + args.symbols) {}
+        keys(logps + args.symbols + kLanes) {}
 
   void offer(std::int64_t i, float key) {
     if (key > best.threshold)
       push(best, {key, logps[i], slot, token_of(t, beam.level, symbol_of(t, nodes[i])), nodes[i]});
   }
 
-#ifdef RADDPO_BMI2
-  // `philox` of four counters. A number is the low half of a 64-bit lane, and the high half is ignored: GCC's own
-  // vectors are full, so that each product costs it five permutations.
-  void four_blocks(std::uint32_t block, std::uint32_t* out) const {
-    using Lanes = unsigned long long __attribute__((vector_size(32)));
-    const __m256i m0 = _mm256_set1_epi64x(0xD2511F53u), m1 = _mm256_set1_epi64x(0xCD9E8D57u);
-    Lanes c0 = Lanes{0, 1, 2, 3} + block, c1{}, c2 = Lanes{} + query_key, c3 = c2 >> 32;
-    std::uint64_t k0 = seed, k1 = seed >> 32;
-#pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
-      const auto p0 = (Lanes)_mm256_mul_epu32((__m256i)c0, m0), p1 = (Lanes)_mm256_mul_epu32((__m256i)c2, m1);
-      c0 = (p1 >> 32) ^ c1 ^ k0;
-      c1 = p1;
-      c2 = (p0 >> 32) ^ c3 ^ k1;
-      c3 = p0;
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
-    const Lanes low = (c0 & 0xffffffffu) | c1 << 32, high = (c2 & 0xffffffffu) | c3 << 32;
-    for (int i = 0; i < 4; ++i) {
-      const std::uint64_t both[2] = {low[i], high[i]};
-      std::memcpy(out + 4 * i, both, sizeof both);
-    }
-  }
-#endif
-
-  // The children's random bits.
-  const std::uint32_t* draw_words(std::int64_t n) {
-    const std::uint32_t block = nodes[0] / 4;
-    const std::int64_t blocks = (nodes[n - 1] / 4 - block + 8) / 8 * 8;  // whole vectors of them
-#ifdef RADDPO_BMI2
-    for (std::int64_t i = 0; i < blocks; i += 4) four_blocks(block + static_cast<std::uint32_t>(i), words + 4 * i);
-#else
-#pragma omp simd
-    for (std::int64_t i = 0; i < blocks; ++i) {
-      std::uint32_t four[4];
-      philox(block + static_cast<std::uint32_t>(i), 0, query_key, seed, four);
-      words[4 * i] = four[0];
-      words[4 * i + 1] = four[1];
-      words[4 * i + 2] = four[2];
-      words[4 * i + 3] = four[3];
-    }
-#endif
-    if (nodes[n - 1] - nodes[0] == n - 1) return words + nodes[0] % 4;
-    for (std::int64_t i = 0; i < n; ++i) words[i] = words[nodes[i] - 4 * block];
-    return words;
-  }
-
-  // Whole vectors of hits: a rest that is computed one by one, or in narrower vectors, is rounded otherwise.
-  static int padded(int count) { return (count + kLanes - 1) / kLanes * kLanes; }
+  // Whole vectors: a rest is computed one by one, which takes long, and is rounded otherwise.
+  static std::int64_t padded(std::int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
   // The own perturbed scores of the hits; returns the best. Never inlined: every call gives a child the same bits.
   __attribute__((noinline)) float perturb(const std::uint32_t* bits, int count) {
     if (!count) return -INFINITY;
-    const int whole = padded(count);
+    const auto whole = static_cast<int>(padded(count));
     for (int k = count; k < whole; ++k) hits[k] = hits[0];
     std::uint32_t drawn[kBatch + kLanes];
     for (int k = 0; k < whole; ++k) {
@@ -117,7 +70,7 @@ struct Children {
   // Puts the hits among the best.
   void offer_hits(int count, float parent, float most) {
     if (parent < INFINITY) {
-      const int whole = padded(count);
+      const auto whole = static_cast<int>(padded(count));
 #pragma omp simd
       for (int k = 0; k < whole; ++k) own[k] = conditioned(parent, own[k], most);
     }
@@ -126,12 +79,14 @@ struct Children {
 
   // A child's noise is -log(-log u), so that its own score is above x if -log u < p e^(score - x), and -log u is at
   // least 1 - u. Sets `keys` to (1 - u) / p, and to a little less where p is tiny; returns a number that -log u / p of
-  // the best child does not exceed.
+  // the best child does not exceed: what comes behind the children, as if their p were tiny, is far above that.
   float weigh(const std::uint32_t* bits, std::int64_t n) {
+    const std::int64_t whole = padded(n);
+    for (std::int64_t i = n; i < whole; ++i) logps[i] = -INFINITY;
     float soonest = INFINITY, *out = keys;
     const float* values = logps;
 #pragma omp simd reduction(min : soonest)
-    for (std::int64_t i = 0; i < n; ++i) {
+    for (std::int64_t i = 0; i < whole; ++i) {
       const float inverse = fast_exp(values[i] > -87.f ? -values[i] : 87.f);
       const float rest = static_cast<float>(static_cast<std::int32_t>(~bits[i] >> 1)) * 0x1p-31f;
       const float above = rest + 0x1p-31f;
@@ -139,33 +94,43 @@ struct Children {
       out[i] = rest * inverse;
       soonest = latest < soonest ? latest : soonest;
     }
-    for (std::int64_t i = n; i % kTile; ++i) keys[i] = NAN;
+    for (std::int64_t i = n; i < (n + kTile - 1) / kTile * kTile; ++i) keys[i] = NAN;
     return soonest;
+  }
+
+  // Which children of a tile reach the bar, one bit each.
+  static std::uint32_t reaching(const float* tile, float bar) {
+    std::uint32_t found = 0;
+#ifdef RADDPO_BMI2
+    for (int i = 0; i < kTile; i += 8) {
+      const __m256 reach = _mm256_cmp_ps(_mm256_loadu_ps(tile + i), _mm256_set1_ps(bar), _CMP_LE_OQ);
+      found |= static_cast<std::uint32_t>(_mm256_movemask_ps(reach)) << i;
+    }
+#else
+    for (int i = 0; i < kTile; ++i) found |= static_cast<std::uint32_t>(tile[i] <= bar) << i;
+#endif
+    return found;
   }
 
   // Finds the children of [first, end) whose keys reach the bar; `first` is a multiple of kTile.
   int sieve(std::int64_t first, std::int64_t end, float bar) {
     int count = 0;
-    for (; first < end; first += kTile) {
-      const float* tile = keys + first;
-      int any = 0;
-#pragma omp simd reduction(| : any)
-      for (int i = 0; i < kTile; ++i) any |= tile[i] <= bar;
-      for (int i = 0; any && i < kTile; ++i) {
-        hits[count] = static_cast<int>(first) + i;
-        count += tile[i] <= bar;
-      }
-    }
+    for (; first < end; first += kTile)
+      for (std::uint32_t found = reaching(keys + first, bar); found; found &= found - 1)
+        hits[count++] = static_cast<int>(first) + count_trailing_zeros(found);
     return count;
   }
 
+  // e^x to 1e-5 relative, far less than the slack; infinite for a large x, and for NaN.
+  static double rough_exp(float x) { return x < 80.f ? fast_exp(x) : INFINITY; }
+
   // No child whose key is above this gets a perturbed score above the threshold: T_c > t if e^-g_c < e^-t - e^-T +
-  // e^-Z.
-  float bar(float parent, float most, double slack) const {
+  // e^-Z. `first` is at least e^(score - Z).
+  float bar(float parent, double first, double slack) const {
     slack += 1e-6 * std::fabs(best.threshold);
     if (!(slack < 1)) return INFINITY;
-    const double score = beam.score, ours = std::exp(score - best.threshold), first = std::exp(score - most);
-    const double sum = ours - std::exp(score - parent) + first + slack * (ours + first);
+    const double ours = rough_exp(beam.score - best.threshold);
+    const double sum = ours - rough_exp(beam.score - parent) + first + slack * (ours + first);
     return sum == sum ? static_cast<float>(sum) : INFINITY;
   }
 
@@ -174,7 +139,7 @@ struct Children {
   void sample(std::int64_t n, float parent) {
     const bool is_root = parent == INFINITY;
     if (n == 1 && !is_root) return offer(0, parent);
-    const std::uint32_t* bits = draw_words(n);
+    const std::uint32_t* bits = noise.draw_words(nodes, n, words);
     if (n <= kFew) {
       for (int i = 0; i < n; ++i) hits[i] = i;
       return offer_hits(static_cast<int>(n), parent, perturb(bits, static_cast<int>(n)));
@@ -182,14 +147,21 @@ struct Children {
     const float soonest = weigh(bits, n);
     const double slack = 1e-4 + 1e-6 * (std::fabs(beam.score) + (is_root ? 0.f : std::fabs(parent)));
     const float reach = slack < 1 ? soonest * static_cast<float>(1 + slack) : INFINITY;
+    if (n <= kBatch && !is_root) {  // the best child and all others that matter, together
+      const float either = bar(parent, reach, slack);
+      const int count = sieve(0, n, reach > either ? reach : either);
+      if (count == 1) return offer(hits[0], parent);
+      return offer_hits(count, parent, perturb(bits, count));
+    }
     float most = is_root ? INFINITY : -INFINITY;
-    const auto end = [n](std::int64_t first) { return first + kBatch < n ? first + kBatch : n; };
-    for (std::int64_t first = 0; !is_root && first < n; first += kBatch) {
+    const std::int64_t batch = is_root ? kFirst : kBatch;
+    const auto end = [n, batch](std::int64_t first) { return first + batch < n ? first + batch : n; };
+    for (std::int64_t first = 0; !is_root && first < n; first += batch) {
       const float best_of_batch = perturb(bits, sieve(first, end(first), reach));
       most = best_of_batch > most ? best_of_batch : most;
     }
-    for (std::int64_t first = 0; first < n; first += kBatch) {
-      const int count = sieve(first, end(first), bar(parent, most, slack));
+    for (std::int64_t first = 0; first < n; first += batch) {
+      const int count = sieve(first, end(first), bar(parent, rough_exp(beam.score - most), slack));
       perturb(bits, count);
       offer_hits(count, parent, most);
     }
@@ -204,7 +176,7 @@ struct Children {
       keys[i] = -INFINITY;
     }
     for (std::int64_t j = 0; j < draws; ++j) {
-      const double at = (draw_noise(beam.node, j, query_key, seed) + 0.5) * 0x1p-32 * sum;
+      const double at = (draw_noise(beam.node, j, noise.query_key, noise.seed) + 0.5) * 0x1p-32 * sum;
       std::int64_t low = 0, high = n - 1;  // the first child whose sum is above `at`
       while (low < high) {
         const std::int64_t middle = (low + high) / 2;
@@ -236,7 +208,9 @@ struct Sampler : Children {
       const float scale = a.scale;
 #pragma omp simd
       for (int i = 0; i < chunk.size; ++i) values[i] = D::load(row + columns[i]) * scale;
-      if (children.count > 1) add_block<Float32>(s, values, chunk.size);
+      const std::int64_t whole = padded(chunk.size);
+      for (std::int64_t i = chunk.size; i < whole; ++i) values[i] = -INFINITY;
+      if (children.count > 1) add_block<Float32>(s, values, whole);
     }
     const float lse = children.count > 1 ? log_sum_exp(s) : n ? logps[0] : -INFINITY;
     if (!(lse > -INFINITY && lse < INFINITY)) return 0;
