@@ -145,6 +145,45 @@ def test_graphs_of_another_catalogue(tape: type[Tape]) -> None:
     assert not captured._graphs._graphs
 
 
+def assert_same_draws(got: rx.SampleResult, expected: rx.SampleResult) -> None:
+    assert got.items.tolist() == expected.items.tolist()
+    assert got.sids.tolist() == expected.sids.tolist()
+    assert got.counts.tolist() == expected.counts.tolist()
+    for name in ("logps", "token_logps", "log_weights", "threshold"):
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), **close("model"))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
+def test_samples_are_captured(tape: type[Tape], name: str) -> None:
+    """Other prompts, seeds, keys and filters replay one graph; another temperature or number has its own."""
+    model, index = make_model(name), make_index(300)
+    eager = rx.SIDRetriever(model, index, beam_width=5)
+    captured = rx.SIDRetriever(model, index, beam_width=5, cuda_graph=True)
+    results = [captured.sample(*call, 6, seed) for seed, call in enumerate(calls())]
+    for seed, (call, got) in enumerate(zip(calls(), results, strict=True)):
+        assert_same_draws(got, eager.sample(*call, 6, seed))
+    keys = torch.tensor([5, 5, 7])
+    assert_same_draws(captured.sample(*prompts(), 6, 1, keys=keys), eager.sample(*prompts(), 6, 1, keys=keys))
+    assert tape.replays == len(results) + 1
+    assert len(captured._graphs._graphs) == 1
+    for few in (index.restrict(torch.arange(150)), index.discard(torch.arange(7))):
+        assert_same_draws(captured.sample(*prompts(), 6, 1, index=few), eager.sample(*prompts(), 6, 1, index=few))
+    assert len(captured._graphs._graphs) == 2
+    for options in ({"samples": 5}, {"samples": 6, "temperature": 0.7}):
+        assert_same_draws(captured.sample(*prompts(), seed=1, **options), eager.sample(*prompts(), seed=1, **options))
+    assert_same(captured.retrieve(*prompts()), eager.retrieve(*prompts()))
+    assert len(captured._graphs._graphs) == 5
+
+
+@pytest.mark.parametrize("options", [{"replacement": True}, {"skip_forced": True}, {"on_step": lambda *given: None}])
+def test_other_samples_are_not_captured(tape: type[Tape], options: dict[str, Any]) -> None:
+    model, index = make_model("qwen3"), make_index(300)
+    captured = rx.SIDRetriever(model, index, beam_width=5, cuda_graph=True)
+    got = captured.sample(*prompts(), 6, 1, **options)
+    assert tape.replays == 0
+    assert_same_draws(got, rx.SIDRetriever(model, index, beam_width=5).sample(*prompts(), 6, 1, **options))
+
+
 def test_on_step_is_not_captured(tape: type[Tape]) -> None:
     states: list[rx.BeamState] = []
     captured = rx.SIDRetriever(make_model("qwen3"), make_index(300), beam_width=6, cuda_graph=True)

@@ -68,6 +68,21 @@ def test_graph(name: str, attention: str, options: dict[str, Any]) -> None:
     assert len(retriever._graphs._graphs) == 1
 
 
+def test_graph_of_samples() -> None:
+    """One graph for all seeds and prompts."""
+    model, index = make_model("qwen3"), make_index(300)
+    ids, mask = prompts()
+    batches = [(ids, mask), ((ids + 11) % 50, mask.flip(0))]
+    eager = rx.SIDRetriever(model, index, beam_width=4)
+    expected = [eager.sample(*batch, 6, seed) for seed, batch in enumerate(batches)]
+    retriever = rx.SIDRetriever(make_model("qwen3").cuda(), index.to("cuda"), beam_width=4, cuda_graph=True)
+    for seed, (batch, drawn) in enumerate(zip(batches, expected, strict=True)):
+        got = retriever.sample(*(x.cuda() for x in batch), 6, seed)
+        assert got.items.tolist() == drawn.items.tolist()
+        torch.testing.assert_close(got.logps.cpu(), drawn.logps, rtol=1e-3, atol=1e-3)
+    assert len(retriever._graphs._graphs) == 1
+
+
 def test_graph_of_half_precision() -> None:
     model, index = make_model("qwen3", torch.bfloat16).cuda(), make_index(300).to("cuda")
     eager, captured = (rx.SIDRetriever(model, index, beam_width=12, cuda_graph=way) for way in (False, True))

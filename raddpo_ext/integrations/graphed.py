@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from raddpo_ext.decoding.beam_search import BeamResult
 from raddpo_ext.integrations.base_model import base_model
 from raddpo_ext.integrations.decoders import SharedPrefixDecoder
 from raddpo_ext.logps.head import Head
@@ -99,7 +98,7 @@ class _Graph:
     """A search that was captured with inputs of one shape."""
 
     def __init__(
-        self, search: Callable[..., BeamResult], model: Any, inputs: Sequence[Tensor], stream: Any, pool: Any
+        self, search: Callable[..., Any], model: Any, inputs: Sequence[Tensor], stream: Any, pool: Any
     ) -> None:
         self._search = search  # keeps the index alive: its addresses are in the graph, and its id is in the key
         # The graph holds their addresses. They are kept alive, and compared before every replay.
@@ -127,15 +126,12 @@ class _Graph:
     def pool(self) -> Any:
         return self._graph.pool()
 
-    def replay(self, inputs: Sequence[Tensor]) -> BeamResult:
+    def replay(self, inputs: Sequence[Tensor]) -> Any:
         """Run the search on these inputs, which have the captured shapes; returns a copy of the result."""
         for buffer, given in zip(self._inputs, inputs, strict=True):
             buffer.copy_(given, non_blocking=True)
         self._graph.replay()
-        items, scores, sids, token_logps = self._result
-        return BeamResult(
-            items.clone(), scores.clone(), sids.clone(), None if token_logps is None else token_logps.clone()
-        )
+        return self._result._make(None if part is None else part.clone() for part in self._result)
 
 
 class SearchGraphs:
@@ -155,16 +151,16 @@ class SearchGraphs:
         with self._lock:
             self._graphs.clear()
 
-    def run(self, key: Hashable, search: Callable[..., BeamResult], model: Any, *inputs: Tensor) -> BeamResult:
+    def run(self, key: Hashable, search: Callable[..., Any], model: Any, *inputs: Tensor) -> Any:
         """``search(*inputs)``, captured at the first call with this key.
 
         Args:
             key: everything the search depends on except the values of its inputs. It may hold ids of objects that
                 ``search`` keeps alive, because the graph keeps ``search``.
-            search: what it launches must depend on shapes only.
+            search: returns a named tuple of tensors and None; what it launches must depend on shapes only.
             model: the model whose weights it reads.
             inputs: prompts and mask on the CPU, see :class:`CapturedDecoder`, and other tensors that change between
-                calls. They are copied into buffers of the graph.
+                calls, wherever they are. They are copied into buffers of the graph.
         """
         # A graph must be usable whether or not later calls are in inference mode.
         with self._lock, torch.inference_mode(False), torch.no_grad(), torch.cuda.device(model.device):
@@ -181,7 +177,7 @@ class SearchGraphs:
             self._done.record()
             return result
 
-    def _capture(self, search: Callable[..., BeamResult], model: Any, inputs: Sequence[Tensor], current: Any) -> _Graph:
+    def _capture(self, search: Callable[..., Any], model: Any, inputs: Sequence[Tensor], current: Any) -> _Graph:
         """A new graph, in the memory pool of the others, after dropping the oldest graphs."""
         while len(self._graphs) >= MOST_GRAPHS:
             self._graphs.popitem(last=False)

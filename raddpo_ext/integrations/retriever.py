@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from raddpo_ext._choices import NORMALIZE
 from raddpo_ext.decoding.beam_search import BeamResult, check_skip_forced, check_top_k, head_beam_search
 from raddpo_ext.decoding.beam_step import BeamState
 from raddpo_ext.decoding.sample_search import SampleResult, head_sample_search, sample_width
-from raddpo_ext.decoding.sample_step import SampleState, checked_noise
+from raddpo_ext.decoding.sample_step import Noise, SampleState, checked_noise
 from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.integrations.base_model import (
     base_model,
@@ -64,7 +64,7 @@ class SIDRetriever:
             more graph per shape. Another catalogue given to :meth:`retrieve` has graphs of its own, which keep it in
             memory. A graph reads the model's weights at the addresses they had: change weights in place. After any
             other change to the model assign ``index`` again, which drops the graphs. Calls with ``on_step`` are not
-            captured.
+            captured. :meth:`sample` has graphs of its own, one per ``samples`` and temperature.
 
     Attributes:
         index: the catalogue; may be replaced between calls. To search another one in a single call, such as a
@@ -194,12 +194,13 @@ class SIDRetriever:
             "return_token_logps": return_token_logps,
         }
         # The search, from a graph or step by step.
-        if self._graphs is not None and on_step is None:
-            return self._replay(prompts, mask, index, widths, options)
-        decoder = self._decoder(prompts, mask, index, widths)
-        return head_beam_search(
-            decoder, index, decoder.head, batch_size=len(prompts), beam_width=widths, on_step=on_step, **options
+        search: Callable[..., BeamResult] = partial(
+            head_beam_search, batch_size=len(prompts), beam_width=widths, **options
         )
+        if self._graphs is not None and on_step is None:
+            return self._replay(prompts, mask, index, widths, search, options.values())
+        decoder = self._decoder(prompts, mask, index, widths)
+        return search(decoder, index, decoder.head, on_step=on_step)
 
     @torch.no_grad()
     def sample(
@@ -219,8 +220,9 @@ class SIDRetriever:
         """Draw SIDs for each prompt from the model's distribution over the catalogue, for policy training.
 
         The model is run as in :meth:`retrieve`, each prompt once. The retriever's ``beam_width``, ``normalize`` and
-        ``length_penalty`` play no part: draws are from the softmax over the trie, at ``temperature``. They are not
-        captured in a CUDA graph.
+        ``length_penalty`` play no part: draws are from the softmax over the trie, at ``temperature``. With
+        ``cuda_graph`` draws without replacement are captured too, but not under ``skip_forced`` or with ``on_step``;
+        seed and keys are inputs of the graph.
 
         Args:
             input_ids, attention_mask, index: see :meth:`retrieve`.
@@ -238,22 +240,19 @@ class SIDRetriever:
         width = sample_width(samples, replacement, index)
         noise = checked_noise(seed, keys, len(prompts), index)
         _check.positive(temperature, "temperature")
-        # The search. The model's head has a temperature of its own.
-        decoder = self._decoder(prompts, mask, index, [width] * index.levels)
-        head = decoder.head
-        if head is not None:
-            head = head._replace(temperature=head.temperature * temperature)
-        return head_sample_search(
-            decoder,
-            index,
-            head,
-            noise,
-            samples=samples,
-            replacement=replacement,
-            temperature=temperature,
-            skip_forced=skip_forced,
-            on_step=on_step,
-        )
+        widths = [width] * index.levels
+        options: dict[str, Any] = {"samples": samples, "replacement": replacement, "temperature": temperature}
+
+        # The search, from a graph or step by step. The model's head has a temperature of its own.
+        def search(decoder: Decoder, index: TrieIndex, head: Head | None, *noise: Tensor, **more: Any) -> SampleResult:
+            if head is not None:
+                head = head._replace(temperature=head.temperature * temperature)
+            return head_sample_search(decoder, index, head, Noise(*noise), **options, **more)
+
+        if self._graphs is not None and on_step is None and not (replacement or skip_forced):
+            return self._replay(prompts, mask, index, widths, search, options.values(), *noise)
+        decoder = self._decoder(prompts, mask, index, widths)
+        return search(decoder, index, decoder.head, *noise, skip_forced=skip_forced, on_step=on_step)
 
     def _checked(
         self, input_ids: Tensor, attention_mask: Tensor | None, index: TrieIndex | None
@@ -280,24 +279,34 @@ class SIDRetriever:
         return model_head(self.model) if ways.head else None
 
     def _replay(
-        self, prompts: Tensor, mask: Tensor, index: TrieIndex, widths: list[int], options: dict[str, Any]
-    ) -> BeamResult:
-        """The search as a CUDA graph, which is captured at the first call with these shapes."""
+        self,
+        prompts: Tensor,
+        mask: Tensor,
+        index: TrieIndex,
+        widths: list[int],
+        search: Callable[..., Any],
+        options: Iterable[Hashable],
+        *inputs: Tensor,
+    ) -> Any:
+        """``search(decoder, index, head, *inputs)`` as a CUDA graph.
+
+        It is captured at the first call with these shapes, this function and these ``options`` of it.
+        """
         from raddpo_ext.integrations.graphed import CapturedDecoder, check_capturable
 
         check_capturable(self.model)
         model, head = self.model, self._head(self._find_ways(mask, index, widths))
         prompts, mask = pad_left(prompts, mask, self._multiple())
 
-        def search(prompts: Tensor, mask: Tensor, *live: Tensor) -> BeamResult:
+        def captured(prompts: Tensor, mask: Tensor, *buffers: Tensor) -> Any:
             decoder = CapturedDecoder(model, head, prompts, mask, sum(widths[:-1]))
-            searched = index.with_live(*live) if live else index
-            return head_beam_search(decoder, searched, head, batch_size=len(prompts), beam_width=widths, **options)
+            given, live = buffers[: len(inputs)], buffers[len(inputs) :]
+            return search(decoder, index.with_live(*live) if live else index, head, *given)
 
         # The live nodes of a filtered index are an input, as the prompts are, so one graph serves every filter.
         live = () if index.live is None else (index.live,)
-        key = (prompts.shape, id(index.data), len(live), *widths, *options.values())
-        return self._graphs.run(key, search, model, prompts, mask, *live)
+        key = (prompts.shape, id(index.data), len(live), len(inputs), *widths, *options)
+        return self._graphs.run(key, captured, model, prompts, mask, *inputs, *live)
 
     def _find_ways(self, mask: Tensor, index: TrieIndex, widths: list[int]) -> Ways:
         """The ways to run the model with these prompts; raises if a requested way is not possible."""
