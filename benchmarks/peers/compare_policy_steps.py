@@ -6,7 +6,8 @@
 The model is a stock Qwen3 of transformers with random weights (hidden size 512, 4 layers, 8 heads of 64, as many for
 keys and values, intermediate size 1536, V = 152k, float32), the catalogue the real ``instruments`` one, with prompts of
 random tokens and 16 rollouts each. A step draws rollouts, rewards them, and runs the forward and the backward pass
-of GRPO's loss; the optimizer is left out. Half of a prompt's rollouts, chosen by their codes, are rewarded.
+of GRPO's loss; the optimizer is left out, and gradients stay allocated between steps. Half of a prompt's rollouts,
+chosen by their codes, are rewarded.
 
 ``peer`` is the step as public trainers have it: ``generate`` with 16 beams and the constraint in Python
 (``prefix_allowed_tokens_fn`` over a dictionary of prefixes), a row of the batch for every rollout with its own copy of
@@ -134,10 +135,16 @@ class Problem:
             active = advantages.active
             kept, places = groups.select(active)
         packed = rx.pack_sessions(list(self.prompts[:count][active]), kept, layout="trie", embeddings=False)
-        states = session_states(self.model, packed)
+        states = session_states(self.model, packed, accumulate_grad=True)  # as PolicyTrainer does in one process
         support = {"index": self.index, "nodes": self.index.nodes(kept.tokens)} if normalize == "trie" else {}
         logps = rx.linear_token_logps(
-            states.hidden, states.weight, kept.tokens, rows=states.rows, normalize=normalize, **support
+            states.hidden,
+            states.weight,
+            kept.tokens,
+            rows=states.rows,
+            normalize=normalize,
+            accumulate_grad=True,
+            **support,
         )
         output = rx.policy_loss(
             logps,
