@@ -24,8 +24,6 @@ those of each round.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +36,8 @@ import torch
 from torch import Tensor
 
 import raddpo_ext as rx
-from benchmarks.harness import catalogues, report, results
+from benchmarks.harness import cases as harness
+from benchmarks.harness import catalogues, report
 from benchmarks.harness.timing import methods_costs
 from raddpo_ext.bench.retriever import children_of, generate, random_model
 from raddpo_ext.integrations.transformers import session_states
@@ -247,26 +246,5 @@ def markdown(cells: list[dict[str, Any]]) -> str:
     return report.markdown(["case", "ratio of times", "median", "spread"], rows) + "\n\n" + report.costs_markdown(cells)
 
 
-def main() -> None:
-    parser = report.parser(MODULE, __doc__, processes=2)
-    parser.add_argument("--rounds", type=int, default=3, help=argparse.SUPPRESS)
-    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # a case; JSON
-    args = parser.parse_args()
-    if args.worker is not None:
-        torch.set_num_threads(1)
-        print(json.dumps(work(CASES[args.worker], args.rounds)))
-        return
-    chosen = report.choose(parser, CASES, args.cases)
-    processes, rounds = (1, 1) if args.quick else (args.processes, args.rounds)
-    environment = {**report.environment(MODULE), "threads": 1, "processes": processes, "rounds": rounds}
-    cells: list[dict[str, Any]] = []
-    for i in chosen:
-        runs = [report.run_fresh(MODULE, "--worker", str(i), "--rounds", str(rounds)) for _ in range(processes)]
-        cells.append(summary(CASES[i], runs))
-        print(markdown(cells[-1:]), flush=True)
-        if args.out:
-            results.write(args.out, {MODULE: environment | {"results": cells}})
-
-
 if __name__ == "__main__":
-    main()
+    harness.run(MODULE, __doc__, CASES, work=work, summary=summary, tables=markdown, processes=2)

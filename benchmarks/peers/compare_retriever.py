@@ -20,8 +20,6 @@ call over what it held before. The floor is arithmetic: operations of the matrix
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 from collections.abc import Callable
 from statistics import median
@@ -31,7 +29,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from torch import Tensor
 
-from benchmarks.harness import catalogues, report, results
+from benchmarks.harness import cases as harness
+from benchmarks.harness import catalogues, report
 from benchmarks.harness.report import MIB
 from benchmarks.harness.timing import methods_costs
 from benchmarks.peers.constraints import KINDS
@@ -188,27 +187,22 @@ def times(result: dict[str, Any], name: str) -> str:
 
 def run(module: str, text: str, cases: list[Case], tables: Callable[[list[dict[str, Any]]], str]) -> None:
     """The program of ``python -m <module>``, whose documentation is ``text``."""
-    parser = report.parser(module, text, processes=2)
-    parser.add_argument("--rounds", type=int, default=3, help="rounds a process (3)")
-    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # a case; JSON
-    args = parser.parse_args()
-    if args.worker is not None:
-        torch.set_num_threads(1)
-        print(json.dumps(work(cases[args.worker], args.rounds)))
-        return
-    if not catalogues.present("industrial"):
-        raise SystemExit(f"no industrial catalogue under {catalogues.DATA}; RADDPO_DATA names the folder")
-    chosen = report.choose(parser, cases, args.cases)[slice(1, 2) if args.quick else slice(None)]
-    processes, rounds = (1, 1) if args.quick else (args.processes, args.rounds)
-    environment = {**report.environment(module), "threads": 1, "processes": processes, "rounds": rounds}
-    cells: list[dict[str, Any]] = []
-    for i in chosen:
-        runs = [report.run_fresh(module, "--worker", str(i), "--rounds", str(rounds)) for _ in range(processes)]
-        cells.append(summary(cases[i], runs))
-        print(tables(cells[-1:]), flush=True)
-        if args.out:
-            results.write(args.out, {module: environment | {"results": cells}})
-    print(tables(cells))
+
+    def check() -> None:
+        if not catalogues.present("industrial"):
+            raise SystemExit(f"no industrial catalogue under {catalogues.DATA}; RADDPO_DATA names the folder")
+
+    harness.run(
+        module,
+        text,
+        cases,
+        work=work,
+        summary=summary,
+        tables=tables,
+        processes=2,
+        quick=slice(1, 2),
+        check=check,
+    )
 
 
 if __name__ == "__main__":

@@ -30,9 +30,7 @@ copy of the model, in turns from step to step.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -43,7 +41,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
-from benchmarks.harness import report, results
+from benchmarks.harness import cases as harness
+from benchmarks.harness import report
 from benchmarks.harness.timing import middle, timed
 from benchmarks.peers import packing_cases, trainer_steps
 from benchmarks.peers.packing_cases import HIDDEN, INTERMEDIATE, LEVELS
@@ -240,27 +239,5 @@ def times(cell: dict[str, Any], name: str) -> str:
     return f"{ratio['median']:.2f}x ({ratio['least']:.2f}-{ratio['most']:.2f})"
 
 
-def main() -> None:
-    parser = report.parser(MODULE, __doc__, processes=1)
-    parser.add_argument("--rounds", type=int, default=3, help="rounds a process (3)")
-    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)  # a case; JSON
-    args = parser.parse_args()
-    if args.worker is not None:
-        torch.set_num_threads(1)
-        print(json.dumps(work(CASES[args.worker], args.rounds)))
-        return
-    chosen = report.choose(parser, CASES, args.cases)
-    processes, rounds = (1, 1) if args.quick else (args.processes, args.rounds)
-    environment = {**report.environment(MODULE), "threads": 1, "processes": processes, "rounds": rounds}
-    cells: list[dict[str, Any]] = []
-    for i in chosen:
-        runs = [report.run_fresh(MODULE, "--worker", str(i), "--rounds", str(rounds)) for _ in range(processes)]
-        cells.append(summary(CASES[i], runs))
-        print(markdown(cells[-1:]), flush=True)
-        if args.out:
-            results.write(args.out, {MODULE: environment | {"results": cells}})
-    print(markdown(cells))
-
-
 if __name__ == "__main__":
-    main()
+    harness.run(MODULE, __doc__, CASES, work=work, summary=summary, tables=markdown, processes=1)
