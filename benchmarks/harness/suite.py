@@ -3,7 +3,7 @@
     python -m benchmarks                       # what has not been measured since the sources changed; hours
     python -m benchmarks --only trie packing   # these, whatever there is
     python -m benchmarks --quick               # a minute a member, to see that all works: .benchmarks/, no page
-    python -m benchmarks --report              # only docs/benchmarks.md and its figures
+    python -m benchmarks --report              # only docs/benchmarks.md, its figures and the README's table
 
 ``benchmarks/results/<machine>.jsonl`` holds a run for each member (:mod:`benchmarks.harness.results`): its command,
 commit, machine and versions, the digest of the sources that the member's operators are built of, and under ``measured``
@@ -30,7 +30,7 @@ from typing import Any
 from benchmarks.harness import catalogues, report, results, sources
 from benchmarks.harness.catalogues import ROOT
 from benchmarks.harness.results import Results
-from benchmarks.pages import reliability_page, scaling_page, suite_page
+from benchmarks.pages import readme_page, reliability_page, scaling_page, suite_page
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ MEMBERS = [
     Member("engines", ("benchmarks.peers.compare_engines",), 15, sources.RETRIEVAL, data=("instruments",)),
     Member("scaling", ("benchmarks.scaling",), 20, sources.OPERATORS),
     Member("load", ("benchmarks.load",), 10, sources.SERVICE, ("--cases", "small, 1 worker, max-batch 1")),
+    Member("load-peer", ("benchmarks.load", "--mode", "peer"), 5, sources.SERVICE),
     Member("load-soak", ("benchmarks.load", "--mode", "soak"), 32, sources.SERVICE),
 ]
 
@@ -172,6 +173,7 @@ def main() -> int:
         if "scaling" in found:
             scaling_page.write(found["scaling"], ROOT / "docs")
         reliability_page.write()
+        readme_page.write(found)
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     return 1 if failures else 0

@@ -3,6 +3,7 @@
     python -m benchmarks.load                       # speed, about 8 minutes
     python -m benchmarks.load --mode soak           # faults for 30 minutes
     python -m benchmarks.load --mode soak --quick   # for one minute
+    python -m benchmarks.load --mode peer           # beside a service around ``generate``, about 5 minutes
 
 The model is a random Qwen3, float32: ``small`` (hidden size 64, 2 layers, V = 1k), with which the service is what takes
 time, or ``large`` (512, 4 layers, V = 32k), with which the model is. The catalogue is the real ``industrial`` one, or a
@@ -19,6 +20,9 @@ The floor is ``SIDRetriever.retrieve`` in a loop, one thread, no service.
 ten seconds, clients that hang up, and wrong requests of every kind; at last SIGTERM in the middle of requests. Every
 answer is held against the catalogue of its version and against what ``SIDRetriever`` finds without the service. Exit
 code 1 if anything that is required is not so.
+
+``peer``: throughput of clients who wait for their answers, of this service and of one around ``generate`` in turns:
+``large``, prompts of 128 tokens, 50 beams, one worker, both checked to give the same answer.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ import torch
 
 import raddpo_ext as rx
 from benchmarks.harness import report, results
+from benchmarks.load import peer as load_peer
 from benchmarks.load import service as load_service
 from benchmarks.load import speed as load_speed
 from benchmarks.load import tables
@@ -74,9 +79,23 @@ def soak(args: argparse.Namespace, folder: Path, environment: dict[str, Any]) ->
     return 1 if result["failures"] else 0
 
 
+def peer(args: argparse.Namespace, folder: Path, environment: dict[str, Any]) -> int:
+    source, catalogues = load_service.make_catalogues()
+    rx.CatalogueStore(folder / "store").publish(catalogues["even"].index)
+    load_service.make_model(load_service.SHAPES[load_peer.MODEL]).save_pretrained(folder / load_peer.MODEL)
+    cells = load_peer.measure(folder, args.quick)
+    if args.out:
+        results.write(args.out, {MODULE: environment | {"catalogue": source, "results": cells}})
+    print(tables.peer(cells))
+    return 0
+
+
+_MODES = {"speed": speed, "soak": soak, "peer": peer}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__.splitlines()[0])
-    parser.add_argument("--mode", choices=("speed", "soak"), default="speed", help="what is measured (speed)")
+    parser.add_argument("--mode", choices=tuple(_MODES), default="speed", help="what is measured (speed)")
     parser.add_argument("--cases", default="", help="speed: only services whose name contains this")
     parser.add_argument("--minutes", type=float, default=30.0, help="soak: how long (30)")
     parser.add_argument("--load", type=float, default=0.4, help="soak: rate, as a share of the capacity (0.4)")
@@ -85,8 +104,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="load-") as folder:
-        run = speed if args.mode == "speed" else soak
-        return run(args, Path(folder), report.environment(MODULE))
+        return _MODES[args.mode](args, Path(folder), report.environment(MODULE))
 
 
 if __name__ == "__main__":

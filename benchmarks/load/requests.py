@@ -41,8 +41,8 @@ class Request:
 
 
 def post(body: bytes, authorization: str = _AUTHORIZATION) -> bytes:
-    head = f"POST /retrieve HTTP/1.1\r\nHost: load\r\n{authorization}Content-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
+    head = f"POST /retrieve HTTP/1.1\r\nHost: load\r\n{authorization}Content-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 def get(path: str) -> bytes:

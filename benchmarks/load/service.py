@@ -89,16 +89,22 @@ def _catalogue(ids: np.ndarray, sids: np.ndarray) -> Catalogue:
     return Catalogue(index, dict(zip(ids.tolist(), sids.tolist(), strict=True)))
 
 
-def prompts(count: int, seed: int) -> list[list[int]]:
+def prompts(count: int, seed: int, shortest: int = SHORTEST, longest: int = LONGEST) -> list[list[int]]:
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(SHORTEST, LONGEST + 1, size=count)
+    lengths = rng.integers(shortest, longest + 1, size=count)
     return [rng.integers(3, FIRST + 3 * CODES, size=length).tolist() for length in lengths]
 
 
-class Service:
-    """``python -m raddpo_ext serve`` on a free port of the loopback; ``folder`` takes its log and temporary files."""
+def serve_command(model: Path, store: Path, *options: str) -> list[str]:
+    """``python -m raddpo_ext serve`` on a free port of the loopback, one thread per worker."""
+    command = [sys.executable, "-m", "raddpo_ext", "serve", "--model", str(model), "--store", str(store)]
+    return [*command, "--port", "0", "--threads", "1", *options]
 
-    def __init__(self, model: Path, store: Path, folder: Path, *options: str) -> None:
+
+class Service:
+    """A service's process, which prints its address when it is ready; ``folder`` takes its log and temporary files."""
+
+    def __init__(self, command: Sequence[str], folder: Path) -> None:
         self.temporary = folder / "tmp"
         self.temporary.mkdir(exist_ok=True)
         self.log = folder / "service.log"
@@ -109,8 +115,6 @@ class Service:
             "RADDPO_TOKEN": TOKEN,
             "TMPDIR": str(self.temporary),
         }
-        command = [sys.executable, "-m", "raddpo_ext", "serve", "--model", str(model), "--store", str(store)]
-        command += ["--port", "0", "--threads", "1", "--beam-width", str(BEAMS), *options]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log)
         self.pid = self.process.pid

@@ -22,7 +22,7 @@ from benchmarks.load import service as load_service
 from benchmarks.load.check import Checker
 from benchmarks.load.client import Client, Lost, arrivals, closed_loop, drive, percentile
 from benchmarks.load.requests import MAX_BODY, Request, Requests, get, perform
-from benchmarks.load.service import SHAPES, Service
+from benchmarks.load.service import BEAMS, SHAPES, Service, serve_command
 
 MODEL, WORKERS, MAX_BATCH = "small", 2, 16
 SWAPS, FEW_SWAPS, DAMAGED = 50, 10, 5  # catalogues published, in a short run, damaged ones offered
@@ -62,7 +62,8 @@ class Soak:
         asyncio.run(self._publish_next())
         shared = set(os.listdir("/dev/shm"))
         options = ["--workers", str(WORKERS), "--max-batch", str(MAX_BATCH), "--max-body", str(MAX_BODY)]
-        self.service = Service(self.folder / "model", self.store.path, self.folder, *options)
+        options += ["--beam-width", str(BEAMS)]
+        self.service = Service(serve_command(self.folder / "model", self.store.path, *options), self.folder)
         try:
             result = asyncio.run(self._under_load())
         finally:

@@ -8,6 +8,7 @@ import math
 import os
 import time
 from array import array
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -18,7 +19,7 @@ import torch
 import raddpo_ext as rx
 from benchmarks.load.client import Client, Lost, arrivals, closed_loop, drive, percentile
 from benchmarks.load.requests import post
-from benchmarks.load.service import BEAMS, SHAPES, Catalogue, Service, cpu_seconds, make_model, prompts
+from benchmarks.load.service import BEAMS, SHAPES, Catalogue, Service, cpu_seconds, make_model, prompts, serve_command
 
 SHARES = (0.3, 0.5, 0.7, 0.8, 0.9)  # of the closed-loop throughput, offered
 CLIENTS = (1, 4, 16, 64)  # of the closed loop
@@ -27,7 +28,7 @@ SECONDS = {"small": (2.0, 5.0), "large": (4.0, 10.0)}  # of each closed loop, of
 BATCH = 16
 MOST_CONNECTIONS, MOST_ALIVE = 256, 1000
 _PROMPTS = 64
-_TOP_K = 10
+TOP_K = 10
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ CASES = [Case(model, batch, workers) for model in SHAPES for batch in (1, BATCH)
 class Meter:
     """Requests to one service, and what came of them."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, asked: Sequence[list[int]]) -> None:
         self.client = Client("127.0.0.1", service.port, MOST_CONNECTIONS)
         self.workers = service.workers()
         self.front = service.pid
-        bodies = [json.dumps({"input_ids": prompt, "top_k": _TOP_K}).encode() for prompt in prompts(_PROMPTS, seed=0)]
+        bodies = [json.dumps({"input_ids": prompt, "top_k": TOP_K}).encode() for prompt in asked]
         self._requests = [post(body) for body in bodies]
         self.latencies, self.late = array("d"), array("d")
         self.others = 0  # than 200
@@ -62,7 +63,7 @@ class Meter:
     async def fire(self, number: int, due: float) -> None:
         self.late.append(time.perf_counter() - due)
         try:
-            reply = await self.client.request(self._requests[number % _PROMPTS])
+            reply = await self.client.request(self._requests[number % len(self._requests)])
         except (Lost, OSError):
             self.others += 1
             return
@@ -101,8 +102,8 @@ class Meter:
 
 def measure(case: Case, folder: Path, quick: bool) -> dict[str, Any]:
     """One service, ``folder`` holding its ``model`` and ``store``, from start to stop."""
-    options = ["--workers", str(case.workers), "--max-batch", str(case.max_batch)]
-    service = Service(folder / case.model, folder / "store", folder, *options)
+    options = ["--workers", str(case.workers), "--max-batch", str(case.max_batch), "--beam-width", str(BEAMS)]
+    service = Service(serve_command(folder / case.model, folder / "store", *options), folder)
     try:
         return {"case": case.name, **asdict(case), **asyncio.run(_measure(case, service, quick))}
     finally:
@@ -110,7 +111,7 @@ def measure(case: Case, folder: Path, quick: bool) -> dict[str, Any]:
 
 
 async def _measure(case: Case, service: Service, quick: bool) -> dict[str, Any]:
-    meter = Meter(service)
+    meter = Meter(service, prompts(_PROMPTS, seed=0))
     closed_seconds, open_seconds = (0.5, 1.0) if quick else SECONDS[case.model]
     await meter.closed(CLIENTS[-1], closed_seconds / 2)
     closed = [await meter.closed(clients, closed_seconds) for clients in CLIENTS]
@@ -133,10 +134,10 @@ def floor(model: str, catalogue: Catalogue, seconds: float) -> dict[str, float]:
             ids = torch.nn.utils.rnn.pad_sequence(rows[begin : begin + size], batch_first=True)
             batches.append((ids, torch.arange(ids.shape[1]) < lengths[:, None]))
         times, end, number = [], time.perf_counter() + seconds, 0
-        retriever.retrieve(*batches[0], top_k=_TOP_K)
+        retriever.retrieve(*batches[0], top_k=TOP_K)
         while time.perf_counter() < end or number < 3:
             start = time.perf_counter()
-            retriever.retrieve(*batches[number % len(batches)], top_k=_TOP_K)
+            retriever.retrieve(*batches[number % len(batches)], top_k=TOP_K)
             times.append(time.perf_counter() - start)
             number += 1
         found[str(size)] = 1000 * median(times)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
 from benchmarks.harness.report import markdown
@@ -40,6 +41,20 @@ def offered(results: list[dict[str, Any]]) -> str:
             others = run["others"] + run["left_out"]
             name = result["case"] if first else ""
             rows.append([name, f"{run['rate']:.0f}", f"{run['throughput']:.0f}", *times, str(others)])
+    return markdown(head, rows)
+
+
+def peer(results: list[dict[str, Any]]) -> str:
+    """The service beside one around ``generate``."""
+    rows = []
+    for cell in results:
+        ratio = cell["ratios"]["ours / peer"]
+        row = [cell["case"], f"{ratio['median']:.1f}x ({ratio['least']:.1f}-{ratio['most']:.1f})"]
+        for name in ("ours", "peer"):
+            runs = cell["runs"][name]
+            row += [f"{median(run['throughput'] for run in runs):.2f}", f"{median(run['p50'] for run in runs):.0f}"]
+        rows.append(row)
+    head = ["", "throughput, ours / `generate`", "ours, requests/s", "p50, ms", "`generate`, requests/s", "p50, ms"]
     return markdown(head, rows)
 
 

@@ -28,6 +28,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {  # of members whose figur
     "training-ops": lambda run: compare_training_ops.markdown(run["results"]),
     "policy-steps": lambda run: compare_policy_steps.markdown(run["results"]),
     "load": lambda run: load_tables.summary(run["results"], run["floors_ms"]),
+    "load-peer": lambda run: load_tables.peer(run["results"]),
     "load-soak": lambda run: load_tables.soak(run["results"][0]),
 }
 ITEM_BYTES = 4  # what an item id takes beside a peer's index that has none
@@ -105,6 +106,7 @@ def lines(results: Results) -> list[tuple[str, str, Ratios]]:
         (retrieval, "HF `generate`", generate_over("vocab")),
         (retrieval, "HF `generate`, ours over a level", generate_over("level")),
         (retrieval, "ours, a row of the cache a beam", ratios(results, "retriever", "reordered vocab / shared vocab")),
+        ("service, requests/s", "FastAPI and `generate`", ratios(results, "load-peer", "ours / peer")),
         (tokens, "torch, `log_softmax`", loss("log_softmax / ours", "logits", pages)),
         (tokens, "torch, its best expression", loss("best torch / ours", "logits", pages)),
         (tokens, "the same, huge pages for both", {k: v for k, v in best.items() if pages in k}),
@@ -147,6 +149,17 @@ def step_floors(results: Results, way: str) -> Ratios:
     return {case: row["costs"][way]["ms"] / compare_whole_steps.floor_ms(row, way) for case, row in rows.items()}
 
 
+def retrieval_floors(results: Results) -> Ratios:
+    """Whole retrievals, by case and support, over their matrix products at the best rate."""
+    _, operations = rates(results)
+    return {
+        f"{case} {support}": row["costs"][f"shared {support}"]["ms"] * operations / (1e12 * row["gflop"][support])
+        for case, row in cases(results, "retriever").items()
+        if "gflop" in row
+        for support in ("vocab", "level")
+    }
+
+
 # Blocks.
 
 
@@ -185,12 +198,6 @@ def summary(results: Results) -> str:
 
 def floors(results: Results) -> str:
     _, operations = rates(results)
-    arithmetic = {
-        f"{case} {normalize}": row["costs"][f"shared {normalize}"]["ms"] * operations / (1e12 * row["gflop"][normalize])
-        for case, row in cases(results, "retriever").items()
-        if "gflop" in row
-        for normalize in ("vocab", "level")
-    }
     packing = {
         case: row["layouts"]["trie"]["seconds"] * operations / (1e9 * row["layouts"]["trie"]["gflop"])
         for case, row in cases(results, "packing").items()
@@ -199,7 +206,7 @@ def floors(results: Results) -> str:
     logits = {case: times["ours"] / times["bytes"] for case, times in losses.items() if "bytes" in times}
     rows = [
         ["decoding step", "bare log-sum-exp of the logits", ratios(results, "beam-search", "bare_lse")],
-        ["whole retrieval", "its matrix products at the best rate", arithmetic],
+        ["whole retrieval", "its matrix products at the best rate", retrieval_floors(results)],
         ["log-probs from logits", "their bytes, read twice and written once", logits],
         [
             "loss with the head fused in",

@@ -16,7 +16,7 @@ from test_bench import Clock
 from benchmarks import bench_trie
 from benchmarks.harness import catalogues, report, results, sources, suite, timing
 from benchmarks.harness.suite import MEMBERS, Member
-from benchmarks.pages import figures, reliability_page, suite_page
+from benchmarks.pages import figures, readme_page, reliability_page, suite_page
 from benchmarks.peers import token_logps_timing
 from raddpo_ext.bench.compare import Missing, burst_of
 from raddpo_ext.bench.trie import words_of
@@ -248,6 +248,16 @@ def test_page_is_that_of_the_results() -> None:
 def test_reliability_page_is_that_of_the_records() -> None:
     page = reliability_page.PAGE.read_text()
     assert reliability_page.render(page) == page, "write it: python -m benchmarks --report"
+
+
+def test_readme_table_is_that_of_the_results() -> None:
+    page, gpu = readme_page.PAGE.read_text(), results.read(readme_page.GPU)
+    found = committed()[2]
+    assert readme_page.render(page, found, gpu) == page, "write it: python -m benchmarks --report"
+    for row in found["whole-steps"]["results"]:
+        for ratio in row["ratios"].values():
+            ratio["median"] *= 1.5
+    assert readme_page.render(page, found, gpu) != page
 
 
 def test_page_changes_with_the_results_only_between_markers() -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 pytest.importorskip("transformers")
 from benchmarks.load.check import Checker, Expected
 from benchmarks.load.client import Client, Lost, Reply, arrivals, closed_loop, drive, percentile
+from benchmarks.load.peer import agree, cell
 from benchmarks.load.soak import by_minute, growth
 
 SIDS = {"even": {0: [1, 2], 2: [1, 3], 4: [2, 2]}, "odd": {1: [1, 2], 3: [3, 3]}}
@@ -232,3 +233,15 @@ def test_by_minute() -> None:
         {"seconds": 90.0, "front": 4.0, "x": 8.0},
     ]
     assert by_minute(samples) == {"seconds": [30.0, 75.0], "front": [1.0, 3.0], "x": [8.0]}
+
+
+def test_the_service_beside_a_peer_counts_only_equal_answers_and_whole_runs() -> None:
+    agree(RIGHT, RIGHT | {"scores": [-1.0004, -1.5]})
+    for wrong in ({"scores": [-1.0, -1.6]}, {"items": [0, 2]}):
+        with pytest.raises(SystemExit, match="other answers"):
+            agree(RIGHT, RIGHT | wrong)
+    fast, slow = ({"throughput": rate, "others": 0} for rate in (12.0, 3.0))
+    found = cell(16, {"ours": [fast, slow], "peer": [slow, slow]})
+    assert found["ratios"] == {"ours / peer": {"median": 2.5, "least": 1.0, "most": 4.0}}
+    with pytest.raises(SystemExit, match="1 requests of 1 clients"):
+        cell(1, {"ours": [fast], "peer": [slow | {"others": 1}]})
