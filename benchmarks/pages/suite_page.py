@@ -93,7 +93,7 @@ def lines(results: Results) -> list[tuple[str, str, Ratios]]:
     tokens, head, session = "log-probs from logits", "loss with the head fused in", "session loss"
     packing, index, pages = "packed training step", "index", "huge pages"
     whole, policy = "whole training step", "policy training step, rollouts and update"
-    trainer = ratios(results, "whole-steps", "trainer / ten lines beside trainer")
+    loop, clipping = (ratios(results, "whole-steps", f"trainer / ten lines{clips}") for clips in ("", " that clip"))
     best = loss("best torch / ours", "logits")
     size, found = of_peers(results, "marisa", "index_bytes_per_item"), of_peers(results, "marisa", "found_per_s")
     stored = {case: row["index_bytes_per_item"] for case, row in cases(results, "trie").items()}
@@ -127,7 +127,8 @@ def lines(results: Results) -> list[tuple[str, str, Ratios]]:
         (whole, "plain torch, the same packed rows", step_of("packed / ours")),
         (whole, "the same, ours over a level", step_of("packed / ours, level")),
         (whole, "the same, both over a level", step_of("packed, level / ours, level")),
-        ("`RADDPOTrainer`", "ten lines of a loop", {case: 1 / value for case, value in trainer.items()}),
+        ("`RADDPOTrainer`", "ten lines of a loop", {case: 1 / value for case, value in loop.items()}),
+        ("`RADDPOTrainer`", "the same with clipping", {case: 1 / value for case, value in clipping.items()}),
         (policy, "HF `generate`, a row a rollout", ratios(results, "policy-steps", "peer / sample")),
         (policy, "the same, ours over the same beams", ratios(results, "policy-steps", "peer / beams")),
         (f"{index}, build", "STATIC", of_peers(results, "static", "build_s")),

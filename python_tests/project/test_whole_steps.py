@@ -50,7 +50,7 @@ def test_cases_vary_one_thing_at_a_time() -> None:
 
 def test_the_trainer_takes_turns_with_the_ten_lines() -> None:
     found = trainer_steps.seconds(replace(SMALL, trainer=True), 2)
-    assert set(found) == {x for name in trainer_steps.VARIANTS for x in (name, trainer_steps.beside(name))}
+    assert set(found) == {x for name in trainer_steps.OTHERS for x in (name, trainer_steps.beside(name))}
     assert all(len(times) == 2 and min(times) > 0 for times in found.values())
 
 
@@ -61,7 +61,7 @@ def test_tables_and_bars() -> None:
     gflop = {name: {"backbone": 1.0, "head": 1.0} for name in ("ours", "ours, level")}
     ratios = {"packed / ours": {"median": 1.2, "least": 1.1, "most": 1.3}}
     cell = {"case": "a", "costs": costs, "ratios": ratios, "parts": parts, "gflop": gflop, "gflop_per_s": 100.0}
-    beside = {"trainer / ten lines beside trainer": {"median": 1.25, "least": 1.0, "most": 1.5}}
+    beside = {"trainer / ten lines": {"median": 1.25, "least": 1.0, "most": 1.5}}
     found = {"whole-steps": {"results": [cell, {"case": "trainer b", "ratios": beside}]}}
     text = compare_whole_steps.markdown(found["whole-steps"]["results"])
     assert "1.20x (1.10-1.30) | -" in text
