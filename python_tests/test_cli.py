@@ -99,12 +99,20 @@ def test_info_counts_the_items_that_share_a_sid(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--help", "index info --help", "serve --help", "bench --help", "index info fixed.index"]
+    "arguments",
+    [
+        *("--help", "index info --help", "serve --help", "bench --help"),
+        *("index info fixed.index", "index info named.index"),
+    ],
 )
 def test_answers_without_importing_torch(folder, arguments):
+    index = rx.TrieIndex.load("fixed.index")
+    index.save("named.index")
+    rx.IdMap(titles=["a", "b", "c"], items=index.items.tolist()).save("named.index")
     command = [sys.executable, "-X", "importtime", "-m", "raddpo_ext", *arguments.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=ENVIRONMENT)
-    assert done.stdout.startswith(("usage: ", "items           3\n"))
+    assert done.stdout.startswith(("usage: ", "items           3\n", "items           3, titles\n"))
+    assert ("titles" in done.stdout) == ("named" in arguments)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "raddpo_ext" in imported
     assert "torch" not in imported

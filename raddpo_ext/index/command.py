@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import raddpo_ext
 from raddpo_ext._command_line import bar, check_output, complain, integer, integers
 
 # Each command imports what it needs when it runs, so that --help answers at once, without importing torch.
@@ -154,13 +153,14 @@ def _load(file: Path) -> tuple[TrieIndex, IdMap | None]:
 
 
 def _info(options: argparse.Namespace) -> int:
-    """``index info``. Without an id map, it does not import torch."""
+    """``index info``, which does not import torch."""
     from raddpo_ext._libtorch import load_extension
 
     load_extension()
     from raddpo_ext import _C
     from raddpo_ext._files import mapped_by
-    from raddpo_ext.index.trie_file import items_that_share, map_path, mapped_block
+    from raddpo_ext.index.id_map import IdMap
+    from raddpo_ext.index.trie_file import items_that_share, mapped_block
 
     # Read the header of the checked index, and the id map if there is one.
     block = mapped_block(options.file, len(os.sched_getaffinity(0)))
@@ -170,12 +170,7 @@ def _info(options: argparse.Namespace) -> int:
     )
     first_node = _C.HEADER["first_node"]
     starts = header[first_node + 1 : first_node + levels + 2]
-    names = None
-    if os.path.lexists(map_path(options.file)):
-        raddpo_ext._load()
-        from raddpo_ext.index.id_map import IdMap
-
-        names = IdMap.load(options.file)
+    names = IdMap.load(options.file)
     # Print what they say.
     print(f"items           {items}" + ("" if names is None else f", {_described(names)}"))
     print(f"SIDs            {sids}")
@@ -206,8 +201,7 @@ def _lookup(options: argparse.Namespace) -> int:
 
 def _find(options: argparse.Namespace) -> int:
     """``index find``; exit code 1 if the index lacks the item."""
-    from raddpo_ext.index.item_ids import integer_id
-    from raddpo_ext.index.trie_items import UnknownItem
+    from raddpo_ext.index.item_ids import UnknownItem, integer_id
 
     index, names = _load(options.file)
     # The id is a string of the map or, without one, an integer.

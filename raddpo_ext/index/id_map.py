@@ -7,19 +7,19 @@ import json
 import os
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from raddpo_ext import _C
 from raddpo_ext._files import replacing
-from raddpo_ext.index.readers import SIDTable
+from raddpo_ext.index.item_ids import LARGEST_ITEM, UnknownItem
 from raddpo_ext.index.sid_text import shown
-from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.index.trie_file import map_path
-from raddpo_ext.index.trie_input import item_ids_of
-from raddpo_ext.index.trie_items import UnknownItem
+
+# A map is loaded without torch, for `index info`: what needs torch is imported where it is used.
+if TYPE_CHECKING:
+    from raddpo_ext.index.readers import SIDTable
 
 _FORMAT = "raddpo_ext id map 1"
 
@@ -66,7 +66,7 @@ class IdMap:
         self.titles = None if titles is None else list(titles)
         (count,) = set(counts.values())
         #: The item ids in the index, int64 ``[N]``.
-        self.items = np.arange(count) if items is None else item_ids_of(items, "items", least=0)
+        self.items = np.arange(count) if items is None else _item_ids(items)
         self._items: list[int] = self.items.tolist()
         self._row = _rows("items", self._items)
         self._row_of_id = None if self.ids is None else _rows("ids", self.ids)
@@ -113,7 +113,7 @@ class IdMap:
 
     def _of(self, items: Any, values: Sequence[Any]) -> Any:
         """The value of each item, in the shape of ``items``."""
-        if isinstance(items, (torch.Tensor, np.ndarray)):
+        if hasattr(items, "tolist"):  # a tensor or an array
             items = items.tolist()
         if isinstance(items, list):
             return [self._of(item, values) for item in items]
@@ -132,6 +132,8 @@ class IdMap:
         Raises:
             ValueError: the map lacks an item of the index, or the index file is damaged.
         """
+        from raddpo_ext.index.trie import TrieIndex
+
         # Every item of the index is in the map.
         there = TrieIndex.load(index).items.long().numpy()
         missing = there[~np.isin(there, self.items)]
@@ -191,6 +193,15 @@ def _stamp(index: str | os.PathLike[str]) -> list[int]:
     if len(header) <= _C.HEADER["checksum"]:
         raise ValueError(f"{os.fspath(index)}: not a TrieIndex file")
     return [int(header[_C.HEADER[name]]) for name in ("bytes", "checksum")]
+
+
+def _item_ids(items: Sequence[int]) -> np.ndarray:
+    """Item ids as int64 ``[N]``, checked."""
+    if isinstance(items, list) and all(type(item) is int and 0 <= item <= LARGEST_ITEM for item in items):
+        return np.array(items, np.int64)
+    from raddpo_ext.index.trie_input import item_ids_of
+
+    return item_ids_of(items, "items", least=0)
 
 
 def _rows(name: str, values: Sequence[Any]) -> dict[Any, int]:

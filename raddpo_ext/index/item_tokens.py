@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from raddpo_ext import _check
+from raddpo_ext.index.item_ids import UnknownItem
 from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.index.trie_input import item_ids_of
-from raddpo_ext.index.trie_items import UnknownItem
 
 
 def history_prompts(

@@ -15,9 +15,10 @@ from torch import Tensor
 from raddpo_ext import _C, _check
 from raddpo_ext._files import replacing
 from raddpo_ext.index import trie_ops as _trie_ops  # noqa: F401  their fake kernels
+from raddpo_ext.index.item_ids import UnknownItem
 from raddpo_ext.index.trie_file import mapped_block
 from raddpo_ext.index.trie_input import built_block, item_ids_of
-from raddpo_ext.index.trie_items import UnknownItem, places_of
+from raddpo_ext.index.trie_items import places_of
 from raddpo_ext.index.vocab import SIDVocab
 
 _WORD = _C.HEADER

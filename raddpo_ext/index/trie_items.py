@@ -6,17 +6,6 @@ import torch
 from torch import Tensor
 
 
-class UnknownItem(ValueError):
-    """An item id that the index lacks, and its position in the argument."""
-
-    def __init__(self, name: str, item: int | str, position: int) -> None:
-        super().__init__(f"{name} = {item!r:.60} is no item of the index")
-        self.name, self.item, self.position = name, item, position
-
-    def __reduce__(self) -> tuple[type[UnknownItem], tuple[str, int | str, int]]:
-        return type(self), (self.name, self.item, self.position)  # pickled between processes
-
-
 def places_of(ids: Tensor, items: Tensor) -> Tensor:
     """The position of each id in ``items``, -1 for an id that is not there. Passes once over all items."""
     wanted, order = ids.to(items.device).unique(return_inverse=True)

@@ -16,10 +16,10 @@ from raddpo_ext.decoding.beam_search import BeamResult
 from raddpo_ext.decoding.beam_step import BeamState
 from raddpo_ext.index.catalogue_store import CatalogueStore, CatalogueVersion
 from raddpo_ext.index.id_map import IdMap
+from raddpo_ext.index.item_ids import UnknownItem
 from raddpo_ext.index.item_tokens import history_prompts
 from raddpo_ext.index.store_service import StoreService
 from raddpo_ext.index.trie import TrieIndex
-from raddpo_ext.index.trie_items import UnknownItem
 from raddpo_ext.integrations.base_model import context
 from raddpo_ext.integrations.retriever import SIDRetriever
 from raddpo_ext.serve.config import ServeConfig
