@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -135,6 +136,30 @@ def test_no_child_that_counts_is_passed_over(isa: str, scale: float, score: floa
             for few in (1, 4, 30, 200):
                 narrow = step(logits, state, index, few, False, **options_of(1, seed))
                 assert_sample_states_equal(narrow, rx.SampleState(*(part[:, :few] for part in vars(wide).values())))
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+def test_a_beam_that_ends_makes_room_for_others(isa: str, bad: float) -> None:
+    """As many beams as the result has: each but the ended one offers its own score, and further children fill up."""
+    index = rx.TrieIndex.build(np.stack([np.arange(120) // 30, np.arange(120) % 30], 1))
+    state = sample_state(torch.zeros(1, 4), torch.tensor([[1, 2, 3, 4]]), torch.full((1, 4), 9.0))
+    logits = torch.randn(1, 4, 30, generator=generator_of(0))
+    logits[0, 2] = bad
+    got = step(logits, state, index, 4, False, **options_of(1, 3))
+    assert_sample_step_agrees(got, logits, state, reference.TrieIndex.of(index), **options_of(1, 3))
+    assert (got.nodes >= 0).all()
+    assert got.perturbed[0, 2] == 9 > got.perturbed[0, 3]
+
+
+def test_ties_go_to_the_lower_parent(isa: str) -> None:
+    """Finished or not: of two beams with one perturbed score, the children of the first are before the second."""
+    index = rx.TrieIndex.build([[0, 0], [0, 1], [1, 0], [2, 0], [2, 1]], lengths=[2, 2, 1, 2, 2])
+    nodes = index.nodes(torch.tensor([[0, -1], [1, -1], [2, -1]]))[:, 1][None]
+    logits = torch.zeros(1, 3, 2)
+    for order in itertools.permutations(range(3)):
+        state = sample_state(torch.zeros(1, 3), nodes[:, order], torch.ones(1, 3))
+        got = rx.sample_step(logits, state, index, 3, seed=0)
+        assert (got.parents.tolist(), got.perturbed.tolist()) == ([[0, 1, 2]], [[1.0] * 3])
 
 
 @pytest.mark.parametrize("replacement", [False, True])

@@ -77,7 +77,7 @@ Result sample_step_cpu(const Tensor& logits, const Tensor& scores, const Tensor&
   rank_candidates(
       a,
       [&](std::int64_t query, std::int64_t begin, std::int64_t end, Best& best) {
-        const Buffer<double> scratch(3 * a.symbols + 43);
+        const Buffer<double> scratch(3 * a.symbols + 51);
         RADDPO_CALL_ISA(sample_step, a, query, begin, end, best, scratch.get());
       },
       [&](std::int64_t query, const Best& best) { write(a, query, best); });

@@ -18,7 +18,7 @@ struct SampleStepArgs : BeamStepArgs {
 };
 
 // Adds what the live beams [begin, end) of one query offer, as beam_step does: `key` is the perturbed score (or the
-// number of draws), `score` the log-prob of the token. `scratch`: [3 * symbols + 43].
+// number of draws), `score` the log-prob of the token. `scratch`: [3 * symbols + 51].
 namespace scalar {
 void sample_step(const SampleStepArgs& a, std::int64_t query, std::int64_t begin, std::int64_t end, Best& best,
                  double* scratch);

@@ -3,19 +3,15 @@
 // children are passed over too: a product tells that their noise does not lift them above the threshold.
 #include "../beam_search/live_beams.inl"
 #include "../common/log_sum_exp.inl"
-#include "child_noise.inl"
+#include "child_sieve.inl"
 
 namespace raddpo::RADDPO_ISA {
 namespace {
 
-constexpr int kFew = 16;     // children whose keys cost less than to tell which matter
-constexpr int kBatch = 512;  // children whose keys are computed at once
-constexpr int kFirst = 128;  // of the root, whose first ones nothing is known of to pass them over
-constexpr int kTile = 32;    // children passed over at once
-constexpr int kLanes = 16;   // of the widest vectors
+constexpr int kFew = 16;  // children whose keys cost less than to tell which matter
 
 // The children of one beam, whatever the type of its logits. Functions of a class are inline, but not visible outside.
-struct Children {
+struct Children : ChildSieve {
   const SampleStepArgs& a;
   const TrieView& t;
   Best& best;
@@ -23,11 +19,9 @@ struct Children {
   double* sums;          // [children] running sums of the probabilities, with replacement
   std::uint32_t* words;  // [children + 38] random bits of consecutive nodes, without; the memory of `sums`
   std::uint32_t* nodes;  // [children]
-  float *logps, *keys;   // [children + kLanes], [children + kTile]
   LiveBeam beam{};
   std::int32_t slot = 0;
-  int hits[kBatch + kTile];   // children whose keys are computed,
-  float own[kBatch + kTile];  // their own perturbed scores, and then their keys
+  ChildBatch batch;  // children of this beam and of some before it
 
   Children(const SampleStepArgs& args, std::int64_t query, Best& list, double* scratch)
       : a(args),
@@ -36,89 +30,48 @@ struct Children {
         noise(static_cast<std::uint64_t>(*args.seed), static_cast<std::uint64_t>(args.keys[query])),
         sums(scratch),
         words(reinterpret_cast<std::uint32_t*>(scratch)),
-        nodes(words + 2 * (args.symbols + 19)),
-        logps(reinterpret_cast<float*>(nodes + args.symbols)),
-        keys(logps + args.symbols + kLanes) {}
+        nodes(words + 2 * (args.symbols + 27)) {
+    latest = reinterpret_cast<float*>(words + args.symbols + 38);
+    logps = reinterpret_cast<float*>(nodes + args.symbols);
+    keys = logps + args.symbols + kLanes;
+  }
 
   void offer(std::int64_t i, float key) {
     if (key > best.threshold)
       push(best, {key, logps[i], slot, token_of(t, beam.level, symbol_of(t, nodes[i])), nodes[i]});
   }
 
-  // Whole vectors: a rest is computed one by one, which takes long, and is rounded otherwise.
-  static std::int64_t padded(std::int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
-
-  // The own perturbed scores of the hits; returns the best. Never inlined: every call gives a child the same bits.
-  __attribute__((noinline)) float perturb(const std::uint32_t* bits, int count) {
-    if (!count) return -INFINITY;
-    const auto whole = static_cast<int>(padded(count));
-    for (int k = count; k < whole; ++k) hits[k] = hits[0];
-    std::uint32_t drawn[kBatch + kLanes];
-    for (int k = 0; k < whole; ++k) {
-      drawn[k] = bits[hits[k]];
-      own[k] = logps[hits[k]];
+  // Puts the batch's children among the best.
+  void offer_batch() {
+    int found = 0;
+    for (int k = 0; k < batch.count; ++k) {  // without a branch, which would be taken as if at random
+      hits[found] = k;
+      found += batch.keys[k] > best.threshold;
     }
-    float most = -INFINITY;
-#pragma omp simd reduction(max : most)
-    for (int k = 0; k < whole; ++k) {
-      own[k] = beam.score + own[k] + gumbel(drawn[k]);
-      most = own[k] > most ? own[k] : most;
+    for (int h = 0; h < found; ++h) {
+      const int k = hits[h];
+      const auto& owner = batch.beams[batch.owners[k]];
+      const std::uint32_t node = batch.nodes[k];
+      if (batch.keys[k] > best.threshold)
+        push(best, {batch.keys[k], batch.logps[k], owner.slot, token_of(t, owner.level, symbol_of(t, node)), node});
     }
-    return most;
+    batch.clear();
   }
 
-  // Puts the hits among the best.
-  void offer_hits(int count, float parent, float most) {
-    if (parent < INFINITY) {
-      const auto whole = static_cast<int>(padded(count));
-#pragma omp simd
-      for (int k = 0; k < whole; ++k) own[k] = conditioned(parent, own[k], most);
+  // Puts the children that wait among the best.
+  void flush() {
+    if (batch.count) {
+      batch.perturb(noise);
+      batch.condition();
     }
-    for (int k = 0; k < count; ++k) offer(hits[k], own[k]);
+    offer_batch();
   }
 
-  // A child's noise is -log(-log u), so that its own score is above x if -log u < p e^(score - x), and -log u is at
-  // least 1 - u. Sets `keys` to (1 - u) / p, and to a little less where p is tiny; returns a number that -log u / p of
-  // the best child does not exceed: what comes behind the children, as if their p were tiny, is far above that.
-  float weigh(const std::uint32_t* bits, std::int64_t n) {
-    const std::int64_t whole = padded(n);
-    for (std::int64_t i = n; i < whole; ++i) logps[i] = -INFINITY;
-    float soonest = INFINITY, *out = keys;
-    const float* values = logps;
-#pragma omp simd reduction(min : soonest)
-    for (std::int64_t i = 0; i < whole; ++i) {
-      const float inverse = fast_exp(values[i] > -87.f ? -values[i] : 87.f);
-      const float rest = static_cast<float>(static_cast<std::int32_t>(~bits[i] >> 1)) * 0x1p-31f;
-      const float above = rest + 0x1p-31f;
-      const float latest = above < 0.5f ? (above + above * above) * inverse : INFINITY;  // x + x^2 > -log(1 - x)
-      out[i] = rest * inverse;
-      soonest = latest < soonest ? latest : soonest;
-    }
-    for (std::int64_t i = n; i < (n + kTile - 1) / kTile * kTile; ++i) keys[i] = NAN;
-    return soonest;
-  }
-
-  // Which children of a tile reach the bar, one bit each.
-  static std::uint32_t reaching(const float* tile, float bar) {
-    std::uint32_t found = 0;
-#ifdef RADDPO_BMI2
-    for (int i = 0; i < kTile; i += 8) {
-      const __m256 reach = _mm256_cmp_ps(_mm256_loadu_ps(tile + i), _mm256_set1_ps(bar), _CMP_LE_OQ);
-      found |= static_cast<std::uint32_t>(_mm256_movemask_ps(reach)) << i;
-    }
-#else
-    for (int i = 0; i < kTile; ++i) found |= static_cast<std::uint32_t>(tile[i] <= bar) << i;
-#endif
-    return found;
-  }
-
-  // Finds the children of [first, end) whose keys reach the bar; `first` is a multiple of kTile.
-  int sieve(std::int64_t first, std::int64_t end, float bar) {
-    int count = 0;
-    for (; first < end; first += kTile)
-      for (std::uint32_t found = reaching(keys + first, bar); found; found &= found - 1)
-        hits[count++] = static_cast<int>(first) + count_trailing_zeros(found);
-    return count;
+  // The child that has its parent's perturbed score, and no sibling that matters.
+  void offer_only(std::int64_t i, float parent) {
+    if (!batch.count) return offer(i, parent);
+    batch.open(beam, slot, parent);
+    batch.add(nodes[i], logps[i]);
   }
 
   // e^x to 1e-5 relative, far less than the slack; infinite for a large x, and for NaN.
@@ -134,36 +87,51 @@ struct Children {
     return sum == sum ? static_cast<float>(sum) : INFINITY;
   }
 
-  // Puts the children among the best by their perturbed scores. An only child has its parent's, whatever its noise; the
-  // root, whose score is infinite, has none.
+  // The hits alone, with scores of their own; returns the best.
+  float perturb_hits(const std::uint32_t* bits, int count, float parent) {
+    batch.clear();
+    batch.open(beam, slot, parent);
+    for (int k = 0; k < count; ++k) batch.add_drawn(nodes[hits[k]], logps[hits[k]], bits[hits[k]]);
+    batch.perturb(noise);
+    return batch.best_key();
+  }
+
+  // Puts the children among the best by their perturbed scores, at once or with those of the next beams. An only child
+  // has its parent's, whatever its noise; the root, whose score is infinite, has none.
   void sample(std::int64_t n, float parent) {
     const bool is_root = parent == INFINITY;
-    if (n == 1 && !is_root) return offer(0, parent);
-    const std::uint32_t* bits = noise.draw_words(nodes, n, words);
-    if (n <= kFew) {
-      for (int i = 0; i < n; ++i) hits[i] = i;
-      return offer_hits(static_cast<int>(n), parent, perturb(bits, static_cast<int>(n)));
+    if (batch.is_full()) flush();
+    if (n == 1 && !is_root) return offer_only(0, parent);
+    if (n <= kFew && !is_root) {
+      batch.open(beam, slot, parent);
+      for (int i = 0; i < n; ++i) batch.add_undrawn(nodes[i], logps[i]);
+      return;
     }
+    const std::uint32_t* bits = noise.draw_words(nodes, n, words);
     const float soonest = weigh(bits, n);
     const double slack = 1e-4 + 1e-6 * (std::fabs(beam.score) + (is_root ? 0.f : std::fabs(parent)));
-    const float reach = slack < 1 ? soonest * static_cast<float>(1 + slack) : INFINITY;
-    if (n <= kBatch && !is_root) {  // the best child and all others that matter, together
+    const float last = is_root ? latest_of(a.beam_width, n, soonest) : soonest;
+    const float reach = slack < 1 ? last * static_cast<float>(1 + slack) : INFINITY;
+    if (n <= kBatch && !is_root) {  // the best child and all others that matter
       const float either = bar(parent, reach, slack);
       const int count = sieve(0, n, reach > either ? reach : either);
-      if (count == 1) return offer(hits[0], parent);
-      return offer_hits(count, parent, perturb(bits, count));
+      if (count == 1) return offer_only(hits[0], parent);
+      batch.open(beam, slot, parent);
+      for (int k = 0; k < count; ++k) batch.add_drawn(nodes[hits[k]], logps[hits[k]], bits[hits[k]]);
+      return;
     }
+    flush();
     float most = is_root ? INFINITY : -INFINITY;
-    const std::int64_t batch = is_root ? kFirst : kBatch;
-    const auto end = [n, batch](std::int64_t first) { return first + batch < n ? first + batch : n; };
-    for (std::int64_t first = 0; !is_root && first < n; first += batch) {
-      const float best_of_batch = perturb(bits, sieve(first, end(first), reach));
-      most = best_of_batch > most ? best_of_batch : most;
+    const auto end = [n](std::int64_t first) { return first + kBatch < n ? first + kBatch : n; };
+    for (std::int64_t first = 0; !is_root && first < n; first += kBatch) {
+      const float best_of_hits = perturb_hits(bits, sieve(first, end(first), reach), parent);
+      most = best_of_hits > most ? best_of_hits : most;
     }
-    for (std::int64_t first = 0; first < n; first += batch) {
-      const int count = sieve(first, end(first), bar(parent, rough_exp(beam.score - most), slack));
-      perturb(bits, count);
-      offer_hits(count, parent, most);
+    for (std::int64_t first = 0; first < n; first += kBatch) {
+      const float above = bar(parent, rough_exp(beam.score - most), slack);
+      perturb_hits(bits, sieve(first, end(first), is_root && reach < above ? reach : above), parent);
+      if (!is_root) batch.condition(most);
+      offer_batch();
     }
   }
 
@@ -222,9 +190,25 @@ struct Sampler : Children {
     return n;
   }
 
-  RADDPO_HD void run(std::int64_t query, std::int64_t begin, std::int64_t end) {
+  // As many beams as the result has offer each a candidate of its own perturbed score: nothing below the least of these
+  // is among the best. -inf if there are fewer beams.
+  float known_threshold(std::int64_t query, std::int64_t begin, std::int64_t end) const {
+    float least = INFINITY;
+    std::int64_t count = 0;
+    for (std::int64_t i = query * a.width + begin; i < query * a.width + end; ++i) {
+      const float key = a.perturbed[i];
+      if (!(a.scores[i] > -INFINITY && key > -INFINITY && key < INFINITY)) continue;
+      least = key < least ? key : least;
+      ++count;
+    }
+    return count < a.beam_width ? -INFINITY : least - 1e-6f * (1.f + std::fabs(least));
+  }
+
+  // Returns whether each beam above the threshold offered a candidate.
+  RADDPO_HD bool offer_beams(std::int64_t query, std::int64_t begin, std::int64_t end) {
     const auto* logits = static_cast<const typename D::T*>(a.logits) + query * a.stride_batch;
     LiveBeam beams[kGroup];
+    bool all = true;
     for (std::int64_t first = begin; first < end; first += kGroup) {
       const int count = look_up<Symbol>(a, query * a.width + first, query * a.width + end, beams);
       prefetch_logits<D, Symbol>(a, logits + first * a.stride_beam, beams, count);
@@ -232,19 +216,34 @@ struct Sampler : Children {
         beam = beams[i];
         slot = static_cast<std::int32_t>(first + i);
         const float key = a.perturbed[query * a.width + slot];
-        if (!(beam.score > -INFINITY) || !(key > best.threshold)) continue;
-        if (beam.children.count == 0) {
+        if (!(key > best.threshold)) continue;
+        std::int64_t n = 0;
+        if (!(beam.score > -INFINITY)) {
+          all = all && !(a.scores[query * a.width + slot] > -INFINITY);
+        } else if (beam.children.count == 0) {
+          flush();
           push(best, {key, 0.f, slot, -1, beam.node});
-        } else if (has_columns(a, beam.level)) {
-          const std::int64_t n = read(logits + slot * a.stride_beam, beam.level, beam.children);
-          if (!n) continue;
+        } else if (has_columns(a, beam.level) && (n = read(logits + slot * a.stride_beam, beam.level, beam.children))) {
           if (a.replacement)
             draw(n, static_cast<std::int64_t>(key));
           else
             sample(n, key);
+        } else {
+          all = false;
         }
       }
     }
+    flush();
+    return all;
+  }
+
+  RADDPO_HD void run(std::int64_t query, std::int64_t begin, std::int64_t end) {
+    if (!a.replacement) best.threshold = known_threshold(query, begin, end);
+    const bool known = best.threshold > -INFINITY;
+    if (offer_beams(query, begin, end) || !known) return;
+    best.count = 0;  // a beam without log-probs offers nothing: the threshold may have been too high
+    best.threshold = -INFINITY;
+    offer_beams(query, begin, end);
   }
 };
 
