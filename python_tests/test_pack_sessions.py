@@ -112,6 +112,36 @@ def test_a_trie_holds_each_distinct_prefix_once():
     assert packed.last_tokens.tolist() == [4, 5, 4, 6, 2]
 
 
+@pytest.mark.parametrize("layout", ["candidates", "trie"])
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+def test_what_only_predicts_forced_tokens_is_left_out(layout, seed):
+    """A token with siblings is predicted after its whole prefix; nothing is read beyond a candidate's last such one."""
+    rng = np.random.default_rng(seed)
+    catalogue = rng.integers(0, 3, (rng.integers(1, 12), 4)).tolist()
+    prompts = [[9, 8], [7], [9, 8, 7]]
+    plan = [[*rng.permutation(catalogue)[:4].tolist(), rng.integers(0, 3, 4).tolist(), []] for _ in prompts]
+    sessions = make_sessions(plan)
+    index = rx.TrieIndex.build(catalogue)
+    packed = rx.pack_sessions(prompts, sessions, layout=layout, embeddings=False, skip_forced=index)
+    assert packed.sessions is sessions
+    used = 0
+    for session, prompt in enumerate(prompts):
+        prefixes, tokens = set(), 0
+        for row, sid in candidates_of(sessions, session):
+            following = [{other[level] for other in catalogue if other[:level] == sid[:level]} for level in range(4)]
+            free = [level for level, token in enumerate(sid) if following[level] != {token}]
+            kept = max(free, default=0)
+            for level in range(4):
+                place, column = divmod(int(packed.predictors[row, level]), packed.input_ids.shape[1])
+                before = sid[:level] if level <= kept else []
+                assert (place, chain(packed, session, column)) == (session, list(enumerate(prompt + before)))
+            prefixes |= {tuple(sid[:end]) for end in range(1, kept + 1)}
+            tokens += kept
+        used = max(used, len(prompt) + (len(prefixes) if layout == "trie" else tokens))
+    assert packed.input_ids.shape[1] == used
+
+
 @given(batch=batches(), layout=st.sampled_from(["candidates", "trie"]))
 @settings(max_examples=30, deadline=None)
 def test_masks_agree(batch, layout):
@@ -225,6 +255,8 @@ def test_to_moves_every_tensor():
         ({"max_length": 2}, ValueError, r"max_length = 2 leaves prompts\[0\] no token beside a candidate of 2 tokens"),
         ({"max_length": 4.0}, TypeError, "max_length must be an integer"),
         ({"vocab": 3}, TypeError, "vocab must be a SIDVocab"),
+        ({"skip_forced": 3}, TypeError, "skip_forced must be a TrieIndex"),
+        ({"skip_forced": rx.TrieIndex.build([[1, 2]])}, ValueError, "skip_forced needs embeddings=False"),
     ],
 )
 def test_bad_arguments(change, error, message):

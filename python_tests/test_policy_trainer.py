@@ -91,6 +91,40 @@ def test_equals_a_loop_by_hand(iterations: int, kl_weight: float) -> None:
         assert found.history[0]["reward"] == found.history[1]["reward"] != found.history[2]["reward"]
 
 
+@pytest.mark.parametrize(("iterations", "kl_weight"), [(1, 0.0), (2, 0.5)])
+def test_what_only_predicts_forced_tokens_is_not_read(
+    iterations: int, kl_weight: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But in steps that measure the mass of legal tokens, of which each token has some."""
+    rows = [{"prompt_ids": row["prompt_ids"], "items": row["items"], "first": row["first"]} for row in ROWS]
+    index = rx.TrieIndex.build(torch.tensor(CODES[::4]), vocab=INDEX.vocab)
+    read: list[int] = []
+
+    def noting(model: Any, packed: Any, **options: Any) -> Any:
+        read.append(packed.input_ids.numel())
+        return session_states(model, packed, **options)
+
+    monkeypatch.setattr("raddpo_ext.integrations.session_states.session_states", noting)
+    runs, tokens = [], []
+    for logging_steps in (1, 99):
+        read.clear()
+        runs.append(
+            run_policy(
+                seeded(qwen3),
+                rows,
+                kl_weight=kl_weight,
+                num_iterations=iterations,
+                max_steps=2 * iterations,
+                max_grad_norm=0.0,
+                logging_steps=logging_steps,
+                extra={"index": index},
+            )
+        )
+        tokens.append(sum(read))
+    assert_same(runs[1].parameters, runs[0].parameters)
+    assert tokens[1] < 0.9 * tokens[0]
+
+
 @pytest.mark.parametrize("preset", ["grpo_sr", "eg_grpo"])
 def test_dead_groups_left_out_change_nothing(preset: str) -> None:
     """One step equals one on the loss of all groups, with their experts; one of eight has none and is dead."""

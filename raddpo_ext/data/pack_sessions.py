@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from raddpo_ext import _check
+from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.index.vocab import SIDVocab
 from raddpo_ext.losses.session import SessionBatch
 
@@ -32,7 +34,7 @@ class PackedSessions:
             once and ascending. One state may predict several tokens: the first token of every candidate, or
             the tokens after a shared prefix.
         rows: int64 ``[C, L]``: for each token of a candidate, the index in ``distinct`` of the state that predicts it;
-            beyond the lengths, that of the prompt's last token.
+            beyond the lengths, and for tokens that ``skip_forced`` left out, that of the prompt's last token.
         last_tokens: int64 ``[C]``: the index, among the ``S * T`` states, of that at a candidate's last token; for a
             candidate of length 0, at the prompt's last token. None without ``embeddings``.
         prompt_starts: int64 ``[S]``: the position of each prompt's first token.
@@ -146,6 +148,7 @@ def pack_sessions(
     max_length: int | None = None,
     vocab: SIDVocab | None = None,
     embeddings: bool = True,
+    skip_forced: TrieIndex | None = None,
 ) -> PackedSessions:
     """Pack each session's prompt and candidates into one row, so that a model reads the prompt once.
 
@@ -166,13 +169,16 @@ def pack_sessions(
             is left, the prompt is truncated as without ``vocab``.
         embeddings: also give the candidates' last tokens positions. Only :class:`SimilarityWeighting` reads their
             states.
+        skip_forced: the catalogue, for log-probs with ``normalize="trie"``: a token without siblings in it has log-prob
+            0 and no gradient, whatever the model says. Tokens that only predict such tokens get no position, and
+            ``rows`` of the predicted ones is the prompt's last state. Needs ``embeddings=False``.
 
     Returns:
         :class:`PackedSessions`, on the CPU.
 
     Raises:
         ValueError: a prompt is empty or has a negative token id, a candidate leaves its prompt no token within
-            ``max_length``, or the number of prompts is not that of the sessions.
+            ``max_length``, the number of prompts is not that of the sessions, or ``skip_forced`` without its needs.
         TypeError: the prompts do not hold integers.
 
     Example:
@@ -195,6 +201,12 @@ def pack_sessions(
     multiple_of = 1 if pad_to_multiple_of is None else _check.integer(pad_to_multiple_of, "pad_to_multiple_of", 1)
     if vocab is not None:
         _check.instance(vocab, "vocab", SIDVocab)
+    read = sessions.lengths
+    if skip_forced is not None:
+        _check.instance(skip_forced, "skip_forced", TrieIndex)
+        read = _unforced_lengths(sessions, skip_forced)
+        if embeddings:
+            raise ValueError("skip_forced needs embeddings=False: candidates' last tokens may have no position")
     # The prompts as one vector of tokens, truncated to max_length.
     tokens, starts, lengths = _flatten(prompts, sessions.num_sessions)
     num_truncated = 0
@@ -209,7 +221,7 @@ def pack_sessions(
         torch.from_numpy(starts),
         prompt_lengths,
         sessions.tokens.contiguous(),
-        sessions.lengths.contiguous(),
+        read.contiguous(),
         sessions.offsets.contiguous(),
         trie,
         embeddings,
@@ -265,6 +277,20 @@ def _flatten(prompts: Sequence[Any], count: int) -> tuple[np.ndarray, np.ndarray
         row = int(np.searchsorted(starts, place, "right")) - 1
         raise ValueError(f"prompts[{row}][{place - starts[row]}] must be at least 0, got {tokens[place]}")
     return tokens, starts, lengths
+
+
+def _unforced_lengths(sessions: SessionBatch, index: TrieIndex) -> Tensor:
+    """The candidates' lengths up to their last token that has siblings in the index, int64 ``[C]``."""
+    if index.device.type != "cpu":
+        raise ValueError(f"skip_forced must be on the CPU, where batches are packed, got {index.device}")
+    mask = sessions.mask()
+    if mask.shape[1] == 0:
+        return sessions.lengths
+    nodes = index.nodes(F.pad(sessions.tokens.masked_fill(~mask, -1), (0, 1), value=-1))
+    # A token that is not in the index has log-prob -inf, also where it stands for an only child.
+    forced = (index.child_ranges(nodes[:, :-1])[1] == 1) & (nodes[:, 1:] >= 0)
+    places = torch.arange(1, mask.shape[1] + 1)
+    return (places * (mask & ~forced)).amax(1)
 
 
 def _culprit(prompts: Sequence[Any]) -> str:

@@ -200,6 +200,7 @@ class PolicyTrainer(SessionTrainer):
         rewards = reward(self.reward_fn, groups, rows, args.device)
         advantages = advantages_of(rewards, groups, args.advantage_options, self.accelerator)
         sessions, values = groups.sessions, advantages.values
+        probed = any(self._is_logged(further) for further in range(args.num_iterations))
         total: Tensor = self.accelerator.reduce(counts(sessions, values, options).to(args.device), reduction="sum")
         # The rows that have a term in the loss: the others never reach the model.
         kept = advantages.active[sessions.owners()]
@@ -218,7 +219,7 @@ class PolicyTrainer(SessionTrainer):
             batch: dict[str, Any] = {
                 name: None if value is None else value[places[moved]] for name, value in per_row.items()
             }
-            batch["packed"] = self._packed(part, some, numbers[chosen] - first)
+            batch["packed"] = self._packed(part, some, numbers[chosen] - first, skip_forced=not probed)
             batches.append({**batch, "number": number, "old_logps": None, "ref_logps": None})
             first = last
         truncated = sum(part.num_truncated for part in packed)
@@ -266,8 +267,14 @@ class PolicyTrainer(SessionTrainer):
         missing = int(self.accelerator.gather(columns).max()) - prompts.shape[1]
         return F.pad(prompts, (0, missing, 0, 1)), F.pad(F.pad(mask, (0, missing)), (0, 0, 0, 1), value=1)
 
-    def _packed(self, prompts: PackedSessions, sessions: SessionBatch, chosen: Tensor) -> PackedSessions:
-        """Pack groups with their prompts, as tries. Without a group, pack one token, whose gradients are 0."""
+    def _packed(
+        self, prompts: PackedSessions, sessions: SessionBatch, chosen: Tensor, *, skip_forced: bool
+    ) -> PackedSessions:
+        """Pack groups with their prompts, as tries. Without a group, pack one token, whose gradients are 0.
+
+        Args:
+            skip_forced: leave out what only predicts forced tokens, where log-probs are over the trie.
+        """
         ids, mask = (part.cpu() for part in prompts.prompts())
         lengths = mask.sum(1)
         kept = [ids[row, : lengths[row]] for row in chosen.tolist()]
@@ -276,7 +283,8 @@ class PolicyTrainer(SessionTrainer):
             kept = [ids[0, :1]]
             sessions = SessionBatch(sessions.tokens, sessions.lengths, torch.zeros(2, dtype=torch.int64), zero)
         options = {name: self.data_collator.options[name] for name in ("pad_token_id", "pad_to_multiple_of")}
-        return pack_sessions(kept, sessions, layout="trie", embeddings=False, **options)
+        index = self._catalogue if skip_forced and self.args.normalize == "trie" else None
+        return pack_sessions(kept, sessions, layout="trie", embeddings=False, skip_forced=index, **options)
 
     # The loss
 
@@ -308,9 +316,9 @@ class PolicyTrainer(SessionTrainer):
         loss = loss * self.accelerator.num_processes  # the processes average their gradients
         return (loss, {"logps": logps}) if return_outputs else loss
 
-    def _is_logged(self) -> bool:
-        """Whether the trainer logs after this step."""
-        every, step = self.state.logging_steps, self.state.global_step + 1
+    def _is_logged(self, further: int = 0) -> bool:
+        """Whether the trainer logs after this step, or after a further one."""
+        every, step = self.state.logging_steps, self.state.global_step + 1 + further
         return (every > 0 and step % every == 0) or (step == 1 and self.args.logging_first_step)
 
     def _means(self, sums: Tensor) -> dict[str, float]:
