@@ -95,6 +95,28 @@ def test_a_prompt_does_not_depend_on_the_batch() -> None:
     torch.testing.assert_close(few.log_weights.exp().sum(1), torch.ones(3), **close("model"))
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("replacement", [False, True])
+def test_beams_without_a_choice_are_not_fed(name: str, replacement: bool) -> None:
+    """The same draws; where beams share their prompt, the model reads no more beams than have a choice left."""
+    model, index = make(name)
+    retriever = rx.SIDRetriever(model, index, beam_width=3)
+    options: dict[str, Any] = {"samples": 7, "seed": 5, "replacement": replacement}
+    states: list[rx.SampleState] = []
+    expected = retriever.sample(PROMPTS, PROMPTS != 0, on_step=lambda _, state: states.append(state), **options)
+    widths: list[int] = []
+    embeddings = model.get_input_embeddings()
+    handle = embeddings.register_forward_hook(lambda _, args, output: widths.append(output.shape[1]))
+    got = retriever.sample(PROMPTS, PROMPTS != 0, skip_forced=True, **options)
+    handle.remove()
+    assert got.sids.tolist() == expected.sids.tolist()
+    for field in ("logps", "token_logps", "log_weights", "threshold"):
+        torch.testing.assert_close(getattr(got, field), getattr(expected, field), **close("model"))
+    free = [int((index.child_ranges(state.nodes)[1] > 1).sum(1).max()) for state in states[:2]]
+    assert free[1] < states[1].nodes.shape[1]
+    assert widths[-2:] == free or name == "t5"
+
+
 def test_bad_input() -> None:
     model, index = make("qwen3")
     retriever = rx.SIDRetriever(model, index, beam_width=3)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import raddpo_ext as rx
 from raddpo_ext import reference
-from raddpo_ext.decoding.beam_search import rest_is_forced
+from raddpo_ext.decoding.beam_search import unforced_tokens
 
 LEAVES = [[0, 0], [0, 1], [0, 2], [1, 0], [1, 3], [2, 2], [2, 3], [3, 1], [3, 3]]
 TABLE = torch.tensor(
@@ -110,7 +110,7 @@ def test_forced_levels_need_no_model(catalogue: Catalogue, seed: int, samples: i
         **options,
     )
     assert all(map(torch.equal, got, expected))
-    free = [index.num_sids > 1] + [not rest_is_forced(state, index) for state in states[:-1]]
+    free = [index.num_sids > 1] + [unforced_tokens(state, index) is not None for state in states[:-1]]
     assert levels == list(range(sum(free)))
 
 

@@ -70,8 +70,9 @@ def beam_search(
         step_fn: ``(tokens [B, W], parents [B, W], level) -> logits [B, W, V]``, or with ``weight`` hidden states
             ``[B, W, H]``. At level 0 ``tokens`` is ``[B, 1]`` of -1 and ``parents`` is 0. Later both come from the
             last step: ``parents`` are slots of the same query in the previous call; use them to reorder a KV cache.
-            Tokens are -1 in finished and empty slots, whose logits are ignored. Called once per level,
-            ``index.levels`` times, or less often with ``skip_forced``.
+            Tokens are -1 in finished and empty slots, whose logits are ignored; with ``skip_forced`` also in beams
+            without a choice left, whose logits must only be finite. Called once per level, ``index.levels`` times, or
+            less often with ``skip_forced``.
         index: the catalogue.
         batch_size: ``B``.
         beam_width: one width, or one per call. A list may be as long as the vocabulary has levels, including ``eos``,
@@ -80,9 +81,10 @@ def beam_search(
         top_k: return this many items per query; a SID of several items is repeated for each of them. Default: one row
             per SID of the last width, with its first item. A ``top_k`` above the last width warns.
         weight, bias, temperature, logit_softcap: the language model's head, see :func:`linear_beam_step`.
-        skip_forced: stop calling ``step_fn`` once no live beam has a choice left, that is, once each of them begins one
-            SID only. Needs ``normalize="trie"``, under which a child without siblings has log-prob 0: the result is
-            the same to the bit, unless the model would have returned NaN or infinite logits. Synchronises on CUDA.
+        skip_forced: a beam that begins one SID only has no choice left: its token is -1 for ``step_fn``, which is no
+            longer called once no live beam has a choice. Needs ``normalize="trie"``, under which a child without
+            siblings has log-prob 0: the result is the same to the bit, if ``step_fn`` returns the same logits for the
+            other beams, and no NaN or infinite ones. Synchronises on CUDA.
         return_token_logps: also return the log-prob of each token.
         on_step: called with each level and the state after it: the surviving beams, best first. A beam that is in no
             ``parents`` of the next state was dropped.
@@ -148,11 +150,11 @@ def head_beam_search(
     options: dict[str, Any] = {"normalize": normalize, "length_penalty": length_penalty, "check": check}
     state = BeamState.start(index, batch_size)
     token_logps = state.scores.new_zeros((*state.scores.shape, index.most_levels)) if return_token_logps else None
-    forced = False
     for level, width in enumerate(beam_width):
         before = state
-        forced = forced or (skip_forced and rest_is_forced(state, index))
-        output = forced_logits(state, index) if forced else step_fn(state.tokens, state.parents, level)
+        tokens = unforced_tokens(state, index) if skip_forced else state.tokens
+        forced = tokens is None
+        output = forced_logits(state, index) if tokens is None else step_fn(tokens, state.parents, level)
         if head is None or forced:
             # A model with one head per level may have fewer columns than the whole vocabulary.
             check_level_columns(output, index, level)
@@ -172,15 +174,19 @@ def check_skip_forced(skip_forced: bool, normalize: str) -> None:
         raise ValueError(f"skip_forced = True needs normalize = 'trie', got {normalize!r}")
 
 
-def rest_is_forced(state: BeamState, index: TrieIndex) -> bool:
-    """Whether no beam has a choice left: at most one child, that has at most one child, and so on. Synchronises."""
-    nodes = state.nodes
+def unforced_tokens(state: BeamState, index: TrieIndex) -> Tensor | None:
+    """The tokens that the model must read: the beams', but -1 for a beam without a choice left. Synchronises.
+
+    Such a beam has at most one child, that has at most one child, and so on. None if no beam has a choice left.
+    """
+    has_choice = torch.zeros_like(state.nodes, dtype=torch.bool).flatten()
+    nodes, beams = state.nodes.flatten(), torch.arange(state.nodes.numel(), device=state.nodes.device)
     while len(nodes):
         first, count = index.child_ranges(nodes)
-        if bool((count > 1).any()):
-            return False
-        nodes = index.nodes_at(first[count == 1])
-    return True
+        has_choice[beams[count > 1]] = True
+        nodes, beams = index.nodes_at(first[count == 1]), beams[count == 1]
+    has_choice = has_choice.view_as(state.nodes)
+    return state.tokens.masked_fill(~has_choice, -1) if bool(has_choice.any()) else None
 
 
 def forced_logits(state: BeamState, index: TrieIndex) -> Tensor:

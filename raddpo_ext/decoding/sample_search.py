@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raddpo_ext import _check
-from raddpo_ext.decoding.beam_search import followed, forced_logits, rest_is_forced
+from raddpo_ext.decoding.beam_search import followed, forced_logits, unforced_tokens
 from raddpo_ext.decoding.beam_step import check_level_columns
 from raddpo_ext.decoding.sample_step import (
     Noise,
@@ -106,8 +106,8 @@ def sample_search(
         normalize: only ``"trie"``, see :func:`sample_step`.
         weight, bias, logit_softcap: the language model's head, see :func:`linear_beam_step`. Only the logits of
             children are computed.
-        skip_forced: stop calling ``step_fn`` once each live beam begins one SID only; the same draws, see
-            :func:`beam_search`. Synchronises on CUDA.
+        skip_forced: leave beams that begin one SID only out of ``step_fn``; the same draws, see :func:`beam_search`.
+            Synchronises on CUDA.
         on_step: called with each level and the state after it, whose ``perturbed`` holds counts with replacement.
         check: see :func:`beam_step`.
 
@@ -174,10 +174,10 @@ def head_sample_search(
     if replacement:
         state = replace(state, perturbed=torch.full_like(state.perturbed, samples))
     token_logps = state.logps.new_zeros(*state.logps.shape, index.most_levels)
-    forced = False
     for level in range(index.levels):
-        forced = forced or (skip_forced and rest_is_forced(state, index))
-        output = forced_logits(state, index) if forced else step_fn(state.tokens, state.parents, level)
+        tokens = unforced_tokens(state, index) if skip_forced else state.tokens
+        forced = tokens is None
+        output = forced_logits(state, index) if tokens is None else step_fn(tokens, state.parents, level)
         if head is None or forced:
             # A model with one head per level may have fewer columns than the whole vocabulary.
             check_level_columns(output, index, level)

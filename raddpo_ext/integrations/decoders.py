@@ -40,7 +40,13 @@ class Decoder:
         model: the model, with the user's wrappers.
         head: the model's head, if the search takes hidden states. None: the model runs its head and returns logits.
         positions: whether to pass position ids to a model that takes them.
+
+    Attributes:
+        skip_empty: whether slots without a token may be left out of a step, where that is free. Their states are then
+            any finite ones. Synchronises.
     """
+
+    skip_empty = False
 
     def __init__(self, model: Any, head: Head | None, positions: bool = True) -> None:
         self.model = model
@@ -107,7 +113,7 @@ class SharedPrefixDecoder(PromptDecoder):
 
     All beams of a query are one row. Each step appends their tokens to the row's cache, and a mask lets each beam
     attend to the prompt and to its own ancestors. Nothing in the cache is reordered; after step ``level`` it holds
-    ``T + W * level`` tokens per query.
+    ``T + W * level`` tokens per query, or less with ``skip_empty``.
     """
 
     def __init__(self, model: Any, head: Head | None, prompts: Tensor, mask: Tensor) -> None:
@@ -123,12 +129,28 @@ class SharedPrefixDecoder(PromptDecoder):
             return self.read_prompts()
         # A beam attends to what its parent attends to, and to itself.
         batch, width = tokens.shape
+        slots = self._fed_slots(tokens)
         ancestors = self.sees.gather(1, parents[..., None].expand(-1, -1, self.sees.shape[2]))
-        itself = torch.eye(width, dtype=torch.bool, device=tokens.device).expand(batch, -1, -1)
+        itself = slots[:, None, :] == torch.arange(width, device=tokens.device)[None, :, None]
         self.sees = torch.cat([ancestors, itself], 2)
-        positions = (self.lengths[:, None] + (level - 1)).expand(-1, width)
+        positions = (self.lengths[:, None] + (level - 1)).expand(-1, slots.shape[1])
         # Finished and empty slots (-1) feed token 0; the search ignores their output.
-        return self.forward(tokens.clamp(min=0), self.attention_mask(self.sees), positions)
+        fed = tokens.clamp(min=0)
+        if slots.shape[1] == width:
+            return self.forward(fed, self.attention_mask(self.sees), positions)
+        sees = self.sees.gather(1, slots[..., None].expand(-1, -1, self.sees.shape[2]))
+        states = self.forward(fed.gather(1, slots), self.attention_mask(sees), positions)
+        places = slots[..., None].expand(-1, -1, states.shape[2])
+        return states.new_zeros(batch, width, states.shape[2]).scatter_(1, places, states)
+
+    def _fed_slots(self, tokens: Tensor) -> Tensor:
+        """The slots that the model reads, int64 ``[B, W']``, as many for each query: all, or those with a token."""
+        width = tokens.shape[1]
+        if self.skip_empty:
+            most = max(1, int((tokens >= 0).sum(1).max()))
+            if most < width:
+                return (tokens < 0).long().argsort(dim=1, stable=True)[:, :most]
+        return torch.arange(width, device=tokens.device).expand(len(tokens), -1)
 
     def attention_mask(self, sees: Tensor) -> Any:
         """Convert ``sees``, bool ``[B, tokens, keys]``, to the form of mask that the model's attention takes."""

@@ -161,8 +161,9 @@ class SIDRetriever:
             index: search this index in this call, and leave :attr:`index` as it is. It may be a filtered one
                 (``retriever.index.restrict(item_mask)``) or any other whose token ids are the model's. Calls from
                 several threads may each use another one.
-            skip_forced: stop running the model once each live beam begins one SID only; needs ``normalize="trie"``
-                and no ``cuda_graph``. The result is the same, see :func:`raddpo_ext.beam_search`.
+            skip_forced: do not feed beams that begin one SID only to the model; needs ``normalize="trie"`` and no
+                ``cuda_graph``. The result is the same, to the rounding of a model that reads fewer rows at once; see
+                :func:`raddpo_ext.beam_search`.
             return_token_logps: also return the log-prob of each token.
             on_step: see :func:`raddpo_ext.beam_search`.
 
@@ -200,6 +201,7 @@ class SIDRetriever:
         if self._graphs is not None and on_step is None:
             return self._replay(prompts, mask, index, widths, search, options.values())
         decoder = self._decoder(prompts, mask, index, widths)
+        decoder.skip_empty = skip_forced
         return search(decoder, index, decoder.head, on_step=on_step)
 
     @torch.no_grad()
@@ -252,6 +254,7 @@ class SIDRetriever:
         if self._graphs is not None and on_step is None and not (replacement or skip_forced):
             return self._replay(prompts, mask, index, widths, search, options.values(), *noise)
         decoder = self._decoder(prompts, mask, index, widths)
+        decoder.skip_empty = skip_forced
         return search(decoder, index, decoder.head, *noise, skip_forced=skip_forced, on_step=on_step)
 
     def _checked(

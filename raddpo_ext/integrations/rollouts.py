@@ -78,7 +78,7 @@ def draw(
         kind: ``"sample"``, ``"independent"`` or ``"beams"``.
         count: number of rollouts per prompt. Beams and samples without replacement may be fewer.
         temperature, seed, keys: see :meth:`SIDRetriever.sample`. Beams need none.
-        skip_forced: stop running the model when only one way is left. Sharded models run equally often on every rank.
+        skip_forced: do not run the model where only one way is left. Sharded models run equally often on every rank.
     """
     if kind == "beams":
         found: Any = retriever.retrieve(prompts, mask, skip_forced=skip_forced and retriever.normalize == "trie")
