@@ -161,6 +161,12 @@ def retrieval_floors(results: Results) -> Ratios:
     }
 
 
+def policy_floors(results: Results, way: str) -> Ratios:
+    """Policy training steps over their matrix products at the best rate."""
+    rows = {case: row for case, row in cases(results, "policy-steps").items() if compare_policy_steps.has_floor(row)}
+    return {case: row["costs"][way]["ms"] / compare_policy_steps.floor_ms(row, way) for case, row in rows.items()}
+
+
 # Blocks.
 
 
@@ -218,6 +224,7 @@ def floors(results: Results) -> str:
         ["packed training step, as a trie", "its matrix products at the best rate", packing],
         ["whole training step", "its matrix products at the best rate", step_floors(results, "ours")],
         ["the same, over a level", "its matrix products at the best rate", step_floors(results, "ours, level")],
+        ["policy training step", "its matrix products at the best rate", policy_floors(results, "sample")],
     ]
     rows = [[*names, *_spread(values)] for *names, values in rows if values and not isnan(sum(values.values()))]
     return markdown(["", "floor", "ours / floor", "from case to case"], rows)

@@ -13,7 +13,9 @@ chosen by their codes, are rewarded.
 (``prefix_allowed_tokens_fn`` over a dictionary of prefixes), a row of the batch for every rollout with its own copy of
 the prompt, and the loss over log-probs of the vocabulary by elementwise torch. ``beams`` is ours over the same
 rollouts and support, checked to give the same loss and gradients. ``sample`` is ours as ``PolicyTrainer`` has it by
-default: draws without replacement, and log-probs over the trie.
+default: draws without replacement, log-probs over the trie (another loss than the peer's), and tokens that no choice
+is left for neither decoded nor packed. The floor of each is the operations of its matrix products, as torch counts
+them, at the rate of the fastest bare product.
 
 ``dead`` cases time the update alone, of the same rollouts, with 85 % of the groups rewarded alike: with ``select``
 before the model, and without. The floor is the update of the live groups alone, as if there were no others.
@@ -34,11 +36,13 @@ from typing import Any, NamedTuple
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import raddpo_ext as rx
 from benchmarks.harness import cases as harness
 from benchmarks.harness import catalogues, report
 from benchmarks.harness.timing import methods_costs
+from benchmarks.peers.compare_whole_steps import rate
 from raddpo_ext.bench.retriever import children_of, generate, random_model
 from raddpo_ext.integrations.transformers import session_states
 
@@ -106,7 +110,7 @@ class Problem:
         return Rollouts(self.vocab.encode(found.sids.flatten(0, 1)))
 
     def sampled(self, seed: int = 0) -> Rollouts:
-        drawn = self.retriever["trie"].sample(self.prompts, None, ROLLOUTS, seed)
+        drawn = self.retriever["trie"].sample(self.prompts, None, ROLLOUTS, seed, skip_forced=True)
         return Rollouts(self.vocab.encode(drawn.sids.flatten(0, 1)), ROLLOUTS * drawn.log_weights.flatten().exp())
 
     def rewards(self, rollouts: Rollouts) -> Tensor:
@@ -133,7 +137,13 @@ class Problem:
         if select:
             active = advantages.active
             kept, places = groups.select(active)
-        packed = rx.pack_sessions(list(self.prompts[:count][active]), kept, layout="trie", embeddings=False)
+        packed = rx.pack_sessions(
+            list(self.prompts[:count][active]),
+            kept,
+            layout="trie",
+            embeddings=False,
+            skip_forced=self.index if normalize == "trie" else None,
+        )
         states = session_states(self.model, packed, accumulate_grad=True)  # as PolicyTrainer does in one process
         support = {"index": self.index, "nodes": self.index.nodes(kept.tokens)} if normalize == "trie" else {}
         logps = rx.linear_token_logps(
@@ -199,7 +209,35 @@ def work(case: Case, rounds: int) -> dict[str, Any]:
             "floor": partial(update, prompts=case.live),
         }
     problem.clear()
-    return methods_costs(methods, rounds, problem.clear)
+    costs = methods_costs(methods, rounds, problem.clear)
+    if case.live == case.prompts:
+        costs["gflop"] = {name: operations(methods[name]) / 1e9 for name in WAYS}
+        costs["gflop_per_s"] = max(map(rate, products(case))) / 1e9
+    return costs
+
+
+def operations(call: Callable[[], Any]) -> int:
+    """Of a call's matrix products; an attention's are those of every query with every key."""
+    aten = torch.ops.aten
+    attention = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
+        ),
+    }
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def products(case: Case) -> list[tuple[int, Callable[[], Any]]]:
+    """Bare products of a layer, for the prompts once and for a prompt per rollout: their operations, and a call."""
+    found = []
+    for rows in (case.prompts * case.tokens, case.prompts * case.tokens * ROLLOUTS):
+        left, right = torch.randn(rows, HIDDEN), torch.randn(3 * HIDDEN, HIDDEN)
+        out = torch.empty(rows, 3 * HIDDEN)
+        found.append((2 * rows * out.shape[1] * HIDDEN, partial(torch.mm, left, right.T, out=out)))
+    return found
 
 
 def _check(problem: Problem) -> None:
@@ -215,6 +253,7 @@ def _check(problem: Problem) -> None:
     assert error < TOLERANCE, f"the update differs by {error:.2g}"
 
 
+WAYS = ("peer", "beams", "sample")
 RATIOS = {
     "live": (("peer", "beams"), ("peer", "sample"), ("peer, rollouts", "sample, rollouts")),
     "dead": (("select", "all groups"), ("select", "floor")),
@@ -234,7 +273,18 @@ def summary(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
     for over, under in RATIOS[case.name.split()[0]]:
         ratios = [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
         found["ratios"][f"{over} / {under}"] = {"median": median(ratios), "least": min(ratios), "most": max(ratios)}
+    if "gflop" in runs[0]:
+        found |= {"gflop": runs[0]["gflop"], "gflop_per_s": max(run["gflop_per_s"] for run in runs)}
     return found
+
+
+def has_floor(cell: dict[str, Any]) -> bool:
+    return "gflop" in cell
+
+
+def floor_ms(cell: dict[str, Any], way: str) -> float:
+    """The way's matrix products at the best rate."""
+    return 1e3 * float(cell["gflop"][way]) / float(cell["gflop_per_s"])
 
 
 def markdown(cells: list[dict[str, Any]]) -> str:
@@ -243,7 +293,24 @@ def markdown(cells: list[dict[str, Any]]) -> str:
         for cell in cells
         for name, r in cell["ratios"].items()
     ]
-    return report.markdown(["case", "ratio of times", "median", "spread"], rows) + "\n\n" + report.costs_markdown(cells)
+    tables = [report.markdown(["case", "ratio of times", "median", "spread"], rows)]
+    rows = [
+        [
+            cell["case"],
+            way,
+            f"{cell['gflop'][way]:.3g}",
+            f"{floor_ms(cell, way):.3g}",
+            f"{cell['costs'][way]['ms'] / floor_ms(cell, way):.2f}",
+            f"{cell['gflop']['peer'] / cell['gflop'][way]:.1f}",
+            f"{cell['costs']['peer']['ms'] / floor_ms(cell, way):.1f}",
+        ]
+        for cell in filter(has_floor, cells)
+        for way in WAYS
+    ]
+    if rows:
+        head = ["case", "", "GFLOP of products", "floor ms", "ms / floor", "peer's GFLOP / these", "peer's ms / floor"]
+        tables.append(report.markdown(head, rows))
+    return "\n\n".join([*tables, report.costs_markdown(cells)])
 
 
 if __name__ == "__main__":
