@@ -195,6 +195,27 @@ TEST(trie_of_wide_symbols_and_long_sids) {
   }
 }
 
+// Symbols of 17 bits at 30 levels: five words, in all of which rows are equal, few of them or many.
+TEST(trie_of_sids_of_many_words) {
+  Random random(0);
+  for (int codes : {1, 2, 3}) {
+    Catalogue c;
+    c.columns = 30;
+    for (int row = 0; row < 600; ++row) {
+      Sid sid = random.chance(0.5) && row ? c.sids[random.below(row)] : Sid(c.columns);
+      for (std::int64_t level = random.below(c.columns); level < c.columns; ++level)
+        sid[level] = random.below(codes) * 60'000;
+      c.sids.push_back(sid);
+      c.items.push_back(row);
+    }
+    const TrieBytes trie = c.build(1);
+    CHECK(equal(c.build(3), trie));
+    trie_check(trie.data.get(), trie.size, 2);
+    for (const auto& [path, items] : c.by_tokens())
+      CHECK(items_of_leaf(view_of(trie), header_of(trie.data.get()), walk(view_of(trie), path).back()) == items);
+  }
+}
+
 Catalogue plain(const std::vector<Sid>& sids, const std::vector<std::int64_t>& items) {
   Catalogue c;
   c.columns = static_cast<int>(sids[0].size());

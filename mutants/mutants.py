@@ -135,7 +135,7 @@ MUTANTS = [
     Mutant(
         fault="no room in a packed key for the symbol that says that a SID has ended",
         op="trie, build",
-        file="csrc/trie_index/trie_build.cpp",
+        file="csrc/trie_index/packing.h",
         old="bits[l] = bit_width(num_symbols[l] - 1 + absent);",
         new="bits[l] = bit_width(num_symbols[l] - 1);",
     ),
@@ -150,8 +150,8 @@ MUTANTS = [
         fault="the largest item id may be there twice",
         op="trie, build",
         file="csrc/trie_index/trie_build.cpp",
-        old="for (std::int64_t i = 1; i < n_; ++i)\n      if (b.keys[i] == b.keys[i - 1])",
-        new="for (std::int64_t i = 1; i + 1 < n_; ++i)\n      if (b.keys[i] == b.keys[i - 1])",
+        old="for (std::int64_t i = 1; i < n_; ++i)\n      if (rows[i] >> row_bits == rows[i - 1] >> row_bits)",
+        new="for (std::int64_t i = 1; i + 1 < n_; ++i)\n      if (rows[i] >> row_bits == rows[i - 1] >> row_bits)",
     ),
     Mutant(
         fault="the carry from one word of nodes to the next is lost",

@@ -30,9 +30,10 @@ class Interrupt {
     if (error_) std::rethrow_exception(error_);
   }
 
- private:
-  using Clock = std::chrono::steady_clock;
+  // Whether for_rows may have left out rows.
+  bool stopped() const { return stop_; }
 
+  // The same after asking, where that is due.
   bool stopped(int thread) {
     if (thread == 0 && ask_ && !stop_ && Clock::now() >= next_) {
       try {
@@ -45,6 +46,9 @@ class Interrupt {
     }
     return stop_;
   }
+
+ private:
+  using Clock = std::chrono::steady_clock;
 
   std::function<void()> ask_;
   Clock::time_point next_ = Clock::now();
