@@ -96,11 +96,11 @@ std::shared_ptr<const Version> changed(const Version& v, Random& random, bool ad
   if (gone.items.empty()) return version_of(v.block, v.live, v.left);
   auto live = discard(v, gone.items);
   if (!add) return version_of(v.block, live, kept);
-  const TrieBytes packed = trie_compact(v.block->data.get(), live->bytes.data.get(), live->sids);
+  const TrieBytes packed = trie_compact(v.block->data.get(), live->bytes.data.get(), live->sids, 2);
   const TrieBytes added = gone.build(2);
   CHECK_EQUAL(first_known(packed.data.get(), gone.items.data(), static_cast<std::int64_t>(gone.items.size()), 2), -1);
   for (std::size_t row = 0; row < gone.sids.size(); ++row) kept.add(gone, row);
-  return version_of(shared(trie_merge(packed.data.get(), added.data.get())), nullptr, kept);
+  return version_of(shared(trie_merge(packed.data.get(), added.data.get(), 2)), nullptr, kept);
 }
 
 TEST(threads_search_while_the_catalogue_changes) {

@@ -149,7 +149,7 @@ TEST(trie_live_matches_a_map) {
                       "but the index holds item");
       }
       if (!twice.items.empty())
-        CHECK(equal(trie_compact(trie.data.get(), again.bytes.data.get(), again.sids), twice.build()));
+        CHECK(equal(trie_compact(trie.data.get(), again.bytes.data.get(), again.sids, threads), twice.build()));
     }
   });
 }
@@ -163,7 +163,7 @@ TEST(trie_merge_is_a_build_of_both) {
     const TrieBytes a = old.build(), b = added.build();
     Catalogue both = old;
     for (std::size_t row = 0; row < added.sids.size(); ++row) both.add(added, row);
-    CHECK(equal(trie_merge(a.data.get(), b.data.get()), both.build()));
+    for (int threads : {1, 2, 3}) CHECK(equal(trie_merge(a.data.get(), b.data.get(), threads), both.build()));
     const auto count = static_cast<std::int64_t>(added.items.size());
     CHECK_EQUAL(first_known(a.data.get(), added.items.data(), count, 1 + seed % 2), -1);
     CHECK_EQUAL(first_known(b.data.get(), added.items.data(), count, 1), added.items[0]);
@@ -189,9 +189,9 @@ TEST(trie_of_wide_symbols_and_long_sids) {
       CHECK(items_of_leaf(view, header_of(trie.data.get()), walk(view, path).back()) == items);
     const auto [kept, gone] = thin(random, c, 0.5);
     const TrieLive live = live_of_ids(trie, nullptr, gone.items, false, 2);
-    const TrieBytes packed = trie_compact(trie.data.get(), live.bytes.data.get(), live.sids);
+    const TrieBytes packed = trie_compact(trie.data.get(), live.bytes.data.get(), live.sids, 3);
     CHECK(equal(packed, kept.build()));
-    CHECK_EQUAL(trie_merge(packed.data.get(), gone.build().data.get()).size, trie.size);
+    CHECK_EQUAL(trie_merge(packed.data.get(), gone.build().data.get(), 3).size, trie.size);
   }
 }
 

@@ -89,20 +89,20 @@ auto live(const Bytes& trie, const std::optional<Bytes>& before, const std::opti
   return py::make_tuple(to_array(std::move(left.bytes)), left.items, left.sids, left.nodes, left.deepest);
 }
 
-py::array_t<std::uint8_t> compact(const Bytes& trie, const Bytes& live, std::int64_t sids) {
+py::array_t<std::uint8_t> compact(const Bytes& trie, const Bytes& live, std::int64_t sids, int threads) {
   TrieBytes bytes;
   {
     const py::gil_scoped_release no_gil;
-    bytes = trie_compact(trie.data(), live.data(), sids);
+    bytes = trie_compact(trie.data(), live.data(), sids, threads);
   }
   return to_array(std::move(bytes));
 }
 
-py::array_t<std::uint8_t> merge_tries(const Bytes& trie, const Bytes& added) {
+py::array_t<std::uint8_t> merge_tries(const Bytes& trie, const Bytes& added, int threads) {
   TrieBytes bytes;
   {
     const py::gil_scoped_release no_gil;
-    bytes = trie_merge(trie.data(), added.data());
+    bytes = trie_merge(trie.data(), added.data(), threads);
   }
   return to_array(std::move(bytes));
 }
@@ -134,8 +134,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("eos"), py::arg("has_vocab"), py::arg("threads"), py::arg("progress"));
   m.def("trie_live", &live, py::arg("trie"), py::arg("live"), py::arg("ids"), py::arg("mask"), py::arg("keep"),
         py::arg("threads"));
-  m.def("trie_compact", &compact, py::arg("trie"), py::arg("live"), py::arg("sids"));
-  m.def("trie_merge", &merge_tries, py::arg("trie"), py::arg("added"));
+  m.def("trie_compact", &compact, py::arg("trie"), py::arg("live"), py::arg("sids"), py::arg("threads"));
+  m.def("trie_merge", &merge_tries, py::arg("trie"), py::arg("added"), py::arg("threads"));
   m.def("trie_first_known", &first_known_id, py::arg("trie"), py::arg("ids"), py::arg("threads"));
   m.def(
       "trie_check",

@@ -116,15 +116,15 @@ void change(const TrieBytes& whole, const std::vector<std::int64_t>& items) {
       [&] {
         const TrieLive left =
             trie_live({whole.data.get(), nullptr, half.data(), std::int64_t(half.size()), nullptr, 0, false, 1});
-        return trie_compact(whole.data.get(), left.bytes.data.get(), left.sids);
+        return trie_compact(whole.data.get(), left.bytes.data.get(), left.sids, 2);
       }(),
       [&] {
         const TrieLive left =
             trie_live({whole.data.get(), nullptr, half.data(), std::int64_t(half.size()), nullptr, 0, true, 1});
-        return trie_compact(whole.data.get(), left.bytes.data.get(), left.sids);
+        return trie_compact(whole.data.get(), left.bytes.data.get(), left.sids, 2);
       }()};
   for (const TrieBytes& part : compact) expect(passes(part.data.get(), part.size, 1), "what is left is an index");
-  const TrieBytes merged = trie_merge(compact[0].data.get(), compact[1].data.get());
+  const TrieBytes merged = trie_merge(compact[0].data.get(), compact[1].data.get(), 2);
   expect(passes(merged.data.get(), merged.size, 2), "what is merged is an index");
   expect(walk(merged.data.get()).sids == walk(whole.data.get()).sids, "all SIDs are back");
 }

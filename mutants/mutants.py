@@ -177,9 +177,9 @@ MUTANTS = [
     Mutant(
         fault="SIDs that both indexes hold are counted twice",
         op="trie, merge",
-        file="csrc/trie_index/trie_merge.cpp",
-        old="fresh_sids_ += !place.found && count == 0;",
-        new="fresh_sids_ += count == 0;",
+        file="csrc/trie_index/trie_merge_cpu.inl",
+        old="*fresh_sids += !place.found && count == 0;",
+        new="*fresh_sids += count == 0;",
     ),
     Mutant(
         fault="item ids of 64 bits are added to an index of 32 bits",

@@ -7,6 +7,7 @@
 #include "../common/buffer.h"
 #include "../common/huge_pages.h"
 #include "../common/isa.h"
+#include "../common/radix_sort.h"
 #include "trie_live.h"
 
 namespace raddpo {
@@ -115,10 +116,12 @@ TrieBlock::TrieBlock(const TrieShape& s) {
   write_header(s, layout, header());
 }
 
-TrieBytes TrieBlock::finish() {
+TrieBytes TrieBlock::finish(int threads) {
   const auto nodes = static_cast<std::int64_t>(header()[kNumNodes]);
-  index_bits(kChildBits, 2 * nodes - 1);
-  index_bits(kItemBits, nodes + static_cast<std::int64_t>(header()[kNumItems]));
+  const auto items = static_cast<std::int64_t>(header()[kNumItems]);
+  parallel_tasks(threads, 2, [&](int, std::int64_t task) {
+    task ? index_bits(kItemBits, nodes + items) : index_bits(kChildBits, 2 * nodes - 1);
+  });
   header()[kChecksum] = trie_checksum(bytes_.data.get(), bytes_.size);
   return std::move(bytes_);
 }

@@ -102,7 +102,7 @@ class TrieBlock {
   }
 
   // Writes ranks, hints and the checksum, after everything else is written.
-  TrieBytes finish();
+  TrieBytes finish(int threads);
 
  private:
   void index_bits(HeaderWord bits, std::int64_t count) const;

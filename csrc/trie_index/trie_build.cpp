@@ -52,7 +52,7 @@ class Builder {
     else
       wide_items_ ? emit<std::uint16_t, std::int64_t>(rows, packing, prefixes, starts, out)
                   : emit<std::uint16_t, std::int32_t>(rows, packing, prefixes, starts, out);
-    TrieBytes bytes = out.finish();
+    TrieBytes bytes = out.finish(threads_);
     report(1.0);
     return bytes;
   }

@@ -117,6 +117,14 @@ std::int64_t first_of(const Items& items, const std::uint64_t* matched, const st
   return -1;
 }
 
+// Keeps the values that are left of one of `shares` equal shares.
+void compact_share(const LiveBits& live, std::int64_t size, std::int64_t share, std::int64_t shares, const void* from,
+                   int bytes, std::uint8_t* to, int to_bytes) {
+  const std::int64_t words = (size + 63) / 64;
+  const std::int64_t begin = words * share / shares * 64, end = std::min(words * (share + 1) / shares * 64, size);
+  RADDPO_CALL_ISA(compact_values, live, begin, end, from, bytes, to + live_before(live, begin) * to_bytes, to_bytes);
+}
+
 }  // namespace
 
 TrieLive trie_live(const TrieLiveInput& in) {
@@ -165,7 +173,7 @@ std::int64_t first_known(const std::uint8_t* trie, const std::int64_t* ids, std:
   return first_of(items, matched.get(), ids, count, true);
 }
 
-TrieBytes trie_compact(const std::uint8_t* trie, const std::uint8_t* live, std::int64_t sids) {
+TrieBytes trie_compact(const std::uint8_t* trie, const std::uint8_t* live, std::int64_t sids, int threads) {
   const TrieView t = view_of(trie, reinterpret_cast<const std::int64_t*>(trie), live);
   const Items items(trie);
   TrieShape shape = TrieShape::of(trie);
@@ -179,7 +187,7 @@ TrieBytes trie_compact(const std::uint8_t* trie, const std::uint8_t* live, std::
   }
   for (int l = 0; !shape.has_vocab && l < shape.sid_levels; ++l) {
     std::int64_t largest = 0;
-    for (std::int64_t node = t.first_node[l + 1]; node < t.first_node[l + 2]; ++node)
+    for (std::int64_t node = t.first_node[l + 1]; node < t.first_node[l + 2] && largest + 1 < shape.sizes[l]; ++node)
       if (is_live(t.live_nodes, node)) largest = std::max(largest, symbol_of(t, node));
     shape.set_largest_symbol(l, largest);
   }
@@ -191,15 +199,22 @@ TrieBytes trie_compact(const std::uint8_t* trie, const std::uint8_t* live, std::
   }
   shape.sids = sids;
   TrieBlock out(shape);
-  RADDPO_CALL_ISA(compact_values, t.live_nodes, nodes, t.symbols, t.wide ? 4 : 2, out.section<std::uint8_t>(kSymbols),
-                  shape.wide() ? 4 : 2);
-  RADDPO_CALL_ISA(compact_values, t.live_items, items.size, items.ids, items.wide ? 8 : 4,
-                  out.section<std::uint8_t>(kItems), shape.wide_items ? 8 : 4);
-  RADDPO_CALL_ISA(compact_bits, t, items.size, out.section<std::uint64_t>(kChildBits),
-                  out.section<std::uint64_t>(kItemBits));
+  const int shares = threads > 1 ? 4 * threads : 1;
+  parallel_tasks(threads, 2 + 2 * shares, [&](int, std::int64_t task) {
+    if (task == 0)
+      RADDPO_CALL_ISA(compact_children, t, out.section<std::uint64_t>(kChildBits));
+    else if (task == 1)
+      RADDPO_CALL_ISA(compact_items, t, items.size, out.section<std::uint64_t>(kItemBits));
+    else if (task < 2 + shares)
+      compact_share(t.live_nodes, nodes, task - 2, shares, t.symbols, t.wide ? 4 : 2,
+                    out.section<std::uint8_t>(kSymbols), shape.wide() ? 4 : 2);
+    else
+      compact_share(t.live_items, items.size, task - 2 - shares, shares, items.ids, items.wide ? 8 : 4,
+                    out.section<std::uint8_t>(kItems), shape.wide_items ? 8 : 4);
+  });
   std::memcpy(out.section<std::int32_t>(kTokens), t.tokens, shape.table_size * 4);
   std::memcpy(out.section<std::int32_t>(kCodes), t.codes, shape.table_size * 4);
-  return out.finish();
+  return out.finish(threads);
 }
 
 }  // namespace raddpo

@@ -29,7 +29,7 @@ TrieLive trie_live(const TrieLiveInput& input);
 std::int64_t first_known(const std::uint8_t* trie, const std::int64_t* ids, std::int64_t count, int threads);
 
 // A plain block of what is left (at least one item, of `sids` SIDs), the same as if it had been built.
-TrieBytes trie_compact(const std::uint8_t* trie, const std::uint8_t* live, std::int64_t sids);
+TrieBytes trie_compact(const std::uint8_t* trie, const std::uint8_t* live, std::int64_t sids, int threads);
 
 // The declarations below are compiled once per instruction set.
 
@@ -52,16 +52,18 @@ struct Matched {
   std::int64_t count, beyond;
 };
 
-#define RADDPO_DECLARE(isa)                                                                                          \
-  namespace isa {                                                                                                    \
-  Matched match_items(const void* items, bool wide, std::int64_t size, const std::uint64_t* live, const IdSet& set,  \
-                      std::int64_t begin, std::int64_t end, std::uint64_t* out);                                     \
-  void pack_mask(const bool* mask, std::int64_t size, std::uint64_t* bits);                                          \
-  void fill_ranks(const std::uint64_t* bits, std::int64_t blocks, std::uint32_t* ranks);                             \
-  std::int64_t mark_nodes(const TrieView& t, const std::uint64_t* items, std::int64_t num_items,                     \
-                          std::uint64_t* nodes);                                                                     \
-  void compact_bits(const TrieView& t, std::int64_t num_items, std::uint64_t* children, std::uint64_t* items);       \
-  void compact_values(const LiveBits& live, std::int64_t size, const void* from, int bytes, void* to, int to_bytes); \
+#define RADDPO_DECLARE(isa)                                                                                         \
+  namespace isa {                                                                                                   \
+  Matched match_items(const void* items, bool wide, std::int64_t size, const std::uint64_t* live, const IdSet& set, \
+                      std::int64_t begin, std::int64_t end, std::uint64_t* out);                                    \
+  void pack_mask(const bool* mask, std::int64_t size, std::uint64_t* bits);                                         \
+  void fill_ranks(const std::uint64_t* bits, std::int64_t blocks, std::uint32_t* ranks);                            \
+  std::int64_t mark_nodes(const TrieView& t, const std::uint64_t* items, std::int64_t num_items,                    \
+                          std::uint64_t* nodes);                                                                    \
+  void compact_children(const TrieView& t, std::uint64_t* children);                                                \
+  void compact_items(const TrieView& t, std::int64_t num_items, std::uint64_t* items);                              \
+  void compact_values(const LiveBits& live, std::int64_t begin, std::int64_t end, const void* from, int bytes,      \
+                      void* to, int to_bytes);                                                                      \
   }
 RADDPO_DECLARE(scalar)
 RADDPO_DECLARE(avx2)

@@ -80,8 +80,8 @@ RADDPO_HD void filter(const std::uint64_t* bits, std::int64_t size, BitReader on
 }
 
 template <typename From, typename To>
-RADDPO_HD void compact(const LiveBits& live, std::int64_t size, const From* from, To* to) {
-  for (std::int64_t first = 0; first < size; first += 64) {
+RADDPO_HD void compact(const LiveBits& live, std::int64_t begin, std::int64_t end, const From* from, To* to) {
+  for (std::int64_t first = begin; first < end; first += 64) {
     std::uint64_t bits = live.bits[first / 64];
     if (bits == ~std::uint64_t(0)) {
       for (int i = 0; i < 64; ++i) *to++ = static_cast<To>(from[first + i]);
@@ -125,23 +125,27 @@ std::int64_t mark_nodes(const TrieView& t, const std::uint64_t* items, std::int6
   return sids;
 }
 
-void compact_bits(const TrieView& t, std::int64_t num_items, std::uint64_t* children, std::uint64_t* items) {
-  const std::int64_t nodes = num_nodes_of(t);
-  filter(t.children.bits, 2 * nodes - 1, {t.live_nodes.bits, 1}, {t.live_nodes.bits, 0}, children);
-  filter(t.items.bits, nodes + num_items, {t.live_items.bits, 0}, {t.live_nodes.bits, 0}, items);
+void compact_children(const TrieView& t, std::uint64_t* children) {
+  filter(t.children.bits, 2 * num_nodes_of(t) - 1, {t.live_nodes.bits, 1}, {t.live_nodes.bits, 0}, children);
 }
 
-void compact_values(const LiveBits& live, std::int64_t size, const void* from, int bytes, void* to, int to_bytes) {
+void compact_items(const TrieView& t, std::int64_t num_items, std::uint64_t* items) {
+  filter(t.items.bits, num_nodes_of(t) + num_items, {t.live_items.bits, 0}, {t.live_nodes.bits, 0}, items);
+}
+
+// Those of [begin, end), whole words of `live` but for the last; `to`: where the first of them goes.
+void compact_values(const LiveBits& live, std::int64_t begin, std::int64_t end, const void* from, int bytes, void* to,
+                    int to_bytes) {
   if (bytes == 8 && to_bytes == 8)
-    compact(live, size, static_cast<const std::int64_t*>(from), static_cast<std::int64_t*>(to));
+    compact(live, begin, end, static_cast<const std::int64_t*>(from), static_cast<std::int64_t*>(to));
   else if (bytes == 8)
-    compact(live, size, static_cast<const std::int64_t*>(from), static_cast<std::int32_t*>(to));
+    compact(live, begin, end, static_cast<const std::int64_t*>(from), static_cast<std::int32_t*>(to));
   else if (bytes == 4 && to_bytes == 4)
-    compact(live, size, static_cast<const std::uint32_t*>(from), static_cast<std::uint32_t*>(to));
+    compact(live, begin, end, static_cast<const std::uint32_t*>(from), static_cast<std::uint32_t*>(to));
   else if (bytes == 4)
-    compact(live, size, static_cast<const std::uint32_t*>(from), static_cast<std::uint16_t*>(to));
+    compact(live, begin, end, static_cast<const std::uint32_t*>(from), static_cast<std::uint16_t*>(to));
   else
-    compact(live, size, static_cast<const std::uint16_t*>(from), static_cast<std::uint16_t*>(to));
+    compact(live, begin, end, static_cast<const std::uint16_t*>(from), static_cast<std::uint16_t*>(to));
 }
 
 }  // namespace raddpo::RADDPO_ISA

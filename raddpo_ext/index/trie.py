@@ -230,7 +230,7 @@ class TrieIndex:
         known = _C.trie_first_known(kept, added.items.long().numpy(), torch.get_num_threads())
         if known >= 0:
             raise ValueError(f"item_ids hold {known}, which is an item of the index already")
-        data = torch.from_numpy(_C.trie_merge(kept, added.data.numpy()))
+        data = torch.from_numpy(_C.trie_merge(kept, added.data.numpy(), torch.get_num_threads()))
         return TrieIndex(data, _header_of(data)).to(self.device)
 
     def _left(self, *, keep: bool, ids: np.ndarray | None = None, mask: np.ndarray | None = None) -> TrieIndex:
@@ -270,7 +270,9 @@ class TrieIndex:
     def _compact(self) -> np.ndarray:
         """The block of the items that are left, without gaps."""
         data = self._host_data().numpy()
-        return data if self.live is None else _C.trie_compact(data, self.live.cpu().numpy(), self.num_sids)
+        if self.live is None:
+            return data
+        return _C.trie_compact(data, self.live.cpu().numpy(), self.num_sids, torch.get_num_threads())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the items that are left to one file, atomically: a reader sees the old file or the whole new one.
