@@ -1,5 +1,5 @@
-// A lookup waits for memory, not for arithmetic. So the rows of a walk go down a level together, a group at a time:
-// each stage fetches what the next one reads, and the group's cache misses overlap.
+// A lookup waits for memory, not for arithmetic. So the rows of a walk go down a level together, and the nodes of paths
+// up, a group at a time: each stage fetches what the next one reads, and the group's cache misses overlap.
 namespace raddpo::RADDPO_ISA {
 namespace {
 
@@ -55,6 +55,48 @@ RADDPO_HD void go_down(const TrieView& t, int level, Step* steps, int count) {
   }
 }
 
+struct Climb {
+  std::int64_t node;
+  int depth;  // -1: no node
+  std::int64_t* codes;
+  ParentBlocks blocks;
+  std::int64_t block;  // of the edge to the node
+};
+
+RADDPO_HD Climb start_climb(const TriePathsArgs& a, std::int64_t i) {
+  const std::int64_t node = a.nodes[i], sid_levels = a.trie.sid_levels;
+  const int depth = is_node(a.trie, node) ? depth_of(a.trie, node) : -1;
+  std::int64_t* codes = a.codes + i * sid_levels;
+  for (std::int64_t level = depth < 0 ? 0 : depth; level < sid_levels; ++level) codes[level] = -1;
+  a.depths[i] = depth;
+  return {node, depth, codes, {}, 0};
+}
+
+// Writes the codes of the nodes at depth `level` + 1 and goes to their parents.
+RADDPO_HD void go_up(const TriePathsArgs& a, int level, Climb* climbs, int count) {
+  const TrieView& t = a.trie;
+  for (int k = 0; k < count; ++k) {
+    Climb& c = climbs[k];
+    if (c.depth <= level) continue;
+    __builtin_prefetch(static_cast<const char*>(t.symbols) + c.node * (t.wide ? 4 : 2));
+    if (!level) continue;
+    c.blocks = parent_blocks(t, c.node, level + 1);
+    __builtin_prefetch(t.children.ranks + c.blocks.guess);
+  }
+  for (int k = 0; k < count && level; ++k) {
+    Climb& c = climbs[k];
+    if (c.depth <= level) continue;
+    c.block = parent_block(t, c.node, c.blocks);
+    __builtin_prefetch(t.children.bits + c.block * (kBlockBits / 64));
+  }
+  for (int k = 0; k < count; ++k) {
+    Climb& c = climbs[k];
+    if (c.depth <= level) continue;
+    if (level < t.sid_levels) c.codes[level] = code_of(t, level, symbol_of(t, c.node));
+    if (level) c.node = parent_in_block(t, c.node, c.block);
+  }
+}
+
 }  // namespace
 
 void trie_walk(const TrieWalkArgs& a, std::int64_t begin, std::int64_t end) {
@@ -81,7 +123,12 @@ void trie_walk(const TrieWalkArgs& a, std::int64_t begin, std::int64_t end) {
 }
 
 void trie_paths(const TriePathsArgs& a, std::int64_t begin, std::int64_t end) {
-  for (std::int64_t i = begin; i < end; ++i) trie_path(a, i);
+  Climb climbs[kGroup];
+  for (std::int64_t first = begin; first < end; first += kGroup) {
+    const int count = static_cast<int>(end - first < kGroup ? end - first : kGroup);
+    for (int k = 0; k < count; ++k) climbs[k] = start_climb(a, first + k);
+    for (int level = a.trie.levels - 1; level >= 0; --level) go_up(a, level, climbs, count);
+  }
 }
 
 void trie_ranges(const TrieRangesArgs& a, std::int64_t begin, std::int64_t end) {

@@ -39,9 +39,9 @@ RADDPO_HD std::int64_t ones_before(const Sequence& s, std::int64_t block) {
   return block * kBlockBits - s.ranks[block];
 }
 
-// Position of one number i, which is in a block from `low` to `high`.
+// The block that holds one number i, from `low` to `high`.
 template <typename Sequence>
-RADDPO_HD std::int64_t select_one(const Sequence& s, std::int64_t low, std::int64_t high, std::int64_t i) {
+RADDPO_HD std::int64_t block_of_one(const Sequence& s, std::int64_t low, std::int64_t high, std::int64_t i) {
   while (low < high) {
     const std::int64_t middle = (low + high + 1) / 2;
     if (ones_before(s, middle) <= i)
@@ -49,16 +49,27 @@ RADDPO_HD std::int64_t select_one(const Sequence& s, std::int64_t low, std::int6
     else
       high = middle - 1;
   }
-  int rest = static_cast<int>(i - ones_before(s, low));
-  std::int64_t word = low * (kBlockBits / 64);
+  return low;
+}
+
+// Position of one number i, which `block` holds.
+template <typename Sequence>
+RADDPO_HD std::int64_t one_in_block(const Sequence& s, std::int64_t block, std::int64_t i) {
+  int rest = static_cast<int>(i - ones_before(s, block));
+  std::int64_t word = block * (kBlockBits / 64);
   for (int ones; rest >= (ones = popcount(s.bits[word])); ++word) rest -= ones;
   return word * 64 + select_bit(s.bits[word], rest);
 }
 
-// The same from a guess of the block outwards, in steps that double: quick where the guess is good.
 template <typename Sequence>
-RADDPO_HD std::int64_t select_one_near(const Sequence& s, std::int64_t low, std::int64_t high, std::int64_t guess,
-                                       std::int64_t i) {
+RADDPO_HD std::int64_t select_one(const Sequence& s, std::int64_t low, std::int64_t high, std::int64_t i) {
+  return one_in_block(s, block_of_one(s, low, high, i), i);
+}
+
+// block_of_one from a guess outwards, in steps that double: quick where the guess is good.
+template <typename Sequence>
+RADDPO_HD std::int64_t block_of_one_near(const Sequence& s, std::int64_t low, std::int64_t high, std::int64_t guess,
+                                         std::int64_t i) {
   if (ones_before(s, guess) <= i) {
     low = guess;
     for (std::int64_t step = 1; low + step <= high; step *= 2) {
@@ -78,7 +89,7 @@ RADDPO_HD std::int64_t select_one_near(const Sequence& s, std::int64_t low, std:
       high -= step + 1;
     }
   }
-  return select_one(s, low, high, i);
+  return block_of_one(s, low, high, i);
 }
 
 // The ones between a position and the next zero, which is zero number i: their numbers, counted from 0.
@@ -142,14 +153,27 @@ RADDPO_HD int depth_of(const TrieView& t, std::int64_t node) {
   return depth;
 }
 
-// The parent of a node other than the root, at its depth.
-RADDPO_HD std::int64_t parent_of(const TrieView& t, std::int64_t node, int depth) {
-  // The one of the edge to `node` is number node - 1, and before it are as many zeros as nodes before the parent. The
-  // guess: as far along the parents' level as the node is along its own.
+// Where the one of the edge to a node is, which is number node - 1: before it are as many zeros as nodes before the
+// parent, so that it is in a block from `low` to `high`. The guess: as far along the parents' level as the node is
+// along its own.
+struct ParentBlocks {
+  std::int64_t low, high, guess;
+};
+RADDPO_HD ParentBlocks parent_blocks(const TrieView& t, std::int64_t node, int depth) {
   const std::int64_t one = node - 1, *first = t.first_node + depth;
   const std::int64_t low = (one + first[-1]) / kBlockBits, high = (one + first[0]) / kBlockBits;
-  const std::int64_t guess = low + (high - low) * (node - first[0]) / (first[1] - first[0]);
-  return select_one_near(t.children, low, high, guess, one) - one;
+  return {low, high, low + (high - low) * (node - first[0]) / (first[1] - first[0])};
+}
+RADDPO_HD std::int64_t parent_block(const TrieView& t, std::int64_t node, const ParentBlocks& b) {
+  return block_of_one_near(t.children, b.low, b.high, b.guess, node - 1);
+}
+RADDPO_HD std::int64_t parent_in_block(const TrieView& t, std::int64_t node, std::int64_t block) {
+  return one_in_block(t.children, block, node - 1) - (node - 1);
+}
+
+// The parent of a node other than the root, at its depth.
+RADDPO_HD std::int64_t parent_of(const TrieView& t, std::int64_t node, int depth) {
+  return parent_in_block(t, node, parent_block(t, node, parent_blocks(t, node, depth)));
 }
 
 RADDPO_HD std::int64_t symbol_of(const TrieView& t, std::int64_t node) {

@@ -221,8 +221,7 @@ def _result(
     nodes, scores = state.nodes, state.scores
     # One row per SID, with its first item.
     if top_k is None:
-        first, count = index.item_ranges(nodes)
-        items = torch.where(count > 0, index.items_at(first), -1)
+        items = index.top_items(nodes.reshape(-1, 1), 1)[0].view(nodes.shape)
     # One row per item, those of a beam one after another.
     else:
         items, beams = index.top_items(nodes, top_k)
