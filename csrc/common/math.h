@@ -13,12 +13,16 @@
 
 namespace raddpo {
 
-// 2^x to 2e-7 relative; 2^-126 below its range, where the sums it goes into do not notice. NaN stays NaN.
-RADDPO_HD float fast_exp2(float x) {
+// -126, which the compiler does not know, from any finite number.
+RADDPO_HD float least_exponent(float x) { return 0.f * x - 126.f; }
+
+// 2^x to 2e-7 relative; 2^-126 below its range, where the sums it goes into do not notice. NaN stays NaN. `least` is
+// -126: from a variable it is one maximum, where a constant has the compiler find what becomes of it and blend that in.
+RADDPO_HD float fast_exp2(float x, float least = -126.f) {
 #if defined(__CUDA_ARCH__)
   return exp2f(x);
 #else
-  x = x < -126.f ? -126.f : x;
+  x = x < least ? least : x;
   const float shifted = x + 12583039.f;  // 1.5 * 2^23 + 127: the biased exponent of 2^x lands in the low bits
   const float r = x - (shifted - 12583039.f);
   float p = 1.326472731e-3f;  // minimax of 2^r on [-1/2, 1/2] among polynomials with p(0) = 1
@@ -38,11 +42,11 @@ RADDPO_HD float fast_exp2(float x) {
 
 constexpr float kLog2E = 1.44269504f;
 
-RADDPO_HD float fast_exp(float x) {
+RADDPO_HD float fast_exp(float x, float least = -126.f) {
 #if defined(__CUDA_ARCH__)
   return __expf(x);
 #else
-  return fast_exp2(x * kLog2E);
+  return fast_exp2(x * kLog2E, least);
 #endif
 }
 
