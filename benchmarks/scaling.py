@@ -29,9 +29,19 @@ import torch
 import raddpo_ext as rx
 from benchmarks.harness import report, results
 from benchmarks.pages import scaling_page
-from raddpo_ext.bench import catalogues, token_logps
+from raddpo_ext.bench import (
+    catalogues,
+    group_advantages,
+    legal_mass,
+    policy_loss,
+    sample_step,
+    session_loss,
+    token_logps,
+)
 from raddpo_ext.bench.beam_search_peers import bare_lse
 from raddpo_ext.bench.compare import Comparison, Run, measure
+from raddpo_ext.bench.group_advantages_cases import Case as AdvantagesCase
+from raddpo_ext.bench.policy_loss_cases import Case as PolicyCase
 from raddpo_ext.bench.searches import Level, Search
 from raddpo_ext.bench.session_loss_cases import Batch
 from raddpo_ext.bench.session_loss_cases import Case as SessionCase
@@ -47,6 +57,8 @@ CANDIDATES, PACKED = 8192, 1024  # of a batch of sessions for the loss, and of o
 PROMPT = 128  # tokens of each session's
 LARGE = 152_064  # a language model's vocabulary
 ROWS = (256, 32768)  # of log-probs, and their vocabulary
+CODES = 256  # of each level of those whose legal mass is asked
+LOOKUPS, ADDED = 200_000, 100_000
 Point = dict[str, Any]
 
 
@@ -195,25 +207,45 @@ def packing(count: int, batch: rx.SessionBatch) -> Iterator[Point]:
     yield timed("sessions", "PackedSessions.mask", count, masks, floor)
 
 
+def index_calls(index: rx.TrieIndex, sids: torch.Tensor) -> dict[str, tuple[Run, dict[str, Run]]]:
+    """Asking and changing a catalogue of these SIDs, and the floor of each."""
+    asked, more = sids[:LOOKUPS].clone(), catalogues.uniform(ADDED, 8192, 3, seed=1)
+    gone = torch.arange(0, len(sids), 1000)
+    ids, block = index.items, index.data
+    return {
+        "contains": (partial(index.contains, asked), copying(asked)),
+        "discard": (partial(index.discard, gone), {"copy of the item ids": partial(torch.empty_like(ids).copy_, ids)}),
+        "add": (partial(index.add, more), {"copy of the index": partial(torch.empty_like(block).copy_, block)}),
+    }
+
+
 def threads(counts: Sequence[int]) -> Iterator[Point]:
     """Each operator at one size."""
     sids = torch.from_numpy(uniform(BLOCK, 8192, 3))
     vocab = rx.SIDVocab([256] * 3, offset=LARGE - 3 * 256)
     large = Search(rx.TrieIndex.build(uniform(100_000, 256, 3), vocab=vocab), LARGE, 1, 50)
     small = Search(rx.TrieIndex.build(uniform(MILLION, 2048, 3)), 2048, 2, 70)
-    logps = {
+    calls = index_calls(rx.TrieIndex.build(sids), sids)
+    others = {
+        "sample_step, a search": sample_step.comparison(CPU, case=sample_step.CASES[1]),
         "token_logps": token_logps.comparison(CPU, case=LogpsCase("logits", *ROWS), compiled=False),
         "linear_token_logps": token_logps.comparison(CPU, case=LogpsCase("sweep", *ROWS, 512)),
+        "legal_mass": legal_mass.comparison(CPU, rows=ROWS[0], vocab_size=ROWS[1], codes=CODES),
+        "rad_dpo_loss": session_loss.comparison(CPU, case=SessionCase("winner")),
+        "group_advantages": group_advantages.comparison(CPU, case=AdvantagesCase("siblings", 16_384)),
+        "policy_loss": policy_loss.comparison(CPU, case=PolicyCase("grpo", 16_384)),
     }
     for count in counts:
         torch.set_num_threads(count)
         build: dict[str, Run] = {"ours": partial(rx.TrieIndex.build, sids)}
         yield timed("threads", "index build", count, build, copying(sids))
+        for panel, (run, floor) in calls.items():
+            yield timed("threads", panel, count, {"ours": run}, floor)
         for panel, search in (("beam step V=2k W=2x70", small), ("beam step V=152k W=50", large)):
             point = step("threads", count, search) | {"panel": panel, "note": {}}
             del point["methods"]['ours, normalize="trie"']
             yield point
-        for panel, made in logps.items():
+        for panel, made in others.items():
             yield ours_of("threads", panel, count, made)
 
 

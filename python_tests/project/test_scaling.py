@@ -29,7 +29,7 @@ def points():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"MILLION": 100, "BLOCK": 20, "ROUNDS": 1, "BURST": 0, "LARGE": 800}.items():
             patch.setattr(scaling, name, value)
-        for name, value in {"CANDIDATES": 16, "PACKED": 8, "PROMPT": 3, "ROWS": (2, 9)}.items():
+        for name, value in {"CANDIDATES": 16, "PACKED": 8, "PROMPT": 3, "ROWS": (8, 9), "CODES": 2}.items():
             patch.setattr(scaling, name, value)
         threads, measure_all = torch.get_num_threads(), scaling.measure
         patch.setattr(scaling, "measure", lambda *args: THREADS.append(torch.get_num_threads()) or measure_all(*args))
