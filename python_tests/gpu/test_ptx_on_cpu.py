@@ -138,6 +138,7 @@ CASES: list[tuple[str, list[int], int]] = [
     ("mov.u32 %ra, space; st.shared.u8 [%ra+1], 200; ld.shared.s8 %rd, [%ra+1]", [], 0xFFFFFFC8),
     ("st.shared.u32 [space], 5; bar.sync 0; atom.shared.add.u32 %rd, [space], 0", [], 5),
     ("st.global.u64 [%from], 5; atom.global.cas.b64 %a, [%from], 5, 8; ld.global.u64 %d, [%from]", [], 8),
+    ("st.global.u32 [%from], 5; atom.acq_rel.gpu.global.add.u32 %ra, [%from], 2; ld.global.u32 %rd, [%from]", [], 7),
     ("st.shared.u32 [space+4], 6; cvta.shared.u64 %a, 4; ld.u32 %rd, [%a]", [], 6),
     ("st.shared.u32 [space+4], 6; cvta.shared.u64 %a, 4; mapa.u64 %b, %a, 0; ld.u32 %rd, [%b]", [], 6),
     ("barrier.cluster.arrive; barrier.cluster.wait; membar.gl; mov.u32 %rd, 1", [], 1),

@@ -390,7 +390,7 @@ _OTHERS = {
     rf"setp\.({'|'.join(_COMPARISONS)})\.({_TYPE})": _Instruction.comparison,
     rf"ld(?:\.(global|shared|param))?(?:\.nc)?(?:\.v([24]))?\.({_TYPE})": _Instruction.load,
     rf"st(?:\.(global|shared))?(?:\.wb)?(?:\.v([24]))?\.({_TYPE})": _Instruction.store,
-    rf"atom\.(global|shared)\.(add|cas)\.({_TYPE})": _Instruction.atomic,
+    rf"atom(?:\.acq_rel\.gpu)?\.(global|shared)\.(add|cas)\.({_TYPE})": _Instruction.atomic,
     r"shfl\.sync\.(up|down|bfly|idx)\.b32": _Instruction.shuffle,
     r"vote\.sync\.ballot\.b32": _Instruction.ballot,
     r"cvta\.to\.global\.u64": _Instruction.same_address,
