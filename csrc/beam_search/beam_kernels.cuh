@@ -108,25 +108,17 @@ __global__ void __launch_bounds__(kReaders + 32, 8)
   }
 }
 
-template <bool in_shared, typename Args>
-struct SliceShared {
-  Key keys[in_shared ? kBufferKeys : 1];
-  TopKeysShared top;
-  Tile<Args> tile;
-  bool last;
-};
-
 // Pushes every stripe of 512 of a query's candidates whose number is `slice` modulo `slices`, so that each slice has
 // its share of the best beams. Leaves the tile loaded that the beams end with.
 template <typename Args>
-__device__ __forceinline__ void push_candidates(TopKeys& top, Tile<Args>& tile, const Args& a, const Workspace& w,
+__device__ __forceinline__ void push_candidates(TopKeys& top, const Tile<Args>& tile, const Args& a, const Workspace& w,
                                                 std::int64_t query, std::uint32_t slice, std::uint32_t slices) {
   constexpr int n = kRound / kSliceThreads;
   const std::uint64_t stride = static_cast<std::uint64_t>(slices) * kSliceThreads;
   std::uint32_t first = 0;
-  for (std::int64_t beam = 0; beam < a.width; beam += kSliceThreads) {
-    if (a.width > kSliceThreads) load_tile(tile, a, w.beams, w.sums, w.most, w.splits, query, beam, first);
-    const std::uint32_t next = tile.begin[kSliceThreads], stripe = first / kSliceThreads;
+  for (std::int64_t beam = 0; beam < a.width; beam += tile.size) {
+    if (a.width > tile.size) load_tile(tile, a, w.beams, w.sums, w.most, w.splits, query, beam, first);
+    const std::uint32_t next = tile.begin[tile.size], stripe = first / kSliceThreads;
     // The last of the slice's stripes that begins at the tile's first candidate or before, or its first one.
     std::uint64_t from = (stripe < slice ? slice : stripe - (stripe - slice) % slices) * std::uint64_t(kSliceThreads);
     for (; first < next && from < next; from += n * stride) {
@@ -167,7 +159,7 @@ __device__ __forceinline__ void push_lists(TopKeys& top, const Workspace& w, std
 
 // The next state from the sorted keys.
 template <typename Args>
-__device__ __forceinline__ void write(const Key* keys, int count, Tile<Args>& tile, const Args& a, const Workspace& w,
+__device__ __forceinline__ void write(const Key* keys, int count, const Tile<Args>& tile, const Args& a, const Workspace& w,
                                       std::int64_t query) {
   const std::int64_t out = query * a.beam_width;
   for (std::int64_t slot = threadIdx.x; slot < a.beam_width; slot += kSliceThreads) {
@@ -182,9 +174,9 @@ __device__ __forceinline__ void write(const Key* keys, int count, Tile<Args>& ti
     }
   }
   std::uint32_t first = 0;
-  for (std::int64_t beam = 0; beam < a.width; beam += kSliceThreads) {
-    if (a.width > kSliceThreads) load_tile(tile, a, w.beams, w.sums, w.most, w.splits, query, beam, first);
-    const std::uint32_t next = tile.begin[kSliceThreads];
+  for (std::int64_t beam = 0; beam < a.width; beam += tile.size) {
+    if (a.width > tile.size) load_tile(tile, a, w.beams, w.sums, w.most, w.splits, query, beam, first);
+    const std::uint32_t next = tile.begin[tile.size];
     for (std::int64_t slot = threadIdx.x; slot < count; slot += kSliceThreads) {
       const std::uint32_t candidate[1] = {static_cast<std::uint32_t>(~keys[slot])};
       if (candidate[0] < first || candidate[0] >= next) continue;
@@ -207,19 +199,21 @@ __device__ __forceinline__ void write(const Key* keys, int count, Tile<Args>& ti
 template <bool in_shared, typename Args>
 __global__ void __launch_bounds__(kSliceThreads, in_shared ? 2 : 1)
     slices_kernel(const __grid_constant__ Args a, const __grid_constant__ Workspace w) {
-  __shared__ SliceShared<in_shared, Args> shared;
+  auto& shared = *static_cast<SliceShared*>(dynamic_shared());
+  const Tile<Args> tile(&shared + 1, shared.tile_scratch, w.tile);
+  Key* buffer = reinterpret_cast<Key*>(reinterpret_cast<char*>(&shared + 1) + Tile<Args>::bytes(w.tile));
   const std::int64_t query = blockIdx.x % a.batch, slice = blockIdx.x / a.batch;  // slices that have work come first
   std::uint64_t sum = 0;
-  for (std::int64_t beam = 0; beam < a.width; beam += kSliceThreads)
-    sum += load_tile(shared.tile, a, w.beams, w.sums, w.most, w.splits, query, beam, sum);
+  for (std::int64_t beam = 0; beam < a.width; beam += tile.size)
+    sum += load_tile(tile, a, w.beams, w.sums, w.most, w.splits, query, beam, sum);
   const std::int64_t slices = clamp(ceil_div(candidate_number(sum), w.least), 1, w.slices);
   if (slice >= slices) return;
 
   Key* lists = w.lists + query * (w.slices + 1) * w.stride;
   Key* list = lists + slice * w.stride;
-  TopKeys top{in_shared ? shared.keys : list, w.capacity, w.want, w.limit, &shared.top, 0, 0};
+  TopKeys top{in_shared ? buffer : list, w.capacity, w.want, w.limit, &shared.top, 0, 0};
   top.clear(0);
-  push_candidates(top, shared.tile, a, w, query, static_cast<std::uint32_t>(slice), static_cast<std::uint32_t>(slices));
+  push_candidates(top, tile, a, w, query, static_cast<std::uint32_t>(slice), static_cast<std::uint32_t>(slices));
   top.settle();
   if (slices > 1) {
     // For short lists it costs more than it spares the last block.
@@ -246,7 +240,7 @@ __global__ void __launch_bounds__(kSliceThreads, in_shared ? 2 : 1)
     top.settle();
   }
   const Key* keys = top.sorted();
-  write(keys, top.used < w.want ? top.used : w.want, shared.tile, a, w, query);
+  write(keys, top.used < w.want ? top.used : w.want, tile, a, w, query);
 }
 
 template <typename D, typename Args>
@@ -263,8 +257,8 @@ int launch_step(const Args& a, void* workspace, CUstream_st* stream) {
                     : a.logit_type == LogitType::bfloat16 ? launch_rows<BFloat16>(a, w, stream)
                                                           : launch_rows<Float16>(a, w, stream);
   if (error) return error;
-  return launch(w.in_shared ? slices_kernel<true, Args> : slices_kernel<false, Args>, a.batch * w.slices, kSliceThreads,
-                stream, a, w);
+  const Grid grid{a.batch * w.slices, kSliceThreads, 1, w.shared_bytes};
+  return launch(w.in_shared ? slices_kernel<true, Args> : slices_kernel<false, Args>, grid, stream, a, w);
 }
 
 }  // namespace

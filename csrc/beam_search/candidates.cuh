@@ -43,19 +43,44 @@ __device__ __forceinline__ std::uint32_t candidate_number(std::uint64_t number) 
   return number < kMaxCandidate ? static_cast<std::uint32_t>(number) : kMaxCandidate;
 }
 
-// As many of a query's beams as a block has threads, in shared memory.
+// What the evaluation of a candidate reads of its beam, 16 bytes at once.
+struct alignas(16) TileBeam {
+  std::uint32_t first;
+  std::int32_t level;  // both as in Beam
+  float score, lse;
+};
+
+struct Perturbed {
+  float score, most;  // of the beam, and of its children's own the largest
+};
+
+// As many of a query's beams as fit, a power of two of them and as many as a block has threads at least, in shared
+// memory.
 template <typename Args>
 struct Tile {
-  std::uint32_t begin[kSliceThreads + 1];  // number of each beam's first candidate, at most kMaxCandidate
-  std::uint32_t first[kSliceThreads];
-  float score[kSliceThreads], lse[kSliceThreads];
-  std::int8_t level[kSliceThreads];
-  std::uint64_t scratch[kSliceThreads / 32];
-  float perturbed[kSamples<Args> ? kSliceThreads : 1], most[kSamples<Args> ? kSliceThreads : 1];
+  TileBeam* beams;        // [size]
+  Perturbed* perturbed;   // [size], while sampling
+  std::uint32_t* begin;   // [size + 1] number of each beam's first candidate, at most kMaxCandidate
+  std::uint64_t* scratch; // [kSliceThreads / 32]
+  int size;
+
+  static constexpr std::int64_t kBeamBytes =
+      sizeof(TileBeam) + (kSamples<Args> ? sizeof(Perturbed) : 0) + sizeof(std::uint32_t);
+  // Of a tile but for its scratch, a multiple of 16.
+  __host__ __device__ static constexpr std::int64_t bytes(std::int64_t size) { return size * kBeamBytes + 16; }
+
+  __device__ __forceinline__ Tile(void* memory, std::uint64_t* scratch_, int size_)
+      : beams(static_cast<TileBeam*>(memory)),
+        perturbed(reinterpret_cast<Perturbed*>(beams + size_)),
+        begin(reinterpret_cast<std::uint32_t*>(perturbed + (kSamples<Args> ? size_ : 0))),
+        scratch(scratch_),
+        size(size_) {}
 
   // The tile's last beam that begins at candidate c or before: candidate c's, for the c of the tile.
   __device__ __forceinline__ int beam_of(std::uint32_t c) const {
     int beam = 0;
+    for (int step = size / 2; step >= kSliceThreads; step /= 2)
+      if (begin[beam + step] <= c) beam += step;
 #pragma unroll
     for (int step = kSliceThreads / 2; step; step /= 2)
       if (begin[beam + step] <= c) beam += step;
@@ -63,32 +88,39 @@ struct Tile {
   }
 };
 
-// Loads the beams from `beam` on, whose candidates are counted from `first`; returns how many these are.
+// Loads the beams from `beam` on, whose candidates are counted from `first`; returns how many these are. A thread loads
+// beams that follow one another.
 template <typename Args>
-__device__ __forceinline__ std::uint64_t load_tile(Tile<Args>& tile, const Args& a, const Beam* beams,
+__device__ __forceinline__ std::uint64_t load_tile(const Tile<Args>& tile, const Args& a, const Beam* beams,
                                                    const LogSumExp* sums, const float* most, int splits,
                                                    std::int64_t query, std::int64_t beam, std::uint64_t first) {
-  const int thread = static_cast<int>(threadIdx.x);
-  Beam b{0, 0, -1, 0.f};
-  LogSumExp s{-INFINITY, 0.f};
-  if (beam + thread < a.width) {
-    const std::int64_t at = query * a.width + beam + thread;
-    b = beams[at];
-    for (int i = 0; i < splits; ++i) s = merge(s, sums[at * splits + i]);
+  const int each = tile.size / kSliceThreads, mine = static_cast<int>(threadIdx.x) * each;
+  std::uint64_t count = 0;
+  __syncthreads();  // whoever read the tile before is done
+#pragma unroll 4
+  for (int i = mine; i < mine + each; ++i) {
+    Beam b{0, 0, -1, 0.f};
+    LogSumExp s{-INFINITY, 0.f};
+    const bool inside = beam + i < a.width;
+    const std::int64_t at = query * a.width + beam + i;
+    if (inside) {
+      b = beams[at];
+      for (int split = 0; split < splits; ++split) s = merge(s, sums[at * splits + split]);
+    }
+    tile.beams[i] = {b.first, b.level, b.score, value_of(s)};
+    if constexpr (kSamples<Args>)
+      tile.perturbed[i] = inside ? Perturbed{a.perturbed[at], most[at]} : Perturbed{-INFINITY, -INFINITY};
+    tile.begin[i] = b.count;
+    count += b.count;
   }
   std::uint64_t total;
-  const std::uint64_t before = block_scan<kSliceThreads>(static_cast<std::uint64_t>(b.count), tile.scratch, &total);
-  tile.begin[thread] = candidate_number(first + before);
-  if (thread == 0) tile.begin[kSliceThreads] = candidate_number(first + total);
-  tile.first[thread] = b.first;
-  tile.score[thread] = b.score;
-  tile.lse[thread] = value_of(s);
-  tile.level[thread] = static_cast<std::int8_t>(b.level);
-  if constexpr (kSamples<Args>) {
-    const bool inside = beam + thread < a.width;
-    tile.perturbed[thread] = inside ? a.perturbed[query * a.width + beam + thread] : -INFINITY;
-    tile.most[thread] = inside ? most[query * a.width + beam + thread] : -INFINITY;
+  std::uint64_t number = first + block_scan<kSliceThreads>(count, tile.scratch, &total);
+  for (int i = mine; i < mine + each; ++i) {
+    const std::uint32_t children = tile.begin[i];
+    tile.begin[i] = candidate_number(number);
+    number += children;
   }
+  if (threadIdx.x == 0) tile.begin[tile.size] = candidate_number(first + total);
   __syncthreads();
   return total;
 }
@@ -117,18 +149,20 @@ __device__ __forceinline__ Candidates<n> evaluate(const Args& a, const Tile<Args
                                                   std::int64_t tile_beam, const std::uint32_t (&candidate)[n]) {
   const TrieView& t = a.trie;
   Candidates<n> c;
+  TileBeam parent[n];
   std::uint32_t symbol[n];
   float logit[n];
   std::int64_t offset[n];
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     c.beam[i] = tile.beam_of(candidate[i]);
-    c.node[i] = static_cast<std::int64_t>(tile.first[c.beam[i]]) + (candidate[i] - tile.begin[c.beam[i]]);
+    parent[i] = tile.beams[c.beam[i]];
+    c.node[i] = static_cast<std::int64_t>(parent[i].first) + (candidate[i] - tile.begin[c.beam[i]]);
   }
   if (t.live_nodes.bits) {
 #pragma unroll
     for (int i = 0; i < n; ++i)
-      if (tile.level[c.beam[i]] >= 0) c.node[i] = node_at(t, c.node[i]);
+      if (parent[i].level >= 0) c.node[i] = node_at(t, c.node[i]);
   }
   if (t.wide) {
 #pragma unroll
@@ -139,7 +173,7 @@ __device__ __forceinline__ Candidates<n> evaluate(const Args& a, const Tile<Args
   }
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    const int level = tile.level[c.beam[i]];
+    const int level = parent[i].level;
     c.token[i] = level < 0 ? -1 : token_of(t, level, symbol[i]);
     offset[i] = query * a.stride_batch + (tile_beam + c.beam[i]) * a.stride_beam +
                 (a.level < 0 ? c.token[i] : static_cast<std::int32_t>(symbol[i]));
@@ -161,21 +195,20 @@ __device__ __forceinline__ Candidates<n> evaluate(const Args& a, const Tile<Args
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     if constexpr (kSamples<Args>) {
-      const int beam = c.beam[i];
-      const float parent = tile.perturbed[beam];
-      c.logp[i] = c.token[i] < 0 ? 0.f : token_logp(a, logit[i], tile.lse[beam]);
-      c.score[i] = tile.score[beam] + c.logp[i];
-      c.key[i] = parent;
+      const Perturbed p = tile.perturbed[c.beam[i]];
+      c.logp[i] = c.token[i] < 0 ? 0.f : token_logp(a, logit[i], parent[i].lse);
+      c.score[i] = parent[i].score + c.logp[i];
+      c.key[i] = p.score;
       if (c.token[i] >= 0) {
-        const float own = own_score(a, query, tile.score[beam], c.logp[i], c.node[i]);
-        c.key[i] = parent == INFINITY ? own : conditioned(parent, fminf(own, tile.most[beam]), tile.most[beam]);
+        const float own = own_score(a, query, parent[i].score, c.logp[i], c.node[i]);
+        c.key[i] = p.score == INFINITY ? own : conditioned(p.score, fminf(own, p.most), p.most);
       }
       continue;
     }
-    const float logp = logit[i] - tile.lse[c.beam[i]];
+    const float logp = logit[i] - parent[i].lse;
     const float step = c.token[i] < 0 ? 0.f : logp > 0.f ? 0.f : logp;  // no child is above its parent, rounding or not
-    c.score[i] = tile.score[c.beam[i]] + step;
-    const int level = tile.level[c.beam[i]];
+    c.score[i] = parent[i].score + step;
+    const int level = parent[i].level;
     const float factor = a.length_factor[level < 0 ? -1 - level : level + 1];
     c.key[i] = factor == 1.f ? c.score[i] : c.score[i] / factor;  // mostly there is no penalty, and a division is slow
   }

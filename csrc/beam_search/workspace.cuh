@@ -15,7 +15,7 @@ constexpr std::int64_t kMaxSplits = 64;
 constexpr std::int64_t kGathered = 4 * kReaders;  // logits of children, in no order, that a block reads
 constexpr std::int64_t kMaxSlices = 256;          // of a query
 static_assert(kMaxSlices <= kSliceThreads);
-constexpr int kBufferKeys = 4096;            // in shared memory; a wide beam's buffers are in global memory
+constexpr int kBufferKeys = 4096;            // keys that a block gathers at least
 constexpr std::int64_t kMaxWidth = 1 << 28;  // of a result that has as many candidates
 
 struct Workspace {
@@ -30,7 +30,16 @@ struct Workspace {
   std::int64_t bytes;                  // of all this
   std::int64_t slices, least, stride;  // at most so many slices, of at least so many candidates
   int splits, want, limit, capacity;
-  bool in_shared;  // the buffers that keys are gathered in
+  int tile;          // beams that a block holds
+  bool in_shared;    // the buffers that keys are gathered in; else they are in global memory
+  int shared_bytes;  // of a block of slices
+};
+
+// What a block of slices has in shared memory before its tile and its buffer.
+struct alignas(16) SliceShared {
+  TopKeysShared top;
+  std::uint64_t tile_scratch[kSliceThreads / 32];
+  bool last;
 };
 
 __host__ __device__ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -38,12 +47,27 @@ __host__ __device__ constexpr std::int64_t clamp(std::int64_t x, std::int64_t lo
   return x < low ? low : x > high ? high : x;
 }
 
-// Blocks of a slice that run at once, two a multiprocessor.
-std::int64_t slice_blocks() {
-  int device = 0, multiprocessors = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  return 2 * multiprocessors;
+// Puts into shared memory what fits: the buffer, which is used more, and then as many of `width` beams as can be.
+template <typename Args>
+void share(Workspace& w, std::int64_t width) {
+  const std::int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const auto bytes = [&](std::int64_t tile) {
+    return static_cast<std::int64_t>(sizeof(SliceShared)) + Tile<Args>::bytes(tile) +
+           (w.in_shared ? w.capacity * static_cast<std::int64_t>(sizeof(Key)) : 0);
+  };
+  w.in_shared = true;
+  w.in_shared = bytes(kSliceThreads) <= most;
+  w.tile = kSliceThreads;
+  while (w.tile < width && bytes(2 * w.tile) <= most) w.tile *= 2;
+  w.shared_bytes = static_cast<int>(bytes(w.tile));
+}
+
+// Blocks of slices that run at once: two per multiprocessor, if these have the memory.
+std::int64_t slice_blocks(const Workspace& w) {
+  constexpr int kReserved = 1024;  // per block
+  const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const int each = w.in_shared && 2 * w.shared_bytes + kReserved <= most ? 2 : 1;
+  return static_cast<std::int64_t>(each) * device_attribute(cudaDevAttrMultiProcessorCount);
 }
 
 // Sizes follow from shapes and the device, which the host knows alone.
@@ -62,12 +86,12 @@ Workspace lay_out(const Args& a, void* memory) {
   w.splits = a.lse || kSamples<Args> ? 1 : static_cast<int>(clamp(useful, 1, spare_blocks));
   w.want = static_cast<int>(clamp(candidates, 1, a.beam_width < kMaxWidth ? a.beam_width : kMaxWidth));
   w.limit = w.want + (w.want > 64 ? w.want / 2 : 32);
-  w.in_shared = w.limit + kRound <= kBufferKeys;
-  w.capacity = kBufferKeys;
-  while (w.capacity < w.limit + kRound || w.capacity < 2 * w.limit) w.capacity *= 2;
+  w.capacity = w.limit + (w.limit > kRound ? w.limit : kRound);
+  if (w.capacity < kBufferKeys) w.capacity = kBufferKeys;
+  share<Args>(w, a.width);
   w.stride = w.in_shared ? w.limit : w.capacity;
   w.least = w.limit > kRound / 4 ? 4 * static_cast<std::int64_t>(w.limit) : kRound;
-  w.slices = clamp(ceil_div(candidates, w.least), 1, clamp(slice_blocks() / a.batch, 8, kMaxSlices));
+  w.slices = clamp(ceil_div(candidates, w.least), 1, clamp(slice_blocks(w) / a.batch, 8, kMaxSlices));
   const auto take = [&](auto*& array, std::int64_t size) {
     array =
         reinterpret_cast<std::remove_reference_t<decltype(array)>>(reinterpret_cast<std::uintptr_t>(memory) + w.bytes);

@@ -10,28 +10,58 @@ namespace raddpo::cuda {
 
 constexpr unsigned kAllLanes = ~0u;
 
-// Blocks come in clusters of `cluster`, one after another: blocks that run at the same time.
+struct Grid {
+  std::int64_t blocks;
+  int threads;
+  int cluster = 1;       // blocks that follow one another and run at the same time
+  int shared_bytes = 0;  // of memory at dynamic_shared()
+};
+
+constexpr int kPlainSharedBytes = 48 << 10;  // of a block, unless its kernel asks for more
+
 template <typename... Parameters, typename... Arguments>
-int launch_clusters(void (*kernel)(Parameters...), std::int64_t blocks, int cluster, int threads, CUstream_st* stream,
-                    const Arguments&... arguments) {
-  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+int launch(void (*kernel)(Parameters...), const Grid& grid, CUstream_st* stream, const Arguments&... arguments) {
+  if (grid.blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  if (grid.shared_bytes > kPlainSharedBytes) {
+    const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
+    if (error) return error;
+  }
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(grid.shared_bytes);
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = cluster > 1;
+  config.numAttrs = grid.cluster > 1;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, CUstream_st* stream,
            const Arguments&... arguments) {
-  return launch_clusters(kernel, blocks, 1, threads, stream, arguments...);
+  return launch(kernel, Grid{blocks, threads}, stream, arguments...);
+}
+
+// A block's shared memory of the size that its launch says, aligned to 16 bytes.
+#if defined(__CUDACC__)
+__device__ __forceinline__ void* dynamic_shared() {
+  extern __shared__ uint4 memory[];
+  return memory;
+}
+#else
+void* dynamic_shared();  // of whoever runs kernels that another compiler compiled
+#endif
+
+// An attribute of the current device; 0 if there is none.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  const bool known =
+      cudaGetDevice(&device) == cudaSuccess && cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess;
+  return known ? value : 0;
 }
 
 __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x % 32); }
@@ -115,11 +145,7 @@ __device__ __forceinline__ void cluster_wait() {}
 #endif
 
 // Whether the current device has them.
-inline bool device_has_clusters() {
-  int device = 0, value = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&value, cudaDevAttrClusterLaunch, device) == cudaSuccess && value;
-}
+inline bool device_has_clusters() { return device_attribute(cudaDevAttrClusterLaunch) != 0; }
 
 // Sum of the values of the threads before this one, and of all.
 template <int threads, typename T>

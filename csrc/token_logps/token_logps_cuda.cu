@@ -232,8 +232,8 @@ int run_forward(const TokenLogpsArgs& a, const Transform& transform, CUstream_st
     int cluster = 1;
     while (cluster < kMaxCluster && cluster * threads * kLoads < packs && a.rows * cluster < kFill) cluster *= 2;
     if (!device_has_clusters()) cluster = 1;
-    return launch_clusters(forward_kernel<D, Transform>, a.rows * cluster, cluster, threads, stream, a, transform,
-                           cluster);
+    return launch(forward_kernel<D, Transform>, Grid{a.rows * cluster, threads, cluster}, stream, a, transform,
+                  cluster);
   }
 }
 

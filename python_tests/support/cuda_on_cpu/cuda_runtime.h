@@ -48,7 +48,12 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs;
   unsigned numAttrs;
 };
-enum cudaDeviceAttr { cudaDevAttrClusterLaunch, cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr {
+  cudaDevAttrClusterLaunch,
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 #define threadIdx (::cuda_on_cpu::thread_index)
 inline dim3 blockIdx, blockDim, gridDim;
@@ -117,19 +122,33 @@ T atomicAdd(T* at, T value) {
 namespace cuda_on_cpu {
 inline unsigned block_order = 0;  // as Block::order
 inline bool has_clusters = true;
+constexpr int kSharedBytes = 48 << 10;       // of a block, without asking for more
+inline int most_shared_bytes = 227 << 10;    // that it may ask for
+inline std::map<const void*, int> asked_for;  // by kernel
 
-// The index of the cluster's first block, and the number of the one that runs. Each has shared memory of its own,
-// copied to where the kernels' variables are while it runs; under AddressSanitizer all blocks share one, and it is not
-// filled.
+// The index of the cluster's first block, and the number of the one that runs. Each has shared memory of its own. That
+// of the source's variables is copied to where they are while a block runs; under AddressSanitizer all blocks share
+// them, and they are not filled.
 inline unsigned first_block, entered;
-inline std::vector<std::vector<char>> shared_memories;
 inline std::vector<bool> started;
+inline bool translated;  // whether the kernel that runs is
 
 struct SharedMemory {
   char* begin;
   std::size_t size;
 };
-inline SharedMemory shared;  // of this thread
+struct Memories {
+  std::vector<std::unique_ptr<char[]>> of;  // each block
+  std::size_t size = 0;
+  void allocate(unsigned blocks, std::size_t bytes) {
+    of.clear();
+    size = bytes;
+    for (unsigned i = 0; i < blocks; ++i) of.emplace_back(new char[bytes]);
+  }
+  SharedMemory operator[](unsigned block) const { return {of[block].get(), size}; }
+};
+inline SharedMemory shared;        // of this thread: the source's variables, or what the translated kernel addresses
+inline Memories copies, dynamics;  // of the source's variables; of memory whose size the launch says
 
 inline SharedMemory find_shared_memory() {
 #if defined(__SANITIZE_ADDRESS__)
@@ -155,26 +174,46 @@ inline SharedMemory find_shared_memory() {
 #endif
 }
 
+// What was written before is lost.
+inline void spoil(SharedMemory memory) { std::memset(memory.begin, 0xa5, memory.size); }
+
 inline void enter_block(unsigned number) {
   blockIdx = {first_block + number};
-  if (number != entered && shared.size) {
-    std::memcpy(shared_memories[entered].data(), shared.begin, shared.size);
-    std::memcpy(shared.begin, shared_memories[number].data(), shared.size);
+  if (number != entered && copies.size) {
+    std::memcpy(copies[entered].begin, shared.begin, shared.size);
+    std::memcpy(shared.begin, copies[number].begin, shared.size);
   }
+  if (dynamics.size && translated) shared.begin = dynamics[number].begin;
   entered = number;
-  if (!started[number] && shared.size) std::memset(shared.begin, 0xa5, shared.size);  // what was written before is lost
+  if (started[number]) return;
+  if (dynamics.size)
+    spoil(dynamics[number]);
+  else if (shared.size)
+    spoil(shared);
   started[number] = true;
 }
 }  // namespace cuda_on_cpu
 
 inline void* __cluster_map_shared_rank(void* p, unsigned rank) {
   using namespace cuda_on_cpu;
-  if (!shared.size || rank == entered) return p;
-  return shared_memories[rank].data() + (static_cast<char*>(p) - shared.begin);
+  if (rank == entered) return p;
+  const SharedMemory own = dynamics.size ? dynamics[entered] : shared;
+  const Memories& others = dynamics.size ? dynamics : copies;
+  return others.size ? others[rank].begin + (static_cast<char*>(p) - own.begin) : p;
 }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  return *value = attribute == cudaDevAttrClusterLaunch ? cuda_on_cpu::has_clusters : 132, cudaSuccess;
+  using namespace cuda_on_cpu;
+  *value = attribute == cudaDevAttrClusterLaunch         ? has_clusters
+           : attribute == cudaDevAttrMultiProcessorCount ? 132
+                                                         : most_shared_bytes;
+  return cudaSuccess;
+}
+template <typename... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
+  using namespace cuda_on_cpu;
+  if (bytes > most_shared_bytes) return cudaErrorInvalidValue;
+  return asked_for[reinterpret_cast<const void*>(kernel)] = bytes, cudaSuccess;
 }
 
 inline cudaError_t cudaMemsetAsync(void* p, int value, std::size_t bytes, cudaStream_t) {
@@ -192,20 +231,17 @@ struct Translated {
 inline std::map<std::string, Translated> by_name;  // empty: the source runs
 inline std::map<const void*, const Translated*> by_kernel;
 
-// Runs all blocks of a launch, of which `memory` is each one's shared memory.
-inline cudaError_t run_blocks(const cudaLaunchConfig_t& config, SharedMemory memory,
-                              const std::function<void()>& body) {
+// Runs all blocks of a launch.
+inline cudaError_t run_blocks(const cudaLaunchConfig_t& config, const std::function<void()>& body) {
   const unsigned cluster = config.numAttrs ? config.attrs[0].val.clusterDim.x : 1;
   gridDim = config.gridDim;
   blockDim = config.blockDim;
   block.enter = enter_block;
-  shared = memory;
   std::vector<unsigned> order(gridDim.x / cluster);
   std::iota(order.begin(), order.end(), 0u);
   if (block_order == 1) std::reverse(order.begin(), order.end());
   if (block_order > 1) std::shuffle(order.begin(), order.end(), std::mt19937(block_order));
   for (unsigned i : order) {
-    if (cluster > 1) shared_memories.assign(cluster, std::vector<char>(shared.size));
     started.assign(cluster, false);
     first_block = i * cluster;
     entered = 0;
@@ -214,14 +250,42 @@ inline cudaError_t run_blocks(const cudaLaunchConfig_t& config, SharedMemory mem
   return cudaSuccess;
 }
 
-inline cudaError_t run_blocks(const cudaLaunchConfig_t& config, const Translated& kernel,
-                              const std::uint64_t* parameters) {
-  alignas(128) static char memory[48 << 10];  // the most that a block may have without asking
-  if (kernel.shared_bytes > sizeof memory || config.blockDim.x > kernel.most_threads) {
+// A kernel has variables in shared memory or memory whose size the launch says, not both: copies take long.
+inline cudaError_t run_source(const cudaLaunchConfig_t& config, const std::function<void()>& body) {
+  const unsigned cluster = config.numAttrs ? config.attrs[0].val.clusterDim.x : 1;
+  shared = find_shared_memory();
+  translated = false;
+  if (!config.dynamicSmemBytes) {
+    copies.allocate(cluster, cluster > 1 ? shared.size : 0);
+    dynamics.allocate(0, 0);
+    return run_blocks(config, body);
+  }
+  const SharedMemory variables = shared;
+  if (variables.size) spoil(variables);
+  shared = {nullptr, 0};
+  copies.allocate(0, 0);
+  dynamics.allocate(cluster, config.dynamicSmemBytes);
+  const cudaError_t error = run_blocks(config, body);
+  for (std::size_t i = 0; i < variables.size; ++i)
+    if (variables.begin[i] != static_cast<char>(0xa5)) {
+      block.error = "variables in shared memory beside memory whose size the launch says";
+      return cudaErrorInvalidValue;
+    }
+  return error;
+}
+
+inline cudaError_t run_translated(const cudaLaunchConfig_t& config, const Translated& kernel,
+                                  const std::uint64_t* parameters) {
+  const unsigned cluster = config.numAttrs ? config.attrs[0].val.clusterDim.x : 1;
+  if (kernel.shared_bytes > kSharedBytes || config.blockDim.x > kernel.most_threads) {
     block.error = "more shared memory than a block may have, or more threads than the kernel's launch bounds";
     return cudaErrorInvalidValue;
   }
-  return run_blocks(config, {memory, kernel.shared_bytes}, [&] { kernel.run(parameters); });
+  translated = true;
+  copies.allocate(0, 0);
+  dynamics.allocate(cluster, kernel.shared_bytes + config.dynamicSmemBytes);
+  shared = {nullptr, dynamics.size};
+  return run_blocks(config, [&] { kernel.run(parameters); });
 }
 }  // namespace cuda_on_cpu
 
@@ -233,8 +297,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (!config->gridDim.x || !config->blockDim.x || config->blockDim.x > 1024) return cudaErrorInvalidConfiguration;
   if (config->blockDim.x % 32) return cudaErrorInvalidConfiguration;
   if (cluster > (has_clusters ? 8 : 1) || config->gridDim.x % cluster) return cudaErrorInvalidConfiguration;
-  if (by_name.empty()) return run_blocks(*config, find_shared_memory(), [&] { kernel(arguments...); });
-  const auto found = by_kernel.find(reinterpret_cast<const void*>(kernel));
+  const auto* address = reinterpret_cast<const void*>(kernel);
+  if (config->dynamicSmemBytes > kSharedBytes && static_cast<int>(config->dynamicSmemBytes) > asked_for[address])
+    return cudaErrorInvalidValue;
+  if (by_name.empty()) return run_source(*config, [&] { kernel(arguments...); });
+  const auto found = by_kernel.find(address);
   if (found == by_kernel.end() || found->second->sizes != std::vector<std::size_t>{sizeof(Parameters)...}) {
     block.error = "no PTX of this kernel and these parameters";
     return cudaErrorInvalidDeviceFunction;
@@ -242,5 +309,5 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   std::tuple<Parameters...> values{arguments...};
   const auto parameters =
       std::apply([](auto&... value) { return std::array{reinterpret_cast<std::uint64_t>(&value)...}; }, values);
-  return run_blocks(*config, *found->second, parameters.data());
+  return run_translated(*config, *found->second, parameters.data());
 }

@@ -80,8 +80,10 @@ EXPORT int run_translated(const char* name, const void* kernel) {
 // Runs a translated kernel of two addresses, which no source has, on 64 threads.
 EXPORT int run_alone(const char* name, std::uint64_t in, std::uint64_t out) {
   const std::uint64_t parameters[] = {reinterpret_cast<std::uint64_t>(&in), reinterpret_cast<std::uint64_t>(&out)};
-  return cuda_on_cpu::run_blocks({1, 64, 0, nullptr, nullptr, 0}, cuda_on_cpu::by_name.at(name), parameters);
+  return cuda_on_cpu::run_translated({1, 64, 64, nullptr, nullptr, 0}, cuda_on_cpu::by_name.at(name), parameters);
 }
+
+void* raddpo::cuda::dynamic_shared() { return cuda_on_cpu::dynamics[cuda_on_cpu::entered].begin; }
 
 EXPORT const char* last_error() { return cuda_on_cpu::block.error.c_str(); }
 
@@ -253,6 +255,12 @@ EXPORT int fault(int kind, const int* values, int* out) {
 
 // 0: a GPU without clusters.
 EXPORT void set_clusters(int has) { cuda_on_cpu::has_clusters = has; }
+
+// The most shared memory that a block may ask for.
+EXPORT void set_shared(int bytes) {
+  cuda_on_cpu::most_shared_bytes = bytes;
+  cuda_on_cpu::asked_for.clear();
+}
 
 // `sizes`: logit type, rows, inner, cols, strides of logits and of their gradient, first_column, vocab_size,
 // ignore_index. Forward without `grad`.

@@ -89,6 +89,7 @@ _TYPE = r"(?:pred|[busf](?:8|16|32|64))"
 _ENTRY = re.compile(
     r"(?:\.visible\s+)?\.entry\s+([\w$]+)\s*\(([^)]*)\)\s*(?:\.maxntid\s+(\d+)[\s,1]*)?(?:\.\w+ [\d, ]+\s*)*\{"
 )
+_DYNAMIC = re.compile(r"^\.extern \.shared \.align (?:1|2|4|8|16) \.b8 ([\w$]+)\[\];$", re.MULTILINE)
 _PARAMETER = re.compile(rf"\.param\s+(?:\.align \d+\s+)?\.({_TYPE})\s+([\w$]+)(?:\[(\d+)\])?")
 
 
@@ -106,12 +107,18 @@ class Kernel:
     registers: dict[str, str] = field(default_factory=dict)  # the type of each
     body: list[str] = field(default_factory=list)
 
+    @property
+    def dynamic(self) -> int:
+        """Where shared memory begins whose size the launch says: after the kernel's own."""
+        return -(-self.shared_bytes // 16) * 16
+
     def cpp(self) -> str:
         """The function, and the object that makes it known to the launcher."""
         function = f"kernel_{self.name}"
         sizes = ", ".join(map(str, self.sizes))
-        entry = f"{{{function}, {{{sizes}}}, {self.shared_bytes}, {self.most_threads}u}}"
-        lines = [f"static void {function}(const u64* parameters) {{", *self.body, "}"]
+        entry = f"{{{function}, {{{sizes}}}, {self.dynamic}, {self.most_threads}u}}"
+        lines = [f"static void {function}(const u64* parameters) {{", f"constexpr u64 dynamic = {self.dynamic};"]
+        lines += [*self.body, "}"]
         lines.append(f'static const auto known_{self.name} = by_name.emplace("{self.name}", Translated{entry});')
         return "\n".join(lines)
 
@@ -120,13 +127,15 @@ def translate(ptx: str) -> list[Kernel]:
     """The kernels of a PTX file, named as g++ names them."""
     text = re.sub(r"//[^\n]*", "", ptx)
     kernels, at = [], 0
+    dynamic = _DYNAMIC.findall(text)
+    text = _DYNAMIC.sub("", text)
     while match := re.compile(r"\s*(?:\.(?:version|target|address_size)[^\n]*\n|(?=\S))").match(text, at):
         at = match.end()
         if not match.group().strip():
             entry = _ENTRY.match(text, at)
             if not entry:
                 raise UnknownPTX(text[at:].split("\n", 1)[0])
-            kernel, at = _kernel(text, entry)
+            kernel, at = _kernel(text, entry, dynamic)
             kernels.append(kernel)
     return kernels
 
@@ -141,7 +150,7 @@ def library(kernels: list[Kernel]) -> str:
     )
 
 
-def _kernel(text: str, entry: re.Match[str]) -> tuple[Kernel, int]:
+def _kernel(text: str, entry: re.Match[str], dynamic: list[str]) -> tuple[Kernel, int]:
     # nvcc's name of an anonymous namespace holds a hash; g++'s does not.
     name = re.sub(r"(\d+)(_GLOBAL__N__.*)", lambda m: "12_GLOBAL__N_1" + m[2][int(m[1]) :], entry[1])
     parameters = [_PARAMETER.fullmatch(line.strip()) for line in entry[2].split(",") if line.strip()]
@@ -151,6 +160,7 @@ def _kernel(text: str, entry: re.Match[str]) -> tuple[Kernel, int]:
     sizes = [_bytes(parameter[1]) * int(parameter[3] or 1) for parameter in found]
     kernel = Kernel(name, sizes, int(entry[3] or 1024))
     kernel.symbols = {parameter[2]: f"parameters[{i}]" for i, parameter in enumerate(found)}
+    kernel.symbols |= dict.fromkeys(dynamic, "dynamic")  # all begin at one place
     at, line = entry.end(), text.count("\n", 0, entry.end()) + 1
     for statement, end in _statements(text, at):
         line += text.count("\n", at, end)

@@ -133,6 +133,10 @@ class Shim:
         """Whether the GPU has clusters of blocks (sm_90 and later)."""
         self._library.set_clusters(int(has))
 
+    def set_shared(self, bytes_: int) -> None:
+        """How much shared memory a block may ask for: 48 KiB at least, on sm_90 227 KiB."""
+        self._library.set_shared(bytes_)
+
     def call(self, name: str, *arguments: Tensor | float | None) -> None:
         values = [
             ctypes.c_void_p(argument.data_ptr())
