@@ -1,9 +1,9 @@
 #pragma once
 // The kernels of beam_step and sample_step, in two launches. The first reads every row of logits once, for its
 // log-sum-exp, and looks up the beams' children. The second numbers a query's candidates, beam after beam and child
-// after child, and cuts them into slices: a block finds the best of a slice, and the block that ends last the best of
-// all. `Args` are BeamStepArgs or SampleStepArgs; while sampling the first launch also finds the best child of each
-// beam, which all its children's keys need.
+// after child, and cuts them into slices, one a block. A team of blocks finds the best of its slices (top_keys.cuh),
+// and the team that ends last, where there are several, the best of all. `Args` are BeamStepArgs or SampleStepArgs;
+// while sampling the first launch also finds the best child of each beam, which all its children's keys need.
 #include <cmath>
 
 #include "../trie/trie_warp.cuh"
@@ -112,25 +112,24 @@ __global__ void __launch_bounds__(kReaders + 32, 8)
 // its share of the best beams. Leaves the tile loaded that the beams end with.
 template <typename Args>
 __device__ __forceinline__ void push_candidates(TopKeys& top, const Tile<Args>& tile, const Args& a, const Workspace& w,
-                                                std::int64_t query, std::uint32_t slice, std::uint32_t slices) {
+                                                int query, std::uint32_t slice, std::uint32_t slices) {
   constexpr int n = kRound / kSliceThreads;
-  const std::uint64_t stride = static_cast<std::uint64_t>(slices) * kSliceThreads;
+  const std::uint32_t stride = slices * kSliceThreads;
   std::uint32_t first = 0;
-  for (std::int64_t beam = 0; beam < a.width; beam += tile.size) {
+  for (int beam = 0; beam < a.width; beam += tile.size) {
     if (a.width > tile.size) load_tile(tile, a, w.beams, w.sums, w.most, w.splits, query, beam, first);
     const std::uint32_t next = tile.begin[tile.size], stripe = first / kSliceThreads;
     // The last of the slice's stripes that begins at the tile's first candidate or before, or its first one.
-    std::uint64_t from = (stripe < slice ? slice : stripe - (stripe - slice) % slices) * std::uint64_t(kSliceThreads);
+    std::uint32_t from = (stripe < slice ? slice : stripe - (stripe - slice) % slices) * kSliceThreads;
     for (; first < next && from < next; from += n * stride) {
       std::uint32_t candidate[n];
       bool inside[n];
       Key keys[n];
 #pragma unroll
       for (int i = 0; i < n; ++i) {
-        const std::uint64_t number = from + i * stride + threadIdx.x;
+        const std::uint32_t number = from + i * stride + threadIdx.x;
         inside[i] = number >= first && number < next;
-        candidate[i] =
-            inside[i] ? static_cast<std::uint32_t>(number) : first;  // evaluated in vain: cheaper than a branch
+        candidate[i] = inside[i] ? number : first;  // evaluated in vain: cheaper than a branch
       }
       const auto c = evaluate(a, tile, query, beam, candidate);
 #pragma unroll
@@ -141,11 +140,11 @@ __device__ __forceinline__ void push_candidates(TopKeys& top, const Tile<Args>& 
   }
 }
 
-// Pushes the keys of every slice's list, one list a warp at a time.
-__device__ __forceinline__ void push_lists(TopKeys& top, const Workspace& w, std::int64_t query, std::int64_t slices) {
+// Pushes the keys of the lists that are this block's among its team, one list a warp at a time.
+__device__ __forceinline__ void push_lists(TopKeys& top, const Workspace& w, int query, int slices) {
   constexpr int n = kRound / kSliceThreads, kWarps = kSliceThreads / 32;
-  for (std::int64_t first = 0; first < slices; first += kWarps) {
-    const std::int64_t slice = first + warp_id();
+  for (int first = 0; first < slices; first += kWarps * top.team.size) {
+    const int slice = first + warp_id() * top.team.size + top.team.rank;
     const int count = slice < slices ? static_cast<int>(w.counts[query * w.slices + slice]) : 0;
     const Key* list = w.lists + (query * (w.slices + 1) + slice) * w.stride;
     for (int place = lane_id(); place - lane_id() < w.limit; place += n * 32) {
@@ -157,13 +156,57 @@ __device__ __forceinline__ void push_lists(TopKeys& top, const Workspace& w, std
   }
 }
 
-// The next state from the sorted keys.
+// Whether all other teams of the query have done what comes before; the last team then sees it.
+__device__ __forceinline__ bool is_last_team(const Team& team, unsigned* done, std::int64_t teams, bool* last) {
+  if (team.size == 1) return is_last_block(done, teams, last);
+  team.sync();
+  if (team.rank == 0 && threadIdx.x == 0) {
+    const bool is_last = count_and_share(done) == teams - 1;
+#pragma unroll
+    for (int block = 0; block < kCluster; ++block) *shared_of(last, block) = is_last;
+  }
+  team.sync();
+  return *last;
+}
+
+// Leaves what is best of all teams to the last one, which returns true; the others are done.
+template <bool in_shared>
+__device__ __forceinline__ bool merge_teams(TopKeys& top, const Workspace& w, int query, int team, int teams,
+                                            bool* last) {
+  const int slices = teams * top.team.size, slice = team * top.team.size + top.team.rank;
+  Key* lists = w.lists + query * (w.slices + 1) * w.stride;
+  // For short lists it costs more than it spares the last team.
+  const Key share = top.shrink(w.want > kSliceThreads ? static_cast<int>(ceil_div(w.want, teams)) : 0);
+  if (in_shared)
+    for (int i = static_cast<int>(threadIdx.x); i < top.used; i += kSliceThreads)
+      lists[slice * w.stride + i] = top.keys[i];
+  if (threadIdx.x == 0) {
+    w.counts[query * w.slices + slice] = top.used;
+    w.bounds[query * w.slices + slice] = top.bound;
+    w.shares[query * w.slices + slice] = share;
+  }
+  if (!is_last_team(top.team, &w.done[query], teams, last)) return false;
+  // `want` keys reach the largest of the teams' bounds, and the smallest of their shares.
+  const bool mine = static_cast<int>(threadIdx.x) < slices;
+  const Key bound = mine ? w.bounds[query * w.slices + threadIdx.x] : 0;
+  const Key least_share = mine ? w.shares[query * w.slices + threadIdx.x] : ~Key(0);
+  const auto larger = [](Key x, Key y) { return x > y ? x : y; };
+  const auto smaller = [](Key x, Key y) { return x < y ? x : y; };
+  if (!in_shared) top.keys = lists + w.slices * w.stride;
+  top.clear(larger(block_reduce<kSliceThreads>(bound, top.shared->key_scratch, larger),
+                   block_reduce<kSliceThreads>(least_share, top.shared->key_scratch, smaller)));
+  push_lists(top, w, query, slices);
+  top.gather();
+  return true;
+}
+
+// The next state: this block's share of the sorted keys, and of the empty slots.
 template <typename Args>
-__device__ __forceinline__ void write(const Key* keys, int count, const Tile<Args>& tile, const Args& a, const Workspace& w,
-                                      std::int64_t query) {
+__device__ __forceinline__ void write(const Team& team, const TopKeys::Share& share, const Tile<Args>& tile,
+                                      const Args& a, const Workspace& w, int query) {
   const std::int64_t out = query * a.beam_width;
-  for (std::int64_t slot = threadIdx.x; slot < a.beam_width; slot += kSliceThreads) {
-    if (slot < count) continue;
+  for (std::int64_t slot = share.count + team.rank * kSliceThreads + threadIdx.x; slot < a.beam_width;
+       slot += team.size * kSliceThreads) {
     a.out_scores[out + slot] = -INFINITY;
     a.out_tokens[out + slot] = -1;
     a.out_parents[out + slot] = 0;
@@ -174,11 +217,11 @@ __device__ __forceinline__ void write(const Key* keys, int count, const Tile<Arg
     }
   }
   std::uint32_t first = 0;
-  for (std::int64_t beam = 0; beam < a.width; beam += tile.size) {
+  for (int beam = 0; beam < a.width; beam += tile.size) {
     if (a.width > tile.size) load_tile(tile, a, w.beams, w.sums, w.most, w.splits, query, beam, first);
     const std::uint32_t next = tile.begin[tile.size];
-    for (std::int64_t slot = threadIdx.x; slot < count; slot += kSliceThreads) {
-      const std::uint32_t candidate[1] = {static_cast<std::uint32_t>(~keys[slot])};
+    for (int slot = share.begin + static_cast<int>(threadIdx.x); slot < share.end; slot += kSliceThreads) {
+      const std::uint32_t candidate[1] = {static_cast<std::uint32_t>(~share.keys[slot])};
       if (candidate[0] < first || candidate[0] >= next) continue;
       const auto c = evaluate(a, tile, query, beam, candidate);
       a.out_scores[out + slot] = c.score[0];
@@ -194,53 +237,36 @@ __device__ __forceinline__ void write(const Key* keys, int count, const Tile<Arg
   }
 }
 
-// One block a slice of a query's candidates, as many slices as the candidates fill; blocks beyond them end at once.
-// Symbols are read once and coalesced; logits were read by the launch before and come from the L2 cache.
+// A query's candidates go to a block, if they are few, or to a cluster, or to as many clusters as they fill; blocks
+// beyond them end at once. Without clusters blocks take their places. Symbols are read once and coalesced; logits were
+// read by the launch before and come from the L2 cache.
 template <bool in_shared, typename Args>
 __global__ void __launch_bounds__(kSliceThreads, in_shared ? 2 : 1)
     slices_kernel(const __grid_constant__ Args a, const __grid_constant__ Workspace w) {
   auto& shared = *static_cast<SliceShared*>(dynamic_shared());
   const Tile<Args> tile(&shared + 1, shared.tile_scratch, w.tile);
   Key* buffer = reinterpret_cast<Key*>(reinterpret_cast<char*>(&shared + 1) + Tile<Args>::bytes(w.tile));
-  const std::int64_t query = blockIdx.x % a.batch, slice = blockIdx.x / a.batch;  // slices that have work come first
+  const int rank = static_cast<int>(blockIdx.x % w.cluster);
+  if (!kHasClusters && rank > 0) return;
+  const int number = static_cast<int>(blockIdx.x) / w.cluster, batch = static_cast<int>(a.batch);
+  const int query = number % batch, team = number / batch;
   std::uint64_t sum = 0;
-  for (std::int64_t beam = 0; beam < a.width; beam += tile.size)
+  for (int beam = 0; beam < a.width; beam += tile.size)
     sum += load_tile(tile, a, w.beams, w.sums, w.most, w.splits, query, beam, sum);
-  const std::int64_t slices = clamp(ceil_div(candidate_number(sum), w.least), 1, w.slices);
-  if (slice >= slices) return;
+  const std::uint32_t candidates = candidate_number(sum);
+  const Team mine{kHasClusters && in_shared && candidates > w.few ? w.cluster : 1, rank};
+  const int teams = static_cast<int>(teams_of(w, candidates, mine.size));
+  if (rank >= mine.size || team >= teams) return;
 
-  Key* lists = w.lists + query * (w.slices + 1) * w.stride;
-  Key* list = lists + slice * w.stride;
-  TopKeys top{in_shared ? buffer : list, w.capacity, w.want, w.limit, &shared.top, 0, 0};
+  const int slices = teams * mine.size, slice = team * mine.size + rank;
+  if (!in_shared) buffer = w.lists + (query * (w.slices + 1) + slice) * w.stride;
+  TopKeys top{buffer, w.capacity, w.want, w.limit, &shared.top, mine};
   top.clear(0);
   push_candidates(top, tile, a, w, query, static_cast<std::uint32_t>(slice), static_cast<std::uint32_t>(slices));
-  top.settle();
-  if (slices > 1) {
-    // For short lists it costs more than it spares the last block.
-    const int even_share = static_cast<int>(ceil_div(w.want, slices));
-    const Key share = w.want > kSliceThreads ? top.reached_by(even_share) : 0;
-    if (in_shared)
-      for (int i = static_cast<int>(threadIdx.x); i < top.used; i += kSliceThreads) list[i] = top.keys[i];
-    if (threadIdx.x == 0) {
-      w.counts[query * w.slices + slice] = top.used;
-      w.bounds[query * w.slices + slice] = top.bound;
-      w.shares[query * w.slices + slice] = share;
-    }
-    if (!is_last_block(&w.done[query], slices, &shared.last)) return;
-    // `want` keys reach the largest of the slices' bounds, and the smallest of their shares.
-    const bool mine = threadIdx.x < slices;
-    const Key bound = mine ? w.bounds[query * w.slices + threadIdx.x] : 0;
-    const Key least_share = mine ? w.shares[query * w.slices + threadIdx.x] : ~Key(0);
-    const auto larger = [](Key x, Key y) { return x > y ? x : y; };
-    const auto smaller = [](Key x, Key y) { return x < y ? x : y; };
-    if (!in_shared) top.keys = lists + w.slices * w.stride;
-    top.clear(larger(block_reduce<kSliceThreads>(bound, shared.top.key_scratch, larger),
-                     block_reduce<kSliceThreads>(least_share, shared.top.key_scratch, smaller)));
-    push_lists(top, w, query, slices);
-    top.settle();
-  }
-  const Key* keys = top.sorted();
-  write(keys, top.used < w.want ? top.used : w.want, tile, a, w, query);
+  top.gather();
+  if (teams > 1 && !merge_teams<in_shared>(top, w, query, team, teams, &shared.last)) return;
+  const TopKeys::Share share = top.sorted();
+  write(mine, share, tile, a, w, query);
 }
 
 template <typename D, typename Args>
@@ -257,7 +283,7 @@ int launch_step(const Args& a, void* workspace, CUstream_st* stream) {
                     : a.logit_type == LogitType::bfloat16 ? launch_rows<BFloat16>(a, w, stream)
                                                           : launch_rows<Float16>(a, w, stream);
   if (error) return error;
-  const Grid grid{a.batch * w.slices, kSliceThreads, 1, w.shared_bytes};
+  const Grid grid{a.batch * w.slices, kSliceThreads, w.cluster, w.shared_bytes};
   return launch(w.in_shared ? slices_kernel<true, Args> : slices_kernel<false, Args>, grid, stream, a, w);
 }
 

@@ -36,8 +36,8 @@ struct alignas(16) Beam {
   float score;
 };
 
-constexpr std::uint32_t kMaxCandidate =
-    0xfffffffe;  // numbers above it are cut off: nodes are fewer, unless beams repeat
+// Numbers above it are cut off: nodes are fewer, unless beams repeat. A round's strides above it fit 32 bits.
+constexpr std::uint32_t kMaxCandidate = 0xffefffff;
 
 __device__ __forceinline__ std::uint32_t candidate_number(std::uint64_t number) {
   return number < kMaxCandidate ? static_cast<std::uint32_t>(number) : kMaxCandidate;
@@ -58,10 +58,10 @@ struct Perturbed {
 // memory.
 template <typename Args>
 struct Tile {
-  TileBeam* beams;        // [size]
-  Perturbed* perturbed;   // [size], while sampling
-  std::uint32_t* begin;   // [size + 1] number of each beam's first candidate, at most kMaxCandidate
-  std::uint64_t* scratch; // [kSliceThreads / 32]
+  TileBeam* beams;         // [size]
+  Perturbed* perturbed;    // [size], while sampling
+  std::uint32_t* begin;    // [size + 1] number of each beam's first candidate, at most kMaxCandidate
+  std::uint64_t* scratch;  // [kSliceThreads / 32]
   int size;
 
   static constexpr std::int64_t kBeamBytes =
@@ -92,8 +92,8 @@ struct Tile {
 // beams that follow one another.
 template <typename Args>
 __device__ __forceinline__ std::uint64_t load_tile(const Tile<Args>& tile, const Args& a, const Beam* beams,
-                                                   const LogSumExp* sums, const float* most, int splits,
-                                                   std::int64_t query, std::int64_t beam, std::uint64_t first) {
+                                                   const LogSumExp* sums, const float* most, int splits, int query,
+                                                   int beam, std::uint64_t first) {
   const int each = tile.size / kSliceThreads, mine = static_cast<int>(threadIdx.x) * each;
   std::uint64_t count = 0;
   __syncthreads();  // whoever read the tile before is done
@@ -102,7 +102,7 @@ __device__ __forceinline__ std::uint64_t load_tile(const Tile<Args>& tile, const
     Beam b{0, 0, -1, 0.f};
     LogSumExp s{-INFINITY, 0.f};
     const bool inside = beam + i < a.width;
-    const std::int64_t at = query * a.width + beam + i;
+    const std::int64_t at = query * a.width + (beam + i);
     if (inside) {
       b = beams[at];
       for (int split = 0; split < splits; ++split) s = merge(s, sums[at * splits + split]);
@@ -137,7 +137,7 @@ __device__ __forceinline__ Key key_of(float value, std::uint32_t candidate) {
 template <int n>
 struct Candidates {
   std::int32_t beam[n];  // of the tile
-  std::int64_t node[n];
+  std::uint32_t node[n];
   std::int32_t token[n];   // -1: a finished beam
   float score[n], key[n];  // key = score / length factor, or the perturbed score
   float logp[n];           // of the token, while sampling
@@ -145,24 +145,22 @@ struct Candidates {
 
 // n candidates of the tile at once, so that the reads of each stage are in flight together.
 template <int n, typename Args>
-__device__ __forceinline__ Candidates<n> evaluate(const Args& a, const Tile<Args>& tile, std::int64_t query,
-                                                  std::int64_t tile_beam, const std::uint32_t (&candidate)[n]) {
+__device__ __forceinline__ Candidates<n> evaluate(const Args& a, const Tile<Args>& tile, int query, int tile_beam,
+                                                  const std::uint32_t (&candidate)[n]) {
   const TrieView& t = a.trie;
   Candidates<n> c;
-  TileBeam parent[n];
   std::uint32_t symbol[n];
   float logit[n];
   std::int64_t offset[n];
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     c.beam[i] = tile.beam_of(candidate[i]);
-    parent[i] = tile.beams[c.beam[i]];
-    c.node[i] = static_cast<std::int64_t>(parent[i].first) + (candidate[i] - tile.begin[c.beam[i]]);
+    c.node[i] = tile.beams[c.beam[i]].first + (candidate[i] - tile.begin[c.beam[i]]);
   }
   if (t.live_nodes.bits) {
 #pragma unroll
     for (int i = 0; i < n; ++i)
-      if (parent[i].level >= 0) c.node[i] = node_at(t, c.node[i]);
+      if (tile.beams[c.beam[i]].level >= 0) c.node[i] = static_cast<std::uint32_t>(node_at(t, c.node[i]));
   }
   if (t.wide) {
 #pragma unroll
@@ -173,7 +171,7 @@ __device__ __forceinline__ Candidates<n> evaluate(const Args& a, const Tile<Args
   }
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    const int level = parent[i].level;
+    const int level = tile.beams[c.beam[i]].level;
     c.token[i] = level < 0 ? -1 : token_of(t, level, symbol[i]);
     offset[i] = query * a.stride_batch + (tile_beam + c.beam[i]) * a.stride_beam +
                 (a.level < 0 ? c.token[i] : static_cast<std::int32_t>(symbol[i]));
@@ -196,19 +194,19 @@ __device__ __forceinline__ Candidates<n> evaluate(const Args& a, const Tile<Args
   for (int i = 0; i < n; ++i) {
     if constexpr (kSamples<Args>) {
       const Perturbed p = tile.perturbed[c.beam[i]];
-      c.logp[i] = c.token[i] < 0 ? 0.f : token_logp(a, logit[i], parent[i].lse);
-      c.score[i] = parent[i].score + c.logp[i];
+      c.logp[i] = c.token[i] < 0 ? 0.f : token_logp(a, logit[i], tile.beams[c.beam[i]].lse);
+      c.score[i] = tile.beams[c.beam[i]].score + c.logp[i];
       c.key[i] = p.score;
       if (c.token[i] >= 0) {
-        const float own = own_score(a, query, parent[i].score, c.logp[i], c.node[i]);
+        const float own = own_score(a, query, tile.beams[c.beam[i]].score, c.logp[i], c.node[i]);
         c.key[i] = p.score == INFINITY ? own : conditioned(p.score, fminf(own, p.most), p.most);
       }
       continue;
     }
-    const float logp = logit[i] - parent[i].lse;
+    const float logp = logit[i] - tile.beams[c.beam[i]].lse;
     const float step = c.token[i] < 0 ? 0.f : logp > 0.f ? 0.f : logp;  // no child is above its parent, rounding or not
-    c.score[i] = parent[i].score + step;
-    const int level = parent[i].level;
+    c.score[i] = tile.beams[c.beam[i]].score + step;
+    const int level = tile.beams[c.beam[i]].level;
     const float factor = a.length_factor[level < 0 ? -1 - level : level + 1];
     c.key[i] = factor == 1.f ? c.score[i] : c.score[i] / factor;  // mostly there is no penalty, and a division is slow
   }

@@ -28,11 +28,13 @@ struct Workspace {
   unsigned* counts;                    // [batch, slices] keys in each list
   unsigned* done;                      // [batch] slices that are finished
   std::int64_t bytes;                  // of all this
-  std::int64_t slices, least, stride;  // at most so many slices, of at least so many candidates
+  std::int64_t slices, least, stride;  // at most so many slices, whole clusters, of at least so many candidates
   int splits, want, limit, capacity;
-  int tile;          // beams that a block holds
-  bool in_shared;    // the buffers that keys are gathered in; else they are in global memory
-  int shared_bytes;  // of a block of slices
+  int cluster;        // blocks that come together, 1 or kCluster
+  std::uint32_t few;  // so many candidates are one block's
+  int tile;           // beams that a block holds
+  bool in_shared;     // the buffers that keys are gathered in; else they are in global memory
+  int shared_bytes;   // of a block of slices
 };
 
 // What a block of slices has in shared memory before its tile and its buffer.
@@ -53,7 +55,7 @@ void share(Workspace& w, std::int64_t width) {
   const std::int64_t most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const auto bytes = [&](std::int64_t tile) {
     return static_cast<std::int64_t>(sizeof(SliceShared)) + Tile<Args>::bytes(tile) +
-           (w.in_shared ? w.capacity * static_cast<std::int64_t>(sizeof(Key)) : 0);
+           (w.in_shared ? (w.capacity + w.limit) * static_cast<std::int64_t>(sizeof(Key)) : 0);
   };
   w.in_shared = true;
   w.in_shared = bytes(kSliceThreads) <= most;
@@ -68,6 +70,12 @@ std::int64_t slice_blocks(const Workspace& w) {
   const int most = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   const int each = w.in_shared && 2 * w.shared_bytes + kReserved <= most ? 2 : 1;
   return static_cast<std::int64_t>(each) * device_attribute(cudaDevAttrMultiProcessorCount);
+}
+
+// Teams of `size` blocks that share so many candidates.
+__host__ __device__ inline std::int64_t teams_of(const Workspace& w, std::int64_t candidates, int size) {
+  if (size > 1 && candidates <= static_cast<std::int64_t>(size) * w.capacity) return 1;
+  return clamp(ceil_div(candidates, size * w.least), 1, w.slices / w.cluster);
 }
 
 // Sizes follow from shapes and the device, which the host knows alone.
@@ -86,12 +94,17 @@ Workspace lay_out(const Args& a, void* memory) {
   w.splits = a.lse || kSamples<Args> ? 1 : static_cast<int>(clamp(useful, 1, spare_blocks));
   w.want = static_cast<int>(clamp(candidates, 1, a.beam_width < kMaxWidth ? a.beam_width : kMaxWidth));
   w.limit = w.want + (w.want > 64 ? w.want / 2 : 32);
-  w.capacity = w.limit + (w.limit > kRound ? w.limit : kRound);
-  if (w.capacity < kBufferKeys) w.capacity = kBufferKeys;
+  w.capacity = w.limit + kRound > kBufferKeys ? w.limit + kRound : kBufferKeys;
   share<Args>(w, a.width);
-  w.stride = w.in_shared ? w.limit : w.capacity;
-  w.least = w.limit > kRound / 4 ? 4 * static_cast<std::int64_t>(w.limit) : kRound;
-  w.slices = clamp(ceil_div(candidates, w.least), 1, clamp(slice_blocks(w) / a.batch, 8, kMaxSlices));
+  w.few = w.want > kSliceThreads ? kSliceThreads : kRound;
+  w.cluster = w.in_shared && candidates > w.few && device_has_clusters() ? kCluster : 1;
+  w.stride = w.in_shared ? w.limit : w.capacity + w.limit;
+  const bool wide = w.limit > kRound / 4;
+  w.least = !wide ? kRound : w.cluster == 1 ? 4 * std::int64_t{w.limit} : w.limit > kRound ? w.limit : kRound;
+  // At least a cluster, or, where there are none, 8 blocks.
+  const std::int64_t most = clamp(slice_blocks(w) / a.batch / w.cluster, kCluster / w.cluster, kMaxSlices / w.cluster);
+  w.slices = most * w.cluster;
+  w.slices = teams_of(w, candidates, w.cluster) * w.cluster;
   const auto take = [&](auto*& array, std::int64_t size) {
     array =
         reinterpret_cast<std::remove_reference_t<decltype(array)>>(reinterpret_cast<std::uintptr_t>(memory) + w.bytes);

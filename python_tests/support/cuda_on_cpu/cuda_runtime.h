@@ -122,8 +122,8 @@ T atomicAdd(T* at, T value) {
 namespace cuda_on_cpu {
 inline unsigned block_order = 0;  // as Block::order
 inline bool has_clusters = true;
-constexpr int kSharedBytes = 48 << 10;       // of a block, without asking for more
-inline int most_shared_bytes = 227 << 10;    // that it may ask for
+constexpr int kSharedBytes = 48 << 10;        // of a block, without asking for more
+inline int most_shared_bytes = 227 << 10;     // that it may ask for
 inline std::map<const void*, int> asked_for;  // by kernel
 
 // The index of the cluster's first block, and the number of the one that runs. Each has shared memory of its own. That
@@ -194,9 +194,13 @@ inline void enter_block(unsigned number) {
 }
 }  // namespace cuda_on_cpu
 
-inline void* __cluster_map_shared_rank(void* p, unsigned rank) {
+inline void* __cluster_map_shared_rank(void* p, unsigned rank, int line = __builtin_LINE()) {
   using namespace cuda_on_cpu;
   if (rank == entered) return p;
+  const auto fibers = block.fibers.begin() + rank * block.threads;
+  const auto ended = [](const Fiber& fiber) { return fiber.state == State::ended; };
+  if (!started[rank] || std::all_of(fibers, fibers + block.threads, ended))
+    leave(State::failed, "memory of a block that has not begun, or has ended,", line);
   const SharedMemory own = dynamics.size ? dynamics[entered] : shared;
   const Memories& others = dynamics.size ? dynamics : copies;
   return others.size ? others[rank].begin + (static_cast<char*>(p) - own.begin) : p;
