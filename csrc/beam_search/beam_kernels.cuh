@@ -40,6 +40,7 @@ template <typename D, typename Args>
 __global__ void __launch_bounds__(kReaders + 32, 8)
     rows_kernel(const __grid_constant__ Args a, const __grid_constant__ Workspace w) {
   __shared__ LogSumExp parts[kReaders / 32];
+  let_next_launch_begin();
   const TrieView& t = a.trie;
   const std::int64_t at = blockIdx.x / w.splits;
   const int split = static_cast<int>(blockIdx.x % w.splits);
@@ -250,6 +251,7 @@ __global__ void __launch_bounds__(kSliceThreads, in_shared ? 2 : 1)
   if (!kHasClusters && rank > 0) return;
   const int number = static_cast<int>(blockIdx.x) / w.cluster, batch = static_cast<int>(a.batch);
   const int query = number % batch, team = number / batch;
+  wait_for_launch_before();
   std::uint64_t sum = 0;
   for (int beam = 0; beam < a.width; beam += tile.size)
     sum += load_tile(tile, a, w.beams, w.sums, w.most, w.splits, query, beam, sum);
@@ -283,7 +285,7 @@ int launch_step(const Args& a, void* workspace, CUstream_st* stream) {
                     : a.logit_type == LogitType::bfloat16 ? launch_rows<BFloat16>(a, w, stream)
                                                           : launch_rows<Float16>(a, w, stream);
   if (error) return error;
-  const Grid grid{a.batch * w.slices, kSliceThreads, w.cluster, w.shared_bytes};
+  const Grid grid{a.batch * w.slices, kSliceThreads, w.cluster, w.shared_bytes, true};
   return launch(w.in_shared ? slices_kernel<true, Args> : slices_kernel<false, Args>, grid, stream, a, w);
 }
 

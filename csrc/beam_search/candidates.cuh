@@ -97,7 +97,7 @@ __device__ __forceinline__ std::uint64_t load_tile(const Tile<Args>& tile, const
   const int each = tile.size / kSliceThreads, mine = static_cast<int>(threadIdx.x) * each;
   std::uint64_t count = 0;
   __syncthreads();  // whoever read the tile before is done
-#pragma unroll 4
+#pragma unroll 2
   for (int i = mine; i < mine + each; ++i) {
     Beam b{0, 0, -1, 0.f};
     LogSumExp s{-INFINITY, 0.f};

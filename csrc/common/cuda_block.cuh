@@ -15,9 +15,18 @@ struct Grid {
   int threads;
   int cluster = 1;       // blocks that follow one another and run at the same time
   int shared_bytes = 0;  // of memory at dynamic_shared()
+  bool early = false;    // may begin before the launch before has ended: the kernel calls wait_for_launch_before()
 };
 
 constexpr int kPlainSharedBytes = 48 << 10;  // of a block, unless its kernel asks for more
+
+// Whether the code that the current device runs of a kernel is that for sm_90 or later: it may have been compiled for
+// an earlier GPU.
+template <typename... Parameters>
+bool is_for_sm_90(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes{};
+  return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
+}
 
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), const Grid& grid, CUstream_st* stream, const Arguments&... arguments) {
@@ -26,17 +35,26 @@ int launch(void (*kernel)(Parameters...), const Grid& grid, CUstream_st* stream,
     const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
     if (error) return error;
   }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2]{};
+  unsigned count = 0;
+  if (grid.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[count++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(grid.cluster);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
+  if (grid.early && is_for_sm_90(kernel)) {
+    cudaLaunchAttribute& attribute = attributes[count++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid.blocks));
   config.blockDim = dim3(static_cast<unsigned>(grid.threads));
   config.dynamicSmemBytes = static_cast<std::size_t>(grid.shared_bytes);
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = grid.cluster > 1;
+  config.attrs = attributes;
+  config.numAttrs = count;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
@@ -118,6 +136,17 @@ __device__ __forceinline__ bool is_last_block(unsigned* done, std::int64_t block
   __syncthreads();
   return *last;
 }
+
+// let_next_launch_begin(): an early launch after this one may begin, once all blocks have called it or ended.
+// wait_for_launch_before() returns once that one has ended, and what it wrote is seen: before, an early launch must
+// neither read that nor write anything. Before sm_90 both do nothing, and no launch is early.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void let_next_launch_begin() { cudaTriggerProgrammaticLaunchCompletion(); }
+__device__ __forceinline__ void wait_for_launch_before() { cudaGridDependencySynchronize(); }
+#else
+__device__ __forceinline__ void let_next_launch_begin() {}
+__device__ __forceinline__ void wait_for_launch_before() {}
+#endif
 
 // Clusters: a block's own number in its cluster is known from its index. Code for GPUs before sm_90, which have no
 // clusters, compiles too and must not be run in one.

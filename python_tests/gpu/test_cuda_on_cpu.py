@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,14 @@ def assert_matches_cpu(
         shim.set_order(*order)
         assert_states_equal(shim.beam_step(logits, state, index, width, **options), expected)
     return expected
+
+
+@pytest.fixture
+def without_clusters(shim: Shim) -> Iterator[Shim]:
+    """For what the first kernel does: a cluster's blocks take time."""
+    shim.set_clusters(False)
+    yield shim
+    shim.set_clusters(True)
 
 
 @settings(max_examples=60)
@@ -136,7 +145,7 @@ def test_signed_zeros_tie(shim: Shim) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [1601, 1602, 1604, 1607])
-def test_strides_and_alignment(shim: Shim, dtype: torch.dtype, columns: int) -> None:
+def test_strides_and_alignment(without_clusters: Shim, dtype: torch.dtype, columns: int) -> None:
     """Rows that begin anywhere in 16 bytes, of one batch or with gaps between, and one row shared by all beams."""
     index = wide_index()
     state = state_of(-torch.arange(4.0).reshape(2, 2) / 2, torch.tensor([[1, 2], [6, 5]]))
@@ -148,7 +157,7 @@ def test_strides_and_alignment(shim: Shim, dtype: torch.dtype, columns: int) -> 
     views.append(shifted.transpose(1, 2)[2, ..., :columns].transpose(0, 1))
     views.append(storage[0, :1, :1, :columns].expand(2, 2, columns))
     for logits in views:
-        assert_matches_cpu(shim, logits, state, index, 30)
+        assert_matches_cpu(without_clusters, logits, state, index, 30)
 
 
 def test_rows_that_end_beams(shim: Shim) -> None:
@@ -256,6 +265,16 @@ def test_shim_tells_faults(shim: Shim) -> None:
     for kind, bad in (("divergent_barrier", values), ("early_exit", values - 1), ("divergent_shuffle", values)):
         with pytest.raises(RuntimeError, match="barrier not reached by every thread"):
             shim.fault(kind, bad)
+
+
+def test_shim_tells_what_an_early_launch_must_not_do(shim: Shim) -> None:
+    """Neither read what the launch before writes until it waits for that one, nor end without having waited."""
+    values = torch.arange(64, dtype=torch.int32)
+    shim.set_order(0, 0)
+    assert torch.equal(shim.fault("early", values), 2 * values + 1)
+    assert shim.fault("too_early", values)[0] == 778  # the first thread to wait runs the launch before
+    with pytest.raises(RuntimeError, match="has not waited for the one before"):
+        shim.fault("never_waiting", values)
 
 
 @pytest.mark.skipif(SANITIZE in os.environ, reason="this is the sanitized run")

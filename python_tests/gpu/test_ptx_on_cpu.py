@@ -142,6 +142,7 @@ CASES: list[tuple[str, list[int], int]] = [
     ("st.shared.u32 [space+4], 6; cvta.shared.u64 %a, 4; ld.u32 %rd, [%a]", [], 6),
     ("st.shared.u32 [space+4], 6; cvta.shared.u64 %a, 4; mapa.u64 %b, %a, 0; ld.u32 %rd, [%b]", [], 6),
     ("barrier.cluster.arrive; barrier.cluster.wait; membar.gl; mov.u32 %rd, 1", [], 1),
+    ("griddepcontrol.launch_dependents; griddepcontrol.wait; mov.u32 %rd, 1", [], 1),
     ("{ .reg .b32 %tmp; mov.u32 %tmp, 4; mov.u32 %rd, %tmp; } mov.u32 %ra, 1", [], 4),
 ]
 
@@ -243,7 +244,7 @@ FAULTS: dict[str, tuple[tuple[str, str], str, str, str | None]] = {
     "next element": (ROW_LSE, r"(ld\.global\.f32\s+%f\d+, \[%rd\d+)", r"\1+4", None),
     "misaligned": (ROW_LSE, r"(ld\.global\.nc\.v4\.u32[^\[]*\[%rd\d+)", r"\1+4", "ld.global.nc.v4.u32 at line"),
     "past shared memory": (ROW_LSE, r"(ld\.shared\.f32\s+%f\d+, \[%r\d+)\]", r"\1+256]", "ld.shared.f32 at line"),
-    "no wait for the cluster": (CLUSTERS, r"(.*)barrier\.cluster\.wait;", r"\1", None),
+    "no wait for the cluster": (CLUSTERS, r"(.*)barrier\.cluster\.wait;", r"\1", "a block that has not begun"),
     "another block's memory": (CLUSTERS, r"(mapa\.u64\s+%rd\d+, %rd\d+), %r\d+", r"\1, 1", None),
     "arrives once": (CLUSTERS, r"(.*)barrier\.cluster\.arrive;", r"\1", "wait for the cluster without an arrival"),
 }

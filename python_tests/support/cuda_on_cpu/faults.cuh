@@ -42,4 +42,23 @@ __global__ void divergent_shuffle_kernel(const int* values, int* out) {
   out[threadIdx.x] = value;
 }
 
+// Two launches: out = 2 * values, then 1 more, by an early launch.
+__global__ void doubled_kernel(const int* values, int* out) {
+  let_next_launch_begin();
+  out[threadIdx.x] = 2 * values[threadIdx.x];
+}
+
+__global__ void early_kernel(const int*, int* out) {
+  wait_for_launch_before();
+  ++out[threadIdx.x];
+}
+
+__global__ void too_early_kernel(const int*, int* out) {
+  const int before = out[threadIdx.x];
+  wait_for_launch_before();
+  out[threadIdx.x] = before + 1;
+}
+
+__global__ void never_waiting_kernel(const int*, int* out) { ++out[threadIdx.x]; }
+
 }  // namespace raddpo::cuda

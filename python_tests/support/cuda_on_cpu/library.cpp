@@ -16,15 +16,23 @@ using namespace raddpo;
 
 namespace {
 
+std::vector<std::unique_ptr<std::uint8_t[]>> workspaces;  // until the call's launches have run
+
+// As full of garbage as a caching allocator's memory.
+std::uint8_t* workspace_of(std::int64_t bytes) {
+  if (!bytes) return nullptr;
+  workspaces.emplace_back(new std::uint8_t[bytes]);
+  std::memset(workspaces.back().get(), 0xa5, bytes);
+  return workspaces.back().get();
+}
+
 // The arguments as shim.py lays them out, which must be as the compiler does.
 template <typename T>
 int run_session_loss(const void* memory, std::int64_t size) {
   const auto& a = *static_cast<const SessionLossArgs<T>*>(memory);
   if (size != sizeof(a)) return cudaErrorInvalidValue;
-  const std::int64_t bytes = cuda::session_loss_workspace(a);
-  const std::unique_ptr<std::uint8_t[]> workspace(new std::uint8_t[bytes]);
-  std::memset(workspace.get(), 0xa5, bytes);
-  return cuda::session_loss(a, workspace.get(), nullptr);
+  std::uint8_t* workspace = workspace_of(cuda::session_loss_workspace(a));
+  return cuda::session_loss(a, workspace, nullptr);
 }
 
 template <typename T>
@@ -37,20 +45,16 @@ template <typename T>
 int run_group_advantages(const void* memory, std::int64_t size) {
   const auto& a = *static_cast<const GroupAdvantagesArgs<T>*>(memory);
   if (size != sizeof(a)) return cudaErrorInvalidValue;
-  const std::int64_t bytes = cuda::group_advantages_workspace(a);
-  const std::unique_ptr<std::uint8_t[]> workspace(bytes ? new std::uint8_t[bytes] : nullptr);
-  if (bytes) std::memset(workspace.get(), 0xa5, bytes);
-  return cuda::group_advantages(a, workspace.get(), nullptr);
+  std::uint8_t* workspace = workspace_of(cuda::group_advantages_workspace(a));
+  return cuda::group_advantages(a, workspace, nullptr);
 }
 
 template <typename T>
 int run_policy_loss(const void* memory, std::int64_t size) {
   const auto& a = *static_cast<const PolicyLossArgs<T>*>(memory);
   if (size != sizeof(a)) return cudaErrorInvalidValue;
-  const std::int64_t bytes = cuda::policy_loss_workspace(a);
-  const std::unique_ptr<std::uint8_t[]> workspace(new std::uint8_t[bytes]);
-  std::memset(workspace.get(), 0xa5, bytes);
-  return cuda::policy_loss(a, workspace.get(), nullptr);
+  std::uint8_t* workspace = workspace_of(cuda::policy_loss_workspace(a));
+  return cuda::policy_loss(a, workspace, nullptr);
 }
 
 template <typename T>
@@ -85,6 +89,13 @@ EXPORT int run_alone(const char* name, std::uint64_t in, std::uint64_t out) {
 
 void* raddpo::cuda::dynamic_shared() { return cuda_on_cpu::dynamics[cuda_on_cpu::entered].begin; }
 
+// Ends a call: runs what it has launched.
+EXPORT int finish() {
+  const int error = cuda_on_cpu::run_once(cuda_on_cpu::last_launch);
+  workspaces.clear();
+  return error;
+}
+
 EXPORT const char* last_error() { return cuda_on_cpu::block.error.c_str(); }
 
 // `sizes`: logit type, batch, width, vocab, stride_batch, stride_beam, beam_width, normalize, level.
@@ -113,10 +124,8 @@ EXPORT int beam_step(const std::uint8_t* trie, const std::int64_t* header, const
   a.out_tokens = out_tokens;
   a.out_parents = out_parents;
   a.out_nodes = out_nodes;
-  const std::int64_t bytes = cuda::beam_step_workspace(a);
-  const std::unique_ptr<std::uint8_t[]> workspace(new std::uint8_t[bytes]);
-  std::memset(workspace.get(), 0xa5, bytes);  // a caching allocator's memory is as full of garbage
-  return cuda::beam_step(a, workspace.get(), nullptr);
+  std::uint8_t* workspace = workspace_of(cuda::beam_step_workspace(a));
+  return cuda::beam_step(a, workspace, nullptr);
 }
 
 // `sizes`: logit type, batch, width, vocab, stride_batch, stride_beam, beam_width, level.
@@ -149,10 +158,8 @@ EXPORT int sample_step(const std::uint8_t* trie, const std::int64_t* header, con
   a.out_nodes = out_nodes;
   a.out_perturbed = out_perturbed;
   a.out_logps = out_logps;
-  const std::int64_t bytes = cuda::sample_step_workspace(a);
-  const std::unique_ptr<std::uint8_t[]> workspace(new std::uint8_t[bytes]);
-  std::memset(workspace.get(), 0xa5, bytes);
-  return cuda::sample_step(a, workspace.get(), nullptr);
+  std::uint8_t* workspace = workspace_of(cuda::sample_step_workspace(a));
+  return cuda::sample_step(a, workspace, nullptr);
 }
 
 // `sizes`: type, rows, size, vocab, stride_hidden, stride_weight, level, columns; `numbers`: scale, softcap.
@@ -247,10 +254,13 @@ EXPORT int trie_ranges(const std::uint8_t* trie, const std::int64_t* header, con
 
 // Runs one of the kernels of faults.cuh on values [64]; out [64].
 EXPORT int fault(int kind, const int* values, int* out) {
-  void (*const kernels[])(const int*, int*) = {cuda::reversed_kernel, cuda::missing_barrier_kernel,
+  void (*const kernels[])(const int*, int*) = {cuda::reversed_kernel,          cuda::missing_barrier_kernel,
                                                cuda::divergent_barrier_kernel, cuda::early_exit_kernel,
-                                               cuda::divergent_shuffle_kernel};
-  return cuda::launch(kernels[kind], 1, 64, nullptr, values, out);
+                                               cuda::divergent_shuffle_kernel, cuda::early_kernel,
+                                               cuda::too_early_kernel,         cuda::never_waiting_kernel};
+  const bool early = kind > 4;
+  if (early) cuda::launch(cuda::doubled_kernel, 1, 64, nullptr, values, out);
+  return cuda::launch(kernels[kind], cuda::Grid{1, 64, 1, 0, early}, nullptr, values, out);
 }
 
 // 0: a GPU without clusters.

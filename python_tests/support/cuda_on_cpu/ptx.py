@@ -84,6 +84,8 @@ _STATEMENTS = {
     "barrier.cluster.arrive.relaxed": "++current().arrivals",
     "barrier.cluster.wait": 'wait_for_cluster("barrier.cluster.wait", {line})',
     "membar.gl": "(void)0",
+    "griddepcontrol.launch_dependents": "(void)0",
+    "griddepcontrol.wait": "wait_for_launch({line})",
 }
 _TYPE = r"(?:pred|[busf](?:8|16|32|64))"
 _ENTRY = re.compile(

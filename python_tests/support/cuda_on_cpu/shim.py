@@ -146,7 +146,8 @@ class Shim:
             else ctypes.c_int64(argument or 0)
             for argument in arguments
         ]
-        code = getattr(self._library, name)(*values)
+        codes = [getattr(self._library, name)(*values), self._library.finish()]
+        code = codes[0] or codes[1]
         if code:
             raise RuntimeError(f"{name}: error {code}: {self._library.last_error().decode()}")
 
@@ -348,6 +349,7 @@ class Shim:
     def fault(self, kind: str, values: Tensor) -> Tensor:
         """Runs a kernel of faults.cuh on int32 ``[64]``."""
         kinds = ("none", "missing_barrier", "divergent_barrier", "early_exit", "divergent_shuffle")
+        kinds += ("early", "too_early", "never_waiting")
         out = torch.full_like(values, 777)
         self.call("fault", kinds.index(kind), values, out)
         return out
