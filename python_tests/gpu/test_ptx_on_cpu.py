@@ -244,8 +244,8 @@ FAULTS: dict[str, tuple[tuple[str, str], str, str, str | None]] = {
     "next element": (ROW_LSE, r"(ld\.global\.f32\s+%f\d+, \[%rd\d+)", r"\1+4", None),
     "misaligned": (ROW_LSE, r"(ld\.global\.nc\.v4\.u32[^\[]*\[%rd\d+)", r"\1+4", "ld.global.nc.v4.u32 at line"),
     "past shared memory": (ROW_LSE, r"(ld\.shared\.f32\s+%f\d+, \[%r\d+)\]", r"\1+256]", "ld.shared.f32 at line"),
-    "no wait for the cluster": (CLUSTERS, r"(.*)barrier\.cluster\.wait;", r"\1", "a block that has not begun"),
-    "another block's memory": (CLUSTERS, r"(mapa\.u64\s+%rd\d+, %rd\d+), %r\d+", r"\1, 1", None),
+    "no wait for the cluster": (CLUSTERS, r"(.*)barrier\.cluster\.wait;", r"\1", "memory of a block that"),
+    "another block's memory": (CLUSTERS, r"(mapa\.u64\s+%rd\d+, %rd\d+), %r\d+", r"\1, 1", "memory of a block that"),
     "arrives once": (CLUSTERS, r"(.*)barrier\.cluster\.arrive;", r"\1", "wait for the cluster without an arrival"),
 }
 

@@ -196,10 +196,15 @@ inline bool run_cluster(unsigned blocks, unsigned threads_of_block, const std::f
     std::reverse(warps.begin(), warps.end());
     std::reverse(lanes.begin(), lanes.end());
   }
-  for (bool progress = true; progress;) {
-    progress = false;
+  // Shuffled, one warp stands still for a few rounds, so that the others get as far ahead of it as barriers let them.
+  constexpr unsigned kRounds = 8;
+  unsigned still = threads;
+  for (unsigned round = 0, progress = 1; progress; ++round) {
+    progress = 0;
     if (block.order > 1) std::shuffle(warps.begin(), warps.end(), block.random);
+    if (block.order > 1 && round % kRounds == 0) still = static_cast<unsigned>(block.random() % warps.size());
     for (unsigned warp : warps) {  // as far as its warp can go alone, or, shuffled, less far
+      if (warp == still) continue;
       do {
         if (block.order > 1) std::shuffle(lanes.begin(), lanes.end(), block.random);
         for (unsigned lane : lanes) progress |= run_thread(warp * 32 + lane);
@@ -208,6 +213,10 @@ inline bool run_cluster(unsigned blocks, unsigned threads_of_block, const std::f
     for (unsigned begin = 0; begin < threads; begin += threads_of_block)
       progress |= release(begin, begin + threads_of_block, State::at_block);
     progress |= release_cluster();
+    if (!progress && still < threads) {
+      still = threads;
+      progress = 1;
+    }
   }
   const bool ended = std::all_of(block.fibers.begin(), block.fibers.begin() + threads,
                                  [](const Fiber& fiber) { return fiber.state == State::ended; });
