@@ -29,6 +29,11 @@ def is_constraint(cell: dict[str, Any]) -> bool:
     return KINDS[0] in cell["costs"]
 
 
+def floor_ms(cell: dict[str, Any], normalize: str) -> float:
+    """The matrix products of a search at the best rate."""
+    return 1e3 * float(cell["gflop"][normalize]) / float(cell["gflop_per_s"])
+
+
 def markdown(cells: list[dict[str, Any]]) -> str:
     """What ``generate`` takes in each of its ways, and the constraints alone; empty if no cell has them."""
     ways = [cell for cell in cells if "generate, no constraint" in cell["costs"]]
@@ -36,11 +41,16 @@ def markdown(cells: list[dict[str, Any]]) -> str:
     tables = []
     if ways:
         peers = [name for name in ways[0]["costs"] if name.startswith("generate")]
-        head = ["time of `generate` over ours", *(name.removeprefix("generate, ") for name in peers)]
+        head = [
+            "time of `generate` over ours",
+            *(name.removeprefix("generate, ") for name in peers),
+            "ours / its products",
+        ]
         rows = [
             [
                 f"{cell['case']}, ours over `{normalize}`",
                 *(compare_retriever.times(cell, f"{name} / shared {normalize}") for name in peers),
+                f"{cell['costs'][f'shared {normalize}']['ms'] / floor_ms(cell, normalize):.2f}x",
             ]
             for cell in ways
             for normalize in NORMALIZE
@@ -49,6 +59,7 @@ def markdown(cells: list[dict[str, Any]]) -> str:
             [
                 f"{cell['case']}, over `generate` with a dictionary",
                 *(compare_retriever.times(cell, f"{name} / generate") for name in peers),
+                "",
             ]
             for cell in ways
         ]

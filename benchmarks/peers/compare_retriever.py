@@ -11,7 +11,8 @@ has the constraint in Python as its users write it (``prefix_allowed_tokens_fn``
 Cases run in fresh processes, methods take turns in them. Before, all are checked to give the same scores to 1e-5
 relative and, but for items whose scores are that close, the same items. Times are medians over rounds, ratios medians
 of each round's. Bytes of the cache are what its tensors hold after the last step; memory is the process's peak during a
-call over what it held before. The floor is arithmetic: operations of the matrix products that shared beams need.
+call over what it held before. The floor is the operations of the matrix products that shared beams need, at the rate
+of the fastest of three bare products: a layer's, the head's, and one of a few rows of the head.
 
 ``head`` cases time one step alone, from hidden states: the product with the whole head and ``beam_step``, against
 ``linear_beam_step``. Their floor is the bare product with the rows that the softmax's support needs (with
@@ -32,7 +33,7 @@ from torch import Tensor
 from benchmarks.harness import cases as harness
 from benchmarks.harness import catalogues, report
 from benchmarks.harness.report import MIB
-from benchmarks.harness.timing import methods_costs
+from benchmarks.harness.timing import methods_costs, rate
 from benchmarks.peers.constraints import KINDS
 from benchmarks.peers.retriever_cases import CASES, NORMALIZE, Case, Search, constraint_methods, head_methods
 from raddpo_ext.bench.retriever import agree
@@ -71,7 +72,8 @@ def retrieval(case: Case, rounds: int) -> dict[str, Any]:
             agree(search.generate(kind), (found.scores, found.sids), TOLERANCE)
     costs = methods_costs(methods, rounds)
     gflop = {normalize: search.operations(normalize) / 1e9 for normalize in case.supports}
-    return {**costs, "cache_bytes": held, "gflop": gflop}
+    gflop_per_s = max(rate(*product) for product in search.products()) / 1e9
+    return {**costs, "cache_bytes": held, "gflop": gflop, "gflop_per_s": gflop_per_s}
 
 
 def cache_bytes(retrieve: Callable[[], Any]) -> int:
@@ -111,6 +113,7 @@ def summary(case: Case, runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
     if case.kind == "retrieval":
         found |= {name: runs[0][name] for name in ("cache_bytes", "gflop")}
+        found["gflop_per_s"] = max(run["gflop_per_s"] for run in runs)
     pairs = _pairs(case)
     found["ratios"] = {f"{slow} / {fast}": ratio(slow, fast) for slow, fast in pairs}
     return found

@@ -44,7 +44,7 @@ import torch
 
 from benchmarks.harness import cases as harness
 from benchmarks.harness import report
-from benchmarks.harness.timing import middle, timed
+from benchmarks.harness.timing import middle, rate
 from benchmarks.peers import packing_cases, trainer_steps
 from benchmarks.peers.packing_cases import HIDDEN, INTERMEDIATE, LEVELS
 from benchmarks.peers.whole_steps import STAGES, WAYS, Steps, Way
@@ -124,7 +124,7 @@ def work(case: Case, rounds: int) -> dict[str, Any]:
             name: {stage: median(one[stage] for one in found) for stage in STAGES} for name, found in stages.items()
         },
         "gflop": {name: {part: x / 1e9 for part, x in steps.flop(WAYS[name]).items()} for name in PARTS},
-        "gflop_per_s": max(map(rate, products(steps))) / 1e9,
+        "gflop_per_s": max(rate(*product) for product in products(steps)) / 1e9,
     }
 
 
@@ -157,12 +157,6 @@ def products(steps: Steps) -> list[tuple[int, Callable[[], Any]]]:
         out = torch.empty(rows, columns, dtype=dtype)
         found.append((2 * rows * columns * HIDDEN, partial(torch.mm, left, right.T, out=out)))
     return found
-
-
-def rate(product: tuple[int, Callable[[], Any]]) -> float:
-    """Operations a second, the best of several calls."""
-    operations, call = product
-    return operations / min(timed(call).cpu for _ in range(7))
 
 
 # Results.

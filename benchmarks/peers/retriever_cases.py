@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,6 +109,15 @@ class Search:
         levels = torch.arange(self.index.levels)
         sids = found.sequences[:, length:] - FIRST - CODES * levels
         return found.sequences_scores.view(self.case.batch, -1), sids.view(self.case.batch, -1, len(levels))
+
+    def products(self) -> list[tuple[int, Callable[[], Any]]]:
+        """Bare products of a layer and of the head: their operations, and a call into memory that is there."""
+        found = []
+        for rows, columns in ((self.case.prompt, INTERMEDIATE), (self.case.width, 4096), (self.case.width, VOCAB)):
+            left, right = torch.randn(self.case.batch * rows, HIDDEN), torch.randn(columns, HIDDEN)
+            out = torch.empty(len(left), columns)
+            found.append((2 * out.numel() * HIDDEN, partial(torch.mm, left, right.T, out=out)))
+        return found
 
     def operations(self, normalize: str) -> float:
         """Of the products that shared beams need; a position meets every key before it."""
