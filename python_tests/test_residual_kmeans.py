@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.beam_cases import generator_of
 from torch import Tensor
 
 import raddpo_ext as rx
@@ -93,7 +94,8 @@ def test_each_level_lowers_the_error_and_a_seed_gives_the_same() -> None:
 
 def test_means_are_those_of_the_clusters() -> None:
     """As many codes as far-apart blobs: each vector is the mean of its rows."""
-    x = torch.cat([torch.full((10, 2), float(100 * k)) + torch.rand(10, 2) for k in range(3)])
+    random = generator_of(0)
+    x = torch.cat([torch.full((10, 2), float(100 * k)) + torch.rand(10, 2, generator=random) for k in range(3)])
     book = rx.sids.fit_residual_kmeans(x, [3], seed=1).levels[0]
     codes = rx.sids.encode(x, rx.sids.Codebooks((book,)))[:, 0]
     for code in codes.unique():
