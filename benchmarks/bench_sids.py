@@ -26,6 +26,7 @@ from torch import Tensor
 
 import raddpo_ext as rx
 from benchmarks.harness import report, results
+from raddpo_ext._matmul import linear
 from raddpo_ext.sids.embeddings import CHUNK
 
 MODULE = "benchmarks.bench_sids"
@@ -63,7 +64,7 @@ def products(x: Tensor, levels: tuple[Tensor, ...]) -> None:
     """What a row's distances to the codes cannot do without."""
     for book in levels:
         for part in x.split(CHUNK):
-            part @ book.T
+            linear(part, book)
 
 
 def parts(x: Tensor, books: rx.sids.Codebooks) -> dict[str, float]:

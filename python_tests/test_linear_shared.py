@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.beam_cases import generator_of
 from support.logps_cases import Case, Watch, assert_result_close, cases, run, tiles, truth
+from support.matmul import products_by_onednn
 from torch import Tensor
 
 import raddpo_ext as rx
@@ -36,13 +37,14 @@ def run_rows(inputs: tuple[Tensor, ...], case: Case, rows: Tensor, **options):
     st.booleans(),
     st.sampled_from([0, 40, 2**30]),
     st.tuples(st.sampled_from([1, 2, 100]), st.sampled_from([1, 40, 1000]), st.booleans(), st.booleans()),
+    st.booleans(),
 )
-def test_equals_reference(case, distinct, dtype, bias, budget, sizes):
-    """Any support, number of rows, budget and tiling; rows that no target has among them."""
+def test_equals_reference(case, distinct, dtype, bias, budget, sizes, onednn):
+    """Any support, number of rows, budget, tiling and library; rows that no target has among them."""
     inputs, rows = shared(case, distinct, 3, dtype)
     inputs = inputs[: 3 if bias else 2]
     tile_rows, tile_columns, look, reuse = sizes
-    with tiles(tile_rows, tile_columns, look, 0 if reuse else 1 << 25):
+    with tiles(tile_rows, tile_columns, look, 0 if reuse else 1 << 25), products_by_onednn(onednn):
         got = run_rows(inputs, case, rows, logits_budget=budget)
     assert got[0].dtype == dtype
     expected = truth(partial(reference.linear_token_logps, rows=rows), inputs, case, case.upstream())

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.beam_cases import generator_of
 from support.logps_cases import Case, Watch, assert_result_close, cases, run, tiles, truth
+from support.matmul import products_by_onednn
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -36,16 +37,23 @@ def vocab_case(*shape: int, columns: int, seed: int = 0, **options: Any) -> Case
     st.booleans(),
     st.sampled_from(["none", "tiny", "exact", "short", "ample"]),
     st.tuples(st.sampled_from([1, 2, 100]), st.sampled_from([1, 3, 40, 1000]), st.booleans(), st.booleans()),
+    st.booleans(),
 )
 def test_equals_reference(
-    case: Case, dtype: torch.dtype, features: int, bias: bool, budget: str, sizes: tuple[int, int, bool, bool]
+    case: Case,
+    dtype: torch.dtype,
+    features: int,
+    bias: bool,
+    budget: str,
+    sizes: tuple[int, int, bool, bool],
+    onednn: bool,
 ) -> None:
-    """Any support, budget and tiling, whether rows without a gradient are left out and buffers reused or not."""
+    """Any support, budget, tiling and library; rows without a gradient left out or not, buffers reused or not."""
     inputs = case.head(features, dtype)[: 3 if bias else 2]
     exact = case.targets.numel() * case.columns * dtype.itemsize
     budgets = {"none": 0, "tiny": 40, "exact": exact, "short": max(0, exact - 1), "ample": 2**30}
     rows, columns, look, reuse = sizes
-    with tiles(rows, columns, look, 0 if reuse else 1 << 25):
+    with tiles(rows, columns, look, 0 if reuse else 1 << 25), products_by_onednn(onednn):
         got = run(rx.linear_token_logps, inputs, case, case.upstream(), logits_budget=budgets[budget])
     assert got[0].dtype == dtype
     assert got[0].shape == case.targets.shape

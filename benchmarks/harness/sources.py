@@ -16,11 +16,19 @@ SUFFIXES = {".cpp", ".h", ".inl", ".cu", ".cuh", ".py"}
 _BODIES = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)  # have docstrings
 
 COMMON = ("csrc/common", "raddpo_ext/_check.py", "raddpo_ext/_choices.py", "raddpo_ext/_autograd.py")
+PRODUCTS = ("raddpo_ext/_matmul.py",)
 INDEX = (*COMMON, "csrc/trie", "csrc/trie_index", "raddpo_ext/index", "raddpo_ext/_command_line.py")
-STEPS = ("csrc/beam_search", "csrc/child_logits", "csrc/row_lse", "raddpo_ext/decoding", "raddpo_ext/logps/head.py")
+STEPS = (
+    "csrc/beam_search",
+    "csrc/child_logits",
+    "csrc/row_lse",
+    "raddpo_ext/decoding",
+    "raddpo_ext/logps/head.py",
+    *PRODUCTS,
+)
 DECODING = (*INDEX, *STEPS)
-SIDS = (*COMMON, "csrc/assign_balanced", "raddpo_ext/sids", "raddpo_ext/index/writers.py")
-LOGPS = (*COMMON, "csrc/token_logps", "csrc/row_lse", "raddpo_ext/logps", "raddpo_ext/index/vocab.py")
+SIDS = (*COMMON, *PRODUCTS, "csrc/assign_balanced", "raddpo_ext/sids", "raddpo_ext/index/writers.py")
+LOGPS = (*COMMON, *PRODUCTS, "csrc/token_logps", "csrc/row_lse", "raddpo_ext/logps", "raddpo_ext/index/vocab.py")
 LOSSES = (*LOGPS, "csrc/session_loss", "raddpo_ext/losses")
 PROMPTS = ("raddpo_ext/data/merged_ids.py", "raddpo_ext/integrations")
 PACKING = (*LOSSES, "csrc/pack_sessions", "raddpo_ext/data/pack_sessions.py", "raddpo_ext/data/pack_pages.py", *PROMPTS)

@@ -12,7 +12,7 @@ Cases run in fresh processes, methods take turns in them. Before, all are checke
 relative and, but for items whose scores are that close, the same items. Times are medians over rounds, ratios medians
 of each round's. Bytes of the cache are what its tensors hold after the last step; memory is the process's peak during a
 call over what it held before. The floor is the operations of the matrix products that shared beams need, at the rate
-of the fastest of three bare products: a layer's, the head's, and one of a few rows of the head.
+of the faster of two bare products, a layer's and the head's.
 
 ``head`` cases time one step alone, from hidden states: the product with the whole head and ``beam_step``, against
 ``linear_beam_step``. Their floor is the bare product with the rows that the softmax's support needs (with

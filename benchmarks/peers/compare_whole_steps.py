@@ -48,6 +48,7 @@ from benchmarks.harness.timing import middle, rate
 from benchmarks.peers import packing_cases, trainer_steps
 from benchmarks.peers.packing_cases import HIDDEN, INTERMEDIATE, LEVELS
 from benchmarks.peers.whole_steps import STAGES, WAYS, Steps, Way
+from raddpo_ext._matmul import linear
 from raddpo_ext.bench.compare import burst_of
 
 MODULE = "benchmarks.peers.compare_whole_steps"
@@ -155,7 +156,7 @@ def products(steps: Steps) -> list[tuple[int, Callable[[], Any]]]:
         dtype = steps.model.dtype
         left, right = torch.randn(rows, HIDDEN).to(dtype), torch.randn(columns, HIDDEN).to(dtype)
         out = torch.empty(rows, columns, dtype=dtype)
-        found.append((2 * rows * columns * HIDDEN, partial(torch.mm, left, right.T, out=out)))
+        found.append((2 * rows * columns * HIDDEN, partial(linear, left, right, out=out)))
     return found
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 import raddpo_ext as rx
 from benchmarks.harness import catalogues
 from benchmarks.peers.constraints import KINDS, Constraints
+from raddpo_ext._matmul import linear
 from raddpo_ext.bench.retriever import children_of, generate, random_model
 
 VOCAB, HIDDEN, INTERMEDIATE, LAYERS, HEADS, HEAD_DIM = 151_936, 512, 1536, 4, 8, 64
@@ -113,10 +114,10 @@ class Search:
     def products(self) -> list[tuple[int, Callable[[], Any]]]:
         """Bare products of a layer and of the head: their operations, and a call into memory that is there."""
         found = []
-        for rows, columns in ((self.case.prompt, INTERMEDIATE), (self.case.width, 4096), (self.case.width, VOCAB)):
+        for rows, columns in ((self.case.prompt, INTERMEDIATE), (self.case.width, VOCAB)):
             left, right = torch.randn(self.case.batch * rows, HIDDEN), torch.randn(columns, HIDDEN)
             out = torch.empty(len(left), columns)
-            found.append((2 * out.numel() * HIDDEN, partial(torch.mm, left, right.T, out=out)))
+            found.append((2 * out.numel() * HIDDEN, partial(linear, left, right, out=out)))
         return found
 
     def operations(self, normalize: str) -> float:
@@ -154,7 +155,7 @@ def head_methods(case: Case) -> dict[str, Callable[[], Any]]:
         needed = weight if normalize == "vocab" else weight[index.level_tokens(index.levels - 1)]
         out = torch.empty(len(rows), len(needed), dtype=dtype)
         methods[f"dense {normalize}"], methods[f"fused {normalize}"] = dense, fused
-        methods[f"floor {normalize}"] = lambda needed=needed, out=out: torch.mm(rows, needed.T, out=out)
+        methods[f"floor {normalize}"] = lambda needed=needed, out=out: linear(rows, needed, out=out)
     return methods
 
 

@@ -156,7 +156,7 @@ def tiles(rows: int, columns: int, look: bool, huge: int = 1 << 25) -> Iterator[
     """Lets small shapes take the paths of large ones."""
     module = sys.modules["raddpo_ext.logps.linear_token_logps"]
     worth = 0 if look else 1 << 60
-    sizes = {"_MIN_ROWS": rows, "_MIN_COLUMNS": columns, "_HUGE": huge, "MIN_SKIP_FLOPS": worth}
+    sizes = {"_MIN_ROWS": rows, "_MIN_COLUMNS": columns, "FRESH": huge, "MIN_SKIP_FLOPS": worth}
     with mock.patch.multiple(linear_product, **sizes), mock.patch.object(module, "MIN_SKIP_FLOPS", worth):
         yield
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raddpo_ext._matmul import linear
 from raddpo_ext.bench.compare import Comparison, Missing, require
 from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.index.vocab import SIDVocab
@@ -52,7 +53,7 @@ def comparison(
     return Comparison(
         f"retrieval, Qwen3 of {layers} layers H={hidden_size} V={vocab_size}, prompt of {prompt}, W={beam_width}",
         {"ours": torch.no_grad()(ours), "generate, prefix_allowed_tokens_fn": peer},
-        {"the head's products": lambda: torch.mm(rows, weight.T, out=logits)},
+        {"the head's products": lambda: linear(rows, weight, out=logits)},
         agree=agree,
     )
 

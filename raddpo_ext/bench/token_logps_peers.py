@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from raddpo_ext._matmul import linear
 from raddpo_ext.bench.compare import Missing
 from raddpo_ext.bench.token_logps_cases import LEVELS, Problem, Step
 from raddpo_ext.decoding.row_lse import row_lse
@@ -183,15 +184,15 @@ def bare_passes_in_place(problem: Problem) -> Step:
 
 
 def bare_gemms(problem: Problem) -> Step:
-    """The products for logits and both gradients, into memory that exists already."""
+    """The products for logits and both gradients, by the faster library, into memory that exists already."""
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
     logits = hidden.new_zeros(len(hidden), len(weight))
     grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
 
     def step() -> Tensor:
-        torch.mm(hidden, weight.T, out=logits)
-        torch.mm(logits, weight, out=grad_hidden)
-        return torch.mm(logits.T, hidden, out=grad_weight)
+        linear(hidden, weight, out=logits)
+        linear(logits, weight.T, out=grad_hidden)
+        return linear(logits.T, hidden.T, out=grad_weight)
 
     return step
 
@@ -207,9 +208,9 @@ def bare_level_gemms(problem: Problem) -> Step:
     def step() -> Tensor:
         grad_weight = kept if problem.case.accumulate else torch.zeros_like(weight)
         for i, level in enumerate(levels):
-            torch.mm(by_level[i], weight[level].T, out=logits)
-            torch.mm(logits, weight[level], out=grad_hidden[i])
-            torch.mm(logits.T, by_level[i], out=grad_weight[level])
+            linear(by_level[i], weight[level], out=logits)
+            linear(logits, weight[level].T, out=grad_hidden[i])
+            linear(logits.T, by_level[i].T, out=grad_weight[level])
         return grad_weight
 
     return step

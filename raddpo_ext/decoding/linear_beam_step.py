@@ -7,6 +7,7 @@ from torch import Tensor
 
 from raddpo_ext import _check
 from raddpo_ext._autograd import refuse_transforms
+from raddpo_ext._matmul import linear
 from raddpo_ext.decoding.beam_step import LOGIT_TYPES, BeamState, check_state, is_extended
 from raddpo_ext.decoding.row_lse import row_lse
 from raddpo_ext.index.trie import TrieIndex
@@ -199,10 +200,7 @@ def _vocab_lse(hidden: Tensor, head: Head) -> Tensor:
     for part, begin in zip(parts, range(0, vocab, step), strict=True):
         tile = weight[begin : begin + step]
         logits = buffer[: rows * len(tile)].view(rows, len(tile))
-        if bias is None:
-            torch.mm(hidden, tile.T, out=logits)
-        else:
-            torch.addmm(bias[begin : begin + step], hidden, tile.T, out=logits)
+        linear(hidden, tile, None if bias is None else bias[begin : begin + step], out=logits)
         part.copy_(row_lse(head.transform_(logits)))
     # The log-sum-exp of the tiles' log-sum-exps is that of all logits.
     return parts.logsumexp(0)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from raddpo_ext._autograd import differentiable_once
-from raddpo_ext.logps.linear_product import add_rows, empty
+from raddpo_ext._matmul import empty
+from raddpo_ext.logps.linear_product import add_rows
 
 
 @contextmanager

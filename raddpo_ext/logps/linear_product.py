@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from raddpo_ext import _C
+from raddpo_ext._matmul import FRESH, empty, linear
 from raddpo_ext.logps.linear_parts import Part
 from raddpo_ext.logps.token_logps import Options, logps_and_lse, overwrite_by_gradient
 
@@ -16,7 +16,6 @@ from raddpo_ext.logps.token_logps import Options, logps_and_lse, overwrite_by_gr
 _MIN_COLUMNS, _MIN_ROWS = 1024, 256
 #: Multiplications above which skipping rows saves more time than finding them costs.
 MIN_SKIP_FLOPS = 1 << 26
-_HUGE = 1 << 25  # bytes from which malloc maps fresh pages for every call
 
 
 class Plan(NamedTuple):
@@ -116,14 +115,14 @@ class Product:
                 if len(self.row_tiles) == 1:
                     gradients.add_weight(self.part, columns, logits.T, hidden)
                 else:
-                    piece = (logits.T @ hidden).to(gradients.sum_dtype)
+                    piece = linear(logits.T, hidden.T).to(gradients.sum_dtype)
                     weight_sum = piece if weight_sum is None else weight_sum.add_(piece)
             if weight_sum is not None:
                 gradients.add_weight(self.part, columns, weight_sum)
 
     def _buffer(self) -> Tensor | None:
         """A buffer that all tiles reuse: two exceed the budget, and malloc maps fresh pages for each large one."""
-        alone = self.fits and self._tile_size * self.plan.dtype.itemsize < _HUGE
+        alone = self.fits and self._tile_size * self.plan.dtype.itemsize < FRESH
         return None if alone or torch.compiler.is_compiling() else empty(self.hidden, (self._tile_size,))
 
     def _logits(self, rows: slice, columns: slice, buffer: Tensor | None) -> Tensor:
@@ -133,9 +132,7 @@ class Product:
         if buffer is not None:
             shape = hidden.shape[0], weight.shape[0]
             out = _cut_out(buffer, slice(0, shape[0] * shape[1])).view(shape)
-        if self.bias is None:
-            return torch.mm(hidden, weight.T, out=out)
-        return torch.addmm(_cut_out(self.bias, columns), hidden, weight.T, out=out)
+        return linear(hidden, weight, None if self.bias is None else _cut_out(self.bias, columns), out=out)
 
     def _options(self, rows: slice, columns: slice) -> Options:
         """The operator's options for a tile."""
@@ -191,19 +188,19 @@ class Gradients:
         # The first product of all rows is the gradient itself, without zeros to add to.
         whole = part.rows is None and live is None
         if whole and self._hidden_grad is None and left.shape[0] == self._hidden.shape[0]:
-            self._hidden_grad = (left @ right).to(self._hidden_dtype)
+            self._hidden_grad = linear(left, right.T).to(self._hidden_dtype)
             return
         if self._hidden_grad is None:
             self._hidden_grad = self._hidden.new_zeros(self._hidden.shape, dtype=self._hidden_dtype)
         # Consecutive rows: the product adds to them directly.
         if whole and self._hidden_dtype == left.dtype:
-            self._hidden_grad[rows].addmm_(left, right)
+            linear(left, right.T, out=self._hidden_grad[rows], add=True)
             return
         place: slice | Tensor = rows
         if not whole:
             place = torch.arange(rows.start, rows.stop, device=left.device) if part.rows is None else part.rows[rows]
             place = place if live is None else place[live]
-        self._hidden_grad[place] += left @ right
+        self._hidden_grad[place] += linear(left, right.T)
 
     def add_bias(self, part: Part, columns: slice, piece: Tensor) -> None:
         """Add ``piece`` to the gradient of these columns of the bias."""
@@ -216,17 +213,15 @@ class Gradients:
         place = _rows_of_weight(part, columns)
         # Scattered rows, another type, or a finished product: no matrix product can write to the gradient directly.
         if isinstance(place, Tensor) or right is None or self.weight.dtype != left.dtype:
-            piece = (left if right is None else left @ right).to(self.weight.dtype)
+            piece = (left if right is None else linear(left, right.T)).to(self.weight.dtype)
             if isinstance(place, Tensor):
                 self.weight.index_add_(0, place, piece)
             elif self._once:
                 self.weight[place] = piece
             else:
                 self.weight[place] += piece
-        elif self._once:
-            torch.mm(left, right, out=_cut_out(self.weight, place))
         else:
-            _cut_out(self.weight, place).addmm_(left, right)
+            linear(left, right.T, out=_cut_out(self.weight, place), add=not self._once)
 
     def add_pairs(self, rows: Tensor, columns: Tensor, factors: Tensor, hidden: Tensor, weight: Tensor) -> None:
         """Add the contribution of single logits at ``rows`` and ``columns``, whose gradients are ``factors``."""
@@ -251,14 +246,6 @@ class Gradients:
             weight,
             None if self.bias is None else self.bias.to(self._bias_dtype),
         )
-
-
-def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """An uninitialised tensor; a large one on the CPU uses huge pages, see csrc/common/huge_pages.h."""
-    out = like.new_empty(shape)
-    if out.device.type == "cpu" and not torch.compiler.is_compiling() and out.nbytes >= _HUGE:
-        _C.advise_huge_pages(out.data_ptr(), out.nbytes)
-    return out
 
 
 def _cut(size: int, step: int) -> list[slice]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from raddpo_ext import _check
+from raddpo_ext._matmul import linear
 from raddpo_ext.sids import embeddings
 from raddpo_ext.sids.codebooks import Codebooks, check_codes
 
@@ -119,19 +120,23 @@ def encode(x: Tensor | np.ndarray, codebooks: Codebooks, forced: Tensor | None =
 
 
 class Level(NamedTuple):
-    """A level's vectors, their squares, and room for any number of rows: ``[K, D]``, ``[K]`` and ``[1, K]``."""
+    """A level's vectors, -2 times them, their squares, and room for any number of rows.
+
+    ``[K, D]``, ``[K, D]``, ``[K]`` and ``[1, K]``.
+    """
 
     book: Tensor
+    scaled: Tensor
     squares: Tensor
     room: Tensor
 
     @classmethod
     def of(cls, book: Tensor) -> Level:
-        return cls(book, book.square().sum(1), torch.full((1, len(book)), 2**31 - 1, dtype=torch.int32))
+        return cls(book, -2 * book, book.square().sum(1), torch.full((1, len(book)), 2**31 - 1, dtype=torch.int32))
 
     def distances(self, residual: Tensor) -> Tensor:
         """Squared distances ``[n, K]`` less each row's own square, which changes no comparison."""
-        return torch.addmm(self.squares, residual, self.book.T, alpha=-2)
+        return linear(residual, self.scaled, self.squares)
 
     def codes(self, residual: Tensor, forced: Tensor | None = None) -> Tensor:
         """The nearest code of each row, the first of equal ones, or the one of ``forced``, int64 ``[n]``, if it is not
