@@ -236,8 +236,8 @@ MUTANTS = [
         fault="tiles of rows add up to the weight's gradient in bfloat16",
         op="linear_token_logps",
         file="raddpo_ext/logps/linear_product.py",
-        old="piece = (logits.T @ hidden).to(gradients.sum_dtype)",
-        new="piece = logits.T @ hidden",
+        old="piece = linear(logits.T, hidden.T).to(gradients.sum_dtype)",
+        new="piece = linear(logits.T, hidden.T)",
     ),
     Mutant(
         fault="the first token after a level's last counts as one of the level",
