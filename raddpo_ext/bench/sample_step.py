@@ -33,6 +33,7 @@ class Steps:
 
     def __init__(self, case: Case, device: torch.device | str = "cpu") -> None:
         self.case, self.index = case, case.index_of(case.sids()).to(device)
+        self.seed, self.keys = torch.tensor(0, device=device), torch.arange(case.batch, device=device)
         generator = torch.Generator().manual_seed(0)
         state, self.levels = SampleState.start(self.index, case.batch), []
         for _ in range(self.index.levels):
@@ -54,7 +55,9 @@ class Steps:
         return lambda: [step(level).scores for level in self.levels]
 
     def _sample(self, level: Level) -> SampleState:
-        return sample_step(level.logits, level.state, self.index, self.case.beams, seed=0)
+        """With the tensors that a search makes once."""
+        beams = self.case.beams
+        return sample_step(level.logits, level.state, self.index, beams, seed=self.seed, keys=self.keys)
 
     def _search(self, level: Level, normalize: str) -> BeamState:
         return beam_step(level.logits, level.state, self.index, self.case.beams, normalize=normalize)
