@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
+import torch
+
 from benchmarks.harness import report
+from raddpo_ext._matmul import linear
 from raddpo_ext.bench.compare import Cost, timed
 
 Call = Callable[[], Any]
@@ -34,9 +38,19 @@ def middle(costs: list[Cost]) -> Cost:
     return Cost(*map(median, zip(*costs, strict=True)))
 
 
-def rate(operations: float, call: Call) -> float:
-    """Operations per second of CPU time, the best of several calls."""
-    return operations / min(timed(call).cpu for _ in range(7))
+def best_rate(*shapes: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> float:
+    """Operations per second of CPU time of the fastest bare product, by the faster library, the best of several calls.
+
+    Args:
+        shapes: rows, columns and the length of a sum of each product, whose result goes to memory that is there.
+    """
+    rates = []
+    for rows, columns, inner in shapes:
+        left, right = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
+        out = torch.empty(rows, columns, dtype=dtype)
+        call = partial(linear, left, right, out=out)
+        rates.append(2 * rows * columns * inner / min(timed(call).cpu for _ in range(7)))
+    return max(rates)
 
 
 def measured(call: Call) -> Measured:

@@ -41,8 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 import raddpo_ext as rx
 from benchmarks.harness import cases as harness
 from benchmarks.harness import catalogues, report
-from benchmarks.harness.timing import methods_costs, rate
-from raddpo_ext._matmul import linear
+from benchmarks.harness.timing import best_rate, methods_costs
 from raddpo_ext.bench.retriever import children_of, generate, random_model
 from raddpo_ext.integrations.transformers import session_states
 
@@ -212,7 +211,9 @@ def work(case: Case, rounds: int) -> dict[str, Any]:
     costs = methods_costs(methods, rounds, problem.clear)
     if case.live == case.prompts:
         costs["gflop"] = {name: operations(methods[name]) / 1e9 for name in WAYS}
-        costs["gflop_per_s"] = max(rate(*product) for product in products(case)) / 1e9
+        prompts = case.prompts * case.tokens
+        # Products of a layer, for the prompts once and for a prompt per rollout.
+        costs["gflop_per_s"] = best_rate(*((rows, 3 * HIDDEN, HIDDEN) for rows in (prompts, prompts * ROLLOUTS))) / 1e9
     return costs
 
 
@@ -228,16 +229,6 @@ def operations(call: Callable[[], Any]) -> int:
     with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         call()
     return counter.get_total_flops()
-
-
-def products(case: Case) -> list[tuple[int, Callable[[], Any]]]:
-    """Bare products of a layer, for the prompts once and for a prompt per rollout: their operations, and a call."""
-    found = []
-    for rows in (case.prompts * case.tokens, case.prompts * case.tokens * ROLLOUTS):
-        left, right = torch.randn(rows, HIDDEN), torch.randn(3 * HIDDEN, HIDDEN)
-        out = torch.empty(rows, 3 * HIDDEN)
-        found.append((2 * rows * out.shape[1] * HIDDEN, partial(linear, left, right, out=out)))
-    return found
 
 
 def _check(problem: Problem) -> None:

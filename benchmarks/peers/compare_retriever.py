@@ -33,7 +33,7 @@ from torch import Tensor
 from benchmarks.harness import cases as harness
 from benchmarks.harness import catalogues, report
 from benchmarks.harness.report import MIB
-from benchmarks.harness.timing import methods_costs, rate
+from benchmarks.harness.timing import methods_costs
 from benchmarks.peers.constraints import KINDS
 from benchmarks.peers.retriever_cases import CASES, NORMALIZE, Case, Search, constraint_methods, head_methods
 from raddpo_ext.bench.retriever import agree
@@ -72,8 +72,7 @@ def retrieval(case: Case, rounds: int) -> dict[str, Any]:
             agree(search.generate(kind), (found.scores, found.sids), TOLERANCE)
     costs = methods_costs(methods, rounds)
     gflop = {normalize: search.operations(normalize) / 1e9 for normalize in case.supports}
-    gflop_per_s = max(rate(*product) for product in search.products()) / 1e9
-    return {**costs, "cache_bytes": held, "gflop": gflop, "gflop_per_s": gflop_per_s}
+    return {**costs, "cache_bytes": held, "gflop": gflop, "gflop_per_s": search.product_rate() / 1e9}
 
 
 def cache_bytes(retrieve: Callable[[], Any]) -> int:

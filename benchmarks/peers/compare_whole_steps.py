@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
@@ -44,11 +43,10 @@ import torch
 
 from benchmarks.harness import cases as harness
 from benchmarks.harness import report
-from benchmarks.harness.timing import middle, rate
+from benchmarks.harness.timing import best_rate, middle
 from benchmarks.peers import packing_cases, trainer_steps
 from benchmarks.peers.packing_cases import HIDDEN, INTERMEDIATE, LEVELS
 from benchmarks.peers.whole_steps import STAGES, WAYS, Steps, Way
-from raddpo_ext._matmul import linear
 from raddpo_ext.bench.compare import burst_of
 
 MODULE = "benchmarks.peers.compare_whole_steps"
@@ -125,7 +123,7 @@ def work(case: Case, rounds: int) -> dict[str, Any]:
             name: {stage: median(one[stage] for one in found) for stage in STAGES} for name, found in stages.items()
         },
         "gflop": {name: {part: x / 1e9 for part, x in steps.flop(WAYS[name]).items()} for name in PARTS},
-        "gflop_per_s": max(rate(*product) for product in products(steps)) / 1e9,
+        "gflop_per_s": product_rate(steps) / 1e9,
     }
 
 
@@ -147,17 +145,13 @@ def _check(steps: Steps, ways: dict[str, Way]) -> None:
         assert error < TOLERANCE[steps.case.dtype], f"{name} differs by {error:.2g} in {steps.case.name}"
 
 
-def products(steps: Steps) -> list[tuple[int, Callable[[], Any]]]:
-    """The bare products of a layer and of the head: their operations, and a call into memory that is there."""
+def product_rate(steps: Steps) -> float:
+    """Operations per second of the faster of a layer's and the head's bare products."""
     inputs, packed = steps.rows("trie")
     assert packed is not None
-    found = []
-    for rows, columns in ((inputs["input_ids"].numel(), INTERMEDIATE), (len(packed.distinct), steps.case.vocab_size)):
-        dtype = steps.model.dtype
-        left, right = torch.randn(rows, HIDDEN).to(dtype), torch.randn(columns, HIDDEN).to(dtype)
-        out = torch.empty(rows, columns, dtype=dtype)
-        found.append((2 * rows * columns * HIDDEN, partial(linear, left, right, out=out)))
-    return found
+    layer = (inputs["input_ids"].numel(), INTERMEDIATE, HIDDEN)
+    head = (len(packed.distinct), steps.case.vocab_size, HIDDEN)
+    return best_rate(layer, head, dtype=steps.model.dtype)
 
 
 # Results.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 import raddpo_ext as rx
 from benchmarks.harness import catalogues
+from benchmarks.harness.timing import best_rate
 from benchmarks.peers.constraints import KINDS, Constraints
 from raddpo_ext._matmul import linear
 from raddpo_ext.bench.retriever import children_of, generate, random_model
@@ -111,14 +111,10 @@ class Search:
         sids = found.sequences[:, length:] - FIRST - CODES * levels
         return found.sequences_scores.view(self.case.batch, -1), sids.view(self.case.batch, -1, len(levels))
 
-    def products(self) -> list[tuple[int, Callable[[], Any]]]:
-        """Bare products of a layer and of the head: their operations, and a call into memory that is there."""
-        found = []
-        for rows, columns in ((self.case.prompt, INTERMEDIATE), (self.case.width, VOCAB)):
-            left, right = torch.randn(self.case.batch * rows, HIDDEN), torch.randn(columns, HIDDEN)
-            out = torch.empty(len(left), columns)
-            found.append((2 * out.numel() * HIDDEN, partial(linear, left, right, out=out)))
-        return found
+    def product_rate(self) -> float:
+        """Operations per second of the faster of a layer's and the head's bare products."""
+        case = self.case
+        return best_rate((case.batch * case.prompt, INTERMEDIATE, HIDDEN), (case.batch * case.width, VOCAB, HIDDEN))
 
     def operations(self, normalize: str) -> float:
         """Of the products that shared beams need; a position meets every key before it."""
