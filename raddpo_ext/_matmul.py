@@ -21,12 +21,19 @@ _SCHEMA = (
 )
 _TILE = 4096  # rows or columns of the result of one product: oneDNN allocates its result, which stays in the cache
 _MIN_FLOPS = 1 << 26  # below it, preparing a new shape takes longer than is saved
+_MIN_FLOPS_RECURRING = 1 << 23  # below it, MKL is about as fast
 _FEW = 16  # rows, or products per sum, below which MKL is as fast
 FRESH = 1 << 25  #: Bytes from which malloc maps fresh pages for every call.
 
 
 def linear(
-    left: Tensor, right: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None, add: bool = False
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    add: bool = False,
+    recurs: bool = False,
 ) -> Tensor:
     """``left @ right.T + bias``, without gradient.
 
@@ -36,11 +43,13 @@ def linear(
         bias: ``[M]``.
         out: ``[N, M]``, to write to.
         add: add to ``out`` instead; without ``bias``.
+        recurs: whether many products have these shapes, so that preparing them for oneDNN pays for smaller ones too.
 
     Returns:
         ``out``, or a new tensor.
     """
-    if not _by_onednn(left, right):
+    is_differentiated = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
+    if is_differentiated or not is_by_onednn(left, right, recurs):
         if bias is not None:
             return torch.addmm(bias, left, right.T, out=out)
         if out is not None and add:
@@ -69,23 +78,24 @@ def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     return out
 
 
-def _by_onednn(left: Tensor, right: Tensor) -> bool:
+def is_by_onednn(left: Tensor, right: Tensor, recurs: bool = False) -> bool:
+    """Whether ``left @ right.T`` is oneDNN's."""
     if left.device.type != "cpu" or not left.dtype == right.dtype == torch.float32:
         return False
     # Too little to do: the time goes into reading or writing one of the matrices, or into preparing a new shape.
     rows, inner = left.shape
     if inner < _FEW or (rows < _FEW and right.stride(1) > 1):
         return False
-    if 2 * max(rows, 2 * _FEW) * len(right) * inner < _MIN_FLOPS or not left.numel() or not right.numel():
+    min_rows, min_flops = (1, _MIN_FLOPS_RECURRING) if recurs else (2 * _FEW, _MIN_FLOPS)
+    if 2 * max(rows, min_rows) * len(right) * inner < min_flops or not left.numel() or not right.numel():
         return False
     if torch.compiler.is_compiling() or not torch.backends.mkldnn.enabled:
         return False
-    is_differentiated = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
-    return _is_faster() and not is_differentiated
+    return onednn_is_faster()
 
 
 @cache
-def _is_faster() -> bool:
+def onednn_is_faster() -> bool:
     """Whether oneDNN is faster than MKL here, and torch has the operator that calls it."""
     if _C.best_isa() != "avx512" or not torch.backends.mkl.is_available() or not torch.backends.mkldnn.is_available():
         return False

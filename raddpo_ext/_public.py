@@ -21,6 +21,7 @@ from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.index.vocab import SIDVocab
 from raddpo_ext.index.writers import write_sids
 from raddpo_ext.integrations.logits_processor import TrieLogitsProcessor
+from raddpo_ext.integrations.onednn import use_onednn
 from raddpo_ext.integrations.retriever import SIDRetriever
 from raddpo_ext.integrations.token_merger import TokenMerger
 from raddpo_ext.logps.legal_mass import legal_mass
@@ -83,6 +84,7 @@ __all__ = [
     "sample_step",
     "sids",
     "token_logps",
+    "use_onednn",
     "write_sessions",
     "write_sids",
 ]

@@ -7,8 +7,8 @@ import re
 from typing import Any
 
 import torch
-from torch import nn
 
+from raddpo_ext.integrations.onednn import is_linear
 from raddpo_ext.logps.head import Head, checked_head
 
 _T5_FAMILY = ("t5", "longt5", "pop2piano", "switch_transformers", "umt5")
@@ -70,7 +70,7 @@ def model_head(model: Any) -> Head | None:
     if hasattr(model, "_orig_mod"):
         return None
     head = base_model(model).get_output_embeddings()
-    if type(head) is not nn.Linear or hasattr(head.weight, "placements"):
+    if not is_linear(head) or hasattr(head.weight, "placements"):
         return None
     return checked_head(head.weight, head.bias, **logits_map(model))
 

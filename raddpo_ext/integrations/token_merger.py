@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from raddpo_ext import _check
 from raddpo_ext.data.merged_ids import MergedIds
 from raddpo_ext.index.vocab import SIDVocab
+from raddpo_ext.integrations.onednn import is_linear
 
 _PROJECTION = "sid_projection"
 _OPTIONS = {"max_norm": None, "scale_grad_by_freq": False, "sparse": False}  # of nn.Embedding, with the only value
@@ -125,9 +126,9 @@ class TokenMerger(nn.Embedding):
             tokens, sids = ids.masked_fill(merged, 0), places
             token_rank = sid_rank = torch.arange(len(ids), device=ids.device)
         # PEFT and quantization replace the layer: only the layer itself can then tell its output.
-        is_linear = type(self.sid_projection) is nn.Linear
+        plain = is_linear(self.sid_projection)
         keeps = reads and not torch.is_grad_enabled()
-        by_table = is_linear and (keeps or sids.numel() >= len(self.code_tokens))
+        by_table = plain and (keeps or sids.numel() >= len(self.code_tokens))
         codes = self.code_tokens[1:] if by_table else self.code_tokens[sids].flatten()
         # One look-up for all, as each has a gradient as large as the weight.
         rows = self._scaled(super().forward(torch.cat((tokens, codes))))

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils.logging import disable_progress_bar
 
 from raddpo_ext._check import FLOATS
+from raddpo_ext.integrations.onednn import use_onednn
 from raddpo_ext.serve.config import ServeConfig
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json")
@@ -35,7 +36,7 @@ def load_model(config: ServeConfig) -> Any:
     for name, weight in [*model.named_parameters(), *model.named_buffers()]:
         if weight.dtype in FLOATS and bool(weight.isnan().any()):
             raise ValueError(f"{config.model}: the checkpoint's {name} holds NaN")
-    return model.to(config.device).eval()
+    return use_onednn(model.to(config.device).eval())
 
 
 def _shown(names: list[str]) -> str:
