@@ -6,7 +6,8 @@
 Model and catalogue are those of :mod:`benchmarks.peers.compare_retriever`, but with 2 heads for keys and values.
 ``generate`` runs with the constraint as a dictionary (``prefix_allowed_tokens_fn``), without one, with that of
 MiniOneRec (``hash dict``: another log-softmax, then a string per beam as the key), and with ``TrieLogitsProcessor``.
-``shared`` is SIDRetriever, over the vocabulary, the level or the trie. All that are over the vocabulary are first
+``shared`` is SIDRetriever, over the vocabulary, the level or the trie. ``use_onednn`` says that the model's layers ran
+by oneDNN (``rx.use_onednn``), in ``generate`` or in ours. All that are over the vocabulary are first
 checked to find the same items with the same scores.
 
 ``constraint`` cases time what these constraints do to the scores of all steps of a search, without a model. They are
@@ -20,6 +21,7 @@ from typing import Any
 from benchmarks.harness import report
 from benchmarks.peers import compare_retriever
 from benchmarks.peers.constraints import KINDS
+from benchmarks.peers.onednn import SUFFIX
 from benchmarks.peers.retriever_cases import GENERATE, NORMALIZE
 
 MODULE = "benchmarks.peers.compare_generate"
@@ -65,6 +67,18 @@ def markdown(cells: list[dict[str, Any]]) -> str:
         ]
         head[1] = "a dictionary"
         tables.append(report.markdown(head, rows))
+        rows = [
+            [
+                f"{cell['case']}, over `{normalize}`",
+                *(compare_retriever.times(cell, f"generate{by} / shared {normalize}{SUFFIX}") for by in ("", SUFFIX)),
+                f"{cell['costs'][f'shared {normalize}{SUFFIX}']['ms'] / floor_ms(cell, normalize):.2f}x",
+            ]
+            for cell in ways
+            if f"generate{SUFFIX}" in cell["costs"]
+            for normalize in NORMALIZE
+        ]
+        head = ["`generate` with a dictionary over ours with `use_onednn`", "without it", "with it too"]
+        tables.append(report.markdown([*head, "ours / its products"], rows))
     if constraints:
         rows = [
             [

@@ -14,8 +14,8 @@ chosen by their codes, are rewarded.
 the prompt, and the loss over log-probs of the vocabulary by elementwise torch. ``beams`` is ours over the same
 rollouts and support, checked to give the same loss and gradients. ``sample`` is ours as ``PolicyTrainer`` has it by
 default: draws without replacement, log-probs over the trie (another loss than the peer's), and tokens that no choice
-is left for neither decoded nor packed. The floor of each is the operations of its matrix products, as torch counts
-them, at the rate of the fastest bare product.
+is left for neither decoded nor packed. Both also run after ``rx.use_onednn(model)``. The floor of each is the
+operations of its matrix products, as torch counts them, at the rate of the fastest bare product.
 
 ``dead`` cases time the update alone, of the same rollouts, with 85 % of the groups rewarded alike: with ``select``
 before the model, and without. The floor is the update of the live groups alone, as if there were no others.
@@ -42,6 +42,7 @@ import raddpo_ext as rx
 from benchmarks.harness import cases as harness
 from benchmarks.harness import catalogues, report
 from benchmarks.harness.timing import best_rate, methods_costs
+from benchmarks.peers.onednn import SUFFIX, by_onednn
 from raddpo_ext.bench.retriever import children_of, generate, random_model
 from raddpo_ext.integrations.transformers import session_states
 
@@ -199,6 +200,7 @@ def work(case: Case, rounds: int) -> dict[str, Any]:
             "beams, rollouts": problem.beams,
             "sample, rollouts": problem.sampled,
         }
+        methods |= {f"{way}{SUFFIX}": by_onednn(problem.model, methods[way]) for way in ("peer", "sample")}
     else:
         rollouts = problem.sampled()
         update = partial(problem.ours, rollouts, "trie")
@@ -246,7 +248,13 @@ def _check(problem: Problem) -> None:
 
 WAYS = ("peer", "beams", "sample")
 RATIOS = {
-    "live": (("peer", "beams"), ("peer", "sample"), ("peer, rollouts", "sample, rollouts")),
+    "live": (
+        ("peer", "beams"),
+        ("peer", "sample"),
+        ("peer", f"sample{SUFFIX}"),
+        (f"peer{SUFFIX}", f"sample{SUFFIX}"),
+        ("peer, rollouts", "sample, rollouts"),
+    ),
     "dead": (("select", "all groups"), ("select", "floor")),
 }
 
@@ -278,6 +286,12 @@ def floor_ms(cell: dict[str, Any], way: str) -> float:
     return 1e3 * float(cell["gflop"][way]) / float(cell["gflop_per_s"])
 
 
+def times_floor(cell: dict[str, Any], way: str, suffix: str) -> str:
+    """A way's time over its floor, as it is or with a suffix of its name; empty where it was not measured."""
+    cost = cell["costs"].get(way + suffix)
+    return "" if cost is None else f"{cost['ms'] / floor_ms(cell, way):.2f}"
+
+
 def markdown(cells: list[dict[str, Any]]) -> str:
     rows = [
         [cell["case"], name, f"{r['median']:.2f}", f"{r['least']:.2f}-{r['most']:.2f}"]
@@ -291,7 +305,7 @@ def markdown(cells: list[dict[str, Any]]) -> str:
             way,
             f"{cell['gflop'][way]:.3g}",
             f"{floor_ms(cell, way):.3g}",
-            f"{cell['costs'][way]['ms'] / floor_ms(cell, way):.2f}",
+            *(times_floor(cell, way, suffix) for suffix in ("", SUFFIX)),
             f"{cell['gflop']['peer'] / cell['gflop'][way]:.1f}",
             f"{cell['costs']['peer']['ms'] / floor_ms(cell, way):.1f}",
         ]
@@ -299,7 +313,8 @@ def markdown(cells: list[dict[str, Any]]) -> str:
         for way in WAYS
     ]
     if rows:
-        head = ["case", "", "GFLOP of products", "floor ms", "ms / floor", "peer's GFLOP / these", "peer's ms / floor"]
+        head = ["case", "", "GFLOP of products", "floor ms", "ms / floor", "with `use_onednn`", "peer's GFLOP / these"]
+        head += ["peer's ms / floor"]
         tables.append(report.markdown(head, rows))
     return "\n\n".join([*tables, report.costs_markdown(cells)])
 

@@ -35,6 +35,7 @@ from benchmarks.harness import catalogues, report
 from benchmarks.harness.report import MIB
 from benchmarks.harness.timing import methods_costs
 from benchmarks.peers.constraints import KINDS
+from benchmarks.peers.onednn import SUFFIX, by_onednn
 from benchmarks.peers.retriever_cases import CASES, NORMALIZE, Case, Search, constraint_methods, head_methods
 from raddpo_ext.bench.retriever import agree
 from raddpo_ext.integrations import decoders
@@ -70,6 +71,8 @@ def retrieval(case: Case, rounds: int) -> dict[str, Any]:
         if kind:
             found = methods["shared vocab"]()
             agree(search.generate(kind), (found.scores, found.sids), TOLERANCE)
+    for name in case.onednn:
+        methods[name + SUFFIX] = by_onednn(search.model, methods[name])
     costs = methods_costs(methods, rounds)
     gflop = {normalize: search.operations(normalize) / 1e9 for normalize in case.supports}
     return {**costs, "cache_bytes": held, "gflop": gflop, "gflop_per_s": search.product_rate() / 1e9}
@@ -122,7 +125,7 @@ def _pairs(case: Case) -> list[tuple[str, str]]:
     """What is divided by what."""
     if case.kind == "constraint":
         return [(kind, KINDS[0]) for kind in KINDS[1:]]
-    pairs = []
+    pairs = [(f"generate{with_it}", name + SUFFIX) for name in case.onednn[1:] for with_it in ("", SUFFIX)]
     for normalize in case.supports:
         if case.kind == "retrieval":
             pairs += [(slow, f"shared {normalize}") for slow in (*case.peers, f"reordered {normalize}")]

@@ -13,6 +13,7 @@ optimizer is left out. The ways differ in one thing from one to the next (:mod:`
 - ``packed``: the head on the distinct states. The plain torch loop to beat.
 - ``ours, fresh``: log-probs and loss by our operators, in the loop of the README.
 - ``ours``: the same with ``accumulate_grad=True`` in ``session_states`` and ``RADDPOLoss``, as the trainer has it.
+- ``ours, use_onednn``, ``packed, use_onednn``: the model's layers by oneDNN (``rx.use_onednn``).
 - ``packed, level``, ``ours, level``: log-probs over the level, another loss.
 
 Case by case in fresh processes. All ways are first checked to give the same loss and gradients, those over the level

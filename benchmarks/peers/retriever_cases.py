@@ -57,6 +57,11 @@ class Case:
         found |= {f"generate, {kind}": kind for kind in KINDS[1:]}
         return {"": {}, "dict": {"generate": "dict"}, "all": found}[self.generate]
 
+    @property
+    def onednn(self) -> list[str]:
+        """The methods that also run with ``use_onednn``, ``generate`` first."""
+        return ["generate", *(f"shared {name}" for name in self.supports)] if self.generate == "all" else []
+
 
 CASES = [Case(256, 50, 4, generate="dict")]
 CASES += [Case(prompt, width, 1) for prompt in (64, 256, 1024) for width in (10, 50, 200)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import raddpo_ext as rx
+from benchmarks.peers.onednn import SUFFIX, by_onednn
 from benchmarks.peers.packing_cases import CODES, FIRST, LEVELS, Case, Problem
 from raddpo_ext.bench.session_loss_peers import Layout, shared_with_winner, winner_loss
 from raddpo_ext.bench.token_logps_peers import gather_lse_fp32
@@ -38,6 +39,7 @@ class Way:
         level: whether they are normalized over the level.
         ours: whether our operators compute it.
         into: whether they add the gradients of head and embeddings to ``weight.grad`` directly.
+        onednn: whether the model's layers run by ``use_onednn``.
     """
 
     layout: str
@@ -45,6 +47,7 @@ class Way:
     level: bool = False
     ours: bool = False
     into: bool = False
+    onednn: bool = False
 
 
 class Steps(Problem):
@@ -74,6 +77,8 @@ class Steps(Problem):
 
     def step(self, way: Way) -> Tensor:
         """The loss, with its gradients in the parameters."""
+        if way.onednn:
+            return by_onednn(self.model, partial(self.step, replace(way, onednn=False)))()
         if way.ours:  # the loop of the README
             packed = self.pack(way.layout)
             states = session_states(self.model, packed, accumulate_grad=way.into)
@@ -174,6 +179,8 @@ WAYS: dict[str, Way] = {
     "ours, fresh": Way("trie", ours, ours=True),
     "packed": Way("trie", distinct),
     "packed, a row per token": Way("trie", every),
+    f"ours{SUFFIX}": Way("trie", partial(ours, into=True), ours=True, into=True, onednn=True),
+    f"packed{SUFFIX}": Way("trie", distinct, onednn=True),
     "ours, level": Way("trie", partial(ours, level=True, into=True), level=True, ours=True, into=True),
     "packed, level": Way("trie", level_slices, level=True),
     "replicated": Way("replicated", every),
