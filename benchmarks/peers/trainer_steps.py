@@ -1,10 +1,11 @@
-"""Steps of RADDPOTrainer and of the ten lines of docs/training.md, in turns."""
+"""Steps of RADDPOTrainer and of the ten lines of docs/training.md, a block of each in turns."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from itertools import cycle
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -17,7 +18,7 @@ from benchmarks.peers.packing_cases import Case, Problem
 from raddpo_ext.integrations.transformers import RADDPOConfig, RADDPOTrainer, SessionCollator, session_states
 
 LEARNING_RATE, MAX_GRAD_NORM = 1e-6, 1.0
-UNCOUNTED = 8  # steps: the first ones touch memory that the machine has not used for long
+BLOCK, UNCOUNTED = 5, 2  # steps of a turn, of which the first ones touch memory that the other has used
 OTHERS = {"ten lines": False, "ten lines that clip": True}  # whether they clip gradients as the trainer does
 
 
@@ -27,23 +28,28 @@ def beside(other: str) -> str:
 
 
 class Turns(TrainerCallback):
-    """After each of the trainer's steps, a step of the other. What the trainer does between two steps is its time."""
+    """After each block of the trainer's steps, a block of the other's. What the trainer does between two steps is its
+    time."""
 
     def __init__(self, other: Callable[[], Any]) -> None:
         self.other, self.begin = other, 0.0
-        self.seconds: list[tuple[float, float]] = []  # the trainer's and the other's
+        self.own: list[float] = []  # of this block's steps
+        self.seconds: list[tuple[float, float]] = []  # of a step of the trainer and of the other, block by block
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.begin = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        own = time.perf_counter() - self.begin
-        self.seconds.append((own, timed(self.other).wall))
+        self.own.append(time.perf_counter() - self.begin)
+        if len(self.own) == BLOCK:
+            others = [timed(self.other).wall for _ in range(BLOCK)]
+            self.seconds.append((median(self.own[UNCOUNTED:]), median(others[UNCOUNTED:])))
+            self.own = []
         self.begin = time.perf_counter()
 
 
-def seconds(case: Case, steps: int) -> dict[str, list[float]]:
-    """Of each step: of the trainer beside each of the other loops, and of this loop."""
+def seconds(case: Case, blocks: int) -> dict[str, list[float]]:
+    """Of a step, block by block: of the trainer beside each of the other loops, and of this loop."""
     problem = Problem(case)
     rows = _rows(problem)
     found: dict[str, list[float]] = {}
@@ -52,7 +58,7 @@ def seconds(case: Case, steps: int) -> dict[str, list[float]]:
         with TemporaryDirectory() as folder:
             args = RADDPOConfig(
                 output_dir=folder,
-                max_steps=UNCOUNTED + steps,
+                max_steps=BLOCK * (1 + blocks),
                 learning_rate=LEARNING_RATE,
                 max_grad_norm=MAX_GRAD_NORM,
                 per_device_train_batch_size=case.sessions,
@@ -70,7 +76,7 @@ def seconds(case: Case, steps: int) -> dict[str, list[float]]:
                 vocab=problem.vocab,
             )
             trainer.train()
-        found[beside(name)], found[name] = map(list, zip(*turns.seconds[UNCOUNTED:], strict=True))
+        found[beside(name)], found[name] = map(list, zip(*turns.seconds[1:], strict=True))
     return found
 
 
