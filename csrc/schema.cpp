@@ -37,7 +37,7 @@ STABLE_TORCH_LIBRARY(raddpo, m) {
       "input_ids, Tensor position_ids, Tensor ends, Tensor predictors, Tensor last_tokens, Tensor prompt_starts)");
   // Rows that take the nearest code with room; csrc/assign_balanced/assign_balanced.h. On the CPU only.
   m.def("assign_balanced(Tensor distances, Tensor(a!) room, Tensor? groups) -> Tensor assigned");
-  m.def("row_lse(Tensor logits) -> Tensor");
+  m.def("row_lse(Tensor logits, Tensor(a!) out) -> ()");
   // Logits [outer, inner, cols]; targets, lse, grad, begin and count [outer, inner]; csrc/token_logps/token_logps.h.
   m.def(
       "token_logps(Tensor logits, Tensor targets, Tensor? columns, Tensor? begin, Tensor? count, float scale, "

@@ -72,6 +72,22 @@ def test_all_minus_inf(isa: str) -> None:
     assert row_lse(torch.zeros(0, 5)).shape == (0,)
 
 
+def test_writes_where_it_is_told(isa: str) -> None:
+    """A row of a larger tensor, and nothing beside it."""
+    logits, sums = torch.randn(4, 300), torch.full((3, 4), 777.0)
+    part = sums[1]
+    assert row_lse(logits, out=part) is part
+    assert sums[1].tolist() == row_lse(logits).tolist()
+    assert sums[[0, 2]].tolist() == [[777.0] * 4] * 2
+
+
+def test_refuses_a_result_that_does_not_fit() -> None:
+    logits = torch.randn(4, 300)
+    for out in (torch.zeros(3), torch.zeros(5), torch.zeros(4, dtype=torch.float64), torch.zeros(4, 2)[:, 0]):
+        with pytest.raises(RuntimeError, match="row_lse: out must be contiguous, of the documented type and of 4"):
+            row_lse(logits, out=out)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cap", ["scalar", "avx2", "nonsense"])
 def test_environment_lowers_the_instruction_set(cap: str) -> None:

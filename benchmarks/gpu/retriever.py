@@ -195,19 +195,19 @@ def measure_step(model: Any, index: rx.TrieIndex, batch: int, width: int, level:
     result: dict[str, Any] = {"batch": batch, "beam_width": width, "level": level}
     result["product_us"] = graph_us(lambda states: F.linear(states, weight), hidden, 4)
     result["dense_us"] = graph_us(lambda states: rx.beam_step(F.linear(states, weight), state, index, width), hidden, 4)
-    saved = module._LOGIT_BYTES, module._level_is_cheaper, module._queries_at_once
+    saved = module._TILE_BYTES, module._level_is_cheaper, module._queries_at_once
     try:
         result["vocab"] = graph_us(partial(linear, normalize="vocab"), hidden, 4)
         module._queries_at_once = lambda *_: 0
         for name, size in TILES.items():
-            module._LOGIT_BYTES = size
+            module._TILE_BYTES = size
             result[f"vocab, {name}"] = graph_us(partial(linear, normalize="vocab"), hidden, 4)
         result["level support"] = graph_us(partial(linear, normalize="level"), hidden)
         for name, chosen in (("children", False), ("level's product", True)):
             module._level_is_cheaper = lambda *_, chosen=chosen: chosen
             result[f"trie, {name}"] = graph_us(partial(linear, normalize="trie"), hidden)
     finally:
-        module._LOGIT_BYTES, module._level_is_cheaper, module._queries_at_once = saved
+        module._TILE_BYTES, module._level_is_cheaper, module._queries_at_once = saved
     return result | {"trie takes the level's": module._level_is_cheaper(hidden[0].flatten(0, 1), index, level)}
 
 

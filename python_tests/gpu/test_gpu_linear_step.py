@@ -22,6 +22,7 @@ from support.beam_cases import (
 from support.on_gpu import NEEDS_GPU, REPEATS, moved, no_synchronisation
 from support.strategies import Catalogue, catalogues
 from test_linear_beam_step import assert_equals_reference, module
+from test_linear_beam_step_tiles import assert_lse_equals_float64
 from torch import Tensor
 
 import raddpo_ext as rx
@@ -34,7 +35,11 @@ WAYS = ["children", "level", "all"]
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which logits are made: the children's alone, the whole level's, or, under ``"vocab"``, all of a query's."""
+    """Which logits are made: the children's alone, the whole level's, or, under ``"vocab"``, all of a query's.
+
+    In the first two ways the log-sum-exp comes from tiles, here of 1024 columns.
+    """
+    monkeypatch.setattr(module, "_TILE_BYTES", 1)
     monkeypatch.setattr(module, "_level_is_cheaper", lambda *_: request.param == "level")
     monkeypatch.setattr(module, "_queries_at_once", lambda *_: int(request.param == "all"))
     return request.param
@@ -58,11 +63,8 @@ def test_equals_reference(
 @pytest.mark.parametrize("normalize", NORMALIZE)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (2.5, 1.5)])
-def test_many_children(
-    way: str, normalize: str, dtype: torch.dtype, temperature: float, softcap: float | None, monkeypatch: Any
-) -> None:
+def test_many_children(way: str, normalize: str, dtype: torch.dtype, temperature: float, softcap: float | None) -> None:
     """Several tiles of the vocabulary, scattered token ids, bias, and a weight that is not aligned."""
-    monkeypatch.setattr(module, "_LOGIT_BYTES", 1)  # tiles of 1024 columns
     index, generator = wide_index(), generator_of(1)
     state = state_of(-torch.arange(6.0)[None], torch.arange(1, 7)[None])
     hidden = (torch.randn(1, 6, 1501, generator=generator) / 8).to(dtype)
@@ -75,6 +77,14 @@ def test_many_children(
     atol = 1e-4 if dtype == torch.float32 else 0.1  # the product rounds to the type of its factors
     torch.testing.assert_close(got.scores.double(), expected.scores, rtol=0, atol=atol)
     assert index.contains(index.paths(got.nodes.view(-1))[0]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=REPEATS, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_lse_in_tiles(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, data: st.DataObject) -> None:
+    monkeypatch.setattr(module, "_TILE_BYTES", 1)
+    assert_lse_equals_float64("cuda", dtype, data)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])

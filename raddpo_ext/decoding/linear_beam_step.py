@@ -14,7 +14,9 @@ from raddpo_ext.index.trie import TrieIndex
 from raddpo_ext.logps.head import Head, checked_head
 
 _WEIGHT_BYTES = 1 << 22  # rows of the weight per tile on the CPU: they fit its cache and keep a product efficient
-_LOGIT_BYTES = 1 << 30  # logits held at once on CUDA
+_LOGIT_BYTES = 1 << 30  # all logits held at once on CUDA
+_TILE_BYTES = 1 << 28  # logits of a tile on CUDA; tiles that stay in the L2 cache are slower, see docs/gpu.md
+_BLOCK = (128, 256)  # rows and columns of a product that a CUDA multiprocessor computes at a time
 _ROWS_A_READ = 128  # about how many rows a GPU multiplies by a row of the weight in the time of reading that row
 
 
@@ -38,7 +40,7 @@ def linear_beam_step(
     ``normalize="level"`` multiplies only the level's rows of ``weight``, ``"trie"`` only those of the live beams'
     children. ``"vocab"`` needs every row, for the log-sum-exp. On the CPU the log-sum-exp is computed tile by tile
     while a tile's logits are in cache, and no logits are kept. On a GPU all logits are computed, for as many queries at
-    a time as fit 1 GiB; a query that does not fit is computed in tiles too. The children's logits are float32 if only
+    a time as fit 1 GiB; if a query does not fit, in tiles of 256 MiB. The children's logits are float32 if only
     they are computed. If more are computed (under ``"level"``, and mostly on a GPU), they have the product's type.
 
     Args:
@@ -188,22 +190,34 @@ def _level_is_cheaper(hidden: Tensor, index: TrieIndex, level: int) -> bool:
 def _vocab_lse(hidden: Tensor, head: Head) -> Tensor:
     """The log-sum-exp of all logits of each row: float32 ``[N]`` from ``[N, H]``."""
     weight, bias = head.weight, head.bias
-    rows, size, vocab = len(hidden), weight.element_size(), len(weight)
-    if hidden.device.type == "cpu":
-        step = _WEIGHT_BYTES // (weight.shape[1] * size)
-    else:
-        step = _LOGIT_BYTES // (max(rows, 1) * size)
-    step = min(vocab, max(1024, step))
-    # One log-sum-exp per tile of the vocabulary and row; all tiles use one buffer.
+    rows, vocab = len(hidden), len(weight)
+    step = min(vocab, max(1024, _tile_columns(hidden)))
+    # One log-sum-exp per tile of the vocabulary and row, in two launches; all tiles use one buffer.
     buffer = hidden.new_empty(rows * step)
     parts = hidden.new_empty((-(-vocab // step), rows), dtype=torch.float32)
     for part, begin in zip(parts, range(0, vocab, step), strict=True):
         tile = weight[begin : begin + step]
         logits = buffer[: rows * len(tile)].view(rows, len(tile))
         linear(hidden, tile, None if bias is None else bias[begin : begin + step], out=logits)
-        part.copy_(row_lse(head.transform_(logits)))
+        row_lse(head.transform_(logits), out=part)
     # The log-sum-exp of the tiles' log-sum-exps is that of all logits.
-    return parts.logsumexp(0)
+    return parts[0] if len(parts) == 1 else row_lse(parts.T.contiguous())
+
+
+def _tile_columns(hidden: Tensor) -> int:
+    """How many columns of the vocabulary a tile has for these rows of states ``[N, H]``."""
+    size = hidden.element_size()
+    if hidden.device.type == "cpu":
+        return _WEIGHT_BYTES // (hidden.shape[1] * size)
+    processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count
+    return whole_waves(len(hidden), _TILE_BYTES // max(1, len(hidden) * size), processors)
+
+
+def whole_waves(rows: int, columns: int, processors: int) -> int:
+    """At most so many columns of a product on a GPU that no multiprocessor waits for others at its end."""
+    blocks = -(-max(1, rows) // _BLOCK[0])  # of a column of blocks
+    waves = columns // _BLOCK[1] * blocks // processors
+    return waves * processors // blocks * _BLOCK[1] or columns
 
 
 def checked_level(
