@@ -39,7 +39,7 @@ struct Extent {
 
 struct TopKeysShared {
   unsigned count;                        // keys held
-  unsigned histogram[2][kSliceThreads];  // one is counted into while the team may still read the other
+  unsigned histogram[2][kSliceThreads];  // one is counted into, from 0, while the team may still read the other
   // Aligned: otherwise its wide reads begin in the histogram, which racecheck takes for a race.
   alignas(16) unsigned scratch[kSliceThreads / 32];
   Key key_scratch[2 * kSliceThreads / 32];
@@ -60,9 +60,10 @@ struct TopKeys {
   int used = 0;   // at least the number of keys held, exact after gather()
   int turn = 0;   // the team's next histogram
 
+  // First of all, and again once a barrier of the team has followed everything else.
   __device__ __forceinline__ void clear(Key least) {
-    __syncthreads();
     if (threadIdx.x == 0) shared->count = 0;
+    shared->histogram[0][threadIdx.x] = shared->histogram[1][threadIdx.x] = 0;
     __syncthreads();
     bound = least > 1 ? least : 1;
     used = 0;
@@ -74,6 +75,7 @@ struct TopKeys {
     if (used + n * kSliceThreads > capacity) {
       gather();
       if (used > limit) keep(select(Team{1, 0}, extent_of_block(), 0, want, limit).low);
+      __syncthreads();  // their number was read by all before the next key is pushed
     }
     append(x, bound);
     used += n * kSliceThreads;
@@ -83,7 +85,6 @@ struct TopKeys {
   __device__ __forceinline__ void gather() {
     __syncthreads();
     used = static_cast<int>(shared->count);
-    __syncthreads();  // read by all before the next key is pushed
   }
 
   // After gather(), of the team: leaves it at most `limit` keys, of which at least `want`, unless there were fewer.
@@ -275,11 +276,9 @@ struct TopKeys {
   }
 
   // Of the keys of a team: this one, or the block alone. `above` keys are above the bins; the chosen one has the key
-  // number `least`.
+  // number `least`. Leaves the next histogram empty.
   __device__ __forceinline__ Tally tally(const Team& of, const Bins& bins, int above, int least) {
     unsigned* histogram = shared->histogram[turn];
-    histogram[threadIdx.x] = 0;
-    __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < used; i += kSliceThreads)
       if (bins.hold(keys[i])) atomicAdd(&histogram[bins.of(keys[i])], 1u);
     of.sync();
@@ -295,6 +294,7 @@ struct TopKeys {
     } else {
       t.mine = histogram[my_bin()];
     }
+    shared->histogram[turn][my_bin()] = 0;  // which the team has read before its last barrier
     unsigned total;
     t.before = above + block_scan<kSliceThreads>(t.mine, shared->scratch, &total);
     if (t.before < static_cast<unsigned>(least) && t.before + t.mine >= static_cast<unsigned>(least)) {

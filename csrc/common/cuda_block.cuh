@@ -176,7 +176,8 @@ __device__ __forceinline__ void cluster_wait() {}
 // Whether the current device has them.
 inline bool device_has_clusters() { return device_attribute(cudaDevAttrClusterLaunch) != 0; }
 
-// Sum of the values of the threads before this one, and of all.
+// Sum of the values of the threads before this one, and of all; `scratch`: shared, one T a warp, which a barrier
+// separates from whoever used it before.
 template <int threads, typename T>
 __device__ __forceinline__ T block_scan(T value, T* scratch, T* total) {
   T through = value;
@@ -185,7 +186,6 @@ __device__ __forceinline__ T block_scan(T value, T* scratch, T* total) {
     const T other = __shfl_up_sync(kAllLanes, through, d);
     if (lane_id() >= d) through += other;
   }
-  __syncthreads();
   if (lane_id() == 31) scratch[warp_id()] = through;
   __syncthreads();
   T before = 0;
