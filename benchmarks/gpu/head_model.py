@@ -25,8 +25,8 @@ CACHE_BYTES = 50_000_000
 CACHE_BYTES_PER_US = 5.5e6
 VOCAB, FEATURES, SIZE = 151_936, 1024, 2
 ROWS = (512, 4096)
-#: Bytes of a tile's logits, at most: in the cache, as linear_beam_step has them, and all at once.
-TILES = (1 << 25, _TILE_BYTES, 1 << 40)
+#: Bytes of a tile's logits, at most: in the cache, as linear_beam_step has them, more, and all at once.
+TILES = (1 << 25, _TILE_BYTES, 1 << 30, 1 << 40)
 
 
 def waves(rows: int, columns: int) -> int:
