@@ -66,6 +66,16 @@ def test_nan_and_inf_are_never_lost(isa: str, dtype: torch.dtype, bad: float, re
     assert row_lse(logits).isnan().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("start", [-math.inf, -6e4, -100.0, -50.0, 3.0, 6e4])
+@pytest.mark.parametrize("length", [63, 64, 65, 1024, 1100])
+def test_a_start_unlike_the_rest(isa: str, dtype: torch.dtype, start: float, length: int) -> None:
+    """The first elements give the first shift: hidden, far below or far above what follows."""
+    logits = torch.randn(2, 2500, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits[:, :length] = start
+    assert_scores_close(row_lse(logits), reference.row_lse(logits.double()), "row_lse")
+
+
 def test_all_minus_inf(isa: str) -> None:
     assert row_lse(torch.full((2, 3000), -math.inf)).tolist() == [-math.inf] * 2
     assert row_lse(torch.zeros(2, 0)).tolist() == [-math.inf] * 2

@@ -3,6 +3,7 @@ namespace raddpo::RADDPO_ISA {
 namespace {
 
 constexpr std::int64_t kLseBlock = 1024;
+constexpr std::int64_t kSample = 64;  // elements whose maximum is a row's first shift
 
 // Sum of e^(x - shift) over the elements so far; shift -INFINITY: none above -inf yet.
 struct RowSum {
@@ -32,11 +33,13 @@ RADDPO_HD float max_of(const typename D::T* x, std::int64_t n) {
   return m2 > m0 ? m2 : m0;
 }
 
-// Adds n elements, a number of whole words. The shift is a maximum found earlier, so that one loop does for both the
-// sum and the next maximum; only a block that tops it by more than 60 is summed again, shifted by its own maximum.
+// Adds n elements, a number of whole words. The shift is a maximum found earlier, or of a sample, so that one loop does
+// for both the sum and the next maximum; only a block that tops it by more than 60 is summed again, shifted by its own
+// maximum.
 template <typename D>
 RADDPO_HD void add_words(RowSum& s, const typename D::T* x, std::int64_t n) {
   float most = -INFINITY;
+  if (s.shift == -INFINITY) s.shift = max_of<D>(x, n < kSample ? n : kSample);
   if (s.shift == -INFINITY) s.shift = max_of<D>(x, n);
   for (;;) {
     const float shift = s.shift == -INFINITY ? 0.f : s.shift;  // all -inf or NaN so far: find which
@@ -87,9 +90,6 @@ template <typename D>
 RADDPO_HD void add_row(RowSum& s, const typename D::T* x, std::int64_t n) {
   for (std::int64_t begin = 0; begin < n; begin += kLseBlock) {
     const std::int64_t size = n - begin < kLseBlock ? n - begin : kLseBlock;
-    // The hardware prefetcher stops at page borders; the block after next may be the next row's.
-    for (std::int64_t ahead = 0; ahead < kLseBlock; ahead += 64 / sizeof(typename D::T))
-      __builtin_prefetch(x + begin + kLseBlock + ahead);
     add_block<D>(s, x + begin, size);
   }
 }
