@@ -2,6 +2,7 @@
 #include "trie_live.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <utility>
 #include <vector>
@@ -41,6 +42,14 @@ struct Items {
     Matched all{0, -1};
     for (const Matched& part : parts) all = {all.count + part.count, std::max(all.beyond, part.beyond)};
     return all;
+  }
+
+  bool any_between(std::int64_t least, std::int64_t most, int threads) const {
+    std::atomic<bool> any{false};
+    parallel_shares(threads, size, [&](int, std::int64_t begin, std::int64_t end) {
+      if (RADDPO_CALL_ISA(any_between, ids, wide, begin, end, least, most)) any = true;
+    });
+    return any;
   }
 };
 
@@ -167,6 +176,9 @@ TrieLive trie_live(const TrieLiveInput& in) {
 
 std::int64_t first_known(const std::uint8_t* trie, const std::int64_t* ids, std::int64_t count, int threads) {
   const Items items(trie);
+  if (!count) return -1;
+  const auto [least, most] = std::minmax_element(ids, ids + count);
+  if (!items.any_between(*least, *most, threads)) return -1;  // as where new ids follow on the old ones
   const IdSetMemory set(ids, count, items.size);
   const Buffer<std::uint64_t> matched(items.words());
   if (!items.match(set.set, nullptr, threads, matched.get()).count) return -1;

@@ -56,6 +56,9 @@ struct Matched {
   namespace isa {                                                                                                   \
   Matched match_items(const void* items, bool wide, std::int64_t size, const std::uint64_t* live, const IdSet& set, \
                       std::int64_t begin, std::int64_t end, std::uint64_t* out);                                    \
+  /* Whether any of the items [begin, end) is in [least, most]. */                                                  \
+  bool any_between(const void* items, bool wide, std::int64_t begin, std::int64_t end, std::int64_t least,          \
+                   std::int64_t most);                                                                              \
   void pack_mask(const bool* mask, std::int64_t size, std::uint64_t* bits);                                         \
   void fill_ranks(const std::uint64_t* bits, std::int64_t blocks, std::uint32_t* ranks);                            \
   std::int64_t mark_nodes(const TrieView& t, const std::uint64_t* items, std::int64_t num_items,                    \

@@ -91,7 +91,28 @@ RADDPO_HD void compact(const LiveBits& live, std::int64_t begin, std::int64_t en
   }
 }
 
+template <typename Item>
+RADDPO_HD bool any_of_range(const Item* items, std::int64_t begin, std::int64_t end, Item least, Item most) {
+  constexpr std::int64_t kStretch = 4096;
+  for (; begin < end; begin += kStretch) {
+    const std::int64_t stretch_end = end - begin < kStretch ? end : begin + kStretch;
+    int inside = 0;
+#pragma omp simd reduction(| : inside)
+    for (std::int64_t i = begin; i < stretch_end; ++i) inside |= (items[i] >= least) & (items[i] <= most);
+    if (inside) return true;
+  }
+  return false;
+}
+
 }  // namespace
+
+bool any_between(const void* items, bool wide, std::int64_t begin, std::int64_t end, std::int64_t least,
+                 std::int64_t most) {
+  if (wide) return any_of_range(static_cast<const std::int64_t*>(items), begin, end, least, most);
+  if (least > INT32_MAX) return false;
+  return any_of_range(static_cast<const std::int32_t*>(items), begin, end, static_cast<std::int32_t>(least),
+                      static_cast<std::int32_t>(most < INT32_MAX ? most : INT32_MAX));
+}
 
 Matched match_items(const void* items, bool wide, std::int64_t size, const std::uint64_t* live, const IdSet& set,
                     std::int64_t begin, std::int64_t end, std::uint64_t* out) {
