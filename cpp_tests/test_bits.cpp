@@ -49,19 +49,24 @@ TEST(bits_spread_and_gather) {
   });
 }
 
-TEST(bits_append) {
+TEST(bits_splice) {
   Random random(1);
   for_each_isa([&] {
     for (int i = 0; i < 500; ++i) {
-      const Bits from = random_bits(random, random.between(1, 300), 0.5);
+      const Bits from = random_bits(random, random.between(1, i % 2 ? 300 : 3000), 0.5);
       const std::int64_t begin = random.between(0, static_cast<std::int64_t>(from.size()));
       const std::int64_t end = random.between(begin, static_cast<std::int64_t>(from.size()));
       const std::int64_t ones = random.below(200), at = random.below(130), size = at + end - begin + ones;
-      Bits expected(size);
-      for (std::int64_t k = at; k < size; ++k) expected[k] = k >= at + end - begin || from[begin + k - at];
-      const Words in(from), out(size);
-      CHECK_EQUAL(RADDPO_CALL_ISA(append_bits, in.words.get(), begin, end, ones, out.words.get(), at), size);
-      for (std::int64_t k = 0; k < size; ++k) CHECK_EQUAL(out[k], expected[k]);
+      Words in(from.size() + 64), out(size + 64);  // one word more
+      for (std::size_t k = 0; k < from.size(); ++k) in.words[k / 64] |= std::uint64_t(from[k]) << (k % 64);
+      // What is before has been written, and ends in the first word; what is behind is any memory.
+      for (std::int64_t word = 0; word <= size / 64; ++word) out.words[word] = ~0ull;
+      out.words[at / 64] = (1ull << (at % 64)) - 1;
+      CHECK_EQUAL(RADDPO_CALL_ISA(splice_bits, in.words.get(), begin, end, ones, out.words.get(), at), size);
+      for (std::int64_t k = 0; k < size; ++k)
+        CHECK_EQUAL(out[k], k < at || k >= at + end - begin || from[begin + k - at]);
+      if (size > at)
+        for (std::int64_t k = size; k % 64; ++k) CHECK_EQUAL(out[k], false);
     }
   });
 }

@@ -178,8 +178,8 @@ MUTANTS = [
         fault="SIDs that both indexes hold are counted twice",
         op="trie, merge",
         file="csrc/trie_index/trie_merge_cpu.inl",
-        old="*fresh_sids += !place.found && count == 0;",
-        new="*fresh_sids += count == 0;",
+        old="out.sids += !place.found && end == begin;",
+        new="out.sids += end == begin;",
     ),
     Mutant(
         fault="item ids of 64 bits are added to an index of 32 bits",

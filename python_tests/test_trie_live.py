@@ -345,15 +345,55 @@ def test_bad_input(call: object, error: type[Exception], message: str) -> None:
         call()  # type: ignore[operator]
 
 
-def test_first_known() -> None:
-    index = rx.TrieIndex.build(np.arange(1000)[:, None], item_ids=np.arange(1000) * 2**30)
-    for ids, known in (([1, 2**30, 2], 2**30), ([1, 3], -1), (range(10**4, 10**4 + 3), -1)):
-        assert _C.trie_first_known(index.data.numpy(), np.array(ids), 2) == known
+@pytest.mark.parametrize("count", [1, 3, 12, 200])
+def test_shares_of_a_merge(isa: str, count: int) -> None:
+    """Shares that end within a word of bits, between nodes of one depth or without any added node."""
+    rng = np.random.default_rng(count)
+    for most in (2, 40, 5000):
+        sids = rng.integers(0, [2, most, most], (2 * count, 3))
+        lengths = np.where(sids[:, 0] == 0, 2, 3)  # items at two depths, no SID a prefix of another one
+        first, second = np.split(np.arange(2 * count), [count if most > 2 else 2 * count - 1])
+        ids = rng.permutation(2 * count)
+        blocks = [
+            rx.TrieIndex.build(sids[rows], lengths=lengths[rows], item_ids=ids[rows]).data.numpy()
+            for rows in (first, second, np.arange(2 * count))
+        ]
+        for threads in (1, 2, 3, 16):
+            np.full(len(blocks[2]), 255, np.uint8)  # memory that the merge gets next is seldom zero
+            merged = _C.trie_merge(blocks[0], blocks[1], threads)
+            assert merged.tobytes() == blocks[2].tobytes(), (most, threads)
+
+
+def test_a_long_run_of_added_siblings(threads: int) -> None:
+    """Ones over several words for one node, in front of all, between, and behind; steps over many old siblings."""
+    old = np.arange(1000, 9000, 2)
+    between = [np.arange(1001, 9000, 2 * stride) for stride in (1, 31, 32, 33, 96, 97)]
+    for added in (*between, np.arange(500), np.arange(9000, 9500), np.array([0, 7777, 9999])):
+        sids = np.concatenate([old, added])[:, None]
+        grown = rx.TrieIndex.build(old[:, None]).add(added[:, None])
+        assert torch.equal(grown.data, rx.TrieIndex.build(sids).data)
+
+
+@pytest.mark.parametrize("step", [1, 2**20, 2**30])  # ids of 32 bits as bits, as a table; ids of 64 bits
+def test_first_known(isa: str, threads: int, step: int) -> None:
+    """Ids among those of the index, beyond them on either side, and around them."""
+    held = (5 + np.arange(1000)[::-1]) * step
+    index = rx.TrieIndex.build(np.arange(1000)[:, None], item_ids=held)
+    for ids, known in (
+        ([5 * step], 5 * step),
+        ([2**62, 1004 * step], 1004 * step),
+        ([0, 7 * step, 6 * step], 7 * step),
+        ([4 * step, 1005 * step], -1),
+        (range(4 * step), -1) if step == 1 else ([7 * step + 1], -1),
+        ([1004 * step + 1, 2**31, 2**40 + 5 * step, 2**62], -1),
+        ([], -1),
+    ):
+        assert _C.trie_first_known(index.data.numpy(), np.array(ids, np.int64), threads) == known
 
 
 @pytest.mark.parametrize("first_ids", [0, 2**40])
 @pytest.mark.parametrize("added_ids", [100, 2**31 - 3, 2**31 - 2, 2**41])
-@pytest.mark.parametrize("codes", [(3, 5), (3, 70_000), (70_000, 3)])
+@pytest.mark.parametrize("codes", [(3, 5), (3, 70_000), (5000, 70_000), (70_000, 3)])
 def test_ids_and_codes_of_other_widths_are_added(first_ids: int, added_ids: int, codes: tuple[int, int]) -> None:
     """Ids of 32 bits and of 64, up to the last that fits 32, and symbols of 16 and of 32 bits, either way round."""
     sids = np.array([[codes[0], 1], [0, 1], [codes[1], 1], [0, 2], [codes[1], 1]])

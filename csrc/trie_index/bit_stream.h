@@ -1,4 +1,4 @@
-// Reading, appending, packing, spreading and gathering bits in order. Part of a per-instruction-set region.
+// Reading, appending, splicing, packing, spreading and gathering bits in order. Part of a per-instruction-set region.
 namespace raddpo::RADDPO_ISA {
 namespace {
 
@@ -64,15 +64,61 @@ struct BitAppender {
     if (shift + n > 64) words[word + 1] |= bits >> (64 - shift);
     at += n;
   }
-  RADDPO_HD void put_ones(std::int64_t n) {
-    for (; n > 0; n -= 64) put(low_bits(n < 64 ? static_cast<int>(n) : 64), n < 64 ? static_cast<int>(n) : 64);
+};
+
+// Copies bits, with insertions, to memory that need not be zero. Whole words are written, also the last one; the first
+// one is kept where the share before this one ends in it.
+struct BitSplice {
+  const std::uint64_t* from;
+  std::int64_t at;  // in `from`
+  std::uint64_t* words;
+  std::int64_t to;
+  std::uint64_t* head;  // outside of this, so that the rest stays in registers
+  std::int64_t kept = to % 64 ? to / 64 : -1;
+  std::uint64_t value = 0;  // of the word of bit `to`
+
+  RADDPO_HD void put(std::uint64_t bits, int n) {  // at most 64
+    if (!n) return;
+    const std::int64_t word = to / 64;
+    const int shift = static_cast<int>(to % 64);
+    value |= bits << shift;
+    *(word == kept ? head : words + word) = value;
+    to += n;
+    value = to / 64 == word ? value : bits >> 1 >> (63 - shift);
   }
-  RADDPO_HD void copy(const std::uint64_t* from, std::int64_t begin, std::int64_t end) {
-    BitReader reader{from, begin};
-    while (reader.at < end) {
-      const int n = end - reader.at < 64 ? static_cast<int>(end - reader.at) : 64;
-      put(reader.next(n), n);
-    }
+  RADDPO_HD void put_zeros(std::int64_t n) {
+    for (; n > 0; n -= 64) put(0, n < 64 ? static_cast<int>(n) : 64);
+  }
+  // Ones, and the zero that ends a node.
+  RADDPO_HD void put_degree(std::int64_t ones, bool zero) {
+    for (; ones > 63; ones -= 63) put(low_bits(63), 63);
+    put(low_bits(static_cast<int>(ones)), static_cast<int>(ones) + zero);
+  }
+  RADDPO_HD void copy(int n) {  // at most 64; reads one word more than they are in
+    const std::int64_t word = at / 64;
+    const int shift = static_cast<int>(at % 64);
+    put((from[word] >> shift | from[word + 1] << 1 << (63 - shift)) & low_bits(n), n);
+    at += n;
+  }
+  RADDPO_HD void copy_to(std::int64_t end) {
+    if (end - at >= 512) copy_words(end);
+    for (; end - at > 64;) copy(64);
+    copy(static_cast<int>(end - at));
+  }
+  // A long stretch, but for its end.
+  RADDPO_HD void copy_words(std::int64_t end) {
+    copy(static_cast<int>(64 - to % 64));
+    const std::int64_t count = (end - at) / 64;
+    const std::uint64_t* in = from + at / 64;
+    std::uint64_t* out = words + to / 64;
+    const int shift = static_cast<int>(at % 64);
+    for (std::int64_t i = 0; i < count; ++i) out[i] = in[i] >> shift | in[i + 1] << 1 << (63 - shift);
+    at += 64 * count;
+    to += 64 * count;
+  }
+  // After the last bit.
+  RADDPO_HD void finish() const {
+    if (to % 64) *(to / 64 == kept ? head : words + to / 64) = value;
   }
 };
 

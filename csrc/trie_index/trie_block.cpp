@@ -108,12 +108,16 @@ TrieBlock::TrieBlock(const TrieShape& s) {
   if (!memory) throw OutOfMemory(layout.size());
   advise_huge_pages(memory, layout.size());
   bytes_ = {decltype(bytes_.data)(memory), layout.size()};
-  for (int i = 0; i < TrieLayout::kSections; ++i) {  // bits, their ranks and hints, and the gaps behind others
-    const bool bits = i >= kChildBits - kSymbols && i <= kItemHints - kSymbols;
-    const std::int64_t begin = layout.begin[i] + (bits ? 0 : layout.bytes[i]);
-    std::memset(memory + begin, 0, layout.begin[i + 1] - begin);
+  for (int i = 0; i < TrieLayout::kSections; ++i) {  // the gaps behind sections
+    const std::int64_t end = layout.begin[i] + layout.bytes[i];
+    std::memset(memory + end, 0, layout.begin[i + 1] - end);
   }
   write_header(s, layout, header());
+}
+
+void TrieBlock::zero_bits() const {
+  for (const HeaderWord bits : {kChildBits, kItemBits})
+    std::memset(section<std::uint8_t>(bits), 0, header()[bits + 1] - header()[bits]);
 }
 
 TrieBytes TrieBlock::finish(int threads) {

@@ -91,9 +91,10 @@ void write_header(const TrieShape& shape, const TrieLayout& layout, std::uint64_
 
 class TrieBlock {
  public:
-  // Writes the header and zeroes the bits; the caller writes symbols, bits, items and tables. Throws for too many
-  // nodes.
+  // Writes the header; the caller writes symbols, bits, items and tables. Throws for too many nodes.
   explicit TrieBlock(const TrieShape& shape);
+
+  void zero_bits() const;  // for a caller that only sets bits
 
   std::uint64_t* header() const { return reinterpret_cast<std::uint64_t*>(bytes_.data.get()); }
   template <typename Element>

@@ -44,6 +44,7 @@ class Builder {
     report(0.75);
     const TrieShape shape = shape_of(starts.back());
     TrieBlock out(shape);
+    out.zero_bits();
     first_node_ = shape.first_node;
     copy_tables(out);
     if (shape.wide())

@@ -211,6 +211,7 @@ TrieBytes trie_compact(const std::uint8_t* trie, const std::uint8_t* live, std::
   }
   shape.sids = sids;
   TrieBlock out(shape);
+  out.zero_bits();
   const int shares = threads > 1 ? 4 * threads : 1;
   parallel_tasks(threads, 2 + 2 * shares, [&](int, std::int64_t task) {
     if (task == 0)

@@ -1,6 +1,6 @@
 // Nodes are numbered breadth first in both tries, so the nodes of the added trie, in order, go into the sequences of
-// the other trie from front to back. One pass finds their places, then each sequence is copied with what is between
-// them, several at once. The added trie is the smaller one: each node of the other costs only its copy.
+// the other trie from front to back. One pass finds their places, depth after depth, then each sequence is copied with
+// what goes between, in shares. The added trie is the smaller one: each node of the other costs only its copy.
 #include "trie_merge.h"
 
 #include <algorithm>
@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "../common/buffer.h"
 #include "../common/isa.h"
 #include "../common/radix_sort.h"
 #include "trie_view.h"
@@ -40,12 +41,11 @@ class Merger {
   Merger(const std::uint8_t* trie, const std::uint8_t* added)
       : trie_(TrieShape::of(trie)), added_(TrieShape::of(added)), places_(added_.nodes) {
     args_ = {view_of(trie, header_of(trie), nullptr), view_of(added, header_of(added), nullptr), items_of_block(trie),
-             items_of_block(added), places_.data()};
+             items_of_block(added), places_.get()};
   }
 
   TrieBytes merge(int threads) {
-    const std::int64_t bad = RADDPO_CALL_ISA(find_places, args_, fresh_.data(), &fresh_sids_);
-    if (bad >= 0) refuse_prefix(bad);
+    find_places(threads);
     const TrieShape shape = merged_shape();
     TrieBlock out(shape);
     splice(shape, out, threads);
@@ -55,6 +55,25 @@ class Merger {
   }
 
  private:
+  static constexpr std::int64_t kGrain = 2048;  // added nodes that are worth a thread
+
+  // Depth after depth: a node's place gives those of its children.
+  void find_places(int threads) {
+    places_[0] = {0, 0, true};
+    for (int depth = 0; depth <= added_.levels; ++depth) {
+      const std::int64_t first = added_.first_node[depth], count = added_.first_node[depth + 1] - first;
+      std::vector<FreshNodes> shares(std::clamp<std::int64_t>(count / kGrain, 1, threads));
+      parallel_shares(static_cast<int>(shares.size()), count, [&](int t, std::int64_t begin, std::int64_t end) {
+        shares[t] = RADDPO_CALL_ISA(find_places, args_, first + begin, first + end);
+      });
+      for (const FreshNodes& share : shares) {
+        if (share.bad >= 0) refuse_prefix(share.bad);
+        fresh_[depth + 1] += share.children;
+        fresh_sids_ += share.sids;
+      }
+    }
+  }
+
   [[noreturn]] void refuse_prefix(std::int64_t added) const {
     const std::int64_t old = places_[added].node;
     const bool old_ends = children_of(args_.trie, old).count == 0;
@@ -80,34 +99,63 @@ class Merger {
   }
 
   void splice(const TrieShape& shape, const TrieBlock& out, int threads) const {
-    const std::vector<MergeShare> shares = symbol_shares(threads > 1 ? 4 * threads : 1);
-    parallel_tasks(threads, 2 + static_cast<std::int64_t>(shares.size()), [&](int, std::int64_t task) {
-      if (task == 0)
-        RADDPO_CALL_ISA(splice_children, args_, out.section<std::uint64_t>(kChildBits));
-      else if (task == 1)
-        RADDPO_CALL_ISA(splice_item_bits, args_, out.section<std::uint64_t>(kItemBits));
-      else if (task == 2)
-        RADDPO_CALL_ISA(splice_items, args_, out.section<std::uint8_t>(kItems), shape.wide_items ? 8 : 4);
+    const std::vector<MergeShare> shares = shares_of(threads > 1 ? 4 * threads : 1);
+    const auto count = static_cast<std::int64_t>(shares.size()) - 1;
+    auto *child_bits = out.section<std::uint64_t>(kChildBits), *item_bits = out.section<std::uint64_t>(kItemBits);
+    zero_from(2 * shape.nodes - 1, child_bits, out.section<std::uint64_t>(kChildRanks));
+    zero_from(shape.nodes + shape.items, item_bits, out.section<std::uint64_t>(kItemRanks));
+    std::vector<BitHead> child_heads(count), item_heads(count);
+    parallel_tasks(threads, 4 * count, [&](int, std::int64_t task) {
+      const std::int64_t i = task / 4;
+      const MergeShare &begin = shares[i], &end = shares[i + 1];
+      if (task % 4 == 0)
+        RADDPO_CALL_ISA(splice_children, args_, begin, end, child_bits, &child_heads[i]);
+      else if (task % 4 == 1)
+        RADDPO_CALL_ISA(splice_item_bits, args_, begin, end, item_bits, &item_heads[i]);
+      else if (task % 4 == 2)
+        RADDPO_CALL_ISA(splice_items, args_, begin, end, out.section<std::uint8_t>(kItems), shape.wide_items ? 8 : 4);
       else
-        RADDPO_CALL_ISA(splice_symbols, args_, shares[task - 3], shares[task - 2], out.section<std::uint8_t>(kSymbols),
-                        shape.wide() ? 4 : 2);
+        RADDPO_CALL_ISA(splice_symbols, args_, begin, end, out.section<std::uint8_t>(kSymbols), shape.wide() ? 4 : 2);
     });
+    for (const BitHead& head : child_heads) child_bits[head.word] |= head.bits;
+    for (const BitHead& head : item_heads) item_bits[head.word] |= head.bits;
+  }
+
+  // What is behind the last bit of a sequence, up to the next section.
+  static void zero_from(std::int64_t bit, std::uint64_t* words, std::uint64_t* end) {
+    std::fill(words + bit / 64, end, 0);
   }
 
   // Equal shares of the other trie's nodes, and the end.
-  std::vector<MergeShare> symbol_shares(int count) const {
+  std::vector<MergeShare> shares_of(int count) const {
+    const auto places_end = places_.get() + added_.nodes;
     std::vector<MergeShare> shares;
-    std::int64_t added = 0, fresh = 0;
+    FreshBefore nodes{places_.get()}, children{places_.get()};
     for (int i = 0; i <= count; ++i) {
-      const std::int64_t at = trie_.nodes * i / count;
-      for (; added < added_.nodes && (i == count || places_[added].node < at); ++added) fresh += !places_[added].found;
-      shares.push_back({at, added, at + fresh});
+      const std::int64_t node = trie_.nodes * i / count;
+      const auto behind =
+          std::partition_point(places_.get(), places_end, [&](const MergePlace& place) { return place.node < node; });
+      const std::int64_t added = i < count ? behind - places_.get() : added_.nodes;
+      shares.push_back({node, added, 0, 0});
+      if (!added || i == count) continue;  // nothing is before, nothing begins there
+      shares.back().fresh = nodes.count_to(added);
+      shares.back().fresh_children = children.count_to(select_zero(args_.added.children, added - 1) + 2 - added);
     }
     return shares;
   }
 
+  // Counts added nodes that the other trie lacks, in ascending order.
+  struct FreshBefore {
+    const MergePlace* places;
+    std::int64_t node = 0, count = 0;
+    std::int64_t count_to(std::int64_t end) {
+      for (; node < end; ++node) count += !places[node].found;
+      return count;
+    }
+  };
+
   TrieShape trie_, added_;
-  std::vector<MergePlace> places_;
+  Buffer<MergePlace> places_;
   MergeArgs args_{};
   std::array<std::int64_t, kMaxLevels + 2> fresh_{};  // per depth, added nodes that the other lacks
   std::int64_t fresh_sids_ = 0;

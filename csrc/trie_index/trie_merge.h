@@ -31,19 +31,35 @@ struct MergeArgs {
   MergePlace* places;  // per node of the added trie
 };
 
-// Where a share of the symbols begins: in the other trie, in the added one, and in the result.
+// What the added nodes of a share have that the other trie lacks.
+struct FreshNodes {
+  std::int64_t children = 0, sids = 0;
+  std::int64_t bad = -1;  // a node that has children where the other's is a leaf, or the other way round
+};
+
+// Where a share of the merge begins: at a node of the other trie, and at the first added node that goes there or
+// behind.
 struct MergeShare {
-  std::int64_t at, added, out;
+  std::int64_t node, added;
+  std::int64_t fresh, fresh_children;  // of the added nodes before: that the other lacks, and such children of them
+};
+
+// The bits of a share's first word of the result, where the share before it ends.
+struct BitHead {
+  std::int64_t word;
+  std::uint64_t bits;
 };
 
 #define RADDPO_DECLARE(isa)                                                                                            \
   namespace isa {                                                                                                      \
-  /* Fills the places; counts, per depth, the added nodes that the other lacks, and the SIDs. Returns an added node */ \
-  /* that has children where the other's is a leaf, or the other way round; -1 if there is none. */                    \
-  std::int64_t find_places(const MergeArgs& m, std::int64_t* fresh, std::int64_t* fresh_sids);                         \
-  void splice_children(const MergeArgs& m, std::uint64_t* out);                                                        \
-  void splice_item_bits(const MergeArgs& m, std::uint64_t* out);                                                       \
-  void splice_items(const MergeArgs& m, std::uint8_t* out, int bytes);                                                 \
+  /* Fills the places of the children of the added nodes [begin, end), which are of one depth and have theirs. */      \
+  FreshNodes find_places(const MergeArgs& m, std::int64_t begin, std::int64_t end);                                    \
+  /* Write the result between two shares' beginnings. */                                                               \
+  void splice_children(const MergeArgs& m, const MergeShare& begin, const MergeShare& end, std::uint64_t* out,         \
+                       BitHead* head);                                                                                 \
+  void splice_item_bits(const MergeArgs& m, const MergeShare& begin, const MergeShare& end, std::uint64_t* out,        \
+                        BitHead* head);                                                                                \
+  void splice_items(const MergeArgs& m, const MergeShare& begin, const MergeShare& end, std::uint8_t* out, int bytes); \
   void splice_symbols(const MergeArgs& m, const MergeShare& begin, const MergeShare& end, std::uint8_t* out,           \
                       int bytes);                                                                                      \
   }
