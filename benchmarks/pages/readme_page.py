@@ -8,14 +8,16 @@ from benchmarks.harness.catalogues import ROOT
 from benchmarks.harness.report import RESULTS, markdown
 from benchmarks.harness.results import Results, read
 from benchmarks.pages.page import fill
-from benchmarks.pages.suite_page import Ratios, ratios, retrieval_floors, step_floors
+from benchmarks.pages.suite_page import Ratios, policy_floors, ratios, retrieval_floors, step_floors
+from benchmarks.peers.onednn import SUFFIX
 from raddpo_ext._files import replacing
 
 PAGE = ROOT / "README.md"
 GPU = RESULTS / "gpu_bench.jsonl"
-MEMBERS = ("beam-search", "losses", "whole-steps", "retriever")  # that the table is made of
+MEMBERS = ("beam-search", "losses", "whole-steps", "retriever", "policy-steps")  # that the table is made of
 _STEP, _LARGE_STEP = (f"V={size}k prompt=128 candidates=16 float32" for size in (32, 152))
 _RETRIEVAL = "prompt=256 W=50 batch=4"
+_POLICY_STEP = "live 2 of 2 prompt=40"
 _FLOOR = "its matrix products"
 
 
@@ -34,7 +36,7 @@ def write(results: Results) -> None:
 
 
 def table(results: Results, gpu: Results) -> str:
-    rows = [*_steps(results), _retrieval(results), _gpu_retrieval(gpu), *_operators(results)]
+    rows = [*_steps(results), _retrieval(results), _gpu_retrieval(gpu), _policy_step(results), *_operators(results)]
     return markdown(["", "compared with", "times as fast", "our time over the floor"], rows)
 
 
@@ -92,6 +94,20 @@ def _gpu_retrieval(gpu: Results) -> list[str]:
         "`generate` with a constraint in Python",
         _link(f"{_times(times[0])} at batch 1, {_times(times[1])} at batch 8", "gpu.md#what-was-measured"),
         f"{floors}{per(1, 'model_ms')}, {per(8, 'model_ms')}: the model's own forwards",
+    ]
+
+
+def _policy_step(results: Results) -> list[str]:
+    def over(way: str) -> str:
+        return _times(ratios(results, "policy-steps", f"peer / {way}")[_POLICY_STEP])
+
+    times = f"{over('sample')}; {over(f'sample{SUFFIX}')} with `use_onednn` on an AMD processor"
+    floors = (_times(policy_floors(results, way)[_POLICY_STEP]) for way in ("sample", f"sample{SUFFIX}"))
+    return [
+        "policy training step, one CPU thread, 2 prompts of 40 with 16 rollouts",
+        "`generate` and a row per rollout",
+        _link(times, "benchmarks.md#policy-training-steps"),
+        f"{'; '.join(floors)}: {_FLOOR}",
     ]
 
 

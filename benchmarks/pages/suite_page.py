@@ -16,6 +16,7 @@ from benchmarks.load import tables as load_tables
 from benchmarks.pages.figures import cases, figure, has_figure, rates, save
 from benchmarks.pages.page import fill
 from benchmarks.peers import compare_generate, compare_policy_steps, compare_training_ops, compare_whole_steps
+from benchmarks.peers.onednn import SUFFIX
 from raddpo_ext._files import replacing
 
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -89,7 +90,7 @@ def lines(results: Results) -> list[tuple[str, str, Ratios]]:
         members = (ratios(results, name, f"generate / shared {support}") for name in ("retriever", "generate"))
         return {case: value for found in members for case, value in found.items()}
 
-    step, retrieval = "decoding step", "whole retrieval"
+    step, retrieval, onednn = "decoding step", "whole retrieval", "with `use_onednn`"
     tokens, head, session = "log-probs from logits", "loss with the head fused in", "session loss"
     packing, index, pages = "packed training step", "index", "huge pages"
     whole, policy = "whole training step", "policy training step, rollouts and update"
@@ -105,6 +106,8 @@ def lines(results: Results) -> list[tuple[str, str, Ratios]]:
         (step, "what HF `generate` does", ratios(results, "beam-search", "hf_style")),
         (retrieval, "HF `generate`", generate_over("vocab")),
         (retrieval, "HF `generate`, ours over a level", generate_over("level")),
+        (retrieval, f"HF `generate`, ours {onednn}", ratios(results, "generate", f"generate / shared vocab{SUFFIX}")),
+        (retrieval, "the same, both", ratios(results, "generate", f"generate{SUFFIX} / shared vocab{SUFFIX}")),
         (retrieval, "ours, a row of the cache a beam", ratios(results, "retriever", "reordered vocab / shared vocab")),
         ("service, requests/s", "FastAPI and `generate`", ratios(results, "load-peer", "ours / peer")),
         (tokens, "torch, `log_softmax`", loss("log_softmax / ours", "logits", pages)),
@@ -130,7 +133,9 @@ def lines(results: Results) -> list[tuple[str, str, Ratios]]:
         ("`RADDPOTrainer`", "ten lines of a loop", {case: 1 / value for case, value in loop.items()}),
         ("`RADDPOTrainer`", "the same with clipping", {case: 1 / value for case, value in clipping.items()}),
         (policy, "HF `generate`, a row a rollout", ratios(results, "policy-steps", "peer / sample")),
-        (policy, "the same, ours over the same beams", ratios(results, "policy-steps", "peer / beams")),
+        (policy, f"the same, ours {onednn}", ratios(results, "policy-steps", f"peer / sample{SUFFIX}")),
+        (policy, "the same, both", ratios(results, "policy-steps", f"peer{SUFFIX} / sample{SUFFIX}")),
+        (policy, "HF `generate`, ours over the same beams", ratios(results, "policy-steps", "peer / beams")),
         (f"{index}, build", "STATIC", of_peers(results, "static", "build_s")),
         (f"{index}, build", "marisa-trie", of_peers(results, "marisa", "build_s")),
         (f"{index}, bytes", "STATIC", of_peers(results, "static", "index_bytes_per_item")),

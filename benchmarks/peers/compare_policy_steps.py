@@ -283,12 +283,12 @@ def has_floor(cell: dict[str, Any]) -> bool:
 
 def floor_ms(cell: dict[str, Any], way: str) -> float:
     """The way's matrix products at the best rate."""
-    return 1e3 * float(cell["gflop"][way]) / float(cell["gflop_per_s"])
+    return 1e3 * float(cell["gflop"][way.removesuffix(SUFFIX)]) / float(cell["gflop_per_s"])
 
 
-def times_floor(cell: dict[str, Any], way: str, suffix: str) -> str:
-    """A way's time over its floor, as it is or with a suffix of its name; empty where it was not measured."""
-    cost = cell["costs"].get(way + suffix)
+def times_floor(cell: dict[str, Any], way: str) -> str:
+    """A way's time over its floor; empty where it was not measured."""
+    cost = cell["costs"].get(way)
     return "" if cost is None else f"{cost['ms'] / floor_ms(cell, way):.2f}"
 
 
@@ -305,7 +305,7 @@ def markdown(cells: list[dict[str, Any]]) -> str:
             way,
             f"{cell['gflop'][way]:.3g}",
             f"{floor_ms(cell, way):.3g}",
-            *(times_floor(cell, way, suffix) for suffix in ("", SUFFIX)),
+            *(times_floor(cell, way + suffix) for suffix in ("", SUFFIX)),
             f"{cell['gflop']['peer'] / cell['gflop'][way]:.1f}",
             f"{cell['costs']['peer']['ms'] / floor_ms(cell, way):.1f}",
         ]
