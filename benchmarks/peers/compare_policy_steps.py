@@ -26,6 +26,7 @@ those of each round.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -222,13 +223,14 @@ def work(case: Case, rounds: int) -> dict[str, Any]:
 def operations(call: Callable[[], Any]) -> int:
     """Of a call's matrix products; an attention's are those of every query with every key."""
     aten = torch.ops.aten
-    attention = {
+    others = {  # that torch does not count by itself
+        torch.ops.mkldnn._linear_pointwise: lambda left, right, *_, **__: 2 * math.prod(left) * right[0],
         aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
         aten._scaled_dot_product_flash_attention_for_cpu_backward: (
             lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
         ),
     }
-    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+    with FlopCounterMode(display=False, custom_mapping=others) as counter:
         call()
     return counter.get_total_flops()
 
