@@ -26,6 +26,9 @@ TESTS = {
     "assign_balanced": ("test_assign_balanced", "test_resolve_collisions"),
     "pack_sessions": ("test_pack_sessions",),
     "retriever": ("test_retriever",),
+    "products": ("test_matmul", "test_onednn"),
+    "embedding_gradient": ("test_embedding_gradient",),
+    "token_merger": ("test_token_merger",),
     "catalogue_store": ("test_catalogue_store",),
 }
 
@@ -421,5 +424,47 @@ MUTANTS = [
         file="raddpo_ext/index/catalogue_store.py",
         old="if at_hand is not None and version <= at_hand.version:",
         new="if at_hand is not None and version == at_hand.version:",
+    ),
+    Mutant(
+        fault="every tile of a product has the first tile's bias",
+        op="products",
+        file="raddpo_ext/_matmul.py",
+        old="None if bias is None else bias[tile]",
+        new="None if bias is None else bias[: tile.stop - begin][: len(right[tile])]",
+    ),
+    Mutant(
+        fault="a layer by oneDNN gives its bias the gradient of one row",
+        op="products",
+        file="raddpo_ext/integrations/onednn.py",
+        old="grad.sum(0) if of_bias",
+        new="grad[0] if of_bias",
+    ),
+    Mutant(
+        fault="a layer by oneDNN ignores autocast",
+        op="products",
+        file="raddpo_ext/integrations/onednn.py",
+        old='if not plain or torch.is_autocast_enabled("cpu"):',
+        new="if not plain:",
+    ),
+    Mutant(
+        fault="the padding's row of the embeddings learns",
+        op="embedding_gradient",
+        file="raddpo_ext/integrations/embedding_gradient.py",
+        old="values = values.masked_fill((rows == ctx.padding_idx)[:, None], 0)",
+        new="pass",
+    ),
+    Mutant(
+        fault="a token beside merged SIDs reads the row of another token",
+        op="token_merger",
+        file="raddpo_ext/integrations/token_merger.py",
+        old="first = torch.where(merged, places[:, 0], len(table) + token_rank)",
+        new="first = torch.where(merged, places[:, 0], len(table) + token_rank // 2)",
+    ),
+    Mutant(
+        fault="a token counts as forced by the number of its own children",
+        op="pack_sessions",
+        file="raddpo_ext/data/pack_sessions.py",
+        old="index.child_ranges(nodes[:, :-1])[1] == 1",
+        new="index.child_ranges(nodes[:, 1:])[1] == 1",
     ),
 ]
