@@ -42,7 +42,7 @@ def markdown(cells: list[dict[str, Any]]) -> str:
     constraints = [cell for cell in cells if is_constraint(cell)]
     tables = []
     if ways:
-        peers = [name for name in ways[0]["costs"] if name.startswith("generate")]
+        peers = [name for name in ways[0]["costs"] if name.startswith("generate") and not name.endswith(SUFFIX)]
         head = [
             "time of `generate` over ours",
             *(name.removeprefix("generate, ") for name in peers),

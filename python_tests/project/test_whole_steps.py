@@ -7,10 +7,15 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
+from support.matmul import products_by_onednn
+
 from benchmarks.pages import figures, suite_page
-from benchmarks.peers import compare_whole_steps, trainer_steps
+from benchmarks.peers import compare_policy_steps, compare_whole_steps, trainer_steps
 from benchmarks.peers.compare_whole_steps import CASES, Case
+from benchmarks.peers.onednn import by_onednn
 from benchmarks.peers.whole_steps import STAGES, WAYS, Steps
+from raddpo_ext import _matmul
+from raddpo_ext.integrations.onednn import OneDNNLinear
 
 SMALL = Case(2048, 4, 4)
 
@@ -75,3 +80,17 @@ def test_tables_and_bars() -> None:
     assert [bar.get_width() for bar in drawn] == [20, 10, 0]
     assert not figures.has_figure({"whole-steps": {"results": []}}, "whole-steps")
     assert not figures.has_figure(found, "sids")
+
+
+@pytest.mark.parametrize("onednn", [False, True])
+def test_a_floor_counts_the_products_of_both_libraries(onednn: bool) -> None:
+    left, right = torch.randn(3, 8), torch.randn(5, 8)
+    with products_by_onednn(onednn):
+        assert compare_policy_steps.operations(lambda: _matmul.linear(left, right)) == 2 * 3 * 8 * 5
+
+
+def test_a_method_by_onednn_leaves_the_model_as_it_was() -> None:
+    model = torch.nn.Linear(8, 5)
+    with products_by_onednn():
+        assert by_onednn(model, lambda: type(model))() is OneDNNLinear
+    assert type(model) is torch.nn.Linear
