@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -178,6 +179,17 @@ class TestWithTransformers:
         assert calls.call_count
         torch.testing.assert_close(found.scores, expected.scores, rtol=1e-4, atol=1e-4)
         assert torch.equal(found.sids, expected.sids)
+
+    def test_the_service_does_so_by_itself(self, tmp_path: Path) -> None:
+        from support.tiny_models import llama, seeded
+
+        from raddpo_ext.serve.config import ServeConfig
+        from raddpo_ext.serve.model import load_model
+
+        seeded(llama).save_pretrained(tmp_path)
+        for onednn, kind in ((True, OneDNNLinear), (False, nn.Linear)):
+            with products_by_onednn(onednn):
+                assert type(load_model(ServeConfig(model=tmp_path)).lm_head) is kind
 
     def test_a_session_s_gradients_are_the_same(self) -> None:
         from support.tiny_models import llama, seeded, session_rows

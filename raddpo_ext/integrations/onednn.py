@@ -69,32 +69,31 @@ class OneDNNLinear(nn.Linear):
         plain = type(input) is Tensor and type(weight) is nn.Parameter and input.dim() > 1
         if not plain or torch.is_autocast_enabled("cpu"):
             return super().forward(input)
-        if not _matmul.is_by_onednn(input.flatten(0, -2), weight, recurs=True):
+        rows = input.flatten(0, -2)
+        if not _matmul.is_by_onednn(rows, weight, recurs=True):
             return super().forward(input)
-        refuse_transforms("use_onednn", input, weight, bias)
-        found: Tensor = _Linear.apply(input, weight, bias)
+        refuse_transforms("use_onednn", rows, weight, bias)
+        # As torch's own: not a view, on which an operation in place would pass FSDP2's hooks by.
+        found: Tensor = torch.ops.aten._unsafe_view(_Linear.apply(rows, weight, bias), (*input.shape[:-1], len(weight)))
         return found
 
 
 class _Linear(torch.autograd.Function):
-    """``input @ weight.T + bias``."""
+    """``rows @ weight.T + bias``."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(input, weight)
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rows, weight)
         ctx.op, ctx.overwritten = "use_onednn", False
-        found = _matmul.linear(input.flatten(0, -2), weight, bias, recurs=True)
-        # As torch's own: not a view, on which an operation in place would pass FSDP2's hooks by.
-        return torch.ops.aten._unsafe_view(found, (*input.shape[:-1], len(weight)))
+        return _matmul.linear(rows, weight, bias, recurs=True)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, saved: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight = saved
-        rows, grad = input.flatten(0, -2), grad.flatten(0, -2)
-        of_input, of_weight, of_bias = ctx.needs_input_grad
+        rows, weight = saved
+        of_rows, of_weight, of_bias = ctx.needs_input_grad
         return (
-            _matmul.linear(grad, weight.T, recurs=True).view(input.shape) if of_input else None,
+            _matmul.linear(grad, weight.T, recurs=True) if of_rows else None,
             _matmul.linear(grad.T, rows.T, recurs=True) if of_weight else None,
             grad.sum(0) if of_bias else None,
         )
